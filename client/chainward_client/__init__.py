@@ -1,0 +1,1 @@
+"""What a hospital installs and runs."""

@@ -1,0 +1,1 @@
+"""From metrics to one self-contained HTML page."""
