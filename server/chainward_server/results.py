@@ -1,0 +1,141 @@
+"""`metrics.json`: everything a run measured, as typed records. The schema is a contract; `SCHEMA` counts its versions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from chainward_shared.evaluation.scores import Scores
+
+SCHEMA = 1
+
+LinkStatus = Literal["done", "retried", "skipped", "refused", "failed"]
+
+
+class Record(BaseModel):
+    """Base: unknown fields are refused, so that a damaged or foreign file is noticed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SiteScores(Record):
+    """One model on every site's own images, and on all of them together."""
+
+    sites: dict[str, Scores]
+    pooled: Scores
+
+
+class SiteSummary(Record):
+    """What a site said of its data when it joined. `class_counts`: per split, in the order of the classes."""
+
+    site: str
+    train: int
+    val: int
+    test: int
+    class_counts: dict[str, list[int]] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+
+class DataSummary(Record):
+    """What the run was trained and scored on."""
+
+    source: str
+    synthetic: bool
+    classes: list[str]
+    image_size: int
+    channels: int
+    sites: list[SiteSummary]
+
+
+class TrainingSummary(Record):
+    """How one training went; lists hold one value per epoch."""
+
+    epochs: int
+    steps: int
+    images: int
+    loss: list[float]
+    temperature: list[float] = Field(default_factory=list)
+    teacher_trust: list[float] = Field(default_factory=list)
+    images_per_second: float
+    precision: str
+
+
+class LinkMetrics(Record):
+    """The model that left a link: on every site's test images, and pooled over the validation images."""
+
+    test: SiteScores
+    validation: Scores
+
+
+class LinkRecord(Record):
+    """One hop of the chain. `predecessor`: site whose model it started from; None for the first. `reason`: what went
+    wrong, for every status but "done"."""
+
+    strand: int
+    lap: int
+    step: int
+    site: str
+    predecessor: str | None
+    status: LinkStatus
+    attempts: int
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    reason: str | None = None
+    training: TrainingSummary | None = None
+    metrics: LinkMetrics | None = None
+
+
+class AloneRecord(Record):
+    """A hospital that trained without the others, with the budget of a link: what the chain is compared with."""
+
+    site: str
+    status: LinkStatus
+    seconds: float
+    reason: str | None = None
+    metrics: LinkMetrics | None = None
+
+
+class StudentRound(Record):
+    """One round of the compact students. `failed`: site -> why it is missing from the average."""
+
+    round: int
+    stage: Literal["distil", "finetune"]
+    sites: list[str]
+    failed: dict[str, str] = Field(default_factory=dict)
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    validation: Scores | None = None
+
+
+class ModelSummary(Record):
+    """Size and speed of a model. `latency_ms`: median of one image on this machine's CPU, one thread."""
+
+    architecture: str
+    parameters: int
+    file_bytes: int
+    latency_ms: float
+
+
+class Results(Record):
+    """The whole of `metrics.json`.
+
+    `final` maps "chain" and "student" to their scores; `timings` maps a phase to seconds.
+    `localization` stays empty until attention maps are scored.
+    """
+
+    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    run_id: str
+    seed: int
+    data: DataSummary
+    links: list[LinkRecord] = Field(default_factory=list)
+    alone: list[AloneRecord] = Field(default_factory=list)
+    student_rounds: list[StudentRound] = Field(default_factory=list)
+    models: dict[str, ModelSummary] = Field(default_factory=dict)
+    final: dict[str, SiteScores] = Field(default_factory=dict)
+    localization: dict[str, SiteScores] = Field(default_factory=dict)
+    timings: dict[str, float] = Field(default_factory=dict)
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)

@@ -1,0 +1,26 @@
+"""The figures by which a classifier is judged; `M` of `metrics.json`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Scores(BaseModel):
+    """Metrics of one model on one set of cases.
+
+    Attributes
+    ----------
+    n : number of cases
+    accuracy : fraction classified correctly
+    balanced_accuracy : mean recall over the classes that occur; None without cases
+    macro_auc : mean one-vs-rest area under the ROC curve over the classes with cases and non-cases; None without one
+    ece : expected calibration error, 15 equal-width bins of confidence (Guo et al. 2017)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int
+    accuracy: float | None
+    balanced_accuracy: float | None
+    macro_auc: float | None
+    ece: float | None
