@@ -1,4 +1,4 @@
-"""`metrics.json`: everything a run measured, as typed records. The schema is a contract; `SCHEMA` counts its versions."""
+"""`metrics.json`: everything a run measured, as typed records. Its `schema` is a contract; the number counts its versions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.evaluation.scores import Scores
-
-SCHEMA = 1
 
 LinkStatus = Literal["done", "retried", "skipped", "refused", "failed"]
 
@@ -86,6 +84,11 @@ class LinkRecord(Record):
     training: TrainingSummary | None = None
     metrics: LinkMetrics | None = None
 
+    @property
+    def key(self) -> str:
+        """Name of this piece of work in `run.json`, and of its model file."""
+        return f"strand-{self.strand}-lap-{self.lap}-step-{self.step}"
+
 
 class AloneRecord(Record):
     """A hospital that trained without the others, with the budget of a link: what the chain is compared with."""
@@ -95,6 +98,11 @@ class AloneRecord(Record):
     seconds: float
     reason: str | None = None
     metrics: LinkMetrics | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of this piece of work in `run.json`."""
+        return f"alone-{self.site}"
 
 
 class StudentRound(Record):
@@ -108,6 +116,11 @@ class StudentRound(Record):
     bytes_down: int
     bytes_up: int
     validation: Scores | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of this piece of work in `run.json`, and of its model file."""
+        return f"student-round-{self.round}"
 
 
 class ModelSummary(Record):
@@ -126,7 +139,7 @@ class Results(Record):
     `localization` stays empty until attention maps are scored.
     """
 
-    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     run_id: str
     seed: int
     data: DataSummary

@@ -1,0 +1,124 @@
+"""Which site a node is, and its data: from its own site.yaml, or, in a simulation, from the message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainward_client.data.site_data import SiteData
+from chainward_client.data.sources import local_site, simulated_site
+from chainward_shared.errors import DataError, ProtocolError, nearest
+from chainward_shared.protocol import SimulatedSite
+
+SITE_CONFIG_KEY = "site-config"
+"""Key of the node configuration that names a deployed hospital's site.yaml."""
+
+
+class SiteConfig(BaseModel):
+    """A hospital's own site.yaml.
+
+    Attributes
+    ----------
+    site : id of the site
+    data : path of the data file, relative to site.yaml
+    state : folder for what the site keeps between messages
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: str = Field(min_length=1, max_length=64)
+    data: str
+    state: str = "~/.chainward/site"
+
+
+@dataclass(frozen=True)
+class OpenSite:
+    """A site that is ready to work: its data, and where it keeps its state."""
+
+    data: SiteData
+    state_dir: Path
+
+
+def load_site_config(path: Path) -> SiteConfig:
+    """Read and check a site.yaml.
+
+    Raises
+    ------
+    DataError
+        One line that names the file and the key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected keys and values (site, data, state), found {type(content).__name__}")
+    try:
+        return SiteConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        raise DataError(f"{path}: {key}: {first['msg'].lower()}{nearest(key, SiteConfig.model_fields)}") from error
+
+
+def own_config(node_config: Mapping[str, Any]) -> SiteConfig | None:
+    """Return the site.yaml that this node was started with; None for a simulated node."""
+    path = node_config.get(SITE_CONFIG_KEY)
+    return load_site_config(Path(str(path))) if path else None
+
+
+def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -> OpenSite:
+    """Return the site that this node is.
+
+    Raises
+    ------
+    ProtocolError
+        A deployed site was told who to be, or a simulated one wasn't.
+    DataError
+        The data can't be used.
+    """
+    config = own_config(node_config)
+    if config is not None:
+        if simulated is not None:
+            raise ProtocolError(
+                f"site '{config.site}' knows who it is from its own site.yaml and refuses to play simulated site {simulated.index}"
+            )
+        base = Path(str(node_config[SITE_CONFIG_KEY])).parent
+        data = _local_site((base / Path(config.data).expanduser()).resolve(), config.site)
+        return OpenSite(data, Path(config.state).expanduser())
+    if simulated is None:
+        raise ProtocolError(
+            f"this node has no '{SITE_CONFIG_KEY}' in its node configuration and was not told which simulated site to be"
+        )
+    data = _simulated_site(
+        simulated.source,
+        simulated.index,
+        simulated.num_sites,
+        simulated.label_skew,
+        simulated.seed,
+        _stamp(simulated.source),
+    )
+    return OpenSite(data, Path(simulated.state_dir) / data.site)
+
+
+def _stamp(source: str) -> float:
+    path = Path(source)
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+@lru_cache(maxsize=64)
+def _simulated_site(source: str, index: int, num_sites: int, label_skew: float, seed: int, stamp: float) -> SiteData:
+    return simulated_site(source, index, num_sites=num_sites, label_skew=label_skew, seed=seed)
+
+
+@lru_cache(maxsize=1)
+def _local_site(path: Path, site: str) -> SiteData:
+    return local_site(path, site, seed=0)

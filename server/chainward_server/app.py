@@ -1,0 +1,224 @@
+"""The Flower `ServerApp` of the coordinator: reads the configuration and runs the phases in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from chainward_server.chain import ChainRun, alone_work, link_work, run_alone, run_chain, score
+from chainward_server.console import one_line_for, show_progress
+from chainward_server.measure import summarize_model
+from chainward_server.progress import Progress
+from chainward_server.rendezvous import Consortium, meet
+from chainward_server.report.from_folder import write_report
+from chainward_server.results import DataSummary, Results, SiteSummary
+from chainward_server.run_folder import Phase, RunFolder
+from chainward_server.students import run_students, student_architecture, student_work
+from chainward_shared import __version__
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError
+from chainward_shared.models import resolve_architecture
+
+logger = logging.getLogger("chainward")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a consortium from rendezvous to report."""
+    show_progress()
+    try:
+        config = RunConfig.from_flat(context.run_config)
+        folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
+        coordinate(grid, folder)
+    except ChainwardError as error:
+        logger.error("the run stops: %s", error)
+        one_line_for(error)
+        raise
+
+
+def coordinate(grid: Grid, folder: RunFolder) -> Results:
+    """Run the phases of the run that `folder` holds, or what is left of them, and return what was measured.
+
+    Raises
+    ------
+    ChainwardError
+        The run can't go on; the run folder says why and the run can be resumed.
+    """
+    config = folder.config
+    logger.info(
+        "chainward %s (flwr %s, torch %s, timm %s), run folder %s",
+        __version__,
+        version("flwr"),
+        version("torch"),
+        version("timm"),
+        folder.path,
+    )
+    results: Results | None = None
+    try:
+        results = folder.load_results()
+        _run_phases(grid, config, folder, results)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, ChainwardError) else f"{type(error).__name__}: {error}"
+        _note_failure(folder, reason)
+        raise
+    finished = folder.load_results()
+    assert finished is not None
+    return finished
+
+
+def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Results | None) -> None:
+    timings = dict(results.timings) if results else {}
+    with _timed("rendezvous", folder, timings):
+        consortium = meet(grid, config, state_dir=folder.path / "simulated-sites")
+        card = consortium.any_card
+        architecture = resolve_architecture(
+            config.chain.backbone,
+            num_classes=len(card.classes),
+            in_chans=card.channels,
+            image_size=card.image_size,
+            patch_size=config.chain.patch_size,
+        )
+        if config.student.rounds:
+            student_architecture(config.student, architecture)
+        data = _data_summary(consortium, config)
+        results = _continued(results, data, folder, config)
+        results.timings = timings
+        _tell_about_data(data)
+    run = ChainRun(consortium, config, architecture, folder, results, Progress(0.0))
+    run.progress.total = _work_left(run)
+    with _timed("chain", folder, timings):
+        best = run_chain(run)
+        chain_model = folder.load_model(best, run.template)
+        folder.save_model("chain", chain_model, architecture, data.classes)
+    if config.chain.compare_alone:
+        with _timed("alone", folder, timings):
+            run_alone(run)
+    scored = next(link.metrics for link in results.links if link.key == best)
+    assert scored is not None
+    results.final["chain"] = scored.test
+    results.models["chain"] = summarize_model(architecture, chain_model, folder.model_path("chain"))
+    if config.student.rounds:
+        small = student_architecture(config.student, architecture)
+        with _timed("students", folder, timings):
+            student = run_students(run, chain_model)
+            folder.save_model("student", student, small, data.classes)
+        with _timed("evaluation", folder, timings):
+            results.final["student"] = score(run, small, student, ["test"])["test"]
+            results.models["student"] = summarize_model(small, student, folder.model_path("student"))
+    with _timed("report", folder, timings):
+        folder.write_privacy(list(consortium.cards))
+        results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
+        folder.commit(results)
+        folder.enter("done")
+        folder.end("finished")
+        path = write_report(folder)
+    _tell_outcome(results)
+    logger.info("report: %s", path)
+
+
+@contextmanager
+def _timed(phase: Phase, folder: RunFolder, timings: dict[str, float]) -> Iterator[None]:
+    """Note the phase in run.json and add its seconds to those of earlier parts of the run."""
+    folder.enter(phase)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        timings[phase] = timings.get(phase, 0.0) + time.monotonic() - started
+
+
+def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
+    card = consortium.any_card
+    return DataSummary(
+        source="phantoms" if config.data.source == "phantom" else config.data.source,
+        synthetic=any(card.synthetic for card in consortium.cards.values()),
+        classes=card.classes,
+        image_size=card.image_size,
+        channels=card.channels,
+        sites=[
+            SiteSummary(
+                site=site,
+                train=card.train,
+                val=card.val,
+                test=card.test,
+                class_counts=card.class_counts,
+                notes=card.notes,
+            )
+            for site, card in consortium.cards.items()
+        ],
+    )
+
+
+def _continued(results: Results | None, data: DataSummary, folder: RunFolder, config: RunConfig) -> Results:
+    """Return the results to add to: new ones, or those of a resumed run, whose data must still be the same."""
+    if results is None:
+        return Results(run_id=folder.state.run_id, seed=config.seed, data=data)
+    if results.data != data:
+        raise ChainwardError(
+            f"run {folder.state.run_id} can't be resumed: the sites' data are not those it was started with; start anew"
+        )
+    done = len(folder.state.finished)
+    logger.info("resuming run %s: %d finished pieces of work are taken as they are", folder.state.run_id, done)
+    return results
+
+
+def _tell_about_data(data: DataSummary) -> None:
+    for site in data.sites:
+        logger.info("%s: %d training, %d validation, %d test images", site.site, site.train, site.val, site.test)
+        for note in site.notes:
+            logger.info("%s: %s", site.site, note)
+    if data.synthetic:
+        logger.info("these are synthetic phantoms: nothing here speaks about real images")
+
+
+def _work_left(run: ChainRun) -> float:
+    """Return the work that is still to be done, in the unit of `chain.link_work`."""
+    config, folder, sites = run.config, run.folder, run.consortium.sites
+    hops = config.chain.laps * config.chain.strands
+    work = hops * sum(link_work(run, site) for site in sites)
+    work -= sum(link_work(run, link.site) for link in run.results.links)
+    if config.chain.compare_alone:
+        work += sum(alone_work(run, site) for site in sites if not folder.is_finished(f"alone-{site}"))
+    if config.student.rounds:
+        rounds = config.student.rounds + config.student.finetune_rounds - len(run.results.student_rounds)
+        work += rounds * sum(student_work(run, site) for site in sites)
+    return work
+
+
+def _tell_outcome(results: Results) -> None:
+    alone = [record.metrics.test.pooled.balanced_accuracy or 0.0 for record in results.alone if record.metrics]
+    if alone:
+        logger.info(
+            "pooled test balanced accuracy: a hospital alone %.3f on average, %.3f at best",
+            sum(alone) / len(alone),
+            max(alone),
+        )
+    for name, scores in results.final.items():
+        pooled = scores.pooled
+        logger.info(
+            "pooled test of the %s: balanced accuracy %s, macro AUC %s, n = %d, %.2f million parameters",
+            name,
+            "-" if pooled.balanced_accuracy is None else f"{pooled.balanced_accuracy:.3f}",
+            "-" if pooled.macro_auc is None else f"{pooled.macro_auc:.3f}",
+            pooled.n,
+            results.models[name].parameters / 1e6,
+        )
+
+
+def _note_failure(folder: RunFolder, reason: str) -> None:
+    """Say in the run folder why the run ended, as far as the disk still allows."""
+    try:
+        folder.end("failed", reason)
+        if folder.load_results() is not None:
+            write_report(folder)
+        logger.info("to go on from the last finished hop: --run-config 'output.resume=\"%s\"'", folder.state.run_id)
+    except ChainwardError as error:
+        logger.error("%s", error)

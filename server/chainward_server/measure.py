@@ -1,0 +1,41 @@
+"""Size and speed of a model on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from chainward_server.results import ModelSummary
+from chainward_shared.models import Architecture, build_model, count_parameters
+from chainward_shared.weights import StateDict
+
+WARM_UP, REPEATS = 3, 21
+
+
+def summarize_model(architecture: Architecture, state: StateDict, path: Path) -> ModelSummary:
+    """Return parameters, file size, and the median latency of one image on one CPU thread, in milliseconds."""
+    model = build_model(architecture, seed=0).eval()
+    model.load_state_dict(state)
+    image = torch.zeros(1, architecture.in_chans, architecture.image_size, architecture.image_size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            seconds = [_timed_call(model, image) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
+    finally:
+        torch.set_num_threads(threads)
+    return ModelSummary(
+        architecture=architecture.name,
+        parameters=count_parameters(model),
+        file_bytes=path.stat().st_size,
+        latency_ms=1000 * statistics.median(seconds),
+    )
+
+
+def _timed_call(model: torch.nn.Module, image: torch.Tensor) -> float:
+    started = time.perf_counter()
+    model(image)
+    return time.perf_counter() - started

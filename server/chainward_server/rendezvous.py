@@ -1,0 +1,183 @@
+"""Which node is which site, before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from chainward_server.exchange import Exchange, Failure, Member, Request
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError, nearest
+from chainward_shared.protocol import CardRequest, Hello, HelloRequest, SimulatedSite, SiteCard
+
+logger = logging.getLogger("chainward")
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Consortium:
+    """The sites that take part, in chain order, and what they said of themselves."""
+
+    exchange: Exchange
+    cards: dict[str, SiteCard]
+
+    @property
+    def sites(self) -> list[str]:
+        """Ids of the sites, in chain order."""
+        return list(self.cards)
+
+    @property
+    def any_card(self) -> SiteCard:
+        """One card, for what all sites have in common: classes, image size, channels."""
+        return next(iter(self.cards.values()))
+
+
+def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
+    """Find the sites among the connected nodes and collect their cards.
+
+    Simulated nodes share the simulated sites among them, however many nodes Flower has started; a deployed node is the
+    site that its own site.yaml says.
+
+    Parameters
+    ----------
+    state_dir : folder in which simulated sites keep their state
+
+    Raises
+    ------
+    ChainwardError
+        An expected site is missing at the deadline, two nodes claim one site, a site's data can't be used, or the sites
+        don't agree on classes and images.
+    """
+    started = time.monotonic()
+    deadline = config.federation.deadline
+    members = _members(grid, config, state_dir, started)
+    exchange = Exchange(grid, members)
+    logger.info("sites: %s", ", ".join(members))
+    requests = {site: Request("query", CardRequest(simulated=member.simulated)) for site, member in members.items()}
+    answers = exchange.ask(requests, SiteCard, deadline=max(1.0, deadline - (time.monotonic() - started)))
+    failures = [answer.reason for answer in answers.values() if isinstance(answer, Failure)]
+    if failures:
+        more = f" (and {len(failures) - 1} more sites)" if len(failures) > 1 else ""
+        raise ChainwardError(f"{failures[0]}{more}")
+    cards = {site: answer.body for site, answer in answers.items() if not isinstance(answer, Failure)}
+    _check_cards(cards)
+    return Consortium(exchange, cards)
+
+
+def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float) -> dict[str, Member]:
+    """Return the members in chain order, waiting until all expected ones are there."""
+    hello = HelloRequest(
+        source=config.data.source, num_sites=_simulated_count(config), label_skew=config.data.label_skew
+    )
+    known: dict[int, Hello] = {}
+    failures: dict[int, str] = {}
+    reported = 0.0
+    while True:
+        left = config.federation.deadline - (time.monotonic() - started)
+        new = [node for node in grid.get_node_ids() if node not in known]
+        exchange = Exchange(grid, {str(node): Member(str(node), node) for node in new})
+        answers = exchange.ask({str(node): Request("query", hello) for node in new}, Hello, deadline=max(1.0, left))
+        for node, answer in ((int(name), answer) for name, answer in answers.items()):
+            if isinstance(answer, Failure):
+                failures[node] = answer.reason.replace(f"site '{node}'", f"node {node}")
+            else:
+                known[node] = answer.body
+                failures.pop(node, None)
+        simulated = [node for node, body in known.items() if body.site is None]
+        if simulated and len(simulated) < len(known):
+            raise ChainwardError(
+                f"{len(simulated)} of {len(known)} nodes have no site.yaml (simulated) and the others have; start all alike"
+            )
+        if simulated:
+            return _simulated_members(config, {node: known[node] for node in simulated}, state_dir)
+        deployed = _deployed_members(known)
+        missing = _missing(config, deployed)
+        if deployed and not missing:
+            order = config.expected_sites or sorted(deployed)
+            return {site: deployed[site] for site in order}
+        waited = time.monotonic() - started
+        if waited > config.federation.deadline:
+            words = f"; {next(iter(failures.values()))}" if failures else ""
+            raise ChainwardError(
+                f"after {waited:.0f} s (federation.deadline) {missing or 'every site'} is missing; "
+                f"connected: {', '.join(sorted(deployed)) or 'none'}{words}"
+            )
+        if waited - reported > 10:
+            reported = waited
+            logger.info(
+                "waiting for %s (%.0f s of %.0f s)", missing or "the first site", waited, config.federation.deadline
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _missing(config: RunConfig, deployed: dict[str, Member]) -> str:
+    """Return in words which sites are still missing; empty if none is."""
+    if config.expected_sites:
+        absent = [site for site in config.expected_sites if site not in deployed]
+        return ", ".join(f"'{site}'{nearest(site, deployed)}" for site in absent)
+    lacking = max(config.federation.num_sites, 1) - len(deployed)
+    return f"{lacking} more site(s)" if lacking > 0 else ""
+
+
+def _deployed_members(known: dict[int, Hello]) -> dict[str, Member]:
+    members: dict[str, Member] = {}
+    for node, body in known.items():
+        site = body.site or ""
+        if site in members:
+            raise ChainwardError(
+                f"nodes {members[site].node_id} and {node} both say they are site '{site}'; stop one, or correct its site.yaml"
+            )
+        members[site] = Member(site, node)
+    return members
+
+
+def _simulated_members(config: RunConfig, known: dict[int, Hello], state_dir: Path) -> dict[str, Member]:
+    """Spread the simulated sites over the nodes, in the order of the nodes' partitions."""
+    nodes = sorted(known, key=lambda node: (known[node].partition or 0, node))
+    if problem := known[nodes[0]].problem:
+        raise ChainwardError(problem)
+    available = known[nodes[0]].simulated_sites
+    order = list(config.expected_sites) or available
+    if unknown := [site for site in order if site not in available]:
+        raise ChainwardError(
+            f"federation.sites names '{unknown[0]}'{nearest(unknown[0], available)}; the data has {', '.join(available)}"
+        )
+    if config.chain.strands > len(order):
+        raise ChainwardError(
+            f"chain.strands = {config.chain.strands}, but there are {len(order)} sites, and no site holds two strands at once"
+        )
+    members = {}
+    for position, site in enumerate(order):
+        simulated = SimulatedSite(
+            index=available.index(site),
+            source=config.data.source,
+            num_sites=_simulated_count(config),
+            label_skew=config.data.label_skew,
+            seed=config.seed,
+            state_dir=str(state_dir),
+        )
+        members[site] = Member(site, nodes[position % len(nodes)], simulated)
+    return members
+
+
+def _simulated_count(config: RunConfig) -> int:
+    """Return how many sites the data source shall yield; 0: as many as it has, of which federation.sites names some."""
+    return 0 if config.expected_sites else config.federation.num_sites
+
+
+def _check_cards(cards: dict[str, SiteCard]) -> None:
+    first = next(iter(cards.values()))
+    for site, card in cards.items():
+        if card.site != site:
+            raise ChainwardError(f"site '{site}' now says it is '{card.site}'; correct its site.yaml")
+        for what in ("classes", "image_size", "channels"):
+            if getattr(card, what) != getattr(first, what):
+                raise ChainwardError(
+                    f"site '{site}' has {what.replace('_', ' ')} {getattr(card, what)}, site '{first.site}' has "
+                    f"{getattr(first, what)}; agree on one in the sites' data files"
+                )

@@ -1,0 +1,42 @@
+"""The report of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from chainward_server.report.page import render_report
+from chainward_server.run_folder import RunFolder, privacy_statement
+from chainward_shared.errors import RunFolderError
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Render `report.html` from what the run folder holds, and return its path.
+
+    Raises
+    ------
+    RunFolderError
+        Nothing has been measured yet, a file is damaged, or the page can't be written.
+    """
+    results = folder.load_results()
+    if results is None:
+        raise RunFolderError(f"{folder.path}: nothing has been measured yet (no metrics.json)")
+    privacy_file = folder.path / "privacy.json"
+    try:
+        privacy = (
+            json.loads(privacy_file.read_text(encoding="utf-8"))
+            if privacy_file.exists()
+            else privacy_statement([site.site for site in results.data.sites])
+        )
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{privacy_file}: damaged ({error})") from error
+    page = render_report(
+        results,
+        status=folder.state.status,
+        reason=folder.state.reason,
+        config={name: table if isinstance(table, dict) else {name: table} for name, table in folder.config.tables().items()},
+        privacy=privacy,
+        started=folder.state.started,
+        finished=folder.state.updated if folder.state.status != "running" else None,
+    )
+    return folder.write_text("report.html", page)

@@ -1,0 +1,94 @@
+"""The report of a run: everything of `metrics.json` on one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from chainward_server.report import formats, plots, tables, verdict
+from chainward_server.results import Results
+
+_FILTERS = (
+    formats.score,
+    formats.change,
+    formats.count,
+    formats.percent,
+    formats.times,
+    formats.bytes_size,
+    formats.duration,
+    formats.moment,
+    formats.breakable,
+    formats.setting,
+)
+
+
+def render_report(
+    results: Results,
+    *,
+    status: str,
+    reason: str | None,
+    config: Mapping[str, Mapping[str, object]],
+    privacy: Mapping[str, object],
+    started: str,
+    finished: str | None,
+) -> str:
+    """Return the page as HTML: pictures inside, no script, nothing loaded from elsewhere.
+
+    Parameters
+    ----------
+    results : what the run measured so far; any part may be missing
+    status : "running", "finished" or "failed"
+    reason : why the run failed
+    config : tables of the effective configuration, ``{"chain": {"laps": 1, ...}, ...}``
+    privacy : ``{"mode": "off", "statement": "...", "sites": {site: {...}}}``
+    started, finished : ISO 8601 times
+    """
+    counts = tables.test_counts(results)
+    chains = tables.strands(results)
+    comparison = tables.comparison_rows(results)
+    alone = tables.alone_summary(results)
+    sites = tables.site_names(results)
+    return (
+        _environment()
+        .get_template("template.html.jinja")
+        .render(
+            results=results,
+            status=status,
+            config=config,
+            privacy=privacy,
+            started=started,
+            finished=finished,
+            elapsed=formats.elapsed(started, finished),
+            verdict=verdict.verdict(results, status, config),
+            remarks=verdict.remarks(results),
+            cards=verdict.cards(results),
+            banners=verdict.banners(results, status, reason),
+            sites=sites,
+            alone=alone,
+            comparison=comparison,
+            comparison_plot=plots.comparison_plot(comparison, 1 / len(counts) if counts else None),
+            models=tables.model_rows(results),
+            metrics=tables.METRICS,
+            strands=chains,
+            laps=max((link.lap for links in chains for link in links), default=1),
+            heat=tables.heat_map(results),
+            scale=[plots.shade(step / 8) for step in range(9)],
+            upright_heads=len(sites) > 7 or max(map(len, sites), default=0) > 14,
+            curve_plot=plots.curve_plot(chains, alone, tables.alone_summary(results, "macro_auc")),
+            incidents=tables.incidents(results),
+            mixes=tables.class_mixes(results),
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("chainward_server.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update({function.__name__: function for function in _FILTERS})
+    return environment

@@ -1,0 +1,228 @@
+"""Pictures of the report: matplotlib drawings as inline SVG, and the colours that the whole page shares."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from chainward_server.report.tables import Alone, ChainLink, ComparisonRow
+
+# told apart with every common colour blindness, and in greyscale
+ALONE, CHAIN, STUDENT = "#9aa1ab", "#1f4e8c", "#e0a100"
+STRAND_COLOURS = ("#1f4e8c", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#6b4c9a")
+STRAND_MARKERS = "osD^vP"
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "text.parse_math": False,  # a "$" in a site's name is a dollar sign
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a919c",
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "grid.color": "#e3e6ea",
+    "grid.linewidth": 0.7,
+    "text.color": "#1d232b",
+    "axes.labelcolor": "#1d232b",
+    "xtick.color": "#414a55",
+    "ytick.color": "#1d232b",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+_WIDTH = 10.5
+"""Inches; the page shows a picture at its full width, so this sets the size of the letters."""
+
+
+def shade(fraction: float) -> str:
+    """Colour of a heat map's cell, for 0 (lowest) to 1 (highest)."""
+    return to_hex(matplotlib.colormaps["cividis"](min(max(fraction, 0.0), 1.0)))
+
+
+def ink_on(background: str) -> str:
+    """Black or white, whichever contrasts more (relative luminance, WCAG 2.1)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background))
+    return "#fff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#111"
+
+
+def comparison_plot(rows: Sequence[ComparisonRow], chance: float | None) -> Markup | None:
+    """Bars of alone, chain and student per set of test images, for balanced accuracy and macro AUC.
+
+    `chance`: balanced accuracy of guessing. None where there is nothing to draw.
+    """
+    arms = [
+        (index, label, colour)
+        for index, label, colour in (
+            (0, "Hospital alone (pooled: mean of the hospitals)", ALONE),
+            (1, "Chain", CHAIN),
+            (2, "Compact student", STUDENT),
+        )
+        if any(row.scores[metric][index] is not None for row in rows for metric in ("balanced_accuracy", "macro_auc"))
+    ]
+    if not arms:
+        return None
+    rows = [rows[-1], *rows[:-1]]
+    slots = len(arms) + 0.9
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "comparison"}):
+        figure = Figure(figsize=(_WIDTH, 0.75 + 0.155 * slots * len(rows)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        panel_facts = (("balanced_accuracy", "Balanced accuracy", chance), ("macro_auc", "Macro AUC", 0.5))
+        for axes, (metric, title, guess) in zip(panels, panel_facts, strict=True):
+            for order, (index, label, colour) in enumerate(arms):
+                values = [row.scores[metric][index] for row in rows]
+                heights = [group * slots + order for group in range(len(rows))]
+                axes.barh(heights, [value or 0 for value in values], 0.86, color=colour, label=label)
+                for height, value in zip(heights, values, strict=True):
+                    text = "–" if value is None else f"{value:.3f}"
+                    axes.text((value or 0) + 0.012, height, text, va="center", fontsize=7.5)
+            if guess is not None:
+                axes.axvline(guess, color="#1d232b", linewidth=0.9, linestyle=(0, (2, 2)))
+                axes.set_xlabel(f"dotted: guessing ({guess:.3f})", loc="left", fontsize=7.5, color="#5b6470")
+            axes.axhline(slots - 0.95, color="#8a919c", linewidth=0.8)
+            axes.set_xlim(0, 1.1)
+            axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+            axes.grid(axis="x")
+            axes.tick_params(length=0)
+            axes.spines["left"].set_visible(False)
+            axes.spines["bottom"].set_visible(False)
+            axes.set_title(title)
+        middle = (len(arms) - 1) / 2
+        panels[0].set_yticks(
+            [group * slots + middle for group in range(len(rows))], [_short(row.label) for row in rows]
+        )
+        panels[0].get_yticklabels()[0].set_fontweight("bold")
+        panels[0].set_ylim(len(rows) * slots - 0.9, -0.8)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3)
+        return _svg(figure, "comparison")
+
+
+def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alone_auc: Alone | None) -> Markup | None:
+    """Pooled test balanced accuracy and macro AUC after each link, a curve per strand; None without any."""
+    if not any(link.pooled for links in strands for link in links):
+        return None
+    longest = max(strands, key=len)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "curve"}):
+        figure = Figure(figsize=(_WIDTH, 5.4), layout="constrained")
+        panels = figure.subplots(2, 1, sharex=True)
+        panel_facts = (
+            ("balanced_accuracy", "Balanced accuracy", alone),
+            ("macro_auc", "Macro AUC", alone_auc),
+        )
+        for axes, (metric, title, reference) in zip(panels, panel_facts, strict=True):
+            for index, links in enumerate(strands):
+                points = [
+                    (link.number, value)
+                    for link in links
+                    if link.pooled and (value := getattr(link.pooled, metric)) is not None
+                ]
+                axes.plot(
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    color=STRAND_COLOURS[index % len(STRAND_COLOURS)],
+                    marker=STRAND_MARKERS[index % len(STRAND_MARKERS)],
+                    linewidth=2,
+                    markersize=5.5,
+                    label=f"Strand {index + 1}" if len(strands) > 1 else "Chain, after each link",
+                )
+                if len(strands) == 1 and len(points) <= 12:
+                    for x, y in points:
+                        axes.annotate(
+                            f"{y:.3f}",
+                            (x, y),
+                            (0, 7),
+                            textcoords="offset points",
+                            ha="center",
+                            fontsize=7.5,
+                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                        )
+            if reference:
+                axes.axhline(reference.mean, color="#5b6470", linewidth=1.2, label="Alone, mean")
+                axes.axhline(reference.best, color="#5b6470", linewidth=1.2, linestyle=(0, (4, 2)), label="Alone, best")
+            _mark_laps_and_gaps(axes, strands)
+            axes.grid(axis="y")
+            axes.tick_params(length=0)
+            axes.margins(y=0.16)
+            axes.set_title(title)
+        names = [link.record.site for link in longest]
+        panels[1].set_xlim(0.4, len(longest) + 0.6)
+        if len(strands) == 1:
+            steep = len(names) > 7 or max(map(len, names)) > 11
+            panels[1].set_xticks(
+                [link.number for link in longest],
+                [f"{link.number}  {_short(link.record.site)}" for link in longest],
+                rotation=38 if steep else 0,
+                ha="right" if steep else "center",
+                rotation_mode="anchor",
+            )
+        else:
+            panels[1].set_xticks([link.number for link in longest])
+            panels[1].set_xlabel("link of the strand")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6))
+        return _svg(figure, "curve")
+
+
+def _mark_laps_and_gaps(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> None:
+    longest = max(strands, key=len)
+    for before, after in pairwise(longest):
+        if before.lap != after.lap:
+            axes.axvline(before.number + 0.5, color="#8a919c", linewidth=0.9, linestyle=(0, (1, 2)))
+    laps = {link.lap: link.number for link in reversed(longest)}
+    if len(laps) > 1:
+        for lap, number in laps.items():
+            axes.text(
+                number - 0.45,
+                0.03,
+                f"lap {lap}",
+                transform=axes.get_xaxis_transform(),
+                fontsize=7.5,
+                color="#5b6470",
+            )
+    if len(strands) == 1:
+        for link in longest:
+            if link.pooled is None:
+                axes.axvspan(link.number - 0.4, link.number + 0.4, color="#eef0f3", zorder=0)
+                axes.text(
+                    link.number,
+                    0.5,
+                    link.record.status,
+                    transform=axes.get_xaxis_transform(),
+                    rotation=90,
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="#5b6470",
+                )
+
+
+def _short(name: str, limit: int = 26) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """The drawing as an SVG element that scales with the page. `name` keeps its ids apart from others'."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r' id="', f' id="{name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    return Markup(text)  # matplotlib escapes every text it draws

@@ -1,0 +1,285 @@
+"""The rows of the report's tables, computed from `Results`; what is missing gives None, never an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+from chainward_server.report.plots import ink_on, shade
+from chainward_server.results import LinkRecord, Results, SiteScores
+from chainward_shared.evaluation.scores import Scores
+
+METRICS = ("balanced_accuracy", "macro_auc", "accuracy", "ece")
+
+
+@dataclass(frozen=True)
+class ChainLink:
+    """A link with its place: `number` counts within the strand; `strand` and `lap` count from 1 as well."""
+
+    number: int
+    strand: int
+    lap: int
+    record: LinkRecord
+
+    @property
+    def pooled(self) -> Scores | None:
+        return self.record.metrics.test.pooled if self.record.metrics else None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One metric of the hospitals alone on the pooled test images. `sites`: how many `mean` averages."""
+
+    mean: float
+    best: float
+    best_site: str
+    sites: int
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One set of test images and what models reach on it. ``scores[metric]``: alone, chain, student."""
+
+    label: str
+    n: int | None
+    scores: dict[str, tuple[float | None, float | None, float | None]]
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model on the pooled test images. `kind`: alone, chain or student. `own`: on its own images."""
+
+    label: str
+    kind: str
+    scores: Scores | None
+    own: float | None = None
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """Balanced accuracy of a link's model on a site's test images; `change`: against the link before."""
+
+    value: float | None
+    change: float | None
+    trained_here: bool
+    background: str
+    ink: str
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """A link's model on every site, then pooled; no cells where the link left no model."""
+
+    link: ChainLink
+    cells: list[HeatCell]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Rows per strand in chain order. `low` and `high`: the ends of the colour scale."""
+
+    columns: list[str]
+    strands: list[list[HeatRow]]
+    low: float
+    high: float
+
+    @property
+    def empty(self) -> bool:
+        return not any(row.cells for rows in self.strands for row in rows)
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something that did not go to plan: what, how it ended, and why."""
+
+    what: str
+    status: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class ClassMix:
+    """Cases per class at every site that counted them, in one split. `total`: over these sites."""
+
+    split: str
+    sites: list[tuple[str, list[int]]]
+    total: list[int]
+
+
+def site_names(results: Results) -> list[str]:
+    """Every site the run knows of: in the order in which they are described, then those only seen at work."""
+    described = [site.site for site in results.data.sites]
+    seen = [link.site for link in results.links] + [record.site for record in results.alone]
+    return list(dict.fromkeys(described + seen))
+
+
+def strands(results: Results) -> list[list[ChainLink]]:
+    """The links of each strand, in the order in which they ran."""
+    if not results.links:
+        return []
+    first_strand = min(link.strand for link in results.links)
+    first_lap = min(link.lap for link in results.links)
+    by_strand: dict[int, list[ChainLink]] = {}
+    for record in sorted(results.links, key=lambda link: (link.strand, link.lap, link.step)):
+        links = by_strand.setdefault(record.strand, [])
+        links.append(ChainLink(len(links) + 1, record.strand - first_strand + 1, record.lap - first_lap + 1, record))
+    return list(by_strand.values())
+
+
+def last_scored(results: Results) -> ChainLink | None:
+    """The link furthest along the chain that left a scored model."""
+    scored = [link for links in strands(results) for link in links if link.pooled]
+    return max(scored, key=lambda link: link.number, default=None)
+
+
+def alone_summary(results: Results, metric: str = "balanced_accuracy") -> Alone | None:
+    """Mean and best of the hospitals alone on the pooled test images; None where none was scored."""
+    values = {
+        record.site: value
+        for record in results.alone
+        if record.metrics and (value := getattr(record.metrics.test.pooled, metric)) is not None
+    }
+    if not values:
+        return None
+    best_site = max(values, key=lambda site: values[site])
+    return Alone(fmean(values.values()), values[best_site], best_site, len(values))
+
+
+def comparison_rows(results: Results) -> list[ComparisonRow]:
+    """Own model, chain and student on each hospital's test images; last on all hospitals' pooled.
+
+    Pooled, "alone" is the mean over the hospitals.
+    """
+    chain, student = results.final.get("chain"), results.final.get("student")
+    own = {record.site: record.metrics.test.sites.get(record.site) for record in results.alone if record.metrics}
+    rows = []
+    for site in site_names(results):
+        trio = (own.get(site), _at(chain, site), _at(student, site))
+        rows.append(
+            ComparisonRow(
+                site,
+                max((scores.n for scores in trio if scores), default=None),
+                {m: (_metric(trio[0], m), _metric(trio[1], m), _metric(trio[2], m)) for m in METRICS},
+            )
+        )
+    pooled = [scores.pooled for scores in (chain, student) if scores]
+    pooled += [record.metrics.test.pooled for record in results.alone if record.metrics]
+    alone = {metric: alone_summary(results, metric) for metric in METRICS}
+    rows.append(
+        ComparisonRow(
+            "All hospitals",
+            max((scores.n for scores in pooled), default=None),
+            {
+                m: (
+                    mean.mean if (mean := alone[m]) else None,
+                    _metric(chain.pooled if chain else None, m),
+                    _metric(student.pooled if student else None, m),
+                )
+                for m in METRICS
+            },
+        )
+    )
+    return rows
+
+
+def model_rows(results: Results) -> list[ModelRow]:
+    """Every model on the pooled test images: chain, student, then each hospital alone."""
+    rows = [
+        ModelRow(label, kind, results.final[kind].pooled)
+        for kind, label in (("chain", "Chain"), ("student", "Compact student"))
+        if kind in results.final
+    ]
+    for record in results.alone:
+        test = record.metrics.test if record.metrics else None
+        own = _metric(test.sites.get(record.site) if test else None, "balanced_accuracy")
+        rows.append(ModelRow(record.site, "alone", test.pooled if test else None, own))
+    return rows
+
+
+def heat_map(results: Results) -> HeatMap:
+    """Balanced accuracy of every link's model on every site's test images."""
+    columns = site_names(results)
+    chains = strands(results)
+    values = [
+        scores.balanced_accuracy
+        for links in chains
+        for link in links
+        for scores in _across(link, columns)
+        if scores and scores.balanced_accuracy is not None
+    ]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if high - low < 0.1:  # a finer scale would paint noise as contrast
+        low, high = (low + high) / 2 - 0.05, (low + high) / 2 + 0.05
+    return HeatMap(columns, [list(_heat_rows(links, columns, low, high)) for links in chains], low, high)
+
+
+def _heat_rows(links: list[ChainLink], columns: list[str], low: float, high: float) -> Iterator[HeatRow]:
+    before: list[float | None] = [None] * (len(columns) + 1)
+    for link in links:
+        if link.pooled is None:
+            yield HeatRow(link, [])
+            continue
+        after = [_metric(scores, "balanced_accuracy") for scores in _across(link, columns)]
+        cells = []
+        for column, old, new in zip([*columns, None], before, after, strict=True):
+            background = "transparent" if new is None else shade((new - low) / (high - low))
+            difference = None if new is None or old is None else new - old
+            ink = "inherit" if new is None else ink_on(background)
+            cells.append(HeatCell(new, difference, column == link.record.site, background, ink))
+        yield HeatRow(link, cells)
+        before = after
+
+
+def incidents(results: Results) -> list[Incident]:
+    """All that was retried, skipped, refused or failed, in the order of the run."""
+    found = []
+    several = len({link.strand for link in results.links}) > 1
+    for links in strands(results):
+        for link in links:
+            if link.record.status != "done":
+                place = f"strand {link.strand}, link {link.number}" if several else f"link {link.number}"
+                found.append(Incident(f"{link.record.site}, {place}", link.record.status, link.record.reason))
+    found += [
+        Incident(f"{record.site}, training alone", record.status, record.reason)
+        for record in results.alone
+        if record.status != "done"
+    ]
+    found += [
+        Incident(f"{site}, student round {number}", "failed", reason)
+        for number, record in enumerate(results.student_rounds, 1)
+        for site, reason in record.failed.items()
+    ]
+    return found
+
+
+def class_mixes(results: Results) -> list[ClassMix]:
+    """Cases per class and site, for each split that at least one site described."""
+    mixes = []
+    for split in ("train", "val", "test"):
+        rows = [(site.site, site.class_counts[split]) for site in results.data.sites if site.class_counts.get(split)]
+        if rows:
+            width = max(len(counts) for _, counts in rows)
+            rows = [(site, counts + [0] * (width - len(counts))) for site, counts in rows]
+            total = [sum(column) for column in zip(*(counts for _, counts in rows), strict=True)]
+            mixes.append(ClassMix(split, rows, total))
+    return mixes
+
+
+def test_counts(results: Results) -> list[int]:
+    """Pooled test cases of each class that has one; empty where no site said."""
+    return [cases for mix in class_mixes(results) if mix.split == "test" for cases in mix.total if cases]
+
+
+def _across(link: ChainLink, columns: Iterable[str]) -> list[Scores | None]:
+    test = link.record.metrics.test if link.record.metrics else None
+    return [_at(test, site) for site in columns] + [test.pooled if test else None]
+
+
+def _at(scores: SiteScores | None, site: str) -> Scores | None:
+    return scores.sites.get(site) if scores else None
+
+
+def _metric(scores: Scores | None, name: str) -> float | None:
+    value: float | None = getattr(scores, name) if scores else None
+    return value

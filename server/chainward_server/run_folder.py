@@ -1,0 +1,305 @@
+"""The run folder: all that a run leaves behind, written so that a crash at any moment leaves something to resume from.
+
+`run.json` is the truth: what it does not list has not happened. Models and `metrics.json` are written first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainward_server.results import Results
+from chainward_shared import __version__
+from chainward_shared.config import RunConfig, options
+from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
+from chainward_shared.models import Architecture
+from chainward_shared.pixels import preprocessing_metadata
+from chainward_shared.weights import StateDict, check_state, load_file, save_file, write_atomically
+
+logger = logging.getLogger("chainward")
+
+Phase = Literal["rendezvous", "chain", "alone", "students", "evaluation", "report", "done"]
+Status = Literal["running", "finished", "failed"]
+
+
+class RunState(BaseModel):
+    """`run.json`.
+
+    Attributes
+    ----------
+    models : SHA-256 of each model file, by name without suffix
+    finished : names of finished pieces of work: hops, sites trained alone, student rounds
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    run_id: str
+    status: Status = "running"
+    reason: str | None = None
+    phase: Phase = "rendezvous"
+    started: str
+    updated: str
+    version: str = __version__
+    models: dict[str, str] = Field(default_factory=dict)
+    finished: list[str] = Field(default_factory=list)
+
+
+class RunFolder:
+    """One run's folder. Make it with `create`, or with `resume`."""
+
+    def __init__(self, path: Path, state: RunState, config: RunConfig) -> None:
+        self.path, self.state, self.config = path, state, config
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunFolder:
+        """Make a new run folder under ``output.dir``.
+
+        Raises
+        ------
+        RunFolderError
+            The folder can't be made or written.
+        """
+        now = datetime.now(UTC)
+        run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        path = Path(config.output.dir).expanduser().absolute() / run_id
+        folder = cls(path, RunState(run_id=run_id, started=_iso(now), updated=_iso(now)), config)
+        try:
+            (path / "models").mkdir(parents=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"output.dir = {config.output.dir!r}: can't be written ({error.strerror}); name a folder you may write to"
+            ) from error
+        folder._write("config.toml", tomli_w.dumps(config.tables()).encode())
+        folder._write_state()
+        return folder
+
+    @classmethod
+    def resume(cls, config: RunConfig) -> RunFolder:
+        """Open the stopped run that ``output.resume`` names, with its own configuration.
+
+        Keys that were given now must not contradict the stored ones, but for those of `output` and the deadlines.
+
+        Raises
+        ------
+        RunFolderError
+            There is no such run, it has finished, or a file of it is damaged.
+        ConfigError
+            A key was given with another value than the run was started with.
+        """
+        base = Path(config.output.dir).expanduser().absolute()
+        path = base / config.output.resume
+        if not (path / "run.json").is_file():
+            known = [run.parent.name for run in base.glob("*/run.json")] if base.is_dir() else []
+            raise RunFolderError(
+                f"output.resume = {config.output.resume!r}: no run.json in {path}{nearest(path.name, known)}"
+            )
+        folder = cls.open(path)
+        if folder.state.status == "finished":
+            raise RunFolderError(
+                f"run {folder.state.run_id} has finished; there is nothing to resume. See {path / 'report.html'}"
+            )
+        folder.config = _reconciled(folder.config, config)
+        folder._check_models()
+        folder.state.status, folder.state.reason = "running", None
+        folder._write_state()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open a run folder to read it.
+
+        Raises
+        ------
+        RunFolderError
+            A file is missing or damaged.
+        """
+        try:
+            state = RunState.model_validate_json((path / "run.json").read_bytes())
+            config = RunConfig.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+        except OSError as error:
+            raise RunFolderError(f"{error.filename}: can't be read ({error.strerror})") from error
+        except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            name = "run.json" if isinstance(error, ValidationError) and error.title == "RunState" else "config.toml"
+            raise RunFolderError(f"{path / name}: damaged ({_first_problem(error)})") from error
+        return cls(path, state, config)
+
+    def load_results(self) -> Results | None:
+        """Return what was measured so far, without what `run.json` doesn't list; None before the first measurement.
+
+        Raises
+        ------
+        RunFolderError
+            metrics.json is damaged, or lacks something that `run.json` lists.
+        """
+        file = self.path / "metrics.json"
+        if not file.exists():
+            if self.state.finished:
+                raise RunFolderError(
+                    f"{file}: missing, though run.json lists {len(self.state.finished)} finished pieces of work"
+                )
+            return None
+        try:
+            results = Results.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise RunFolderError(f"{file}: damaged ({_first_problem(error)})") from error
+        done = set(self.state.finished)
+        results.links = [link for link in results.links if link.key in done]
+        results.alone = [alone for alone in results.alone if alone.key in done]
+        results.student_rounds = [round_ for round_ in results.student_rounds if round_.key in done]
+        present = {link.key for link in results.links} | {alone.key for alone in results.alone}
+        present |= {round_.key for round_ in results.student_rounds}
+        if lost := sorted(done - present):
+            raise RunFolderError(f"{file}: damaged (it lacks '{lost[0]}', which run.json lists as finished)")
+        return results
+
+    def is_finished(self, key: str) -> bool:
+        """Return whether the piece of work called `key` is done."""
+        return key in self.state.finished
+
+    def save_model(self, name: str, state: StateDict, architecture: Architecture, classes: list[str]) -> None:
+        """Write a model file; it counts once `commit` has been called.
+
+        Raises
+        ------
+        RunFolderError
+            The disk is full or can't be written.
+        """
+        metadata = {
+            **architecture.to_metadata(),
+            **preprocessing_metadata(),
+            "chainward.classes": json.dumps(classes),
+            "chainward.version": __version__,
+        }
+        path = self.model_path(name)
+        try:
+            self.state.models[name] = save_file(state, path, metadata)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: can't be written ({error.strerror}); free space, then resume run {self.state.run_id}"
+            ) from error
+
+    def load_model(self, name: str, template: StateDict) -> StateDict:
+        """Return the weights of a model file, checked against its recorded digest and `template`.
+
+        Raises
+        ------
+        WeightsError
+            The file is missing, damaged, or of another architecture.
+        """
+        state, _ = load_file(self.model_path(name), self.state.models[name])
+        check_state(state, template)
+        return state
+
+    def drop_model(self, name: str) -> None:
+        """Remove a model file that is not needed any more."""
+        if name in self.state.models:
+            del self.state.models[name]
+            self.model_path(name).unlink(missing_ok=True)
+
+    def model_path(self, name: str) -> Path:
+        """Return the path of the model called `name`."""
+        return self.path / "models" / f"{name}.safetensors"
+
+    def commit(self, results: Results, *finished: str) -> None:
+        """Record the pieces of work `finished`, after writing what was measured in them."""
+        self.write_results(results)
+        self.state.finished += [key for key in finished if key not in self.state.finished]
+        self._write_state()
+
+    def enter(self, phase: Phase) -> None:
+        """Note that the run is in `phase`."""
+        self.state.phase = phase
+        self._write_state()
+
+    def end(self, status: Status, reason: str | None = None) -> None:
+        """Note how the run ended."""
+        self.state.status, self.state.reason = status, reason
+        self._write_state()
+
+    def write_results(self, results: Results) -> None:
+        """Write metrics.json."""
+        self._write("metrics.json", results.model_dump_json(by_alias=True, indent=1).encode())
+
+    def write_privacy(self, sites: list[str]) -> None:
+        """Write privacy.json: no site trains privately in this version, and the file says so."""
+        self._write("privacy.json", json.dumps(privacy_statement(sites), indent=1).encode())
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the run folder and return its path."""
+        self._write(name, text.encode())
+        return self.path / name
+
+    def _write_state(self) -> None:
+        self.state.updated = _iso(datetime.now(UTC))
+        self._write("run.json", self.state.model_dump_json(by_alias=True, indent=1).encode())
+
+    def _write(self, name: str, contents: bytes) -> None:
+        try:
+            write_atomically(self.path / name, contents)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path / name}: can't be written ({error.strerror}); free space or fix its rights, "
+                f"then resume run {self.state.run_id}"
+            ) from error
+
+    def _check_models(self) -> None:
+        for name, sha256 in self.state.models.items():
+            try:
+                load_file(self.model_path(name), sha256)
+            except WeightsError as error:
+                raise RunFolderError(f"{error}; start anew, or restore the run folder") from error
+
+
+def privacy_statement(sites: list[str]) -> dict[str, object]:
+    """Return the content of privacy.json for a run without differential privacy."""
+    return {
+        "schema": 1,
+        "mode": "off",
+        "statement": (
+            "No site trained with differential privacy. Images, reports and tables stayed at the sites, but nothing bounds "
+            "what the models, the scores and the class counts that left them reveal about a patient."
+        ),
+        "sites": {site: {"mode": "off", "epsilon": None, "delta": None} for site in sites},
+    }
+
+
+FREE_ON_RESUME = re.compile(r"output\..*|federation\.(hop-)?deadline|chain\.(retries|on-failure)")
+"""Keys that may differ between a run and its continuation: they don't decide what is trained."""
+
+
+def _reconciled(stored: RunConfig, given: RunConfig) -> RunConfig:
+    """Return the stored configuration with the free keys of the given one."""
+    old, new = stored.to_flat(), given.to_flat()
+    defaults = {option.key: option.default for option in options()}
+    problems = [
+        f"{key} = {new[key]!r}, but the run was started with {old[key]!r}"
+        for key in old
+        if new[key] != old[key] and new[key] != defaults[key] and not FREE_ON_RESUME.fullmatch(key)
+    ]
+    if problems:
+        raise ConfigError(
+            f"a resumed run keeps its configuration: {' | '.join(problems)}; leave the key out, or start anew"
+        )
+    return RunConfig.from_flat({**old, **{key: new[key] for key in old if FREE_ON_RESUME.fullmatch(key)}})
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,210 @@
+"""The compact students: selected out of the chain's model, trained at every site, averaged by Flower's FedAvg."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal
+
+from flwr.serverapp.strategy import FedAvg
+
+from chainward_server.chain import ChainRun, score
+from chainward_server.exchange import Failure, Reply, Request
+from chainward_server.results import StudentRound
+from chainward_shared.config import StudentConfig
+from chainward_shared.errors import ChainwardError
+from chainward_shared.models import Architecture, build_model, compact_architecture, select_weights, skeleton
+from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
+from chainward_shared.seeds import derive_seed
+from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays
+
+logger = logging.getLogger("chainward")
+
+STUDENT_WORK = 0.5
+"""Cost of one image in one epoch of a student, relative to the large model's; only for the expected end."""
+
+
+def student_architecture(config: StudentConfig, large: Architecture) -> Architecture:
+    """Return the architecture of the compact student.
+
+    Raises
+    ------
+    ModelError
+        The backbone's family is not one from which weights can be selected, or the student isn't smaller.
+    """
+    return compact_architecture(large, width=config.width, depth=config.depth, name=config.model)
+
+
+def initial_students(
+    config: StudentConfig, large: Architecture, chain_model: StateDict, seed: int
+) -> tuple[StateDict, StateDict]:
+    """Return the first weights of the student A and of the auxiliary teacher B (methods, section 3).
+
+    "dual": complementary selections; "single": B is A; "random": both have the same random start, a control.
+    """
+    small = student_architecture(config, large)
+    if config.start == "random":
+        state = dict(build_model(small, derive_seed(seed, "student", "initial")).state_dict())
+        return state, state
+    student = select_weights(chain_model, large, small, "A")
+    return student, student if config.start == "single" else select_weights(chain_model, large, small, "B")
+
+
+def run_students(run: ChainRun, chain_model: StateDict) -> StateDict:
+    """Run all rounds and return the aggregated student.
+
+    A round goes on without the sites that failed, and says so.
+
+    Raises
+    ------
+    ChainwardError
+        No site finished a round.
+    """
+    config = run.config.student
+    architecture = student_architecture(config, run.architecture)
+    student, auxiliary = initial_students(config, run.architecture, chain_model, run.config.seed)
+    template = skeleton(architecture).state_dict()
+    total = config.rounds + config.finetune_rounds
+    for number in range(1, total + 1):
+        key = f"student-round-{number}"
+        if run.folder.is_finished(key):
+            if key in run.folder.state.models:
+                student = run.folder.load_model(key, template)
+            continue
+        stage: Literal["distil", "finetune"] = "distil" if number <= config.rounds else "finetune"
+        student, record = _run_round(run, architecture, student, auxiliary, number, stage)
+        record.validation = score(run, architecture, student, ["val"])[
+            "val"
+        ].pooled
+        run.folder.save_model(key, student, architecture, run.results.data.classes)
+        run.results.student_rounds.append(record)
+        run.folder.commit(run.results, key)
+        run.folder.drop_model(f"student-round-{number - 1}")
+        logger.info(
+            "student round %d of %d (%s): %d sites, validation balanced accuracy %s, %.1f s; %s",
+            number,
+            total,
+            "self-distillation" if stage == "distil" else "fine-tuning",
+            len(record.sites),
+            "-" if record.validation.balanced_accuracy is None else f"{record.validation.balanced_accuracy:.3f}",
+            record.seconds,
+            run.progress.expected_end(),
+        )
+    return student
+
+
+def _run_round(
+    run: ChainRun,
+    architecture: Architecture,
+    student: StateDict,
+    auxiliary: StateDict,
+    number: int,
+    stage: Literal["distil", "finetune"],
+) -> tuple[StateDict, StudentRound]:
+    """Train one round at all sites and average what came back."""
+    started = time.monotonic()
+    template = skeleton(architecture).state_dict()
+    has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
+    replies: dict[str, Reply[StudentResult]] = {}
+    failed: dict[str, str] = {}
+    record = StudentRound(round=number, stage=stage, sites=[], seconds=0.0, bytes_down=0, bytes_up=0)
+    for attempt in range(1 + run.config.chain.retries):
+        open_sites = [site for site in run.consortium.sites if site not in replies]
+        if not open_sites:
+            break
+        # A retry brings the auxiliary teacher again: the site may have lost its own.
+        requests = {
+            site: _student_request(
+                run,
+                architecture,
+                student,
+                auxiliary if stage == "distil" and (attempt or site not in has_auxiliary) else None,
+                number,
+                stage,
+                site,
+            )
+            for site in open_sites
+        }
+        record.bytes_down += sum(request.bytes for request in requests.values())
+        deadline = run.config.federation.hop_deadline * len(open_sites)
+        for site, reply in run.consortium.exchange.stream(requests, StudentResult, deadline):
+            problem = reply.reason if isinstance(reply, Failure) else _problem(reply, site, number, template)
+            if problem or isinstance(reply, Failure):
+                failed[site] = problem or ""
+                continue
+            failed.pop(site, None)
+            replies[site] = reply
+            record.bytes_up += reply.bytes
+    if not replies:
+        raise ChainwardError(
+            f"student round {number}: no site finished it; {next(iter(failed.values()), 'no reason given')}"
+        )
+    for site in run.consortium.sites:
+        run.progress.add(student_work(run, site))
+    for reason in failed.values():
+        logger.warning("student round %d goes on without a site: %s", number, reason)
+    record.sites = [site for site in run.consortium.sites if site in replies]
+    record.failed = failed
+    average = _average([replies[site] for site in record.sites], template, number)
+    record.seconds = time.monotonic() - started
+    return average, record
+
+
+def _student_request(
+    run: ChainRun,
+    architecture: Architecture,
+    student: StateDict,
+    auxiliary: StateDict | None,
+    number: int,
+    stage: Literal["distil", "finetune"],
+    site: str,
+) -> Request:
+    task = StudentTask(
+        run_id=run.folder.state.run_id,
+        round=number,
+        architecture=architecture,
+        recipe=run.config.student_recipe(stage),
+        student_digest=digest(student),
+        auxiliary_digest=None if auxiliary is None else digest(auxiliary),
+        simulated=run.consortium.exchange.members[site].simulated,
+    )
+    arrays = {"student": to_arrays(student)}
+    if auxiliary is not None:
+        arrays["auxiliary"] = to_arrays(auxiliary)
+    return Request("train.student", task, arrays)
+
+
+def _problem(reply: Reply[StudentResult], site: str, number: int, template: StateDict) -> str | None:
+    """Return in one line why a site's student can't be averaged, or None if it can."""
+    body = reply.body
+    if (body.site, body.round) != (site, number):
+        return f"site '{site}' answered round {body.round} of site '{body.site}'; expected round {number}"
+    weights = reply.message.content.metric_records.get("metrics")
+    stated = None if weights is None else weights.get(EXAMPLES_KEY)
+    if body.examples < 1 or stated != body.examples:
+        return (
+            f"site '{site}' states {stated!r} examples; expected the {body.examples} of its result"
+        )
+    if "student" not in reply.arrays:
+        return f"site '{site}' sent no student"
+    try:
+        state = from_arrays(reply.arrays["student"], template)
+    except ChainwardError as error:
+        return f"site '{site}' sent a student that can't be used: {error}"
+    return None if digest(state) == body.digest else f"site '{site}' sent a student with another digest than it states"
+
+
+def _average(replies: list[Reply[StudentResult]], template: StateDict, number: int) -> StateDict:
+    """Return the average of the students, weighted by training cases, as Flower's FedAvg computes it.
+
+    The replies come in the order of the sites: sums of floats depend on the order, and the run must be repeatable.
+    """
+    arrays, _ = FedAvg(weighted_by_key=EXAMPLES_KEY).aggregate_train(number, [reply.message for reply in replies])
+    if arrays is None:
+        raise ChainwardError(f"student round {number}: Flower's FedAvg returned no average")
+    return from_arrays(arrays, template)
+
+
+def student_work(run: ChainRun, site: str) -> float:
+    """Return the cost of one student round at `site`, in the unit of `chain.link_work`."""
+    return STUDENT_WORK * run.config.student.epochs * run.consortium.cards[site].train

@@ -1,0 +1,403 @@
+"""The configuration of a run: one pydantic model per table, parsed from Flower's flat run config.
+
+Flower hands an app ``{"chain.laps": 2, ...}``. `RunConfig.from_flat` turns that into typed tables, and refuses unknown
+keys, values out of range and keys that contradict each other before anything is trained.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from chainward_shared.errors import ConfigError, nearest
+from chainward_shared.recipes import (
+    Augmentation,
+    ClassBalance,
+    LinkRecipe,
+    Precision,
+    StudentRecipe,
+    StudentStart,
+    TeacherTrust,
+)
+
+ConfigScalar = bool | int | float | str
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Table(BaseModel):
+    """Base of the tables: kebab-case keys, unknown ones refused, immutable."""
+
+    model_config = ConfigDict(alias_generator=_kebab, populate_by_name=True, extra="forbid", frozen=True)
+
+
+class FederationConfig(Table):
+    """Who takes part, and how long the coordinator waits."""
+
+    sites: str = Field(
+        "", description="Ids of the sites that take part, comma-separated, in chain order. Empty: all that there are"
+    )
+    num_sites: int = Field(
+        0, ge=0, le=512, description="Number of sites. 0: six phantoms, or as many as the data file's site column has"
+    )
+    deadline: float = Field(
+        120.0, gt=0, le=86_400, description="Seconds to wait at the start until the expected sites are there"
+    )
+    hop_deadline: float = Field(
+        7_200.0, gt=0, le=604_800, description="Seconds to wait for one site's training before it counts as failed"
+    )
+    precision: Precision = Field(
+        "auto", description="Arithmetic of training: auto takes bf16 where the hardware computes it, fp32 elsewhere"
+    )
+    threads: int = Field(
+        2, ge=1, le=256, description="CPU threads of a training. Results are repeatable only for the same number"
+    )
+
+
+class DataConfig(Table):
+    """What a simulation trains on. A deployed hospital knows its data from its own site.yaml."""
+
+    source: str = Field("phantom", description="`phantom`, or the absolute path of a data file (YAML)")
+    label_skew: float = Field(
+        0.0,
+        ge=0,
+        le=1_000,
+        description="Dirichlet alpha by which cases are dealt to simulated sites; 0: by the data file's site column",
+    )
+    augmentation: Augmentation = Field(
+        "upright",
+        description="none; upright: small shifts, turns and changes of brightness; "
+        "all-orientations: also flips and any turn (skin, cells)",
+    )
+
+
+class ChainConfig(Table):
+    """The chain of links."""
+
+    backbone: str = Field("convnext_atto", description="timm model that travels along the chain")
+    patch_size: int = Field(0, ge=0, le=64, description="Patch size of a ViT, in pixels. 0: the backbone's own")
+    laps: int = Field(1, ge=1, le=100, description="Passes over all sites")
+    strands: int = Field(1, ge=1, le=512, description="Chains that run at the same time, each starting at another site")
+    order: Literal["given", "reversed", "shuffled", "largest-first", "smallest-first"] = Field(
+        "given", description="Order of the sites in a lap; shuffled: by the seed; the last two: by training cases"
+    )
+    epochs: int = Field(12, ge=1, le=10_000, description="Epochs of one link")
+    batch_size: int = Field(32, ge=1, le=4_096, description="Images per step; a site with fewer takes all it has")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the one-cycle learning rate (AdamW)")
+    weight_decay: float = Field(0.05, ge=0, le=1, description="Decoupled weight decay; not on norms and biases")
+    start: Literal["warm", "fresh"] = Field(
+        "warm", description="warm: a link starts from the predecessor's weights; fresh: from the run's initial weights"
+    )
+    label_fraction: float = Field(
+        1.0, gt=0, le=1, description="Fraction of each site's training cases that is used, by class, at least one each"
+    )
+    distillation_weight: float = Field(
+        0.5, ge=0, le=1, description="Weight a of the distillation; cross-entropy has 1-a. 0: no teacher"
+    )
+    temperature: float = Field(4.0, ge=1, le=100, description="Temperature of the distillation in the first epoch")
+    temperature_decay: float = Field(
+        0.9, gt=0, le=1, description="Factor on the temperature from epoch to epoch, down to 1"
+    )
+    teacher_trust: TeacherTrust = Field(
+        "label",
+        description="label: the predecessor counts less where it contradicts the label; none: the same everywhere",
+    )
+    class_balance: ClassBalance = Field(
+        "site-prior",
+        description="site-prior: cross-entropy adjusted by the logarithm of the site's class frequencies; "
+        "weighted: inverse class frequencies as weights; none",
+    )
+    on_failure: Literal["skip", "stop"] = Field(
+        "skip", description="What follows when a link has failed for good: go on with the next site, or stop the run"
+    )
+    retries: int = Field(1, ge=0, le=100, description="Further attempts after a link has failed")
+    compare_alone: bool = Field(
+        True, description="Also train each site alone, with the same budget, to compare the chain with"
+    )
+
+
+class PrivilegedConfig(Table):
+    """Teachers that read reports or tables at the site."""
+
+    mode: Literal["off"] = Field("off", description="Only off: privileged teachers are not part of this version")
+
+
+class StudentConfig(Table):
+    """The compact students."""
+
+    model: str = Field(
+        "",
+        description="timm model of the chain's family for the student. Empty: the backbone narrowed by width and depth",
+    )
+    width: float = Field(0.5, gt=0, le=1, description="Width of the student as a fraction of the backbone's")
+    depth: float = Field(0.67, gt=0, le=1, description="Depth of the student's stages as a fraction of the backbone's")
+    start: StudentStart = Field(
+        "dual",
+        description="dual: student and auxiliary teacher are complementary selections of the chain's weights; "
+        "single: both the same selection; random: neither (a control)",
+    )
+    rounds: int = Field(3, ge=0, le=10_000, description="Rounds of self-distillation. 0: no students")
+    epochs: int = Field(4, ge=1, le=10_000, description="Epochs at each site in a round")
+    finetune_rounds: int = Field(
+        1, ge=0, le=10_000, description="Rounds of fine-tuning without a teacher after the self-distillation"
+    )
+    finetune_factor: float = Field(0.1, gt=0, le=1, description="Factor on the learning rate in fine-tuning")
+    batch_size: int = Field(32, ge=1, le=4_096, description="Images per step; a site with fewer takes all it has")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the one-cycle learning rate (AdamW)")
+    weight_decay: float = Field(0.05, ge=0, le=1, description="Decoupled weight decay; not on norms and biases")
+    distillation_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the distillation from the auxiliary teacher"
+    )
+    temperature: float = Field(2.0, ge=1, le=100, description="Temperature of that distillation")
+    ema_decay: float = Field(
+        0.996, ge=0, lt=1, description="Decay of the auxiliary teacher's moving average at the start; rises to 1"
+    )
+    frozen_epochs: int = Field(
+        1, ge=0, le=10_000, description="Epochs in which the auxiliary teacher stays as it was selected"
+    )
+
+
+class PrivacyConfig(Table):
+    """Differential privacy."""
+
+    mode: Literal["off"] = Field("off", description="Only off: private training is not part of this version")
+
+
+class OutputConfig(Table):
+    """Where the run folder goes."""
+
+    dir: str = Field(
+        "~/.chainward/runs", description="Folder of the run folders: absolute, or under the home folder with ~"
+    )
+    resume: str = Field("", description="Id (or absolute path) of a stopped run to continue. Empty: a new run")
+
+
+class RunConfig(Table):
+    """The whole configuration of a run."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="Every random choice derives from it, but for privacy noise")
+    federation: FederationConfig = FederationConfig()
+    data: DataConfig = DataConfig()
+    chain: ChainConfig = ChainConfig()
+    privileged: PrivilegedConfig = PrivilegedConfig()
+    student: StudentConfig = StudentConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    output: OutputConfig = OutputConfig()
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, ConfigScalar]) -> RunConfig:
+        """Parse Flower's flat run config.
+
+        Raises
+        ------
+        ConfigError
+            One line that names every offending key, its value, what is allowed, and the nearest known key.
+        """
+        known = {option.key: option for option in options()}
+        problems = [
+            f"{key} = {value!r}: there is no such key{nearest(key, known)}"
+            for key, value in flat.items()
+            if key not in known
+        ]
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            table, _, name = key.rpartition(".")
+            if key in known:
+                (nested.setdefault(table, {}) if table else nested)[name] = value
+        config = cls()
+        try:
+            config = cls.model_validate(nested)
+        except ValidationError as error:
+            for detail in error.errors():
+                key = ".".join(str(part) for part in detail["loc"][:2])
+                option = known.get(key)
+                allowed = f"; allowed: {option.allowed}, default {option.default!r}" if option else ""
+                problems.append(f"{key} = {detail['input']!r}: {_lower_first(detail['msg'])}{allowed}")
+        if not problems:
+            problems = list(_contradictions(config))
+        if problems:
+            count = f"{len(problems)} problems in the run configuration: " if len(problems) > 1 else ""
+            raise ConfigError(count + " | ".join(problems))
+        return config
+
+    def to_flat(self) -> dict[str, ConfigScalar]:
+        """Return ``{"chain.laps": 1, ...}`` with every key, as Flower's run config has it."""
+        flat: dict[str, ConfigScalar] = {}
+        for name, value in self.model_dump(by_alias=True).items():
+            if isinstance(value, dict):
+                flat.update({f"{name}.{key}": item for key, item in value.items()})
+            else:
+                flat[name] = value
+        return flat
+
+    def tables(self) -> dict[str, Any]:
+        """Return nested tables with kebab-case keys, as written to ``config.toml``."""
+        return self.model_dump(by_alias=True)
+
+    @property
+    def expected_sites(self) -> tuple[str, ...]:
+        """The ids in ``federation.sites``, in order."""
+        return tuple(part.strip() for part in self.federation.sites.split(",") if part.strip())
+
+    def link_recipe(self, *, laps: int = 1) -> LinkRecipe:
+        """Return how one link is trained; `laps` > 1 gives the budget of several laps (for a site alone)."""
+        chain = self.chain
+        return LinkRecipe(
+            seed=self.seed,
+            epochs=chain.epochs * laps,
+            batch_size=chain.batch_size,
+            learning_rate=chain.learning_rate,
+            weight_decay=chain.weight_decay,
+            augmentation=self.data.augmentation,
+            precision=self.federation.precision,
+            threads=self.federation.threads,
+            class_balance=chain.class_balance,
+            label_fraction=chain.label_fraction,
+            start=chain.start,
+            distillation_weight=chain.distillation_weight,
+            temperature=chain.temperature,
+            temperature_decay=chain.temperature_decay,
+            teacher_trust=chain.teacher_trust,
+        )
+
+    def student_recipe(self, stage: Literal["distil", "finetune"]) -> StudentRecipe:
+        """Return how a student is trained at a site in one round of `stage`."""
+        student = self.student
+        finetune = stage == "finetune"
+        return StudentRecipe(
+            seed=self.seed,
+            epochs=student.epochs,
+            batch_size=student.batch_size,
+            learning_rate=student.learning_rate * (student.finetune_factor if finetune else 1.0),
+            weight_decay=student.weight_decay,
+            augmentation=self.data.augmentation,
+            precision=self.federation.precision,
+            threads=self.federation.threads,
+            class_balance=self.chain.class_balance,
+            label_fraction=self.chain.label_fraction,
+            stage=stage,
+            distillation_weight=0.0 if finetune else student.distillation_weight,
+            temperature=student.temperature,
+            ema_decay=student.ema_decay,
+            frozen_epochs=student.frozen_epochs,
+            rounds=student.rounds,
+        )
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """Yield one line for each pair of keys that can't both hold."""
+    sites, num_sites = config.expected_sites, config.federation.num_sites
+    if len(set(sites)) != len(sites):
+        yield f"federation.sites = {config.federation.sites!r} names a site twice; name each once"
+    if sites and num_sites and len(sites) != num_sites:
+        yield (
+            f"federation.num-sites = {num_sites} contradicts federation.sites, which names {len(sites)}; drop one of the two"
+        )
+    count = num_sites or len(sites)
+    if count and config.chain.strands > count:
+        yield (
+            f"chain.strands = {config.chain.strands} contradicts the number of sites, {count}: "
+            "no site holds two strands at once; allowed: at most the number of sites"
+        )
+    if config.data.source == "phantom":
+        if config.data.label_skew > 0:
+            yield (
+                f"data.label-skew = {config.data.label_skew} contradicts data.source = 'phantom': "
+                "phantom sites have a class mix of their own; set data.label-skew=0 or name a data file"
+            )
+    elif not Path(config.data.source).is_absolute():
+        yield (
+            f"data.source = {config.data.source!r} is not an absolute path (Flower runs apps in a folder of its own); "
+            "give the absolute path of a data file, or 'phantom'"
+        )
+    if config.chain.start == "fresh" and config.chain.distillation_weight == 0:
+        yield (
+            "chain.start = 'fresh' contradicts chain.distillation-weight = 0.0: nothing would pass from link to link; "
+            "set chain.start='warm' or a distillation weight above 0"
+        )
+    student = config.student
+    default = StudentConfig()
+    if student.model and (student.width, student.depth) != (default.width, default.depth):
+        yield (
+            f"student.model = {student.model!r} contradicts student.width = {student.width} and student.depth = "
+            f"{student.depth}: a named model has a size of its own; set either"
+        )
+    if student.rounds == 0 and student.finetune_rounds > default.finetune_rounds:
+        yield (
+            f"student.finetune-rounds = {student.finetune_rounds} contradicts student.rounds = 0, which trains no student"
+        )
+    output = Path(config.output.dir)
+    if not output.is_absolute() and not config.output.dir.startswith("~"):
+        yield (
+            f"output.dir = {config.output.dir!r} is relative, and Flower runs apps in a folder of its own; "
+            "give an absolute path, or one that starts with ~"
+        )
+
+
+class Option(BaseModel):
+    """One key of the configuration, for documentation and for error messages."""
+
+    key: str
+    kind: str
+    allowed: str
+    default: ConfigScalar
+    description: str
+
+
+def options() -> list[Option]:
+    """Return every key of the configuration, in the order of the tables."""
+    found: list[Option] = []
+    for name, field in RunConfig.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Table):
+            found += [_option(f"{name}.{_kebab(key)}", inner) for key, inner in annotation.model_fields.items()]
+        else:
+            found.append(_option(_kebab(name), field))
+    return found
+
+
+def table_descriptions() -> dict[str, str]:
+    """Return the one-line description of each table."""
+    return {
+        name: (field.annotation.__doc__ or "").strip()
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Table)
+    }
+
+
+_KINDS = {bool: "true or false", int: "integer", float: "number", str: "text"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _option(key: str, field: FieldInfo) -> Option:
+    annotation = field.annotation
+    if get_origin(annotation) is Literal:
+        kind, allowed = "choice", ", ".join(str(value) for value in get_args(annotation))
+    else:
+        assert get_origin(annotation) not in (Union, types.UnionType), f"{key}: a key has one type"
+        kind = _KINDS[annotation] if annotation in _KINDS else str(annotation)
+        bounds = [
+            f"{words} {_plain(getattr(constraint, name))}"
+            for constraint in field.metadata
+            for name, words in _BOUNDS.items()
+            if getattr(constraint, name, None) is not None
+        ]
+        allowed = f"{kind} {', '.join(bounds)}".strip()
+    return Option(key=key, kind=kind, allowed=allowed, default=field.default, description=field.description or "")
+
+
+def _plain(value: float) -> str:
+    if value == 2**63:
+        return "2^63"
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,148 @@
+"""Scores of a classifier at one site, and of several sites together without any case leaving its site.
+
+A site sends counts, not cases: a confusion matrix, calibration bins, and histograms of the scores. They add up over the
+sites, and the pooled accuracy, balanced accuracy and calibration error that follow are exact. The pooled area under the
+ROC curve treats scores within one of `SCORE_BINS` bins as ties; with bins of width 0.023 in the logit it is within
+about 0.001 of the exact one (tests compare).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from sklearn.metrics import roc_auc_score
+
+from chainward_shared.errors import WeightsError
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.weights import from_arrays
+
+CALIBRATION_BINS = 15
+SCORE_BINS = 1024
+LOGIT_RANGE = 12.0
+
+ClassScores = np.ndarray
+"""float64 (n, classes): probabilities; rows sum to 1."""
+
+
+def evaluate(probabilities: ClassScores, labels: np.ndarray) -> Scores:
+    """Return the scores of one model on one set of cases, exactly.
+
+    Parameters
+    ----------
+    probabilities : float (n, classes), rows sum to 1
+    labels : int (n,)
+    """
+    pooled = pool([PredictionCounts.of(probabilities, labels)])
+    return pooled.model_copy(update={"macro_auc": _macro_auc(probabilities, labels)})
+
+
+def _macro_auc(probabilities: ClassScores, labels: np.ndarray) -> float | None:
+    areas = [
+        float(roc_auc_score(labels == k, probabilities[:, k]))
+        for k in range(probabilities.shape[1])
+        if 0 < int((labels == k).sum()) < len(labels)
+    ]
+    return float(np.mean(areas)) if areas else None
+
+
+@dataclass(frozen=True)
+class PredictionCounts:
+    """Sums over cases from which pooled scores follow; those of two sites add up.
+
+    Attributes
+    ----------
+    confusion : int64 (classes, classes), rows are labels, columns predictions
+    calibration : float64 (CALIBRATION_BINS, 3): cases, sum of confidences, cases classified correctly
+    histograms : int64 (classes, 2, SCORE_BINS): cases by the score of each class; [k, 1] those of class k, [k, 0] others
+    """
+
+    confusion: np.ndarray
+    calibration: np.ndarray
+    histograms: np.ndarray
+
+    @classmethod
+    def of(cls, probabilities: ClassScores, labels: np.ndarray) -> PredictionCounts:
+        """Count the predictions of one model at one site; shapes as in `evaluate`."""
+        classes = probabilities.shape[1]
+        predictions = probabilities.argmax(axis=1)
+        confusion = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(confusion, (labels, predictions), 1)
+        confidence = probabilities.max(axis=1)
+        bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+        calibration = np.zeros((CALIBRATION_BINS, 3))
+        np.add.at(calibration, bins, np.stack([np.ones_like(confidence), confidence, predictions == labels], axis=1))
+        clipped = np.clip(probabilities, 1e-12, 1 - 1e-12)
+        logits = np.clip(np.log(clipped) - np.log1p(-clipped), -LOGIT_RANGE, LOGIT_RANGE)
+        position = ((logits + LOGIT_RANGE) / (2 * LOGIT_RANGE) * SCORE_BINS).astype(np.int64)
+        histograms = np.zeros((classes, 2, SCORE_BINS), dtype=np.int64)
+        for k in range(classes):
+            column = np.minimum(position[:, k], SCORE_BINS - 1)
+            np.add.at(histograms, (k, (labels == k).astype(np.int64), column), 1)
+        return cls(confusion, calibration, histograms)
+
+
+def pool(counts: Iterable[PredictionCounts]) -> Scores:
+    """Return the scores over all cases that were counted."""
+    parts = list(counts)
+    confusion = sum((part.confusion for part in parts[1:]), start=parts[0].confusion)
+    calibration = sum((part.calibration for part in parts[1:]), start=parts[0].calibration)
+    histograms = sum((part.histograms for part in parts[1:]), start=parts[0].histograms)
+    n = int(confusion.sum())
+    if n == 0:
+        return Scores(n=0, accuracy=None, balanced_accuracy=None, macro_auc=None, ece=None)
+    per_class = confusion.sum(axis=1)
+    present = per_class > 0
+    recalls = np.diag(confusion)[present] / per_class[present]
+    gaps = np.abs(calibration[:, 2] - calibration[:, 1]).sum() / n
+    areas = [area for area in map(_binned_auc, histograms) if not math.isnan(area)]
+    return Scores(
+        n=n,
+        accuracy=float(np.trace(confusion) / n),
+        balanced_accuracy=float(recalls.mean()),
+        macro_auc=float(np.mean(areas)) if areas else None,
+        ece=float(gaps),
+    )
+
+
+def _binned_auc(histogram: np.ndarray) -> float:
+    """Return the area under the ROC curve of one class, scores in one bin counted as ties; NaN without both kinds."""
+    negatives, positives = histogram.astype(np.float64)
+    pairs = negatives.sum() * positives.sum()
+    if pairs == 0:
+        return math.nan
+    below = np.cumsum(negatives) - negatives
+    return float((positives * (below + negatives / 2)).sum() / pairs)
+
+
+_COUNT_FIELDS = ("confusion", "calibration", "histograms")
+
+
+def counts_to_arrays(counts: PredictionCounts) -> ArrayRecord:
+    """Return the counts as Flower arrays."""
+    return ArrayRecord({name: Array(getattr(counts, name)) for name in _COUNT_FIELDS})
+
+
+def counts_from_arrays(arrays: ArrayRecord, classes: int) -> PredictionCounts:
+    """Return the counts in `arrays`.
+
+    Raises
+    ------
+    WeightsError
+        Names, shapes, dtypes or values are not those of counts over `classes` classes.
+    """
+    shapes = {
+        "confusion": (classes, classes),
+        "calibration": (CALIBRATION_BINS, 3),
+        "histograms": (classes, 2, SCORE_BINS),
+    }
+    dtypes = {"confusion": torch.int64, "calibration": torch.float64, "histograms": torch.int64}
+    template = {name: torch.empty(shapes[name], dtype=dtypes[name]) for name in _COUNT_FIELDS}
+    values = {name: tensor.numpy() for name, tensor in from_arrays(arrays, template).items()}
+    if any((array < 0).any() for array in values.values()):
+        raise WeightsError("counts of predictions: a count is negative")
+    return PredictionCounts(**values)

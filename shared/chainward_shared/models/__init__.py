@@ -1,0 +1,30 @@
+"""The models of the chain: timm backbones, and the compact students selected out of a large one.
+
+`architecture` names and builds a backbone, `selection` takes a student's weights out of a teacher's, and
+`families` holds one file for each kind of backbone whose weights can be selected.
+"""
+
+from chainward_shared.models.architecture import (
+    Architecture,
+    build_model,
+    compact_architecture,
+    count_parameters,
+    family_of,
+    resolve_architecture,
+    skeleton,
+)
+from chainward_shared.models.families import supported_families
+from chainward_shared.models.selection import select_weights, uniform_indices
+
+__all__ = [
+    "Architecture",
+    "build_model",
+    "compact_architecture",
+    "count_parameters",
+    "family_of",
+    "resolve_architecture",
+    "select_weights",
+    "skeleton",
+    "supported_families",
+    "uniform_indices",
+]

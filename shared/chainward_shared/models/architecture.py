@@ -1,0 +1,417 @@
+"""Name, check and build a timm backbone; never pretrained, never from the network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from inspect import signature
+from typing import Any, Final
+
+import timm
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from torch import nn
+
+from chainward_shared.errors import ModelError, nearest
+from chainward_shared.models.families import Family, describe_families, find_family
+
+METADATA_KEY: Final = "chainward.architecture"
+
+# An architecture may arrive in a file: these arguments would load weights, touch a path or contradict a field
+_REFUSED_OPTIONS: Final = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "device",
+        "dtype",
+        "exportable",
+        "features_only",
+        "in_chans",
+        "model_name",
+        "no_jit",
+        "num_classes",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_custom_load",
+        "pretrained_filter_fn",
+        "pretrained_model_args",
+        "pretrained_strict",
+        "scriptable",
+    }
+)
+
+
+class Architecture(BaseModel):
+    """Everything that decides a model's shapes, so that plain timm can rebuild it.
+
+    Attributes:
+        name: the timm model, without the tag of a pretrained version, e.g. ``"vit_tiny_patch16_224"``.
+        num_classes: outputs of the classifier.
+        in_chans: channels of an image, 1 for grey.
+        image_size: side of the square image, pixels.
+        options: further arguments of `timm.create_model`, e.g. ``{"img_size": 64, "embed_dim": 96}``. Default
+            none.
+
+    Raises:
+        ModelError: the name is unknown to timm or asks for a download, or an option would load weights.
+        pydantic.ValidationError: a field is missing, unknown, of another type, or a size is below 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    num_classes: int = Field(ge=1)
+    in_chans: int = Field(ge=1)
+    image_size: int = Field(ge=1)
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        _check_name(name)
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Architecture:
+        if refused := sorted(_REFUSED_OPTIONS & self.options.keys()):
+            raise ModelError(
+                f"architecture '{self.name}' has the option '{refused[0]}', which it must not set: remove it"
+            )
+        if (img_size := self.options.get("img_size", self.image_size)) != self.image_size:
+            raise ModelError(
+                f"architecture '{self.name}' has image_size {self.image_size} but the option "
+                f"img_size {img_size}: make them equal"
+            )
+        return self
+
+    def timm_kwargs(self) -> dict[str, Any]:
+        """Return the arguments with which ``timm.create_model(name, pretrained=False, **kwargs)`` rebuilds
+        the model."""
+        return {"num_classes": self.num_classes, "in_chans": self.in_chans, **self.options}
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the architecture as metadata of a safetensors file; the ``timm.*`` entries suffice without
+        Chainward."""
+        return {
+            METADATA_KEY: self.model_dump_json(),
+            "timm.model": self.name,
+            "timm.kwargs": json.dumps(self.timm_kwargs()),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Architecture:
+        """Return the architecture that `to_metadata` wrote.
+
+        Raises:
+            ModelError: the entry is missing or damaged, or timm does not know the model.
+        """
+        if METADATA_KEY not in metadata:
+            raise ModelError(f"the file's metadata has no '{METADATA_KEY}': it was not written by Chainward")
+        try:
+            return cls.model_validate_json(metadata[METADATA_KEY])
+        except ValidationError as error:
+            raise ModelError(f"the file's '{METADATA_KEY}' is damaged: {_first_problem(error)}") from error
+
+
+def resolve_architecture(
+    name: str, *, num_classes: int, in_chans: int, image_size: int, patch_size: int = 0
+) -> Architecture:
+    """Return the architecture of the timm model `name` for square images of `image_size` pixels.
+
+    Args:
+        patch_size: side in pixels of the patches that the model cuts an image into; 0, the default, keeps the
+            backbone's.
+
+    Raises:
+        ModelError: timm has no such model, the name is that of pretrained weights, a size is below 1, the
+            model has no patch size to set, or it can't work on images of this size.
+    """
+    _check_name(name)
+    try:
+        plain = Architecture(name=name, num_classes=num_classes, in_chans=in_chans, image_size=image_size)
+    except ValidationError as error:
+        raise ModelError(f"backbone '{name}': {_first_problem(error)}") from error
+    if patch_size < 0:
+        raise ModelError(f"patch size {patch_size} of '{name}' is negative: give pixels, or 0 for the backbone's own")
+    # such a model checks and stores its image size; any other works on any size, and has no argument for it
+    takes_image_size = _takes(skeleton(plain), "img_size")
+    architecture = _with_sizes(plain, image_size, patch_size, takes_image_size)
+    if patch_size:
+        _check_patch_size_is_used(architecture, patch_size)
+    _check_image_size(architecture, takes_image_size)
+    return architecture
+
+
+def build_model(architecture: Architecture, seed: int | None = None) -> nn.Module:
+    """Return the model on the CPU in training mode, with fresh weights.
+
+    Args:
+        seed: decides every initial weight, and leaves the global generators untouched. None, the default,
+            draws from torch's global generator.
+
+    Raises:
+        ModelError: timm can't build it.
+    """
+    if seed is None:
+        return _create(architecture, "cpu")
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: that also reseeds every accelerator, which nothing here restores
+        torch.default_generator.manual_seed(seed)
+        return _create(architecture, "cpu")
+
+
+def skeleton(architecture: Architecture) -> nn.Module:
+    """Return the model on the meta device: shapes without weights. Callers share it, so never change it.
+
+    Raises:
+        ModelError: timm can't build it.
+    """
+    return _skeleton(architecture.model_dump_json())
+
+
+def family_of(architecture: Architecture | str) -> str:
+    """Return the family, ``"vit"`` or ``"convnext"``, by whose rules weights of this backbone are selected.
+
+    Raises:
+        ModelError: no family covers the backbone (it can be built and trained, not selected from), or it is
+            unknown.
+    """
+    return require_family(architecture).name
+
+
+def require_family(architecture: Architecture | str) -> Family:
+    """Return the family itself; see `family_of`."""
+    if isinstance(architecture, str):
+        _check_name(architecture)
+        architecture = Architecture(name=architecture, num_classes=2, in_chans=3, image_size=224)
+    family = find_family(skeleton(architecture))
+    if family is None:
+        raise ModelError(
+            f"weights of '{architecture.name}' can't be selected: no rules for its family; "
+            f"supported are {describe_families()}"
+        )
+    return family
+
+
+def compact_architecture(
+    large: Architecture, *, width: float = 0.5, depth: float = 1.0, name: str = ""
+) -> Architecture:
+    """Return the architecture of a compact student whose weights can be selected out of `large`.
+
+    Widths become ``width`` times as large, rounded to multiples of 8, and for a ViT of its heads too; the
+    number of heads is kept, unless the embedding gets too small for it. Depths (of each stage for a ConvNeXt)
+    become ``depth`` times as large, rounded, at least 1.
+
+    Args:
+        large: the teacher's architecture. Classes, image and patch size are kept.
+        width: factor on the widths, within (0, 1].
+        depth: factor on the depths, within (0, 1].
+        name: a timm model of the same family to take the sizes of instead; then `width` and `depth` are not
+            used.
+
+    Raises:
+        ModelError: no family covers `large` or `name`, the families differ, a factor is out of range, or the
+            student is not smaller than the teacher in any dimension, or is larger in one.
+    """
+    family = require_family(large)
+    if name:
+        student = _named_student(large, family, name)
+    else:
+        for key, factor in (("width", width), ("depth", depth)):
+            if not 0 < factor <= 1:
+                raise ModelError(f"{key} factor {factor} of the compact student of '{large.name}' is not within (0, 1]")
+        scaled = family.scaled_options(skeleton(large), width, depth)
+        student = large.model_copy(update={"options": {**large.options, **scaled}})
+    check_selectable(large, student)
+    if family.sizes(skeleton(student)) == family.sizes(skeleton(large)):
+        raise ModelError(
+            f"compact student '{student.name}' is as large as its teacher '{large.name}' in every dimension: "
+            "lower the width or the depth factor, or name a smaller model"
+        )
+    return student
+
+
+def check_selectable(teacher: Architecture, student: Architecture) -> Family:
+    """Check that weights of `student` can be selected out of `teacher`, and return their family.
+
+    Raises:
+        ModelError: the family has no rules or differs, the image, patch or input sizes differ, the student is
+            larger in a dimension, or one has a component that the other lacks. Names both sides.
+    """
+    family, other = require_family(teacher), require_family(student)
+    if other is not family:
+        raise ModelError(
+            f"student '{student.name}' is of the family {other.name}, its teacher '{teacher.name}' is of "
+            f"{family.name}: weights can be selected inside one family only, e.g. {family.examples}"
+        )
+    large, small = skeleton(teacher), skeleton(student)
+    equal = (
+        ("image size", teacher.image_size, student.image_size),
+        ("patch size", family.patch_size(large), family.patch_size(small)),
+        ("number of input channels", teacher.in_chans, student.in_chans),
+    )
+    for what, expected, found in equal:
+        if found != expected:
+            raise ModelError(
+                f"{what} {found} of student '{student.name}' differs from {expected} of its teacher "
+                f"'{teacher.name}': weights can only be selected where they are equal"
+            )
+    limits = family.sizes(large)
+    for what, found in family.sizes(small).items():
+        if found > limits[what]:
+            raise ModelError(
+                f"student '{student.name}' is larger than its teacher '{teacher.name}': {what} {found}, "
+                f"at most {limits[what]} can be selected"
+            )
+    if differing := sorted(_components(large) ^ _components(small)):
+        raise ModelError(
+            f"student '{student.name}' and its teacher '{teacher.name}' are built of different components: "
+            f"only one of them has '{differing[0]}'"
+        )
+    return family
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, trainable or frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_name(name: str) -> None:
+    if ":" in name or "/" in name:
+        raise ModelError(f"backbone '{name}' names a place to load from: give the plain name of a timm model")
+    plain, _, tag = name.partition(".")
+    if tag and timm.is_model(plain):
+        raise ModelError(
+            f"backbone '{name}' asks for pretrained weights, '{tag}', which are never loaded: use '{plain}'"
+        )
+    if not timm.is_model(name):
+        raise ModelError(f"timm {timm.__version__} has no model '{name}'{nearest(name, timm.list_models())}")
+
+
+def _create(architecture: Architecture, device: str) -> nn.Module:
+    try:
+        with torch.device(device):
+            return timm.create_model(architecture.name, pretrained=False, **architecture.timm_kwargs())
+    except Exception as error:  # timm answers a bad argument with whatever its layers raise
+        raise ModelError(
+            f"timm can't build '{architecture.name}' with {architecture.timm_kwargs()}: {_first_line(error)}"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _skeleton(architecture_json: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return _create(Architecture.model_validate_json(architecture_json), "meta").eval()
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Tell whether the class of `model`, or one that it hands its arguments on to, has this argument."""
+    return any(argument in signature(cls.__init__).parameters for cls in type(model).__mro__)
+
+
+def _with_sizes(plain: Architecture, image_size: int, patch_size: int, takes_image_size: bool) -> Architecture:
+    options = dict(plain.options)
+    if takes_image_size:
+        options["img_size"] = image_size
+    if patch_size:
+        options["patch_size"] = patch_size
+    return plain.model_copy(update={"image_size": image_size, "options": options})
+
+
+def _check_patch_size_is_used(architecture: Architecture, patch_size: int) -> None:
+    plain = architecture.model_copy(update={"options": {}})
+    # timm's models pass unknown arguments on to a class that may not have them, or may not use them
+    used = _takes(skeleton(plain), "patch_size")
+    if used and (family := find_family(skeleton(architecture))):
+        used = family.patch_size(skeleton(architecture)) == patch_size
+    if not used:
+        raise ModelError(f"backbone '{architecture.name}' has no patch size to set to {patch_size}: leave it at 0")
+
+
+def _check_image_size(architecture: Architecture, takes_image_size: bool) -> None:
+    name, image_size, model = architecture.name, architecture.image_size, skeleton(architecture)
+    family = find_family(model)
+    patch_size = family.patch_size(model) if family else 0
+    # a ViT would silently drop the border that does not fill a patch
+    if takes_image_size and patch_size and image_size % patch_size:
+        fitting = [size for size in range(1, image_size + 1) if image_size % size == 0]
+        closest = min(fitting, key=lambda size: abs(size - patch_size))
+        raise ModelError(
+            f"images of {image_size} pixels can't be cut into the {patch_size}-pixel patches of '{name}': "
+            f"choose a patch size that divides {image_size}, e.g. {closest}"
+        )
+    if problem := _forward_problem(architecture):
+        advice = _what_fits(architecture, takes_image_size) or problem
+        raise ModelError(f"'{name}' can't work on images of {image_size} pixels: {advice}")
+
+
+def _what_fits(architecture: Architecture, takes_image_size: bool) -> str:
+    """Return the smallest larger image, and the patch size, with which the model works, or an empty
+    string."""
+
+    def fits(image_size: int, patch_size: int) -> bool:
+        try:
+            return not _forward_problem(_with_sizes(architecture, image_size, patch_size, takes_image_size))
+        except ModelError:
+            return False
+
+    ways = []
+    larger = range((architecture.image_size // 8 + 1) * 8, 513, 8)
+    if image := next((size for size in larger if fits(size, 0)), 0):
+        ways.append(f"choose images of at least {image} pixels")
+    family = find_family(skeleton(architecture))
+    own_patch = family.patch_size(skeleton(architecture)) if family else 0
+    if patch := next((size for size in range(own_patch - 1, 0, -1) if fits(architecture.image_size, size)), 0):
+        ways.append(f"patch size {patch}")
+    return " or ".join(ways)
+
+
+def _forward_problem(architecture: Architecture) -> str:
+    """Return why the model can't do a forward pass at its image size, or an empty string if it can."""
+    shape = (1, architecture.in_chans, architecture.image_size, architecture.image_size)
+    try:
+        with torch.no_grad():
+            skeleton(architecture)(torch.empty(shape, device="meta"))
+    except NotImplementedError:
+        return ""  # an operation that the meta device lacks says nothing about the size
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return _first_line(error)
+    return ""
+
+
+def _named_student(large: Architecture, family: Family, name: str) -> Architecture:
+    if family_of(name) != family.name:
+        # refused by the caller's check; the teacher's options mean nothing to another family
+        return Architecture(**large.model_dump(exclude={"name", "options"}), name=name)
+    options = {key: value for key, value in large.options.items() if key not in family.size_options}
+    student = large.model_copy(update={"name": name, "options": options})
+    patch_size = family.patch_size(skeleton(large))
+    if patch_size and family.patch_size(skeleton(student)) != patch_size:
+        student = student.model_copy(update={"options": {**options, "patch_size": patch_size}})
+    return student
+
+
+def _components(model: nn.Module) -> set[str]:
+    """Return the names of the parameters with the number of the layer left out."""
+    return {re.sub(r"\.\d+\.", ".*.", name) for name in model.state_dict()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return f"{place or 'value'}: {problem['msg']}"

@@ -1,0 +1,149 @@
+"""Weight selection: the first weights of a compact student are taken out of a large, trained model.
+
+Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv 2311.18823, section 3. The first
+layers are taken (of each stage for a ConvNeXt), components are matched by name, and uniform channels are
+selected along every axis. The channels of an axis are the same wherever that axis occurs; the paper shows
+how much of the gain depends on this consistency. Each family of backbones labels the axes of its parameters;
+see `families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from chainward_shared.errors import ModelError, WeightsError
+from chainward_shared.models.architecture import (
+    Architecture,
+    build_model,
+    check_selectable,
+    skeleton,
+)
+from chainward_shared.models.families import Axis, Family
+from chainward_shared.models.indices import Variant, uniform_indices
+
+__all__ = ["Variant", "select_weights", "uniform_indices"]
+
+
+def select_weights(
+    teacher_state: Mapping[str, torch.Tensor],
+    teacher: Architecture,
+    student: Architecture,
+    variant: Variant = "A",
+    *,
+    head: Literal["copy", "skip"] | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Return the full state dict of the student, selected out of the teacher's.
+
+    The attention of a ViT is selected by whole heads, and with the same channels inside each head; the paper
+    selects its fused axis uniformly, which mixes heads. See `families.vit`.
+
+    Args:
+        teacher_state: state dict of `teacher`.
+        teacher: the large model.
+        student: a model of the same family, nowhere larger, for the same images; see `compact_architecture`.
+        variant: "A" or its complement "B"; see `uniform_indices`.
+        head: "copy" takes the classifier with the selected channels, "skip" leaves it at the student's own
+            initialisation. None, the default, copies it when the classes are as many.
+        seed: of the student's own initialisation (`build_model`), used with "skip" only.
+
+    Returns:
+        Contiguous copies, in the order of the student's own state dict, with the teacher's dtypes and
+        devices.
+
+    Raises:
+        ModelError: the family has no rules or differs, the student is larger than the teacher, the image,
+            patch or input sizes differ, the classifier can't be copied, or a parameter of the student has no
+            counterpart or no rule.
+        WeightsError: `teacher_state` is not a state dict of `teacher`.
+    """
+    family = check_selectable(teacher, student)
+    skip_head = _skips_head(teacher, student, head)
+    _check_state(teacher_state, teacher)
+    channels = family.channels(skeleton(teacher), skeleton(student), variant)
+    fresh = build_model(student, seed).state_dict() if skip_head else {}
+    selected = {}
+    for name, target in skeleton(student).state_dict().items():
+        if name not in teacher_state:
+            raise ModelError(
+                f"student '{student.name}' has the parameter '{name}', its teacher '{teacher.name}' has not"
+            )
+        source = teacher_state[name].detach()
+        if skip_head and family.classifier.fullmatch(name):
+            selected[name] = fresh[name].to(source).clone()
+            continue
+        weights = _select(source, _axes(name, source, family, channels))
+        # an MLP of linear layers and one of 1x1 convolutions have the same weights
+        if _without_trailing_ones(weights.shape) == _without_trailing_ones(target.shape):
+            selected[name] = weights.reshape(target.shape)
+        else:
+            raise ModelError(
+                f"no rule selects '{name}' of shape {tuple(target.shape)} for '{student.name}' "
+                f"out of shape {tuple(source.shape)} of '{teacher.name}'"
+            )
+    return selected
+
+
+def _skips_head(teacher: Architecture, student: Architecture, head: Literal["copy", "skip"] | None) -> bool:
+    same_classes = teacher.num_classes == student.num_classes
+    if head is None:
+        return not same_classes
+    if head not in ("copy", "skip"):
+        raise ModelError(f"the classifier can't be treated as '{head}': choose 'copy' or 'skip'")
+    if head == "copy" and not same_classes:
+        raise ModelError(
+            f"the classifier of '{teacher.name}' has {teacher.num_classes} classes, that of the student "
+            f"'{student.name}' {student.num_classes}: it can't be copied, use head='skip'"
+        )
+    return head == "skip"
+
+
+def _check_state(state: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
+    expected = skeleton(architecture).state_dict()
+    if missing := [name for name in expected if name not in state]:
+        raise WeightsError(f"the weights of '{architecture.name}' lack '{missing[0]}' ({len(missing)} missing in all)")
+    if unknown := [name for name in state if name not in expected]:
+        raise WeightsError(
+            f"the weights of '{architecture.name}' have an unexpected '{unknown[0]}' ({len(unknown)} in all)"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise WeightsError(
+                f"'{name}' of '{architecture.name}' has shape {tuple(state[name].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+
+
+def _axes(name: str, source: torch.Tensor, family: Family, channels: Mapping[str, Axis]) -> list[tuple[int, Axis]]:
+    """Return the axes of a parameter to select along, each with its selection."""
+    labels = family.labels(name)
+    if labels is None:
+        raise ModelError(f"the rules of the family {family.name} don't cover the parameter '{name}'")
+    axes = []
+    for dim, label in enumerate(labels[: source.ndim]):
+        if label is None:
+            continue
+        axis = channels.get(label)
+        if axis is None or axis.size != source.shape[dim]:
+            raise ModelError(
+                f"the rules of the family {family.name} don't cover axis {dim} of '{name}', shape {tuple(source.shape)}"
+            )
+        axes.append((dim, axis))
+    return axes
+
+
+def _select(source: torch.Tensor, axes: list[tuple[int, Axis]]) -> torch.Tensor:
+    weights = source
+    for dim, axis in axes:
+        weights = weights.index_select(dim, axis.indices.to(source.device))
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
+def _without_trailing_ones(shape: torch.Size) -> tuple[int, ...]:
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)

@@ -1,0 +1,272 @@
+"""The messages between coordinator and sites: typed records, to and from Flower's `RecordDict`.
+
+Every message is one pydantic model, carried as JSON, and at most the arrays that its kind may carry. What isn't listed
+in `ARRAYS` for a kind can't be packed, and is refused on arrival: no tensor of a privileged teacher has a name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeVar
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainward_shared import __version__
+from chainward_shared.errors import ProtocolError
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import Architecture
+from chainward_shared.recipes import LinkRecipe, StudentRecipe
+
+PROTOCOL_VERSION = 1
+
+EXAMPLES_KEY = "num-examples"
+"""Name under which Flower's FedAvg finds a site's weight."""
+
+
+class Body(BaseModel):
+    """Base of the messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    KIND: ClassVar[str]
+    ARRAYS: ClassVar[frozenset[str]] = frozenset()
+    """Names of the array records that may travel with this kind of message."""
+
+
+class SimulatedSite(Body):
+    """Which simulated hospital a node shall play, and where it finds everything. Only simulations send it."""
+
+    KIND: ClassVar[str] = "simulated-site"
+
+    index: int = Field(ge=0)
+    source: str
+    num_sites: int
+    label_skew: float
+    seed: int
+    state_dir: str
+
+
+class HelloRequest(Body):
+    """Who is there? A simulated node also says which sites the data source has."""
+
+    KIND: ClassVar[str] = "hello-request"
+
+    source: str
+    num_sites: int
+    label_skew: float
+
+
+class Hello(Body):
+    """A node's answer. `site`: its id where it knows it from its own site.yaml; None for a simulated node, which says
+    instead which sites the data source has, or what is wrong with it (`problem`)."""
+
+    KIND: ClassVar[str] = "hello"
+
+    site: str | None
+    simulated_sites: list[str] = Field(default_factory=list)
+    problem: str | None = None
+    partition: int | None = None
+    version: str = __version__
+
+
+class CardRequest(Body):
+    """Describe your data."""
+
+    KIND: ClassVar[str] = "card-request"
+
+    simulated: SimulatedSite | None = None
+
+
+class SiteCard(Body):
+    """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`."""
+
+    KIND: ClassVar[str] = "site-card"
+
+    site: str
+    classes: list[str]
+    image_size: int
+    channels: int
+    train: int
+    val: int
+    test: int
+    class_counts: dict[str, list[int]]
+    synthetic: bool
+    notes: list[str]
+
+
+class LinkTask(Body):
+    """Train one link. `hop` names it; `trained_alone`: no predecessor, the comparison of a hospital on its own."""
+
+    KIND: ClassVar[str] = "link-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"predecessor"})
+
+    hop: str
+    strand: int
+    lap: int
+    trained_alone: bool = False
+    architecture: Architecture
+    recipe: LinkRecipe
+    predecessor_digest: str | None = None
+    simulated: SimulatedSite | None = None
+
+
+class TrainingLog(BaseModel):
+    """How one training went; lists hold one value per epoch, `seconds` is the whole of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int
+    steps: int
+    images: int
+    loss: list[float]
+    temperature: list[float] = Field(default_factory=list)
+    teacher_trust: list[float] = Field(default_factory=list)
+    seconds: float
+    precision: str
+
+
+class LinkResult(Body):
+    """The refined model of a link."""
+
+    KIND: ClassVar[str] = "link-result"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    hop: str
+    site: str
+    digest: str
+    training: TrainingLog
+
+
+class StudentTask(Body):
+    """Train the compact student for one round. `auxiliary` is sent until the site has finished a round of its own."""
+
+    KIND: ClassVar[str] = "student-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"student", "auxiliary"})
+
+    run_id: str
+    round: int
+    architecture: Architecture
+    recipe: StudentRecipe
+    student_digest: str
+    auxiliary_digest: str | None = None
+    simulated: SimulatedSite | None = None
+
+
+class StudentResult(Body):
+    """A site's student of one round. The auxiliary teacher stays at the site."""
+
+    KIND: ClassVar[str] = "student-result"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"student"})
+
+    round: int
+    site: str
+    digest: str
+    training: TrainingLog
+    examples: int
+
+
+class EvaluateTask(Body):
+    """Score a model on the site's own images of `splits`."""
+
+    KIND: ClassVar[str] = "evaluate-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    architecture: Architecture
+    splits: list[Literal["val", "test"]]
+    threads: int
+    digest: str
+    simulated: SimulatedSite | None = None
+
+
+class EvaluateResult(Body):
+    """Scores of each split, and the counts from which scores over several sites follow (`counts_<split>` arrays)."""
+
+    KIND: ClassVar[str] = "evaluate-result"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"counts_val", "counts_test"})
+
+    site: str
+    scores: dict[str, Scores]
+
+
+class Refusal(Body):
+    """A site's word that it can't or won't, in one line for a person."""
+
+    KIND: ClassVar[str] = "refusal"
+
+    reason: str
+
+
+B = TypeVar("B", bound=Body)
+
+_ENVELOPE = "chainward"
+
+
+def pack(body: Body, arrays: Mapping[str, ArrayRecord] | None = None) -> RecordDict:
+    """Return `body` and its arrays as the content of a Flower message.
+
+    Raises
+    ------
+    ProtocolError
+        An array record is not on the allow-list of this kind of message.
+    """
+    arrays = dict(arrays or {})
+    if foreign := sorted(set(arrays) - body.ARRAYS):
+        raise ProtocolError(f"a message '{body.KIND}' may not carry the arrays '{foreign[0]}'")
+    envelope = ConfigRecord({"protocol": PROTOCOL_VERSION, "kind": body.KIND, "body": body.model_dump_json()})
+    content = RecordDict({_ENVELOPE: envelope, **arrays})
+    if isinstance(body, StudentResult):
+        content["metrics"] = MetricRecord({EXAMPLES_KEY: body.examples})
+    return content
+
+
+def kind_of(content: RecordDict) -> str:
+    """Return the kind of a packed message.
+
+    Raises
+    ------
+    ProtocolError
+        Not one of ours, or of another protocol version.
+    """
+    envelope = content.config_records.get(_ENVELOPE)
+    if envelope is None or "kind" not in envelope or "body" not in envelope:
+        raise ProtocolError(
+            "a message without Chainward's envelope arrived; is another app running on this federation?"
+        )
+    if envelope.get("protocol") != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"a message of protocol version {envelope.get('protocol')!r} arrived; this side (chainward {__version__}) "
+            f"speaks {PROTOCOL_VERSION}; install the same version on both sides"
+        )
+    return str(envelope["kind"])
+
+
+def unpack(content: RecordDict, expected: type[B]) -> tuple[B, dict[str, ArrayRecord]]:
+    """Return the typed body of a message and its array records by name.
+
+    Raises
+    ------
+    ProtocolError
+        Another kind, a field that is missing or wrong, or arrays that this kind may not carry; a `Refusal` raises
+        `SiteRefusal` with the site's own words.
+    """
+    kind = kind_of(content)
+    text = str(content.config_records[_ENVELOPE]["body"])
+    if kind == Refusal.KIND and expected is not Refusal:
+        raise SiteRefusal(Refusal.model_validate_json(text).reason)
+    if kind != expected.KIND:
+        raise ProtocolError(f"a message '{kind}' arrived where '{expected.KIND}' was expected")
+    try:
+        body = expected.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise ProtocolError(f"a message '{kind}' with a bad field '{where}': {first['msg'].lower()}") from error
+    arrays = dict(content.array_records)
+    if foreign := sorted(set(arrays) - expected.ARRAYS):
+        raise ProtocolError(f"a message '{kind}' carries the arrays '{foreign[0]}', which it may not")
+    return body, arrays
+
+
+class SiteRefusal(ProtocolError):
+    """A site refused; the message is its own one line."""

@@ -1,0 +1,169 @@
+"""Weights on the wire and at rest: state dicts to Flower arrays and safetensors files and back, checked on arrival."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from chainward_shared.errors import WeightsError, nearest
+
+StateDict = dict[str, Tensor]
+Template = Mapping[str, Tensor]
+
+
+def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return `state` as Flower arrays, one per tensor, on the CPU and contiguous."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
+
+
+def from_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
+    """Return the state dict in `arrays` after checking it against `template`, in the template's order.
+
+    Parameters
+    ----------
+    template : a state dict with the names, shapes and dtypes that are expected; its values don't matter
+
+    Raises
+    ------
+    WeightsError
+        A name is missing or unexpected, a shape or dtype differs, bytes are missing or damaged, a value isn't finite.
+    """
+    _check_names(set(arrays), set(template))
+    state = {name: _to_tensor(name, arrays[name]) for name in template}
+    check_state(state, template)
+    return state
+
+
+def _to_tensor(name: str, array: Array) -> Tensor:
+    if array.stype != "numpy.ndarray":
+        raise WeightsError(f"array '{name}': serialised as {array.stype!r}; expected 'numpy.ndarray'")
+    try:
+        values = array.numpy()  # np.load without pickle
+    except Exception as error:
+        raise WeightsError(f"array '{name}': its bytes can't be read ({_first_line(error)}); sent again?") from error
+    if tuple(array.shape) != values.shape or array.dtype != str(values.dtype):
+        raise WeightsError(
+            f"array '{name}': announced as {array.dtype} {tuple(array.shape)}, holds {values.dtype} {values.shape}"
+        )
+    try:
+        return torch.from_numpy(np.array(values, order="C"))
+    except TypeError as error:
+        raise WeightsError(f"array '{name}': dtype {values.dtype} is not one of a model") from error
+
+
+def check_state(state: Mapping[str, Tensor], template: Template) -> None:
+    """Check names, shapes, dtypes and finiteness of `state` against `template`.
+
+    Raises
+    ------
+    WeightsError
+        One line that names the first offending array and how many there are.
+    """
+    _check_names(set(state), set(template))
+    problems = []
+    for name, expected in template.items():
+        tensor = state[name]
+        if tensor.shape != expected.shape:
+            problems.append(f"array '{name}': shape {tuple(tensor.shape)}; expected {tuple(expected.shape)}")
+        elif tensor.dtype != expected.dtype:
+            problems.append(f"array '{name}': {_dtype(tensor)}; expected {_dtype(expected)}")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            problems.append(f"array '{name}': {bad} of {tensor.numel()} values are NaN or infinite")
+    if problems:
+        raise WeightsError(problems[0] + (f" (and {len(problems) - 1} more arrays)" if len(problems) > 1 else ""))
+
+
+def _check_names(found: set[str], expected: set[str]) -> None:
+    if extra := sorted(found - expected):
+        raise WeightsError(
+            f"{len(extra)} unexpected array(s), first '{extra[0]}'{nearest(extra[0], expected)}; "
+            f"expected the {len(expected)} of the model"
+        )
+    if missing := sorted(expected - found):
+        raise WeightsError(f"{len(missing)} of {len(expected)} arrays are missing, first '{missing[0]}'")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of `state`, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}|{_dtype(tensor)}|{tuple(tensor.shape)}|".encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def byte_count(arrays: ArrayRecord) -> int:
+    """Return how many bytes the arrays take on the wire, without Flower's envelope."""
+    return sum(len(array.data) for array in arrays.values())
+
+
+def save_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> str:
+    """Write `state` to a safetensors file, whole or not at all, and return the SHA-256 of the file.
+
+    Raises
+    ------
+    OSError
+        The disk is full or can't be written; nothing is left behind.
+    """
+    contents = safetensors_bytes({name: t.detach().cpu().contiguous() for name, t in state.items()}, dict(metadata))
+    write_atomically(path, contents)
+    return hashlib.sha256(contents).hexdigest()
+
+
+def load_file(path: Path, expected_sha256: str | None = None) -> tuple[StateDict, dict[str, str]]:
+    """Return the state dict and the metadata of a safetensors file.
+
+    Raises
+    ------
+    WeightsError
+        The file is missing, damaged, or not the one with `expected_sha256`.
+    """
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror})") from error
+    if expected_sha256 and hashlib.sha256(contents).hexdigest() != expected_sha256:
+        raise WeightsError(f"{path}: its SHA-256 is not the one recorded when it was written; the file is damaged")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,148 @@
+"""Files in the MedMNIST layout become cases, or one line that says which array is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chainward_client.data.description import NpzDescription, parse_description
+from chainward_client.data.npz import NpzCases, read_npz
+from chainward_shared.errors import DataError
+
+
+def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    made: dict[str, np.ndarray] = {}
+    for name, count in (("train", 6), ("val", 2), ("test", 3)):
+        made[f"{name}_images"] = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        made[f"{name}_labels"] = (np.arange(count)[:, None] % 2).astype(np.uint8)
+    return made | changes
+
+
+def describe(
+    folder: Path, stored: dict[str, np.ndarray], image: dict[str, object] | None = None, **changes: object
+) -> NpzDescription:
+    np.savez(folder / "set.npz", **stored)  # type: ignore[arg-type]
+    block = {"format": "npz", "images": "set.npz", "image": image or {"size": 8, "channels": 1}} | changes
+    description = parse_description(block, folder / "data.yaml")
+    assert isinstance(description, NpzDescription)
+    return description
+
+
+def read(folder: Path, stored: dict[str, np.ndarray], **changes: object) -> NpzCases:
+    return read_npz(describe(folder, stored, **changes))  # type: ignore[arg-type]
+
+
+def refusal(folder: Path, stored: dict[str, np.ndarray], **changes: object) -> str:
+    with pytest.raises(DataError) as caught:
+        npz = read(folder, stored, **changes)
+        npz.cases(np.arange(len(npz)))
+    assert "\n" not in str(caught.value)
+    assert "set.npz" in str(caught.value)
+    return str(caught.value)
+
+
+def test_labels_splits_and_default_classes_are_read(tmp_path: Path) -> None:
+    npz = read(tmp_path, arrays())
+    assert npz.classes == ("0", "1")
+    assert npz.splits.tolist() == ["train"] * 6 + ["val"] * 2 + ["test"] * 3
+    assert npz.labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert len(set(npz.patients)) == 11
+
+
+def test_cases_hold_the_asked_images_in_the_asked_order(tmp_path: Path) -> None:
+    stored = arrays()
+    cases = read(tmp_path, stored).cases(np.array([8, 0, 7]))
+    expected = [stored["test_images"][0], stored["train_images"][0], stored["val_images"][1]]
+    assert np.array_equal(cases.images[:, 0].numpy(), np.stack(expected))
+    assert cases.labels.tolist() == [0, 0, 1]
+    assert cases.patients.tolist() == ["test-0", "train-0", "val-1"]
+
+
+def test_flat_labels_and_a_channel_axis_of_one_are_the_same_data(tmp_path: Path) -> None:
+    stored = arrays()
+    flat = {
+        name: values.reshape(-1) if name.endswith("labels") else values[..., None] for name, values in stored.items()
+    }
+    everything = np.arange(11)
+    one, other = read(tmp_path, stored).cases(everything), read(tmp_path, flat).cases(everything)
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.labels, other.labels)
+
+
+def test_images_come_in_the_wanted_size_and_channels(tmp_path: Path) -> None:
+    grey = read(tmp_path, arrays(), image={"size": 16, "channels": 3}).cases(np.array([0]))
+    assert grey.images.shape == (1, 3, 16, 16)
+    assert torch.equal(grey.images[:, 0], grey.images[:, 2])
+    red = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 200
+    rgb = read(tmp_path, arrays(train_images=red), image={"size": 8, "channels": 3}).cases(np.array([0]))
+    assert rgb.images[0, :, 0, 0].tolist() == [200, 0, 0]
+
+
+def test_missing_arrays_are_named(tmp_path: Path) -> None:
+    stored = arrays()
+    stored["train_image"] = stored.pop("train_images")
+    del stored["val_labels"]
+    message = refusal(tmp_path, stored)
+    assert "lacks 'train_images' (did you mean 'train_image'?), 'val_labels'" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"train_labels": np.array([0, 1, 2, 0, 5, 1])},
+            "2 labels outside the classes; first: train_labels[2] is 2",
+        ),
+        (
+            {"val_labels": np.array([0, -1])},
+            "1 label outside the classes; first: val_labels[1] is -1; expected 0 to 1",
+        ),
+        ({"train_labels": np.zeros((6, 14), dtype=np.uint8)}, "several labels per image are not supported"),
+        ({"train_labels": np.zeros(6)}, "train_labels is float64 (6,); expected whole numbers"),
+        ({"test_images": np.zeros((3, 8, 8))}, "test_images is float64 (3, 8, 8); expected uint8"),
+        (
+            {"test_images": np.zeros((3, 3, 8, 8), dtype=np.uint8)},
+            "test_images is uint8 (3, 3, 8, 8); expected",
+        ),
+        (
+            {"test_images": np.zeros((2, 8, 8), dtype=np.uint8)},
+            "test_images has 2 entries, test_labels has 3",
+        ),
+        ({"train_labels": np.array([None] * 6)}, "Python objects, which are never loaded"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, np.ndarray], expected: str) -> None:
+    assert expected in refusal(tmp_path, arrays(**changes), classes=["normal", "ill"])
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    zeros = {f"{name}_labels": np.zeros(n, dtype=int) for name, n in (("train", 6), ("val", 2), ("test", 3))}
+    assert "holds 1 class" in refusal(tmp_path, arrays(**zeros))
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    description = describe(tmp_path, arrays())
+    path = tmp_path / "set.npz"
+    whole = path.read_bytes()
+    middle = whole.index(b"\x93NUMPY") + 200
+    for content in (
+        whole[: len(whole) // 2],
+        whole[:middle] + b"\x00\x01\x02" + whole[middle + 3 :],
+        b"",
+        b"text",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"^set\.npz can't be read as \.npz: [^\n]+$"):
+            read_npz(description).cases(np.arange(11))
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(DataError, match="holds a single array"):
+        read_npz(description)
+    path.unlink()
+    with pytest.raises(DataError, match="There is no file"):
+        read_npz(description)
