@@ -317,7 +317,8 @@ def _skeleton(architecture_json: str) -> nn.Module:
 
 def _takes(model: nn.Module, argument: str) -> bool:
     """Tell whether the class of `model`, or one that it hands its arguments on to, has this argument."""
-    return any(argument in signature(cls.__init__).parameters for cls in type(model).__mro__)
+    own_inits = (vars(cls).get("__init__") for cls in type(model).__mro__)
+    return any(argument in signature(init).parameters for init in own_inits if init)
 
 
 def _with_sizes(plain: Architecture, image_size: int, patch_size: int, takes_image_size: bool) -> Architecture:
