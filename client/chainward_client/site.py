@@ -64,9 +64,12 @@ def load_site_config(path: Path) -> SiteConfig:
     try:
         return SiteConfig.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
-        raise DataError(f"{path}: {key}: {first['msg'].lower()}{nearest(key, SiteConfig.model_fields)}") from error
+        problems = error.errors()
+        unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
+        if unknown:  # first: a misspelt key is also a missing one
+            hint = nearest(unknown[0], SiteConfig.model_fields)
+            raise DataError(f"{path}: there is no key '{unknown[0]}'{hint}; keys are site, data, state") from error
+        raise DataError(f"{path}: {problems[0]['loc'][0]}: {problems[0]['msg'].lower()}") from error
 
 
 def own_config(node_config: Mapping[str, Any]) -> SiteConfig | None:

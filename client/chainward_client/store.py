@@ -23,7 +23,8 @@ class SiteStore:
     """A round may be asked for again (its reply was lost, the run was resumed): the round before it is kept as well."""
 
     def __init__(self, root: Path, run_id: str) -> None:
-        self.folder = root / re.sub(r"[^A-Za-z0-9._-]", "_", run_id)
+        # the id comes in a message: whatever it is, the folder lies directly in the site's own
+        self.folder = root / (re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or "_")
 
     def save_auxiliary(self, state: StateDict, architecture: Architecture, after_round: int) -> None:
         """Keep the auxiliary teacher as it is after `after_round` (1-based; 0: as it was selected).

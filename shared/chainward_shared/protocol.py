@@ -253,19 +253,23 @@ def unpack(content: RecordDict, expected: type[B]) -> tuple[B, dict[str, ArrayRe
     kind = kind_of(content)
     text = str(content.config_records[_ENVELOPE]["body"])
     if kind == Refusal.KIND and expected is not Refusal:
-        raise SiteRefusal(Refusal.model_validate_json(text).reason)
+        raise SiteRefusal(_parse(text, Refusal).reason)
     if kind != expected.KIND:
         raise ProtocolError(f"a message '{kind}' arrived where '{expected.KIND}' was expected")
-    try:
-        body = expected.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise ProtocolError(f"a message '{kind}' with a bad field '{where}': {first['msg'].lower()}") from error
+    body = _parse(text, expected)
     arrays = dict(content.array_records)
     if foreign := sorted(set(arrays) - expected.ARRAYS):
         raise ProtocolError(f"a message '{kind}' carries the arrays '{foreign[0]}', which it may not")
     return body, arrays
+
+
+def _parse(text: str, expected: type[B]) -> B:
+    try:
+        return expected.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise ProtocolError(f"a message '{expected.KIND}' with a bad field '{where}': {first['msg'].lower()}") from error
 
 
 class SiteRefusal(ProtocolError):

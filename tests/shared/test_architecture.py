@@ -55,7 +55,12 @@ def test_the_backbones_own_patch_size_is_kept_unless_another_is_asked_for():
 
 def test_only_backbones_that_take_an_image_size_are_given_one():
     assert resolve("vit_tiny_patch16_224", 64).options == {"img_size": 64}
-    assert resolve("convnext_atto", 64).options == {}
+    assert "img_size" not in resolve("convnext_atto", 64).options
+
+
+def test_a_convnext_starts_with_its_blocks_switched_on():
+    model = build_model(resolve("convnext_atto", 64), seed=0)
+    assert float(model.stages[0].blocks[0].gamma.min()) == 1.0
 
 
 def test_an_unknown_backbone_is_refused_with_the_nearest_known():

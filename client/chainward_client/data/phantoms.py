@@ -132,10 +132,7 @@ def phantom_site(seed: int, index: int, image_size: int = 64, channels: int = 1)
             for split in SPLITS
         },
         synthetic=True,
-        notes=(
-            "synthetic phantoms: not patients",
-            *(f"no cases of {finding}" for finding in PHANTOM_CLASSES if finding not in present),
-        ),
+        notes=tuple(f"no cases of {finding}" for finding in PHANTOM_CLASSES if finding not in present),
     )
 
 

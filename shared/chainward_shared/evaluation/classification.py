@@ -2,8 +2,9 @@
 
 A site sends counts, not cases: a confusion matrix, calibration bins, and histograms of the scores. They add up over the
 sites, and the pooled accuracy, balanced accuracy and calibration error that follow are exact. The pooled area under the
-ROC curve treats scores within one of `SCORE_BINS` bins as ties; with bins of width 0.023 in the logit it is within
-about 0.001 of the exact one (tests compare).
+ROC curve treats scores within one of `SCORE_BINS` bins as ties. The bins are equal in asinh of the log-odds, 0.004 wide
+around even odds and wider towards the extremes, so that the scores of an overconfident model stay apart: from some
+hundred cases on the area is within 0.002 of the exact one (tests compare); of few cases each tie weighs half a pair.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from chainward_shared.evaluation.scores import Scores
 from chainward_shared.weights import from_arrays
 
 CALIBRATION_BINS = 15
-SCORE_BINS = 1024
-LOGIT_RANGE = 12.0
+SCORE_BINS = 4096
+LOG_ODDS_RANGE = 700.0
 
 ClassScores = np.ndarray
 """float64 (n, classes): probabilities; rows sum to 1."""
@@ -76,14 +77,19 @@ class PredictionCounts:
         bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         calibration = np.zeros((CALIBRATION_BINS, 3))
         np.add.at(calibration, bins, np.stack([np.ones_like(confidence), confidence, predictions == labels], axis=1))
-        clipped = np.clip(probabilities, 1e-12, 1 - 1e-12)
-        logits = np.clip(np.log(clipped) - np.log1p(-clipped), -LOGIT_RANGE, LOGIT_RANGE)
-        position = ((logits + LOGIT_RANGE) / (2 * LOGIT_RANGE) * SCORE_BINS).astype(np.int64)
         histograms = np.zeros((classes, 2, SCORE_BINS), dtype=np.int64)
         for k in range(classes):
-            column = np.minimum(position[:, k], SCORE_BINS - 1)
-            np.add.at(histograms, (k, (labels == k).astype(np.int64), column), 1)
+            of_others = np.delete(probabilities, k, axis=1).sum(axis=1)  # 1 - p would lose what is left beside a sure class
+            np.add.at(histograms, (k, (labels == k).astype(np.int64), _score_bin(probabilities[:, k], of_others)), 1)
         return cls(confusion, calibration, histograms)
+
+
+def _score_bin(of_class: np.ndarray, of_others: np.ndarray) -> np.ndarray:
+    """Return the bin of each score, int64 (n,), from the probability of the class and of all others."""
+    tiny = np.finfo(np.float64).tiny
+    log_odds = np.log(np.maximum(of_class, tiny)) - np.log(np.maximum(of_others, tiny))
+    position = np.arcsinh(log_odds) / np.arcsinh(LOG_ODDS_RANGE)
+    return ((position + 1) / 2 * SCORE_BINS).astype(np.int64).clip(0, SCORE_BINS - 1)
 
 
 def pool(counts: Iterable[PredictionCounts]) -> Scores:

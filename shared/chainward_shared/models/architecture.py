@@ -52,6 +52,11 @@ _REFUSED_OPTIONS: Final = frozenset(
 )
 
 
+LAYER_SCALE = 1.0
+"""Initial layer scale of a ConvNeXt. timm's 1e-6 is made for 300 epochs of ImageNet; in the few hundred steps of a link it
+leaves the blocks all but switched off (phantoms: chain 0.48 -> 0.55, a hospital alone 0.26 -> 0.35 balanced accuracy)."""
+
+
 class Architecture(BaseModel):
     """Everything that decides a model's shapes, so that plain timm can rebuild it.
 
@@ -150,6 +155,11 @@ def resolve_architecture(
     if patch_size:
         _check_patch_size_is_used(architecture, patch_size)
     _check_image_size(architecture, takes_image_size)
+    if any(name.endswith(".gamma") for name in skeleton(architecture).state_dict()) and _takes(
+        skeleton(architecture), "ls_init_value"
+    ):
+        options = {**architecture.options, "ls_init_value": LAYER_SCALE}
+        architecture = architecture.model_copy(update={"options": options})
     return architecture
 
 

@@ -1,0 +1,1 @@
+"""Site data behind one interface, wherever the images come from."""

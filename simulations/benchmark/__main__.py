@@ -1,0 +1,158 @@
+"""Measure Chainward on this machine: ``python simulations/benchmark --help``."""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:  # imported when something is measured, so that --help answers at once
+    from chainward_simulations.benchmark.figures import Table
+    from chainward_simulations.benchmark.flower_run import FlowerRun
+    from chainward_simulations.benchmark.training import TrainingPlan
+
+SIX_SITES = Path(__file__).resolve().parent.parent / "six_sites"
+
+cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+progress = Console(stderr=True, highlight=False)
+
+
+class Part(StrEnum):
+    """What can be measured alone."""
+
+    TRAINING = "training"
+    ACCURACY = "accuracy"
+    RUN = "run"
+    MEMORY = "memory"
+
+
+@cli.command()
+def main(
+    only: Annotated[
+        list[Part] | None,
+        typer.Option(
+            help="Measure only this; may be repeated. training: throughput beside plain PyTorch; accuracy: what bf16 "
+            "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A tiny version of everything: shows that it works, its figures say nothing."),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write every single measurement to this file.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:PATCH]",
+            help="timm model to train, a ViT with its patch size; may be repeated. Accuracy is compared on the first. "
+            "Default: convnext_atto and vit_tiny_patch16_224:8.",
+        ),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Measured trainings of each kind. Default: 5.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a measured training. Default: 2.")] = None,
+    accuracy_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of a link where accuracy is compared. Default: 12.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds that accuracy is compared on. Default: 3.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a training.")] = 2,
+    app: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, show_default="six_sites", help="Flower app to run.")
+    ] = SIX_SITES,
+    runs: Annotated[int, typer.Option(min=1, help="Times that the Flower app is run.")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one whole run may take.")] = 3600.0,
+) -> None:
+    """Measure Chainward on this machine: training throughput, a whole Flower run, and peak memory.
+
+    All of it takes about an hour on two cores. Stop other work on the machine first.
+    """
+    from chainward_simulations.benchmark import machine, training
+    from chainward_simulations.benchmark.figures import Table
+
+    parts = set(only or Part)
+    try:
+        backbones = tuple(training.Backbone.parse(name) for name in backbone or [])
+    except ValueError as error:
+        raise typer.BadParameter("the patch size after ':' is not a number", param_hint="--backbone") from error
+    given = {
+        "backbones": backbones or None,
+        "repeats": repeats,
+        "epochs": epochs,
+        "accuracy_epochs": accuracy_epochs,
+        "seeds": seeds,
+        "threads": threads,
+    }
+    plan = training.TrainingPlan.quick() if quick else training.TrainingPlan()
+    plan = plan.with_changes({name: value for name, value in given.items() if value is not None})
+
+    started = time.monotonic()
+    about = machine.describe_machine()
+    tables = [Table("Machine", ("what", "value"), rows=list(about.items()))]
+    measured: dict[str, object] = {"machine": about, "quick": quick}
+    if parts & {Part.TRAINING, Part.ACCURACY}:
+        tables += _measure_training(parts, plan, measured)
+    if parts & {Part.RUN, Part.MEMORY}:
+        tables += _measure_runs(parts, app, quick, runs, threads, timeout, measured)
+    progress.print(f"measured in {time.monotonic() - started:.0f} s")
+
+    output = Console(highlight=False)
+    output.width = max(output.width, 120)
+    for table in tables:
+        if markdown:
+            typer.echo(table.markdown())
+        else:
+            table.print(output)
+    if json_file:
+        json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure_training(parts: set[Part], plan: TrainingPlan, measured: dict[str, object]) -> list[Table]:
+    from chainward_simulations.benchmark import training
+
+    tables = []
+    if Part.TRAINING in parts:
+        throughputs = training.measure_throughput(plan, progress.print)
+        measured["training"] = [throughput.to_json() for throughput in throughputs]
+        tables.append(training.throughput_table(throughputs, plan))
+    if Part.ACCURACY in parts:
+        accuracy = training.measure_accuracy(plan, progress.print)
+        measured["accuracy"] = accuracy.to_json()
+        tables.append(training.accuracy_table(accuracy))
+    return tables
+
+
+def _measure_runs(
+    parts: set[Part], app: Path, quick: bool, runs: int, threads: int, timeout: float, measured: dict[str, object]
+) -> list[Table]:
+    try:
+        from chainward_simulations.benchmark import flower_run
+    except ModuleNotFoundError as error:
+        progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
+        raise typer.Exit(1) from error
+
+    settings = {**(flower_run.QUICK_CONFIG if quick else {}), "federation.threads": threads}
+    done: list[FlowerRun] = []
+    for number in range(1, runs + 1):
+        progress.print(f"flwr run {app.name}: {number} of {runs}")
+        try:
+            run = flower_run.measure_run(app, settings, with_reference=Part.RUN in parts, timeout=timeout)
+        except flower_run.BenchmarkError as error:
+            progress.print(str(error), markup=False)
+            raise typer.Exit(1) from error
+        done.append(run)
+    measured["runs"] = [run.to_json() for run in done]
+    tables = [flower_run.memory_table(done)]
+    if Part.RUN in parts:
+        tables = [flower_run.phases_table(done), flower_run.hops_table(done[0]), *tables]
+    return tables
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,248 @@
+"""A whole `flwr run`: seconds by phase and hop, bytes by hop, peak memory, and the same work without Flower."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chainward_server.results import LinkRecord, Results, StudentRound
+from chainward_server.run_folder import RunFolder
+from chainward_shared.config import ConfigScalar
+from chainward_shared.weights import digest, load_file
+from chainward_simulations.benchmark.figures import Aim, Measured, Table
+from chainward_simulations.benchmark.memory import MemoryPeak, MemorySampler, stop_processes
+from chainward_simulations.benchmark.reference import Reference
+
+RATIO_AIM, MEMORY_AIM = Aim("at most", 1.25), Aim("at most", 6.0, " GiB")
+GIB, MB = 2**30, 1e6
+
+QUICK_CONFIG: dict[str, ConfigScalar] = {
+    "federation.sites": "site-5,site-6",
+    "chain.backbone": "test_convnext",
+    "chain.epochs": 1,
+    "student.rounds": 1,
+    "student.epochs": 1,
+    "student.finetune-rounds": 0,
+}
+"""A run of a few seconds of training."""
+
+
+class BenchmarkError(Exception):
+    """A run that was to be measured failed."""
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """One measured run. `reference` is None where only Flower was measured; `same_models` then too."""
+
+    wall_seconds: float
+    results: Results
+    memory: MemoryPeak
+    reference: Reference | None
+    same_models: bool | None
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of the coordinator's phases between rendezvous and report."""
+        timings = self.results.timings
+        return {phase: seconds for phase, seconds in timings.items() if phase not in ("rendezvous", "report", "total")}
+
+    @property
+    def ratio(self) -> float | None:
+        """Seconds of these phases relative to the same work in one process without Flower."""
+        return sum(self.phases.values()) / sum(self.reference.phases.values()) if self.reference else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every measurement."""
+        results = self.results
+        return {
+            "wall_seconds": self.wall_seconds,
+            "timings": results.timings,
+            "ratio": self.ratio,
+            "reference": self.reference.model_dump() if self.reference else None,
+            "same_models": self.same_models,
+            "memory": asdict(self.memory),
+            "hops": [_hop_json(record) for record in _hops(results)],
+        }
+
+
+def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_reference: bool, timeout: float) -> FlowerRun:
+    """Run a Flower app with a SuperLink of its own, then the same configuration in process, and measure both.
+
+    Parameters
+    ----------
+    app : folder of the Flower app
+    settings : run configuration where it differs from the app's
+    timeout : seconds that each of the two may take
+
+    Raises
+    ------
+    BenchmarkError
+        A run failed or took longer than `timeout`.
+    """
+    with tempfile.TemporaryDirectory(prefix="chainward-benchmark-", ignore_cleanup_errors=True) as temporary:
+        home, output = Path(temporary) / "flwr", Path(temporary) / "runs"
+        home.mkdir()
+        try:
+            with MemorySampler(home) as sampler:
+                wall_seconds = _flwr_run(app, {**settings, "output.dir": str(output)}, home, timeout)
+                folder = _finished_folder(output)
+        finally:
+            stop_processes(home)
+        results = folder.load_results()
+        assert results is not None
+        reference = _reference(folder, timeout) if with_reference else None
+        same = None if reference is None else reference.digests == _digests(folder)
+        return FlowerRun(wall_seconds, results, sampler.peak, reference, same)
+
+
+def _flwr_run(app: Path, settings: Mapping[str, ConfigScalar], home: Path, timeout: float) -> float:
+    """Run `flwr run --stream` to its end, its output to stderr, and return the seconds it took."""
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # Another SuperLink of this machine may hold Flower's own ports
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+    }
+    # Flower reads the pairs as TOML; JSON's numbers, strings and booleans are TOML too
+    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+    command = ["flwr", "run", str(app), "--stream", "--run-config", pairs]
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    started = time.monotonic()
+    try:
+        subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, timeout=timeout, check=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(f"flwr run took longer than {timeout:.0f} s; raise --timeout") from error
+    except subprocess.CalledProcessError as error:
+        raise BenchmarkError(f"flwr run failed with exit code {error.returncode}; its messages are above") from error
+    except OSError as error:
+        raise BenchmarkError(f"flwr can't be started ({error.strerror}); is Flower installed here?") from error
+    return time.monotonic() - started
+
+
+def _finished_folder(output: Path) -> RunFolder:
+    """Return the run folder that a finished run left under `output`; Flower may exit 0 though the run failed."""
+    folders = [RunFolder.open(file.parent) for file in output.glob("*/run.json")]
+    if len(folders) != 1:
+        raise BenchmarkError(f"flwr run left {len(folders)} run folders, expected 1; its messages are above")
+    state = folders[0].state
+    if state.status != "finished":
+        raise BenchmarkError(f"the run is '{state.status}' in phase '{state.phase}': {state.reason}")
+    return folders[0]
+
+
+def _reference(folder: RunFolder, timeout: float) -> Reference:
+    command = [sys.executable, "-m", "chainward_simulations.benchmark.reference", str(folder.path)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=timeout, check=True)
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(f"the in-process runner took longer than {timeout:.0f} s; raise --timeout") from error
+    except subprocess.CalledProcessError as error:
+        raise BenchmarkError("the in-process runner failed; its messages are above") from error
+    return Reference.model_validate_json(done.stdout)
+
+
+def _digests(folder: RunFolder) -> dict[str, str]:
+    """Return the digests of the run's final models, by name."""
+    names = [name for name in ("chain", "student") if name in folder.state.models]
+    return {name: digest(load_file(folder.model_path(name), folder.state.models[name])[0]) for name in names}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _hops(results: Results) -> list[LinkRecord | StudentRound]:
+    return [*results.links, *results.student_rounds]
+
+
+def _hop_json(record: LinkRecord | StudentRound) -> dict[str, Any]:
+    return {
+        "hop": record.key,
+        "seconds": record.seconds,
+        "bytes_down": record.bytes_down,
+        "bytes_up": record.bytes_up,
+    }
+
+
+def phases_table(runs: Sequence[FlowerRun]) -> Table:
+    """Return where the time of a run goes, beside the same work without Flower."""
+    table = Table("Seconds by phase", ("phase", "flwr run, s", "in process, s", "ratio"))
+    references = [run.reference for run in runs if run.reference]
+
+    def add(phase: str, flower: Sequence[float], process: Sequence[float]) -> None:
+        ratio = Measured(tuple(flower)).ratio_to(Measured(tuple(process))).text(2) if process else "-"
+        inside = Measured(tuple(process)).text(1) if process else "-"
+        table.rows.append((phase, Measured(tuple(flower)).text(1), inside, ratio))
+
+    start = [run.wall_seconds - run.results.timings["total"] for run in runs]
+    add("start of Flower, report, end", start, [])
+    add("rendezvous (start of Ray, data)", [run.results.timings["rendezvous"] for run in runs], [])
+    for phase in runs[0].phases:
+        add(phase, [run.phases[phase] for run in runs], [reference.phases[phase] for reference in references])
+    worked = [sum(run.phases.values()) for run in runs]
+    add("phases after rendezvous", worked, [sum(reference.phases.values()) for reference in references])
+    add("wall time", [run.wall_seconds for run in runs], [])
+    table.notes.append(
+        f"Median (smallest to largest) of {len(runs)} run(s). The phases are the coordinator's own timings; the start "
+        "of Flower is the wall time of `flwr run --stream` less their total."
+    )
+    if references:
+        ratio = statistics.median(run.ratio for run in runs if run.ratio is not None)
+        same = "the same, bit for bit" if all(run.same_models for run in runs) else "NOT the same"
+        data = statistics.median(reference.data_seconds for reference in references)
+        table.notes += [
+            f"Ratio of the phases after rendezvous: {ratio:.2f} ({RATIO_AIM.text(ratio)}). Its numerator is the "
+            "coordinator's total less the rendezvous, in which Ray starts and the sites open their data; its "
+            "denominator is the plain runner on the same configuration, in a process of its own right after, with the "
+            f"same trainings and scorings, without making the data ({data:.1f} s). The models of both are {same}.",
+        ]
+    return table
+
+
+def hops_table(run: FlowerRun) -> Table:
+    """Return seconds and bytes of every hop and of every round of the students."""
+    table = Table("Seconds and bytes by hop", ("hop", "site", "s", "images/s", "MB down", "MB up"))
+    for link in run.results.links:
+        speed = f"{link.training.images_per_second:.0f}" if link.training else "-"
+        table.rows.append((link.key, link.site, f"{link.seconds:.1f}", speed, *_megabytes(link)))
+    for record in run.results.student_rounds:
+        sites = f"{len(record.sites)} sites"
+        table.rows.append((record.key, sites, f"{record.seconds:.1f}", "-", *_megabytes(record)))
+    table.notes.append("Of the first run. Bytes are those of the arrays, without Flower's envelope; 1 MB = 10^6 bytes.")
+    return table
+
+
+def _megabytes(record: LinkRecord | StudentRound) -> tuple[str, str]:
+    return f"{record.bytes_down / MB:.2f}", f"{record.bytes_up / MB:.2f}"
+
+
+def memory_table(runs: Sequence[FlowerRun]) -> Table:
+    """Return the peak memory of a run, and what it consists of."""
+    peaks = [run.memory for run in runs]
+    largest = max(peaks, key=lambda peak: peak.bytes)
+    gib = largest.bytes / GIB
+    table = Table(f"Peak memory ({largest.measure})", ("processes", "GiB", "aim"))
+    table.rows.append((f"all {largest.processes}", f"{gib:.2f}", MEMORY_AIM.text(gib)))
+    table.rows += [(name, f"{size / GIB:.2f}", "-") for name, size in list(largest.by_name.items())[:6]]
+    table.notes.append(
+        "Largest sum over the SuperLink, the simulation, Ray and the flwr command at one moment, of "
+        f"{len(runs)} run(s) and {sum(peak.samples for peak in peaks)} samples; below it the largest parts by process name."
+    )
+    return table

@@ -1,0 +1,424 @@
+"""A whole run over a loopback grid: what the run folder holds, and what happens when a site misbehaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from flwr.app import Array, Error, Message
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from chainward_client.data.sources import simulated_site
+from chainward_client.evaluation import predict
+from chainward_server import run_folder as run_folder_module
+from chainward_server.app import coordinate
+from chainward_server.results import Results
+from chainward_server.run_folder import RunFolder
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError, ConfigError, RunFolderError
+from chainward_shared.evaluation.classification import evaluate
+from chainward_shared.models import resolve_architecture, skeleton
+from chainward_shared.protocol import LinkTask, StudentTask, kind_of, unpack
+from chainward_simulations.runner import equal
+
+
+@pytest.fixture
+def chain_only(settings):
+    """Settings without students and without the sites alone: the chain itself."""
+    return settings | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 1}
+
+
+def link_site(message: Message) -> str | None:
+    """Return which simulated site a link task is for; None for other messages."""
+    if kind_of(message.content) != LinkTask.KIND:
+        return None
+    task, _ = unpack(message.content, LinkTask)
+    return ("ash", "birch", "cedar", "dogwood")[task.simulated.index] if task.simulated else None
+
+
+def tampering(site, change, times=99):
+    """Answer for `site` with a result that `change` has altered, the first `times` times."""
+    left = [times]
+
+    def interfere(message, answer):
+        reply = answer()
+        if link_site(message) == site and left[0] > 0:
+            left[0] -= 1
+            change(reply)
+        return reply
+
+    return interfere
+
+
+# -- what a run leaves behind
+
+
+def test_the_run_folder_holds_what_the_contract_says(settings, coordinated):
+    folder, results = coordinated(settings)
+    names = {path.name for path in folder.path.iterdir()}
+    assert {"run.json", "config.toml", "models", "metrics.json", "privacy.json", "report.html"} <= names
+    models = {path.name for path in (folder.path / "models").iterdir()}
+    links = {f"strand-0-lap-0-step-{step}.safetensors" for step in range(4)}
+    assert links | {"chain.safetensors", "student.safetensors"} <= models
+    state = json.loads((folder.path / "run.json").read_text())
+    assert (state["status"], state["reason"]) == ("finished", None)
+    metrics = json.loads((folder.path / "metrics.json").read_text())
+    assert metrics["schema"] == 1
+    assert [link["site"] for link in metrics["links"]] == ["ash", "birch", "cedar", "dogwood"]
+    assert [link["predecessor"] for link in metrics["links"]] == [None, "ash", "birch", "cedar"]
+    assert set(metrics["final"]["chain"]["sites"]) == {"ash", "birch", "cedar", "dogwood"}
+    assert metrics["final"]["chain"]["pooled"]["n"] == sum(site.test for site in results.data.sites)
+    assert json.loads((folder.path / "privacy.json").read_text())["mode"] == "off"
+    assert tomllib.loads((folder.path / "config.toml").read_text())["chain"]["epochs"] == 2
+
+
+def test_the_student_loads_in_plain_timm_and_reproduces_the_metrics(settings, coordinated, small_consortium):
+    folder, results = coordinated(settings)
+    path = folder.model_path("student")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    model = timm.create_model(metadata["timm.model"], pretrained=False, **json.loads(metadata["timm.kwargs"]))
+    model.load_state_dict(load_file(path))
+    for index, site in enumerate(["ash", "birch", "cedar", "dogwood"]):
+        data = simulated_site(str(small_consortium), index, num_sites=0, label_skew=0.0, seed=0)
+        cases = data.splits["test"]
+        pixels = json.loads(metadata["chainward.pixels"])
+        inputs = (cases.images.float() / pixels["divide_by"] - pixels["mean"]) / pixels["std"]
+        with torch.inference_mode():
+            probabilities = model.eval()(inputs).double().softmax(1).numpy()
+        scores = evaluate(probabilities, cases.labels.numpy())
+        assert scores.model_dump() == pytest.approx(results.final["student"].sites[site].model_dump(), abs=1e-6)
+        assert np.allclose(predict(model, cases.images, threads=2), probabilities)
+
+
+def test_the_auxiliary_teacher_is_sent_once_and_never_comes_back(settings, coordinated, loopback):
+    grid = loopback(nodes=2)
+    coordinated(settings, grid)
+    carried = [
+        (unpack(message.content, StudentTask)[0].round, "auxiliary" in message.content.array_records)
+        for message in grid.sent
+        if kind_of(message.content) == StudentTask.KIND
+    ]
+    assert {round_ for round_, auxiliary in carried if auxiliary} == {1}
+
+
+def test_a_second_strand_runs_beside_the_first_and_the_better_one_goes_on(chain_only, coordinated):
+    folder, results = coordinated(chain_only | {"chain.strands": 2})
+    turns = [(link.strand, link.site) for link in results.links]
+    assert turns[:4] == [(0, "ash"), (1, "birch"), (0, "birch"), (1, "cedar")]
+    last = {link.strand: link for link in results.links}
+    best = max(last.values(), key=lambda link: link.metrics.validation.balanced_accuracy)
+    assert results.final["chain"] == best.metrics.test
+    template = skeleton_of(folder, results)
+    assert equal(folder.load_model("chain", template), folder.load_model(best.key, template))
+
+
+def skeleton_of(folder, results):
+    """Return the template of the chain's model."""
+    data = results.data
+    return skeleton(
+        resolve_architecture(
+            folder.config.chain.backbone,
+            num_classes=len(data.classes),
+            in_chans=data.channels,
+            image_size=data.image_size,
+        )
+    ).state_dict()
+
+
+# -- sites that misbehave
+
+
+def _nan(reply):
+    record = reply.content["model"]
+    name = next(iter(record))
+    values = record[name].numpy().copy()
+    values.flat[0] = np.nan
+    record[name] = Array(values)
+
+
+def _shape(reply):
+    record = reply.content["model"]
+    name = next(iter(record))
+    record[name] = Array(record[name].numpy()[..., :1].copy())
+
+
+def _extra(reply):
+    reply.content["model"]["tabular_teacher.weight"] = Array(np.zeros(3, dtype=np.float32))
+
+
+def _truncated(reply):
+    record = reply.content["model"]
+    name = next(iter(record))
+    record[name].data = record[name].data[:-7]
+
+
+def _other_weights(reply):
+    record = reply.content["model"]
+    name = next(iter(record))
+    record[name] = Array(record[name].numpy() + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_nan, "NaN"),
+        (_shape, "shape"),
+        (_extra, "unexpected array"),
+        (_truncated, "can't be read"),
+        (_other_weights, "digest"),
+    ],
+)
+def test_a_site_that_returns_a_bad_model_is_skipped_and_the_chain_goes_on(
+    chain_only, coordinated, loopback, change, words
+):
+    _, results = coordinated(chain_only, loopback(2, tampering("birch", change)))
+    assert [link.status for link in results.links] == ["done", "skipped", "done", "done"]
+    skipped = results.links[1]
+    assert words in skipped.reason
+    assert "birch" in skipped.reason
+    assert skipped.attempts == 2
+    assert results.links[2].predecessor == "ash", "the chain goes on from the last good model"
+
+
+def test_a_site_that_fails_once_is_retried(chain_only, coordinated, loopback):
+    _, results = coordinated(chain_only, loopback(2, tampering("cedar", _nan, times=1)))
+    assert [link.status for link in results.links] == ["done", "done", "retried", "done"]
+
+
+def test_a_retried_link_is_the_same_as_an_undisturbed_one(chain_only, coordinated, loopback):
+    disturbed, results = coordinated(chain_only, loopback(2, tampering("cedar", _nan, times=1)))
+    undisturbed, _ = coordinated(chain_only)
+    template = skeleton_of(disturbed, results)
+    assert equal(disturbed.load_model("chain", template), undisturbed.load_model("chain", template))
+
+
+def test_a_crash_at_a_site_is_reported_with_its_words(chain_only, coordinated, loopback):
+    def crash(message, answer):
+        if link_site(message) == "dogwood":
+            return Message(Error(code=2, reason="RuntimeError: out of memory"), reply_to=message)
+        return answer()
+
+    _, results = coordinated(chain_only, loopback(2, crash))
+    assert results.links[-1].status == "skipped"
+    assert "out of memory" in results.links[-1].reason
+
+
+def test_a_silent_site_is_given_up_at_the_deadline(chain_only, coordinated, loopback):
+    def silent(message, answer):
+        return None if link_site(message) == "birch" else answer()
+
+    chain_only |= {"federation.hop-deadline": 0.5, "chain.retries": 0}
+    _, results = coordinated(chain_only, loopback(2, silent))
+    assert results.links[1].status == "skipped"
+    assert "did not answer within 0.5 s" in results.links[1].reason
+
+
+def test_the_run_stops_at_the_failed_hop_where_the_configuration_says_so(chain_only, coordinated, loopback):
+    with pytest.raises(ChainwardError, match="hop 2 of 4"):
+        coordinated(chain_only | {"chain.on-failure": "stop"}, loopback(2, tampering("birch", _nan)))
+
+
+def test_a_chain_without_a_single_good_link_fails_and_says_why(chain_only, coordinated, loopback):
+    def all_bad(message, answer):
+        reply = answer()
+        if link_site(message):
+            _nan(reply)
+        return reply
+
+    with pytest.raises(ChainwardError, match="no link of the chain succeeded.*NaN"):
+        coordinated(chain_only, loopback(2, all_bad))
+
+
+def test_students_are_averaged_without_a_site_that_failed(settings, coordinated, loopback):
+    def crash(message, answer):
+        if kind_of(message.content) == StudentTask.KIND:
+            task, _ = unpack(message.content, StudentTask)
+            if task.simulated.index == 1:
+                return Message(Error(code=2, reason="RuntimeError: disk quota"), reply_to=message)
+        return answer()
+
+    _, results = coordinated(settings, loopback(2, crash))
+    assert all(round_.sites == ["ash", "cedar", "dogwood"] for round_ in results.student_rounds)
+    assert all("disk quota" in round_.failed["birch"] for round_ in results.student_rounds)
+    assert results.final["student"].pooled.n > 0
+
+
+# -- bad input
+
+
+def test_a_missing_data_file_stops_the_run_before_any_training(settings, coordinated, tmp_path):
+    with pytest.raises(ChainwardError, match=r"absent\.yaml"):
+        coordinated(settings | {"data.source": str(tmp_path / "absent.yaml")})
+
+
+def test_a_misspelt_site_is_refused_with_the_nearest(settings, coordinated):
+    with pytest.raises(ChainwardError, match=r"'birhc' \(did you mean 'birch'\?\)"):
+        coordinated(settings | {"federation.sites": "ash,birhc"})
+
+
+def test_an_unknown_backbone_is_refused_with_the_nearest(settings, coordinated):
+    with pytest.raises(ChainwardError, match="convnext_atto"):
+        coordinated(settings | {"chain.backbone": "convnext_ato"})
+
+
+def test_a_backbone_from_which_no_student_can_be_selected_is_refused_before_training(settings, coordinated, loopback):
+    grid = loopback(2)
+    with pytest.raises(ChainwardError, match="resnet18"):
+        coordinated(settings | {"chain.backbone": "resnet18"}, grid)
+    assert LinkTask.KIND not in {kind_of(message.content) for message in grid.sent}
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"output\.dir"):
+        RunFolder.create(RunConfig.from_flat(settings | {"output.dir": str(tmp_path / "file" / "runs")}))
+
+
+def test_some_of_the_sites_in_another_order(chain_only, coordinated):
+    _, results = coordinated(chain_only | {"federation.sites": "dogwood, ash"})
+    assert [link.site for link in results.links] == ["dogwood", "ash"]
+
+
+# -- resuming
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody catches it."""
+
+
+def killing(after_links, settings_kind=LinkTask.KIND):
+    """Let the coordinator die when it sends its message number `after_links` + 1 of a kind."""
+    seen = [0]
+
+    def interfere(message, answer):
+        if kind_of(message.content) == settings_kind:
+            seen[0] += 1
+            if seen[0] > after_links:
+                raise Killed
+        return answer()
+
+    return interfere
+
+
+@pytest.mark.parametrize(
+    ("kind", "after", "left_to_train"),
+    [(LinkTask.KIND, 2, 2 + 3), (LinkTask.KIND, 4, 3), (StudentTask.KIND, 6, 0)],
+    ids=["killed in the chain", "killed while sites train alone", "killed in the second student round"],
+)
+def test_a_resumed_run_ends_with_the_same_models_as_an_uninterrupted_one(
+    settings, coordinated, loopback, kind, after, left_to_train
+):
+    undisturbed, expected = coordinated(settings)
+    folder = RunFolder.create(RunConfig.from_flat(settings))
+    with pytest.raises(Killed):
+        coordinate(loopback(2, killing(after, kind)), folder)
+    grid = loopback(2)
+    resumed, results = coordinated(
+        {"output.dir": settings["output.dir"], "output.resume": folder.state.run_id}, grid
+    )
+    links_sent = sum(kind_of(message.content) == LinkTask.KIND for message in grid.sent)
+    assert links_sent == left_to_train, "finished links are not trained again"
+    template = skeleton_of(resumed, results)
+    assert equal(resumed.load_model("chain", template), undisturbed.load_model("chain", template))
+    assert equal(load_file(resumed.model_path("student")), load_file(undisturbed.model_path("student")))
+    assert results.final == expected.final
+
+
+@pytest.fixture
+def stopped(chain_only, loopback):
+    """A run that was killed after two links."""
+    folder = RunFolder.create(RunConfig.from_flat(chain_only))
+    with pytest.raises(Killed):
+        coordinate(loopback(2, killing(2)), folder)
+    return folder
+
+
+def resume(folder, **changes):
+    """Open a stopped run as a resumed one."""
+    flat = {"output.dir": str(folder.path.parent), "output.resume": folder.state.run_id} | changes
+    return RunFolder.resume(RunConfig.from_flat(flat))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("run.json", "damaged"),
+        ("metrics.json", "damaged"),
+        ("config.toml", "damaged"),
+        ("models/strand-0-lap-0-step-1.safetensors", "SHA-256"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused_by_the_name_of_the_file(stopped, name, words):
+    path = stopped.path / name
+    contents = path.read_bytes()
+    path.write_bytes(contents[: len(contents) // 2])
+    with pytest.raises(RunFolderError, match=words) as caught:
+        resume(stopped).load_results()
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_was_lost_is_noticed_before_anything_is_trained(stopped):
+    stopped.model_path("strand-0-lap-0-step-0").unlink()
+    with pytest.raises(RunFolderError, match="step-0"):
+        resume(stopped)
+
+
+def test_a_resumed_run_keeps_its_configuration(stopped):
+    with pytest.raises(ConfigError, match=r"chain\.epochs = 9"):
+        resume(stopped, **{"chain.epochs": 9})
+    assert resume(stopped, **{"chain.retries": 5}).config.chain.retries == 5
+
+
+def test_a_run_that_is_not_there_is_refused_with_the_nearest(stopped):
+    with pytest.raises(RunFolderError, match="did you mean"):
+        RunFolder.resume(
+            RunConfig.from_flat(
+                {"output.dir": str(stopped.path.parent), "output.resume": stopped.state.run_id[:-1] + "z"}
+            )
+        )
+
+
+def test_a_finished_run_has_nothing_to_resume(chain_only, coordinated):
+    folder, _ = coordinated(chain_only)
+    with pytest.raises(RunFolderError, match="has finished"):
+        resume(folder)
+
+
+def test_a_full_disk_while_checkpointing_leaves_nothing_half_written_and_the_run_can_go_on(
+    chain_only, coordinated, loopback, monkeypatch
+):
+    real = run_folder_module.save_file
+    calls = [0]
+
+    def full(state, path, metadata):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(state, path, metadata)
+
+    monkeypatch.setattr(run_folder_module, "save_file", full)
+    folder = RunFolder.create(RunConfig.from_flat(chain_only))
+    with pytest.raises(RunFolderError, match="No space left on device.*resume run"):
+        coordinate(loopback(2), folder)
+    state = RunFolder.open(folder.path).state
+    assert (state.status, len(state.finished)) == ("failed", 2)
+    assert not list((folder.path / "models").glob("*step-2*"))
+    assert not list(folder.path.rglob("*.part"))
+    resumed, results = coordinated({"output.dir": chain_only["output.dir"], "output.resume": folder.state.run_id})
+    assert [link.status for link in results.links] == ["done"] * 4
+    undisturbed, _ = coordinated(chain_only)
+    template = skeleton_of(resumed, results)
+    assert equal(resumed.load_model("chain", template), undisturbed.load_model("chain", template))
+
+
+def test_metrics_json_round_trips(settings, coordinated):
+    folder, results = coordinated(settings | {"student.rounds": 0})
+    assert Results.model_validate_json((folder.path / "metrics.json").read_bytes()) == results

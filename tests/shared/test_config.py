@@ -1,0 +1,193 @@
+"""The run configuration: what is accepted, what is refused and in which words, and what is generated from it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from chainward_shared.config import ConfigScalar, RunConfig, options
+from chainward_shared.config_docs import configuration_markdown, flower_app_config
+from chainward_shared.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def refusal_of(flat: dict[str, ConfigScalar]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat(flat)
+    message = str(caught.value)
+    assert "\n" not in message, "a refusal is one line"
+    return message
+
+
+# --- parsing ---
+
+
+def test_no_keys_give_the_defaults():
+    assert RunConfig.from_flat({}) == RunConfig()
+
+
+def test_a_configuration_survives_the_flat_form():
+    flat = {"seed": 7, "chain.laps": 2, "chain.start": "fresh", "student.ema-decay": 0.9, "chain.compare-alone": False}
+    config = RunConfig.from_flat(flat)
+    assert RunConfig.from_flat(config.to_flat()) == config
+    assert flat.items() <= config.to_flat().items()
+
+
+def test_the_flat_form_has_every_key():
+    assert list(RunConfig().to_flat()) == [option.key for option in options()]
+
+
+def test_an_integer_does_where_a_number_is_expected():
+    assert RunConfig.from_flat({"federation.deadline": 5}).federation.deadline == 5.0
+
+
+def test_a_configuration_can_not_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().chain.laps = 2
+
+
+def test_expected_sites_keep_their_order_without_blanks():
+    assert RunConfig.from_flat({"federation.sites": " oak, ash ,,elm"}).expected_sites == ("oak", "ash", "elm")
+
+
+# --- refusing ---
+
+
+@pytest.mark.parametrize(
+    ("key", "close"),
+    [
+        ("chain.lap", "chain.laps"),
+        ("chain.batch_size", "chain.batch-size"),
+        ("sede", "seed"),
+        ("studnet.rounds", "student.rounds"),
+    ],
+)
+def test_a_misspelt_key_is_answered_with_the_nearest(key, close):
+    assert refusal_of({key: 1}) == f"{key} = 1: there is no such key (did you mean '{close}'?)"
+
+
+@pytest.mark.parametrize("key", ["zzz", "chain", "chain.", "chain.laps.more", ""])
+def test_a_key_that_is_none_is_refused(key):
+    assert refusal_of({key: 1}).startswith(f"{key} = 1: there is no such key")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("chain.laps", 0, ["chain.laps = 0", "greater than or equal to 1", "at least 1, at most 100", "default 1"]),
+        ("chain.label-fraction", 1.5, ["chain.label-fraction = 1.5", "number above 0, at most 1", "default 1.0"]),
+        ("chain.learning-rate", float("nan"), ["chain.learning-rate = nan", "above 0, at most 10", "default 0.001"]),
+        ("chain.learning-rate", float("inf"), ["chain.learning-rate = inf", "above 0, at most 10"]),
+        ("student.ema-decay", 1.0, ["student.ema-decay = 1.0", "at least 0, below 1", "default 0.996"]),
+        ("chain.start", "hot", ["chain.start = 'hot'", "warm, fresh", "default 'warm'"]),
+        ("chain.epochs", 1.5, ["chain.epochs = 1.5", "integer", "default 12"]),
+        ("chain.epochs", "many", ["chain.epochs = 'many'", "integer at least 1, at most 10 000"]),
+        ("seed", -1, ["seed = -1", "integer at least 0, below 2^63", "default 0"]),
+        ("seed", 2**63, [f"seed = {2**63}", "below 2^63"]),
+        ("chain.compare-alone", 3, ["chain.compare-alone = 3", "true or false", "default True"]),
+        ("privacy.mode", "dp-sgd", ["privacy.mode = 'dp-sgd'", "allowed: off"]),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed_and_the_default(key, value, words):
+    message = refusal_of({key: value})
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [
+        ({"federation.sites": "oak,ash", "federation.num-sites": 3}, ["federation.num-sites = 3", "names 2"]),
+        ({"federation.sites": "oak,ash,oak"}, ["federation.sites = 'oak,ash,oak'", "twice"]),
+        ({"data.label-skew": 0.5}, ["data.label-skew = 0.5", "data.source = 'phantom'"]),
+        ({"data.source": "cases.yaml"}, ["data.source = 'cases.yaml'", "absolute path"]),
+        ({"chain.start": "fresh", "chain.distillation-weight": 0.0}, ["chain.start", "chain.distillation-weight"]),
+        ({"student.model": "convnext_atto", "student.width": 0.25}, ["student.model", "student.width = 0.25"]),
+        ({"student.model": "convnext_atto", "student.depth": 0.5}, ["student.model", "student.depth = 0.5"]),
+        ({"student.rounds": 0, "student.finetune-rounds": 2}, ["student.finetune-rounds = 2", "student.rounds = 0"]),
+        ({"chain.strands": 4, "federation.num-sites": 3}, ["chain.strands = 4", "number of sites, 3"]),
+        ({"chain.strands": 3, "federation.sites": "oak,ash"}, ["chain.strands = 3", "number of sites, 2"]),
+        ({"output.dir": "runs"}, ["output.dir = 'runs'", "relative", "absolute path"]),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_and_named(flat, words):
+    message = refusal_of(flat)
+    assert [word for word in words if word not in message] == [], message
+    assert "problems" not in message, "one contradiction is one problem"
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"federation.sites": "oak,ash", "federation.num-sites": 2},
+        {"data.source": "/data/cases.yaml", "data.label-skew": 0.5},
+        {"chain.start": "fresh"},
+        {"chain.distillation-weight": 0.0},
+        {"student.model": "convnext_atto"},
+        {"student.rounds": 0},
+        {"chain.strands": 3, "federation.num-sites": 3},
+        {"output.dir": "~/runs"},
+        {"output.dir": "/runs"},
+    ],
+)
+def test_keys_that_agree_are_accepted(flat):
+    assert flat.items() <= RunConfig.from_flat(flat).to_flat().items()
+
+
+def test_all_problems_come_in_one_message():
+    message = refusal_of({"chain.lap": 2, "chain.epochs": 0, "student.width": 2.0})
+    assert message.startswith("3 problems in the run configuration: ")
+    for key in ("chain.lap = 2", "chain.epochs = 0", "student.width = 2.0"):
+        assert key in message
+
+
+def test_all_contradictions_come_in_one_message():
+    message = refusal_of({"data.label-skew": 0.5, "output.dir": "runs"})
+    assert message.startswith("2 problems")
+    assert "data.label-skew" in message
+    assert "output.dir" in message
+
+
+# --- recipes ---
+
+
+def test_a_site_alone_gets_the_epochs_of_all_laps():
+    config = RunConfig.from_flat({"chain.epochs": 5, "chain.laps": 3})
+    assert config.link_recipe().epochs == 5
+    assert config.link_recipe(laps=3).epochs == 15
+
+
+def test_fine_tuning_has_a_lower_rate_and_no_distillation():
+    config = RunConfig.from_flat({"student.learning-rate": 0.01, "student.finetune-factor": 0.5})
+    distil, finetune = config.student_recipe("distil"), config.student_recipe("finetune")
+    assert (distil.learning_rate, distil.distillation_weight) == (0.01, config.student.distillation_weight)
+    assert (finetune.learning_rate, finetune.distillation_weight) == (0.005, 0.0)
+
+
+# --- what is generated from the models ---
+
+
+def test_every_key_has_a_description_a_type_and_an_allowed_default():
+    for option in options():
+        assert option.description, f"{option.key} has no description"
+        assert option.kind in {"choice", "true or false", "integer", "number", "text"}, f"{option.key}: {option.kind}"
+        assert RunConfig.from_flat({option.key: option.default}) == RunConfig(), option.key
+
+
+def test_the_configuration_reference_is_the_generated_one():
+    assert (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8") == configuration_markdown()
+
+
+def test_the_six_sites_app_holds_every_key_at_its_default():
+    app = tomllib.loads((REPOSITORY / "simulations/six_sites/pyproject.toml").read_text(encoding="utf-8"))
+    held = app["tool"]["flwr"]["app"]["config"]
+    expected = RunConfig().tables()
+    assert held == expected
+    types = {name: {key: type(v) for key, v in table.items()} for name, table in expected.items() if name != "seed"}
+    assert {name: {key: type(v) for key, v in held[name].items()} for name in types} == types  # 0 == 0.0 == False
+
+
+def test_the_generated_app_tables_are_toml_of_the_defaults():
+    assert tomllib.loads(flower_app_config())["tool"]["flwr"]["app"]["config"] == RunConfig().tables()

@@ -1,0 +1,239 @@
+"""The messages: they arrive as they were sent, and nothing travels with them that has no name on the allow-list."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from chainward_shared import protocol
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ProtocolError
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import Architecture
+from chainward_shared.protocol import (
+    EXAMPLES_KEY,
+    PROTOCOL_VERSION,
+    Body,
+    CardRequest,
+    EvaluateResult,
+    EvaluateTask,
+    Hello,
+    HelloRequest,
+    LinkResult,
+    LinkTask,
+    Refusal,
+    SimulatedSite,
+    SiteCard,
+    SiteRefusal,
+    StudentResult,
+    StudentTask,
+    TrainingLog,
+    kind_of,
+    pack,
+    unpack,
+)
+
+MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "counts_val", "counts_test"}
+
+SIMULATED = SimulatedSite(index=1, source="phantom", num_sites=6, label_skew=0.0, seed=3, state_dir="/state")
+ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
+LOG = TrainingLog(epochs=2, steps=4, images=40, loss=[1.0, 0.1 + 0.2], seconds=1.5, precision="fp32")
+SCORES = Scores(n=3, accuracy=1 / 3, balanced_accuracy=0.5, macro_auc=None, ece=0.1)
+
+MESSAGES: list[Body] = [
+    SIMULATED,
+    HelloRequest(source="phantom", num_sites=0, label_skew=0.0),
+    Hello(site=None, simulated_sites=["oak", "ash"], partition=2),
+    CardRequest(simulated=SIMULATED),
+    SiteCard(
+        site="oak",
+        classes=["a", "b"],
+        image_size=32,
+        channels=1,
+        train=5,
+        val=2,
+        test=1,
+        class_counts={"train": [3, 2]},
+        synthetic=True,
+        notes=["no case of class 'b' in test"],
+    ),
+    LinkTask(
+        hop="0-1",
+        strand=0,
+        lap=1,
+        architecture=ARCHITECTURE,
+        recipe=RunConfig().link_recipe(),
+        predecessor_digest="ab",
+        simulated=SIMULATED,
+    ),
+    LinkResult(hop="0-1", site="oak", digest="ab", training=LOG),
+    StudentTask(
+        run_id="r",
+        round=1,
+        architecture=ARCHITECTURE,
+        recipe=RunConfig().student_recipe("distil"),
+        student_digest="ab",
+        auxiliary_digest="cd",
+    ),
+    StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17),
+    EvaluateTask(architecture=ARCHITECTURE, splits=["val", "test"], threads=1, digest="ab"),
+    EvaluateResult(site="oak", scores={"val": SCORES, "test": SCORES}),
+    Refusal(reason="the disk is full"),
+]
+EACH = pytest.mark.parametrize("body", MESSAGES, ids=lambda body: body.KIND)
+
+
+def arrays_called(*names: str) -> dict[str, ArrayRecord]:
+    return {name: ArrayRecord({"weight": Array(np.full(3, i, np.float32))}) for i, name in enumerate(names)}
+
+
+def enveloped(**changes: object) -> RecordDict:
+    """A `Hello` whose envelope is changed; None takes an entry out."""
+    envelope = dict(pack(Hello(site="oak")).config_records["chainward"]) | changes
+    return RecordDict({"chainward": ConfigRecord({k: v for k, v in envelope.items() if v is not None})})
+
+
+def bodies() -> list[type[Body]]:
+    found, waiting = [], [Body]
+    while waiting:
+        subclasses = waiting.pop().__subclasses__()
+        found += subclasses
+        waiting += subclasses
+    return found
+
+
+# --- what arrives ---
+
+
+@EACH
+def test_a_message_arrives_as_it_was_sent(body):
+    sent = arrays_called(*sorted(body.ARRAYS))
+    content = pack(body, sent)
+    assert kind_of(content) == body.KIND
+    received, arrays = unpack(content, type(body))
+    assert received == body
+    assert arrays == sent
+
+
+@EACH
+def test_a_message_may_come_without_arrays(body):
+    assert unpack(pack(body), type(body)) == (body, {})
+
+
+def test_every_kind_of_message_is_tried_here():
+    assert {type(body) for body in MESSAGES} == {cls for cls in bodies() if cls.__module__ == protocol.__name__}
+
+
+def test_kinds_have_names_of_their_own():
+    kinds = [cls.KIND for cls in bodies()]
+    assert len(set(kinds)) == len(kinds)
+
+
+def test_a_student_tells_flower_its_weight():
+    content = pack(MESSAGES[8])
+    assert content.metric_records["metrics"][EXAMPLES_KEY] == 17
+
+
+# --- what may travel ---
+
+
+def test_no_message_may_carry_anything_but_the_weights_and_counts_of_the_design():
+    for cls in bodies():
+        assert cls.ARRAYS <= MAY_TRAVEL, f"{cls.__name__} may carry {sorted(cls.ARRAYS - MAY_TRAVEL)}"
+
+
+def test_from_a_site_come_only_the_trained_model_and_counts():
+    from_site = {cls.KIND: set(cls.ARRAYS) for cls in (Hello, SiteCard, LinkResult, StudentResult, EvaluateResult, Refusal)}
+    assert from_site == {
+        "hello": set(),
+        "site-card": set(),
+        "link-result": {"model"},
+        "student-result": {"student"},
+        "evaluate-result": {"counts_val", "counts_test"},
+        "refusal": set(),
+    }
+
+
+@EACH
+@pytest.mark.parametrize("name", ["privileged", "texts", "model.privileged", ""])
+def test_a_foreign_array_can_not_be_packed(body, name):
+    with pytest.raises(ProtocolError, match=f"a message '{body.KIND}' may not carry the arrays '{name}'"):
+        pack(body, arrays_called(*body.ARRAYS, name))
+
+
+@EACH
+def test_a_foreign_array_is_refused_on_arrival(body):
+    content = pack(body)
+    content["privileged"] = arrays_called("x")["x"]
+    with pytest.raises(ProtocolError, match=f"a message '{body.KIND}' carries the arrays 'privileged', which it may not"):
+        unpack(content, type(body))
+
+
+def test_a_student_does_not_bring_its_auxiliary_teacher():
+    with pytest.raises(ProtocolError, match="'auxiliary'"):
+        pack(MESSAGES[8], arrays_called("student", "auxiliary"))
+
+
+# --- what is refused ---
+
+
+def test_another_kind_is_refused_and_both_are_named():
+    with pytest.raises(ProtocolError, match="a message 'hello' arrived where 'site-card' was expected"):
+        unpack(pack(Hello(site="oak")), SiteCard)
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION + 1, 0, str(PROTOCOL_VERSION), None])
+def test_another_protocol_version_is_refused_and_both_are_named(version):
+    with pytest.raises(ProtocolError, match=rf"version {version!r} arrived.* speaks {PROTOCOL_VERSION}; install the same"):
+        unpack(enveloped(protocol=version), Hello)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [RecordDict(), RecordDict({"config": ConfigRecord({"lr": 0.1})}), enveloped(kind=None), enveloped(body=None)],
+    ids=["empty", "another app's", "no kind", "no body"],
+)
+def test_a_message_without_the_envelope_is_refused(content):
+    with pytest.raises(ProtocolError, match="without Chainward's envelope"):
+        unpack(content, Hello)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, "'site': field required"),
+        ({"site": "oak", "patient": "Jane"}, "'patient': extra inputs are not permitted"),
+        ({"site": 5}, "'site': input should be a valid string"),
+    ],
+)
+def test_a_missing_extra_or_wrong_field_is_refused_and_named(fields, named):
+    with pytest.raises(ProtocolError, match=f"a message 'hello' with a bad field {named}"):
+        unpack(enveloped(body=json.dumps(fields)), Hello)
+
+
+def test_a_field_inside_a_recipe_is_named_with_its_place():
+    task = json.loads(next(body for body in MESSAGES if isinstance(body, LinkTask)).model_dump_json())
+    task["recipe"]["label_fraction"] = 2.0
+    with pytest.raises(ProtocolError, match=r"'link-task' with a bad field 'recipe\.label_fraction'"):
+        unpack(enveloped(kind="link-task", body=json.dumps(task)), LinkTask)
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "null"])
+def test_a_body_that_is_no_record_is_refused(body):
+    with pytest.raises(ProtocolError, match="a message 'hello' with a bad field"):
+        unpack(enveloped(body=body), Hello)
+
+
+@pytest.mark.parametrize("expected", [Hello, LinkResult, EvaluateResult])
+def test_a_refusal_speaks_in_the_sites_own_words(expected):
+    with pytest.raises(SiteRefusal) as caught:
+        unpack(pack(Refusal(reason="/data/cases.csv: row 7: no image")), expected)
+    assert str(caught.value) == "/data/cases.csv: row 7: no image"
+
+
+def test_a_damaged_refusal_is_a_protocol_error_too():
+    with pytest.raises(ProtocolError, match="a message 'refusal' with a bad field 'reason'"):
+        unpack(enveloped(kind="refusal", body="{}"), Hello)

@@ -1,0 +1,323 @@
+"""Weights on the wire and at rest: what goes through unchanged, what is refused, and what a full disk leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+
+from chainward_shared.errors import WeightsError
+from chainward_shared.weights import (
+    byte_count,
+    check_state,
+    digest,
+    from_arrays,
+    load_file,
+    save_file,
+    to_arrays,
+    write_atomically,
+)
+
+
+def a_state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "stem.weight": torch.randn(4, 3, 2, 2, generator=generator),
+        "stem.bias": torch.tensor([0.0, -0.0, 1e-45, 3.4e38]),
+        "head.weight": torch.randn(5, 4, generator=generator).T,  # not contiguous
+        "norm.num_batches_tracked": torch.tensor(2**62 + 1),
+        "scale": torch.tensor(0.1),
+        "mask": torch.tensor([[True, False], [False, True]]),
+        "half": torch.randn(3, generator=generator).half(),
+        "double": torch.tensor([1 / 3], dtype=torch.float64),
+        "nothing": torch.empty(0, 4),
+    }
+
+
+def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return list(one) == list(other) and all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def with_array(name: str, array: Array) -> ArrayRecord:
+    arrays = to_arrays(a_state())
+    arrays[name] = array
+    return arrays
+
+
+def refusal_of(arrays: ArrayRecord) -> str:
+    with pytest.raises(WeightsError) as caught:
+        from_arrays(arrays, a_state())
+    message = str(caught.value)
+    assert "\n" not in message, "a refusal is one line"
+    return message
+
+
+# --- on the wire ---
+
+
+def test_weights_go_over_the_wire_bit_for_bit():
+    state = a_state()
+    assert identical(from_arrays(to_arrays(state), state), state)
+
+
+def test_the_order_that_arrives_is_the_templates():
+    state = a_state()
+    reversed_arrays = to_arrays(dict(reversed(state.items())))
+    assert list(from_arrays(reversed_arrays, state)) == list(state)
+
+
+def test_what_arrived_does_not_share_memory_with_the_message():
+    state = a_state()
+    arrays = to_arrays(state)
+    from_arrays(arrays, state)["stem.weight"].zero_()
+    assert identical(from_arrays(arrays, state), state)
+
+
+def test_a_template_needs_no_values():
+    state = a_state()
+    template = {name: tensor.to("meta") for name, tensor in state.items()}
+    assert identical(from_arrays(to_arrays(state), template), state)
+
+
+def test_a_missing_array_is_refused_and_named():
+    arrays = to_arrays(a_state())
+    del arrays["scale"]
+    assert refusal_of(arrays) == "1 of 9 arrays are missing, first 'scale'"
+
+
+def test_an_extra_array_is_refused_with_the_nearest_name():
+    message = refusal_of(with_array("stem.wieght", Array(np.zeros(1))))
+    assert message.startswith("1 unexpected array(s), first 'stem.wieght' (did you mean 'stem.weight'?)")
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.zeros(3, np.float32), "shape (3,); expected (4,)"),
+        (np.zeros((4, 1), np.float32), "shape (4, 1); expected (4,)"),
+        (np.array(0, np.float32), "shape (); expected (4,)"),
+        (np.zeros(4, np.float64), "float64; expected float32"),
+        (np.zeros(4, np.int32), "int32; expected float32"),
+        (np.array([0, np.nan, np.inf, -np.inf], np.float32), "3 of 4 values are NaN or infinite"),
+    ],
+)
+def test_another_shape_dtype_or_value_is_refused_and_named(values, found):
+    assert refusal_of(with_array("stem.bias", Array(values))) == f"array 'stem.bias': {found}"
+
+
+def test_the_number_of_further_bad_arrays_is_told():
+    state = a_state() | {"stem.bias": torch.full((4,), torch.nan), "scale": torch.zeros(2)}
+    with pytest.raises(WeightsError, match=r"array 'stem\.bias': 4 of 4 .*\(and 1 more arrays\)"):
+        check_state(state, a_state())
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_bytes_are_refused(kept):
+    whole = to_arrays(a_state())["stem.weight"]
+    cut = Array(dtype=whole.dtype, shape=tuple(whole.shape), stype=whole.stype, data=whole.data[:kept])
+    assert refusal_of(with_array("stem.weight", cut)).startswith("array 'stem.weight': its bytes can't be read")
+
+
+def test_a_foreign_serialisation_is_refused():
+    whole = to_arrays(a_state())["scale"]
+    foreign = Array(dtype=whole.dtype, shape=tuple(whole.shape), stype="torch.tensor", data=whole.data)
+    assert refusal_of(with_array("scale", foreign)).startswith("array 'scale': serialised as 'torch.tensor'")
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (2, 2)), ("float64", (4,))])
+def test_an_array_announced_as_another_is_refused(dtype, shape):
+    data = Array(np.zeros(4, np.float32)).data
+    lying = Array(dtype=dtype, shape=shape, stype="numpy.ndarray", data=data)
+    assert refusal_of(with_array("stem.bias", lying)).startswith(
+        f"array 'stem.bias': announced as {dtype} {shape}, holds float32 (4,)"
+    )
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickled object was loaded",))
+
+
+def test_a_pickled_object_is_refused_without_being_loaded():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([_Bomb()], dtype=object), allow_pickle=True)
+    pickled = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=buffer.getvalue())
+    assert refusal_of(with_array("scale", pickled)).startswith("array 'scale': its bytes can't be read")
+
+
+@pytest.mark.parametrize("values", [np.array(["a"]), np.array([1], "datetime64[s]")])
+def test_values_that_no_model_has_are_refused(values):
+    array = Array(values)
+    assert "array 'scale'" in refusal_of(with_array("scale", array))
+
+
+def test_the_bytes_on_the_wire_are_counted():
+    arrays = to_arrays({"a": torch.zeros(100), "b": torch.zeros(7, dtype=torch.int64)})
+    assert byte_count(arrays) == len(arrays["a"].data) + len(arrays["b"].data) >= 456
+
+
+# --- digest ---
+
+
+def test_a_digest_does_not_depend_on_the_order():
+    state = a_state()
+    assert digest(dict(reversed(state.items()))) == digest(state)
+
+
+def test_a_digest_does_not_depend_on_the_layout_in_memory():
+    state = a_state()
+    assert digest({name: tensor.contiguous() for name, tensor in state.items()}) == digest(state)
+
+
+def one_bit_flipped() -> torch.Tensor:
+    bits = torch.ones(6).view(torch.int32)
+    bits[5] ^= 1
+    return bits.view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"b": torch.ones(6)},
+        {"a": torch.ones(2, 3)},
+        {"a": torch.ones(6, 1)},
+        {"a": torch.ones(6).view(torch.int32)},
+        {"a": one_bit_flipped()},
+        {"a": torch.ones(6), "b": torch.empty(0)},
+        {},
+    ],
+    ids=["name", "shape", "one more dimension", "dtype", "one bit", "one more array", "nothing"],
+)
+def test_a_digest_changes_with(other):
+    assert digest(other) != digest({"a": torch.ones(6)})
+
+
+def test_negative_zero_has_another_digest():
+    assert digest({"a": torch.tensor([0.0])}) != digest({"a": torch.tensor([-0.0])})
+
+
+# --- at rest ---
+
+
+def test_a_file_keeps_weights_and_metadata_bit_for_bit(tmp_path):
+    path = tmp_path / "model.safetensors"
+    sha256 = save_file(a_state(), path, {"who": "oak"})
+    state, metadata = load_file(path, sha256)
+    assert identical(dict(sorted(state.items())), dict(sorted(a_state().items())))
+    assert metadata == {"who": "oak"}
+
+
+def disk_full(*_args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _FullDisk(io.BytesIO):
+    def write(self, contents: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture(params=["while writing", "while flushing", "while replacing"])
+def full_disk(request, monkeypatch):
+    """Return a context in which the disk is full, at one of the moments at which it can turn out to be."""
+    real_open = Path.open
+
+    def takes_nothing(self, mode="r", *args, **kwargs):
+        real_open(self, mode, *args, **kwargs).close()  # the file is there, but no byte fits
+        return _FullDisk()
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            if request.param == "while flushing":
+                patch.setattr(os, "fsync", disk_full)
+            elif request.param == "while replacing":
+                patch.setattr(Path, "replace", disk_full)
+            else:
+                patch.setattr(Path, "open", takes_nothing)
+            yield
+
+    return context
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, full_disk):
+    path = tmp_path / "model.safetensors"
+    sha256 = save_file(a_state(), path, {"round": "1"})
+    with full_disk(), pytest.raises(OSError, match="No space left"):
+        save_file({"a": torch.zeros(9)}, path, {"round": "2"})
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert load_file(path, sha256)[1] == {"round": "1"}
+
+
+def test_a_full_disk_leaves_no_first_file(tmp_path, full_disk):
+    with full_disk(), pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "new.json", b"{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupt(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "new.json", b"{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "state.json"
+    write_atomically(path, b"a longer first version")
+    write_atomically(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def file_refusal(path: Path, sha256: str | None = None) -> str:
+    with pytest.raises(WeightsError) as caught:
+        load_file(path, sha256)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message, "a refusal is one line"
+    return message
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert "can't be read (No such file" in file_refusal(tmp_path / "none.safetensors")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    assert "can't be read (Is a directory" in file_refusal(tmp_path)
+
+
+@pytest.mark.parametrize("position", [0, 8, 200, -1])
+def test_a_flipped_byte_is_noticed_by_the_recorded_digest(tmp_path, position):
+    path = tmp_path / "model.safetensors"
+    sha256 = save_file(a_state(), path, {})
+    contents = bytearray(path.read_bytes())
+    contents[position] ^= 1
+    path.write_bytes(contents)
+    assert "SHA-256" in file_refusal(path, sha256)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 50, -1])
+def test_a_truncated_file_is_refused_even_without_a_recorded_digest(tmp_path, kept):
+    path = tmp_path / "model.safetensors"
+    save_file(a_state(), path, {})
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "not a readable safetensors file" in file_refusal(path)
+
+
+def test_a_pickle_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    torch.save(a_state(), path)
+    assert "not a readable safetensors file" in file_refusal(path)
