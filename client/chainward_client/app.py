@@ -11,10 +11,11 @@ from flwr.clientapp import ClientApp
 
 from chainward_client.data.sources import simulated_site_ids
 from chainward_client.evaluation import class_probabilities
-from chainward_client.site import open_site, own_config
+from chainward_client.site import SITE_CONFIG_KEY, open_site, own_config
 from chainward_client.store import SiteStore
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
+from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError, DataError, ProtocolError, WeightsError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_to_arrays, evaluate
 from chainward_shared.evaluation.scores import Scores
@@ -41,19 +42,30 @@ logger = logging.getLogger("chainward.client")
 
 app = ClientApp()
 
+PRIVATE_REASON = "something is wrong at the site with its data or its software; the site's own log says what"
+
 Handler = Callable[[RecordDict, Context], RecordDict]
 
 
 def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Turn what a person can act on into a `Refusal`; anything else is a defect and stays an exception."""
+    """Turn what a person can act on into a `Refusal`; anything else is a defect and stays an exception.
+
+    What is wrong with a hospital's data names files, rows and patients, and any exception may: at a deployed site that
+    stays in the site's own log.
+    """
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
+        show_progress()
+        deployed = SITE_CONFIG_KEY in context.node_config
         try:
             content = handler(message.content, context)
-        except ChainwardError as error:
-            logger.warning("refused: %s", error)
-            content = pack(Refusal(reason=str(error)))
+        except Exception as error:
+            private = not isinstance(error, ChainwardError) or isinstance(error, DataError)
+            if not deployed and not isinstance(error, ChainwardError):
+                raise
+            logger.warning("refused: %s", error, exc_info=not isinstance(error, ChainwardError))
+            content = pack(Refusal(reason=PRIVATE_REASON if deployed and private else str(error)))
         return Message(content, reply_to=message)
 
     return answer
@@ -147,19 +159,18 @@ def student(content: RecordDict, context: Context) -> RecordDict:
             raise ProtocolError(
                 f"site '{site.data.site}' has no auxiliary teacher for round {task.round}; send it again"
             )
-    state, auxiliary, log = train_student(
-        site.data, task.architecture, task.recipe, current, auxiliary, round_index=task.round - 1
-    )
-    if auxiliary is not None:
-        store.save_auxiliary(auxiliary, task.architecture, after_round=task.round)
+    trained = train_student(site.data, task.architecture, task.recipe, current, auxiliary, round_index=task.round - 1)
+    if trained.auxiliary is not None:
+        store.save_auxiliary(trained.auxiliary, task.architecture, after_round=task.round)
     result = StudentResult(
         round=task.round,
         site=site.data.site,
-        digest=digest(state),
-        training=log,
+        digest=digest(trained.student),
+        training=trained.log,
+        auxiliary_kept=trained.auxiliary_kept,
         examples=len(site.data.splits["train"]),
     )
-    return pack(result, {"student": to_arrays(state)})
+    return pack(result, {"student": to_arrays(trained.student)})
 
 
 @app.evaluate()

@@ -92,7 +92,8 @@ def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -
     if config is not None:
         if simulated is not None:
             raise ProtocolError(
-                f"site '{config.site}' knows who it is from its own site.yaml and refuses to play simulated site {simulated.index}"
+                f"site '{config.site}' knows who it is from its own site.yaml and refuses to play "
+                f"simulated site {simulated.index}"
             )
         base = Path(str(node_config[SITE_CONFIG_KEY])).parent
         data = _local_site((base / Path(config.data).expanduser()).resolve(), config.site)

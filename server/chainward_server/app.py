@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from chainward_server.chain import ChainRun, alone_work, link_work, run_alone, run_chain, score
-from chainward_server.console import one_line_for, show_progress
+from chainward_server.flower_log import one_line_for, quiet_aggregation
 from chainward_server.measure import summarize_model
 from chainward_server.progress import Progress
 from chainward_server.rendezvous import Consortium, meet
@@ -22,6 +23,7 @@ from chainward_server.run_folder import Phase, RunFolder
 from chainward_server.students import run_students, student_architecture, student_work
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
+from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError
 from chainward_shared.models import resolve_architecture
 
@@ -34,6 +36,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a consortium from rendezvous to report."""
     show_progress()
+    quiet_aggregation()
     try:
         config = RunConfig.from_flat(context.run_config)
         folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
@@ -138,7 +141,7 @@ def _timed(phase: Phase, folder: RunFolder, timings: dict[str, float]) -> Iterat
 def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
     card = consortium.any_card
     return DataSummary(
-        source="phantoms" if config.data.source == "phantom" else config.data.source,
+        source="phantoms" if config.data.source == "phantom" else Path(config.data.source).name,
         synthetic=any(card.synthetic for card in consortium.cards.values()),
         classes=card.classes,
         image_size=card.image_size,
@@ -220,5 +223,5 @@ def _note_failure(folder: RunFolder, reason: str) -> None:
         if folder.load_results() is not None:
             write_report(folder)
         logger.info("to go on from the last finished hop: --run-config 'output.resume=\"%s\"'", folder.state.run_id)
-    except ChainwardError as error:
-        logger.error("%s", error)
+    except Exception as error:  # the reason of the failure itself must not be lost behind this one
+        logger.error("the run folder could not be brought up to date: %s", error)

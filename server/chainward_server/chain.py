@@ -216,9 +216,7 @@ def _record(run: ChainRun, hop: Hop, outcome: _Attempted, strand: Strand, number
         logger.warning("%s  %s: %s; the chain goes on without it. %s", number, hop.site, record.status, record.reason)
         return
     record.training = training_summary(outcome.training)
-    record.metrics = link_metrics(
-        score(run, run.architecture, outcome.model, ["val", "test"])
-    )
+    record.metrics = link_metrics(score(run, run.architecture, outcome.model, ["val", "test"]))
     run.results.links.append(record)
     run.folder.commit(run.results, hop.key)
     strand.model, strand.model_name, strand.site = outcome.model, hop.key, hop.site
@@ -283,9 +281,7 @@ def _record_alone(run: ChainRun, site: str, reply: Reply[LinkResult] | Failure) 
     if not isinstance(reply, Failure):
         try:
             state = checked_model(reply, key, site, run.template)
-            metrics = link_metrics(
-                score(run, run.architecture, state, ["val", "test"])
-            )
+            metrics = link_metrics(score(run, run.architecture, state, ["val", "test"]))
         except ChainwardError as error:
             reason = f"site '{site}' alone: {error}"
     status: LinkStatus = "skipped" if reason else "done"
@@ -314,9 +310,7 @@ def alone_work(run: ChainRun, site: str) -> float:
     return ALONE_WORK * run.config.chain.epochs * run.config.chain.laps * run.consortium.cards[site].train
 
 
-def score(
-    run: ChainRun, architecture: Architecture, state: StateDict, splits: list[Split]
-) -> dict[Split, SiteScores]:
+def score(run: ChainRun, architecture: Architecture, state: StateDict, splits: list[Split]) -> dict[Split, SiteScores]:
     """Return the scores of a model at all sites of the run."""
     federation = run.config.federation
     return score_everywhere(

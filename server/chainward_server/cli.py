@@ -60,7 +60,14 @@ def _summary(path: Path) -> dict[str, str | None]:
         folder = RunFolder.open(path)
         results = folder.load_results()
     except RunFolderError as error:
-        return {"run": path.name, "status": "damaged", "phase": None, "chain": None, "student": None, "reason": str(error)}
+        return {
+            "run": path.name,
+            "status": "damaged",
+            "phase": None,
+            "chain": None,
+            "student": None,
+            "reason": str(error),
+        }
     scores = {name: final.pooled.balanced_accuracy for name, final in (results.final if results else {}).items()}
     figures = {name: None if (value := scores.get(name)) is None else f"{value:.3f}" for name in ("chain", "student")}
     state = folder.state
@@ -77,7 +84,9 @@ def report(
     path = base / run
     if not (path / "run.json").is_file():
         known = [found.parent.name for found in base.glob("*/run.json")]
-        raise RunFolderError(f"run {run!r}: no run.json in {path}{nearest(run, known)}; `chainward runs` lists the runs")
+        raise RunFolderError(
+            f"run {run!r}: no run.json in {path}{nearest(run, known)}; `chainward runs` lists the runs"
+        )
     typer.echo(write_report(RunFolder.open(path)))
 
 
@@ -88,7 +97,9 @@ def config(
         typer.Argument(help="Settings as for `flwr run --run-config`: 'chain.laps=2', or the path of a TOML file."),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/configuration.md.")] = False,
-    toml: Annotated[bool, typer.Option("--toml", help="Print every key at its default, for an app's pyproject.toml.")] = False,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="Print every key at its default, for an app's pyproject.toml.")
+    ] = False,
 ) -> None:
     """Check settings without a run: misspelt keys, values out of range, contradictions."""
     if markdown or toml:

@@ -106,7 +106,8 @@ class AloneRecord(Record):
 
 
 class StudentRound(Record):
-    """One round of the compact students. `failed`: site -> why it is missing from the average."""
+    """One round of the compact students. `failed`: site -> why it is missing from the average. `auxiliary_kept`: fraction
+    of its own selection that the auxiliary teacher still holds after this round, mean over the sites; None in fine-tuning."""
 
     round: int
     stage: Literal["distil", "finetune"]
@@ -116,6 +117,7 @@ class StudentRound(Record):
     bytes_down: int
     bytes_up: int
     validation: Scores | None = None
+    auxiliary_kept: float | None = None
 
     @property
     def key(self) -> str:

@@ -73,21 +73,22 @@ def run_students(run: ChainRun, chain_model: StateDict) -> StateDict:
             continue
         stage: Literal["distil", "finetune"] = "distil" if number <= config.rounds else "finetune"
         student, record = _run_round(run, architecture, student, auxiliary, number, stage)
-        record.validation = score(run, architecture, student, ["val"])[
-            "val"
-        ].pooled
+        record.validation = score(run, architecture, student, ["val"])["val"].pooled
         run.folder.save_model(key, student, architecture, run.results.data.classes)
         run.results.student_rounds.append(record)
         run.folder.commit(run.results, key)
         run.folder.drop_model(f"student-round-{number - 1}")
         logger.info(
-            "student round %d of %d (%s): %d sites, validation balanced accuracy %s, %.1f s; %s",
+            "student round %d of %d (%s): %d sites, validation balanced accuracy %s, %.1f s%s; %s",
             number,
             total,
             "self-distillation" if stage == "distil" else "fine-tuning",
             len(record.sites),
             "-" if record.validation.balanced_accuracy is None else f"{record.validation.balanced_accuracy:.3f}",
             record.seconds,
+            ""
+            if record.auxiliary_kept is None
+            else f", auxiliary teacher is {record.auxiliary_kept:.0%} its own selection",
             run.progress.expected_end(),
         )
     return student
@@ -145,9 +146,19 @@ def _run_round(
         logger.warning("student round %d goes on without a site: %s", number, reason)
     record.sites = [site for site in run.consortium.sites if site in replies]
     record.failed = failed
+    record.auxiliary_kept = _kept(run, [replies[site].body for site in record.sites])
     average = _average([replies[site] for site in record.sites], template, number)
     record.seconds = time.monotonic() - started
     return average, record
+
+
+def _kept(run: ChainRun, results: list[StudentResult]) -> float | None:
+    """Return what fraction of its own selection the auxiliary teacher still holds, over all rounds, mean of the sites."""
+    kept = [result.auxiliary_kept for result in results if result.auxiliary_kept is not None]
+    if not kept:
+        return None
+    before = [round_.auxiliary_kept for round_ in run.results.student_rounds if round_.auxiliary_kept is not None]
+    return (before[-1] if before else 1.0) * sum(kept) / len(kept)
 
 
 def _student_request(
@@ -182,9 +193,7 @@ def _problem(reply: Reply[StudentResult], site: str, number: int, template: Stat
     weights = reply.message.content.metric_records.get("metrics")
     stated = None if weights is None else weights.get(EXAMPLES_KEY)
     if body.examples < 1 or stated != body.examples:
-        return (
-            f"site '{site}' states {stated!r} examples; expected the {body.examples} of its result"
-        )
+        return f"site '{site}' states {stated!r} examples; expected the {body.examples} of its result"
     if "student" not in reply.arrays:
         return f"site '{site}' sent no student"
     try:

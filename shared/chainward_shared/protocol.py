@@ -154,7 +154,8 @@ class StudentTask(Body):
 
 
 class StudentResult(Body):
-    """A site's student of one round. The auxiliary teacher stays at the site."""
+    """A site's student of one round. The auxiliary teacher stays at the site; `auxiliary_kept` tells what fraction of
+    its weights at the round's start the moving average has left in it (None in fine-tuning)."""
 
     KIND: ClassVar[str] = "student-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student"})
@@ -163,6 +164,7 @@ class StudentResult(Body):
     site: str
     digest: str
     training: TrainingLog
+    auxiliary_kept: float | None
     examples: int
 
 
@@ -269,7 +271,9 @@ def _parse(text: str, expected: type[B]) -> B:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise ProtocolError(f"a message '{expected.KIND}' with a bad field '{where}': {first['msg'].lower()}") from error
+        raise ProtocolError(
+            f"a message '{expected.KIND}' with a bad field '{where}': {first['msg'].lower()}"
+        ) from error
 
 
 class SiteRefusal(ProtocolError):

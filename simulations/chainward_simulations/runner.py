@@ -110,8 +110,9 @@ def _run_students(
         trained = []
         for site, data in sites.items():
             teacher = auxiliaries[site] if stage == "distil" else None
-            state, auxiliaries[site], _ = train_student(data, small, recipe, student, teacher, round_index=index)
-            trained.append(state)
+            result = train_student(data, small, recipe, student, teacher, round_index=index)
+            auxiliaries[site] = result.auxiliary
+            trained.append(result.student)
             on_step(f"student round {index + 1} {site}")
         student = weighted_average(trained, [len(data.splits["train"]) for data in sites.values()])
     outcome.student_architecture, outcome.student = small, student

@@ -232,7 +232,7 @@ def test_a_chain_without_a_single_good_link_fails_and_says_why(chain_only, coord
             _nan(reply)
         return reply
 
-    with pytest.raises(ChainwardError, match="no link of the chain succeeded.*NaN"):
+    with pytest.raises(ChainwardError, match=r"no link of the chain succeeded.*NaN"):
         coordinated(chain_only, loopback(2, all_bad))
 
 
@@ -320,9 +320,7 @@ def test_a_resumed_run_ends_with_the_same_models_as_an_uninterrupted_one(
     with pytest.raises(Killed):
         coordinate(loopback(2, killing(after, kind)), folder)
     grid = loopback(2)
-    resumed, results = coordinated(
-        {"output.dir": settings["output.dir"], "output.resume": folder.state.run_id}, grid
-    )
+    resumed, results = coordinated({"output.dir": settings["output.dir"], "output.resume": folder.state.run_id}, grid)
     links_sent = sum(kind_of(message.content) == LinkTask.KIND for message in grid.sent)
     assert links_sent == left_to_train, "finished links are not trained again"
     template = skeleton_of(resumed, results)
@@ -406,7 +404,7 @@ def test_a_full_disk_while_checkpointing_leaves_nothing_half_written_and_the_run
 
     monkeypatch.setattr(run_folder_module, "save_file", full)
     folder = RunFolder.create(RunConfig.from_flat(chain_only))
-    with pytest.raises(RunFolderError, match="No space left on device.*resume run"):
+    with pytest.raises(RunFolderError, match=r"No space left on device.*resume run"):
         coordinate(loopback(2), folder)
     state = RunFolder.open(folder.path).state
     assert (state.status, len(state.finished)) == ("failed", 2)

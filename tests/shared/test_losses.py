@@ -20,7 +20,8 @@ TEMPERATURES = [1.0, 2.5, 4.0, 20.0]
 
 
 def logits_of(seed: int, rows: int = 12, scale: float = 4.0) -> torch.Tensor:
-    return scale * torch.randn(rows, len(COUNTS), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(rows, len(COUNTS), generator=generator, dtype=torch.float64)
 
 
 LABELS = torch.tensor([0, 1, 2, 3] * 3)
@@ -51,7 +52,7 @@ def reference_distillation(row: list[float], teacher: list[float], temperature: 
 
 def assert_elementwise(found: torch.Tensor, expected: list[float]) -> None:
     assert found.shape == (len(expected),)
-    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
 # --- cross-entropy ---
@@ -88,7 +89,7 @@ def test_the_balances_agree_where_the_classes_are_balanced():
 
 def test_weights_average_to_one_over_the_sites_cases():
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))
-    flat = torch.zeros(len(labels), 4)
+    flat = torch.zeros(len(labels), 4, dtype=torch.float64)
     loss = classification_loss(flat, labels, torch.tensor(COUNTS), "weighted")
     assert loss.mean().item() == pytest.approx(math.log(4), rel=1e-5)
 

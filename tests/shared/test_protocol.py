@@ -146,7 +146,9 @@ def test_no_message_may_carry_anything_but_the_weights_and_counts_of_the_design(
 
 
 def test_from_a_site_come_only_the_trained_model_and_counts():
-    from_site = {cls.KIND: set(cls.ARRAYS) for cls in (Hello, SiteCard, LinkResult, StudentResult, EvaluateResult, Refusal)}
+    from_site = {
+        cls.KIND: set(cls.ARRAYS) for cls in (Hello, SiteCard, LinkResult, StudentResult, EvaluateResult, Refusal)
+    }
     assert from_site == {
         "hello": set(),
         "site-card": set(),
@@ -168,7 +170,9 @@ def test_a_foreign_array_can_not_be_packed(body, name):
 def test_a_foreign_array_is_refused_on_arrival(body):
     content = pack(body)
     content["privileged"] = arrays_called("x")["x"]
-    with pytest.raises(ProtocolError, match=f"a message '{body.KIND}' carries the arrays 'privileged', which it may not"):
+    with pytest.raises(
+        ProtocolError, match=f"a message '{body.KIND}' carries the arrays 'privileged', which it may not"
+    ):
         unpack(content, type(body))
 
 
@@ -187,7 +191,9 @@ def test_another_kind_is_refused_and_both_are_named():
 
 @pytest.mark.parametrize("version", [PROTOCOL_VERSION + 1, 0, str(PROTOCOL_VERSION), None])
 def test_another_protocol_version_is_refused_and_both_are_named(version):
-    with pytest.raises(ProtocolError, match=rf"version {version!r} arrived.* speaks {PROTOCOL_VERSION}; install the same"):
+    with pytest.raises(
+        ProtocolError, match=rf"version {version!r} arrived.* speaks {PROTOCOL_VERSION}; install the same"
+    ):
         unpack(enveloped(protocol=version), Hello)
 
 

@@ -43,7 +43,8 @@ def a_state() -> dict[str, torch.Tensor]:
 
 def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return list(one) == list(other) and all(
-        (a.dtype, a.shape) == (b.dtype, b.shape) and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        (a.dtype, a.shape) == (b.dtype, b.shape)
+        and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
         for a, b in zip(one.values(), other.values(), strict=True)
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from chainward_shared.models import Architecture, build_model
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import StudentRecipe
 from chainward_shared.weights import StateDict
-
-logger = logging.getLogger("chainward.client")
 
 
 class StudentObjective:
@@ -74,6 +72,17 @@ class StudentObjective:
         return {}
 
 
+@dataclass(frozen=True)
+class TrainedStudent:
+    """What a round at a site yields: A, B (None in fine-tuning), how it went, and how much of B's weights at the round's
+    start the moving average has left in it (None in fine-tuning)."""
+
+    student: StateDict
+    auxiliary: StateDict | None
+    log: TrainingLog
+    auxiliary_kept: float | None
+
+
 def train_student(
     data: SiteData,
     architecture: Architecture,
@@ -82,8 +91,8 @@ def train_student(
     auxiliary: StateDict | None,
     *,
     round_index: int,
-) -> tuple[StateDict, StateDict | None, TrainingLog]:
-    """Train the student for one round at a site; return its weights, the auxiliary teacher's, and how it went.
+) -> TrainedStudent:
+    """Train the student for one round at a site.
 
     Parameters
     ----------
@@ -101,12 +110,7 @@ def train_student(
     counts = torch.bincount(cases.labels, minlength=len(data.classes))
     objective = StudentObjective(recipe, teacher, counts, round_index)
     log = train(model, cases, recipe, objective, "student", recipe.stage, data.site, "round", round_index)
+    state = dict(model.state_dict())
     if teacher is None:
-        return dict(model.state_dict()), None, log
-    logger.info(
-        "%s: round %d, the auxiliary teacher keeps %.1f %% of what it held at the round's start",
-        data.site,
-        round_index + 1,
-        100 * objective.kept,
-    )
-    return dict(model.state_dict()), dict(teacher.to("cpu").state_dict()), log
+        return TrainedStudent(state, None, log, None)
+    return TrainedStudent(state, dict(teacher.to("cpu").state_dict()), log, objective.kept)

@@ -34,7 +34,9 @@ def write_report(folder: RunFolder) -> Path:
         results,
         status=folder.state.status,
         reason=folder.state.reason,
-        config={name: table if isinstance(table, dict) else {name: table} for name, table in folder.config.tables().items()},
+        config={
+            name: table if isinstance(table, dict) else {name: table} for name, table in folder.config.tables().items()
+        },
         privacy=privacy,
         started=folder.state.started,
         finished=folder.state.updated if folder.state.status != "running" else None,

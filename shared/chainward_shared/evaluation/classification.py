@@ -79,8 +79,9 @@ class PredictionCounts:
         np.add.at(calibration, bins, np.stack([np.ones_like(confidence), confidence, predictions == labels], axis=1))
         histograms = np.zeros((classes, 2, SCORE_BINS), dtype=np.int64)
         for k in range(classes):
-            of_others = np.delete(probabilities, k, axis=1).sum(axis=1)  # 1 - p would lose what is left beside a sure class
-            np.add.at(histograms, (k, (labels == k).astype(np.int64), _score_bin(probabilities[:, k], of_others)), 1)
+            column = _score_bin(probabilities[:, k], np.delete(probabilities, k, axis=1).sum(axis=1))
+            for of_class in (0, 1):
+                histograms[k, of_class] = np.bincount(column[(labels == k) == bool(of_class)], minlength=SCORE_BINS)
         return cls(confusion, calibration, histograms)
 
 

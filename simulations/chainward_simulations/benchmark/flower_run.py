@@ -241,8 +241,9 @@ def memory_table(runs: Sequence[FlowerRun]) -> Table:
     table = Table(f"Peak memory ({largest.measure})", ("processes", "GiB", "aim"))
     table.rows.append((f"all {largest.processes}", f"{gib:.2f}", MEMORY_AIM.text(gib)))
     table.rows += [(name, f"{size / GIB:.2f}", "-") for name, size in list(largest.by_name.items())[:6]]
+    samples = sum(peak.samples for peak in peaks)
     table.notes.append(
         "Largest sum over the SuperLink, the simulation, Ray and the flwr command at one moment, of "
-        f"{len(runs)} run(s) and {sum(peak.samples for peak in peaks)} samples; below it the largest parts by process name."
+        f"{len(runs)} run(s) and {samples} samples; below it the largest parts by process name."
     )
     return table

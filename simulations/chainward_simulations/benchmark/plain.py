@@ -26,8 +26,6 @@ def train_plain_link(
     knows the defaults only: warm start, cross-entropy adjusted by the class frequencies, trust by label.
     """
     device = best_device()
-    torch.manual_seed(recipe.seed)
-    torch.set_num_threads(recipe.threads)
     model, teacher = build_model(architecture, recipe.seed), None
     if predecessor is not None:
         model.load_state_dict(predecessor)

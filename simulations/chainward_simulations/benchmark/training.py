@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.training.link import train_link
-from chainward_client.training.precision import best_device, resolve_precision
+from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.recipes import Augmentation, LinkRecipe
@@ -134,7 +134,8 @@ def train_variant(
 ) -> tuple[StateDict, float]:
     """Train a link in one of the ways that are compared; return its weights and the seconds of the loop."""
     if variant == "plain fp32":
-        return train_plain_link(data, architecture, recipe, predecessor)
+        with training_environment(recipe.threads, recipe.seed):
+            return train_plain_link(data, architecture, recipe, predecessor)
     recipe = recipe.model_copy(update={"precision": "fp32" if variant == "chainward fp32" else "auto"})
     state, log = train_link(data, architecture, recipe, predecessor, strand=0, lap=0)
     return state, log.seconds

@@ -1,0 +1,31 @@
+"""Keeping Flower's own log readable: no account of what the progress says already, no traceback for bad input."""
+
+from __future__ import annotations
+
+import logging
+
+from chainward_shared.errors import ChainwardError
+
+
+def quiet_aggregation() -> None:
+    """Leave out Flower's own line about each aggregation."""
+    logging.getLogger("flwr").addFilter(_is_no_aggregation)
+
+
+def _is_no_aggregation(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("aggregate_train:")
+
+
+def one_line_for(error: ChainwardError) -> None:
+    """Let Flower report `error`, which makes the run fail, in one line instead of with a traceback."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        raised = record.exc_info[1] if record.exc_info else None
+        while raised is not None and raised is not error:
+            raised = raised.__cause__ or raised.__context__
+        if raised is error:
+            record.exc_info = None
+            record.msg, record.args = "The run failed: %s", (str(error),)
+        return "Traceback (most recent call last)" not in record.getMessage()
+
+    logging.getLogger("flwr").addFilter(shorten)

@@ -1,0 +1,75 @@
+"""What the client answers, and what it keeps to itself."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from chainward_client.app import app
+from chainward_shared.protocol import CardRequest, Hello, HelloRequest, Refusal, SimulatedSite, SiteCard, pack, unpack
+
+
+def ask(content: RecordDict, node_config: dict) -> RecordDict:
+    """Return the client's answer to a query."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    message = Message(content, dst_node_id=7, message_type="query")
+    context = Context(run_id=1, node_id=7, node_config=node_config, state=RecordDict(), run_config={})
+    return app(message, context).content
+
+
+@pytest.fixture
+def hospital(small_consortium, tmp_path):
+    """Node configuration of a deployed hospital."""
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({"site": "ash", "data": str(small_consortium), "state": str(tmp_path / "state")}))
+    return {"site-config": str(path)}
+
+
+def simulated(source: str) -> SimulatedSite:
+    return SimulatedSite(index=0, source=source, num_sites=0, label_skew=0.0, seed=0, state_dir="")
+
+
+def test_a_deployed_hospital_knows_who_it_is_from_its_own_file(hospital):
+    hello, _ = unpack(ask(pack(HelloRequest(source="phantom", num_sites=6, label_skew=0.0)), hospital), Hello)
+    assert (hello.site, hello.simulated_sites) == ("ash", [])
+    card, _ = unpack(ask(pack(CardRequest()), hospital), SiteCard)
+    assert (card.site, card.classes, card.synthetic) == ("ash", ["a", "b", "c"], False)
+
+
+def test_a_deployed_hospital_refuses_to_be_told_who_it_is(hospital, small_consortium):
+    answer, _ = unpack(ask(pack(CardRequest(simulated=simulated(str(small_consortium)))), hospital), Refusal)
+    assert "'ash' knows who it is" in answer.reason
+
+
+def test_what_is_wrong_with_a_deployed_hospitals_data_stays_in_its_own_log(hospital, tmp_path, caplog):
+    (tmp_path / "cases.csv").write_text("image,label,patient,split\nscan-of-mrs-miller,zzz,miller,train\n")
+    (tmp_path / "data.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "format": "csv",
+                "manifest": "cases.csv",
+                "classes": ["a", "b"],
+                "columns": {"image": "image", "label": "label", "patient": "patient", "split": "split"},
+                "image": {"size": 32, "channels": 1},
+            }
+        )
+    )
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"site": "ash", "data": "data.yaml"}))
+    answer, _ = unpack(ask(pack(CardRequest()), hospital), Refusal)
+    assert "own log" in answer.reason
+    for private in ("miller", "zzz", "cases.csv", str(tmp_path)):
+        assert private not in answer.reason
+    assert "zzz" in caplog.text
+
+
+def test_a_simulated_hospital_says_what_is_wrong_with_its_data(tmp_path):
+    answer, _ = unpack(ask(pack(CardRequest(simulated=simulated(str(tmp_path / "absent.yaml")))), {}), Refusal)
+    assert "absent.yaml" in answer.reason
+
+
+def test_a_message_of_another_app_is_refused_in_one_line():
+    answer, _ = unpack(ask(RecordDict({"config": ConfigRecord({"lr": 0.1})}), {}), Refusal)
+    assert "envelope" in answer.reason
+    assert "\n" not in answer.reason

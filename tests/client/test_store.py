@@ -1,0 +1,148 @@
+"""What a site keeps between messages: the auxiliary teachers of the last two rounds, inside its own folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from chainward_client.store import SiteStore
+from chainward_shared import weights
+from chainward_shared.errors import ChainwardError, WeightsError
+from chainward_shared.models import Architecture
+
+ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
+
+
+def save(store: SiteStore, after_round: int) -> None:
+    store.save_auxiliary({"w": torch.full((2,), float(after_round))}, ARCHITECTURE, after_round)
+
+
+def loaded(store: SiteStore, before_round: int) -> float | None:
+    state = store.load_auxiliary(before_round)
+    return None if state is None else state["w"][0].item()
+
+
+def kept(store: SiteStore) -> list[str]:
+    return sorted(path.name.removeprefix("auxiliary-round-") for path in store.folder.iterdir())
+
+
+def test_before_the_first_round_there_is_none(tmp_path):
+    assert loaded(SiteStore(tmp_path, "run"), before_round=1) is None
+
+
+def test_the_selection_of_the_start_serves_the_first_round(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    save(store, 0)
+    assert loaded(store, before_round=1) == 0.0
+
+
+def test_the_last_two_rounds_are_kept(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    counts = []
+    for after_round in range(5):
+        save(store, after_round)
+        counts.append(len(kept(store)))
+    assert counts == [1, 2, 2, 2, 2]
+    assert kept(store) == ["0003.safetensors", "0004.safetensors"]
+
+
+def test_a_round_that_is_asked_for_again_gets_what_it_had(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    for after_round in range(4):
+        save(store, after_round)
+    assert loaded(store, before_round=4) == 3.0
+    assert loaded(store, before_round=3) == 2.0, "not what this round itself has left behind"
+
+
+def test_a_site_that_missed_rounds_goes_on_with_the_newest(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    save(store, 1)
+    assert loaded(store, before_round=6) == 1.0
+
+
+def test_what_is_too_new_is_not_taken(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    save(store, 3)
+    assert loaded(store, before_round=3) is None
+
+
+def test_a_round_again_replaces_its_file(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    save(store, 1)
+    store.save_auxiliary({"w": torch.full((2,), 9.0)}, ARCHITECTURE, 1)
+    assert loaded(store, before_round=2) == 9.0
+
+
+def test_another_process_finds_it(tmp_path):
+    save(SiteStore(tmp_path, "run"), 2)
+    assert loaded(SiteStore(tmp_path, "run"), before_round=3) == 2.0
+
+
+def test_runs_do_not_see_each_other(tmp_path):
+    save(SiteStore(tmp_path, "run-1"), 0)
+    assert loaded(SiteStore(tmp_path, "run-2"), before_round=1) is None
+
+
+@pytest.mark.parametrize("run_id", ["../../etc", "/etc", "..", ".", "", "a/b", "..\\up", "run\0", "läuft", "..."])
+def test_no_run_id_leads_out_of_the_sites_folder(tmp_path, run_id):
+    store = SiteStore(tmp_path / "state", run_id)
+    assert store.folder.resolve().parent == (tmp_path / "state").resolve()
+    save(store, 0)
+    assert loaded(store, before_round=1) == 0.0
+
+
+def test_a_file_tells_its_architecture(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    save(store, 0)
+    _, metadata = weights.load_file(next(store.folder.iterdir()))
+    assert Architecture.from_metadata(metadata) == ARCHITECTURE
+
+
+def one_line_refusal(store: SiteStore) -> str:
+    with pytest.raises(ChainwardError) as caught:
+        save(store, 2)
+    message = str(caught.value)
+    assert message.startswith(f"{store.folder}: can't be written (")
+    assert "\n" not in message, "a refusal is one line"
+    return message
+
+
+def test_a_state_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "state").write_text("")
+    assert "free space or fix its rights" in one_line_refusal(SiteStore(tmp_path / "state", "run"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert "Permission denied" in one_line_refusal(SiteStore(tmp_path, "run"))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_full_disk_is_refused_and_keeps_the_rounds_before(tmp_path, monkeypatch):
+    store = SiteStore(tmp_path, "run")
+    save(store, 0)
+    save(store, 1)
+
+    def disk_full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_full)
+        assert "No space left" in one_line_refusal(store)
+    assert kept(store) == ["0000.safetensors", "0001.safetensors"]
+    assert loaded(store, before_round=3) == 1.0
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    save(store, 0)
+    path = next(store.folder.iterdir())
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        store.load_auxiliary(before_round=1)

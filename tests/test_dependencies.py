@@ -1,0 +1,116 @@
+"""Which package may import which: server -> shared <- client. And nothing that loads a pickle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = {
+    "chainward_shared": REPOSITORY / "shared/chainward_shared",
+    "chainward_client": REPOSITORY / "client/chainward_client",
+    "chainward_server": REPOSITORY / "server/chainward_server",
+    "chainward_simulations": REPOSITORY / "simulations/chainward_simulations",
+}
+MAY_IMPORT = {
+    "chainward_shared": set(),
+    "chainward_client": {"chainward_shared"},
+    "chainward_server": {"chainward_shared"},
+    "chainward_simulations": set(PACKAGES),
+}
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the top-level package of each import, wherever in the file it stands, also by ``import_module("...")``.
+
+    "?" stands for a name that is not written out, unless it starts with the module's own.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." if node.level else (node.module or "").partition(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                yield str(name.value).partition(".")[0]
+            elif not ast.unparse(name).startswith(("f'{__name__}.", 'f"{__name__}.')):
+                yield "?"
+
+
+def offenders(package: str, forbidden: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(REPOSITORY)} imports {name}"
+        for path in sources(package)
+        for name in imports(parsed(path))
+        if name in forbidden
+    ]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_those_below_it(package):
+    assert sources(package), "the package is where this test looks"
+    assert offenders(package, set(PACKAGES) - {package} - MAY_IMPORT[package]) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_that_is_installed_imports_the_tests_or_their_tools(package):
+    assert offenders(package, {"tests", "conftest", "pytest", "hypothesis"}) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_name_their_package_in_full(package):
+    assert offenders(package, {".", "?"}) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_imports_pickle(package):
+    assert offenders(package, PICKLES) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_loads_a_pickle(package):
+    """Neither ``torch.load`` nor ``allow_pickle=True``, by whatever alias of the function's module."""
+    found = []
+    for path in sources(package):
+        for node in ast.walk(parsed(path)):
+            line = f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in {
+                "torch.load",
+                "torch.jit.load",
+                "torch.hub.load",
+            }:
+                found.append(f"{line} uses {ast.unparse(node)}")
+            elif isinstance(node, ast.ImportFrom) and node.module in {"torch", "torch.serialization"}:
+                found += [f"{line} imports {alias.name}" for alias in node.names if alias.name == "load"]
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+                found.append(f"{line} allows pickles")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import chainward_server.app as a, os", ["chainward_server", "os"]),
+        ("from chainward_client.data import x", ["chainward_client"]),
+        ("def f():\n    from pickle import loads", ["pickle"]),
+        ("from . import x", ["."]),
+        ("importlib.import_module('chainward_client.app')", ["chainward_client"]),
+        ("import_module(name)", ["?"]),
+        ("import_module(f'{__name__}.{module}')", []),
+    ],
+)
+def test_every_form_of_import_is_seen(code, expected):
+    assert list(imports(ast.parse(code))) == expected
