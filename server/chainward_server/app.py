@@ -12,15 +12,18 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from chainward_server.chain import ChainRun, alone_work, link_work, run_alone, run_chain, score
+from chainward_server.alone import run_alone
+from chainward_server.chain import run_chain
 from chainward_server.flower_log import one_line_for, quiet_aggregation
 from chainward_server.measure import summarize_model
 from chainward_server.progress import Progress
 from chainward_server.rendezvous import Consortium, meet
 from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results, SiteSummary
+from chainward_server.run import Run
 from chainward_server.run_folder import Phase, RunFolder
-from chainward_server.students import run_students, student_architecture, student_work
+from chainward_server.scoring import shown
+from chainward_server.students import run_students, student_architecture
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
@@ -95,8 +98,8 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         results = _continued(results, data, folder, config)
         results.timings = timings
         _tell_about_data(data)
-    run = ChainRun(consortium, config, architecture, folder, results, Progress(0.0))
-    run.progress.total = _work_left(run)
+    run = Run(consortium, config, architecture, folder, results)
+    run.progress = Progress(run.work_left())
     with _timed("chain", folder, timings):
         best = run_chain(run)
         chain_model = folder.load_model(best, run.template)
@@ -114,7 +117,7 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
             student = run_students(run, chain_model)
             folder.save_model("student", student, small, data.classes)
         with _timed("evaluation", folder, timings):
-            results.final["student"] = score(run, small, student, ["test"])["test"]
+            results.final["student"] = run.score(small, student, ["test"])["test"]
             results.models["student"] = summarize_model(small, student, folder.model_path("student"))
     with _timed("report", folder, timings):
         folder.write_privacy(list(consortium.cards))
@@ -182,20 +185,6 @@ def _tell_about_data(data: DataSummary) -> None:
         logger.info("these are synthetic phantoms: nothing here speaks about real images")
 
 
-def _work_left(run: ChainRun) -> float:
-    """Return the work that is still to be done, in the unit of `chain.link_work`."""
-    config, folder, sites = run.config, run.folder, run.consortium.sites
-    hops = config.chain.laps * config.chain.strands
-    work = hops * sum(link_work(run, site) for site in sites)
-    work -= sum(link_work(run, link.site) for link in run.results.links)
-    if config.chain.compare_alone:
-        work += sum(alone_work(run, site) for site in sites if not folder.is_finished(f"alone-{site}"))
-    if config.student.rounds:
-        rounds = config.student.rounds + config.student.finetune_rounds - len(run.results.student_rounds)
-        work += rounds * sum(student_work(run, site) for site in sites)
-    return work
-
-
 def _tell_outcome(results: Results) -> None:
     alone = [record.metrics.test.pooled.balanced_accuracy or 0.0 for record in results.alone if record.metrics]
     if alone:
@@ -209,8 +198,8 @@ def _tell_outcome(results: Results) -> None:
         logger.info(
             "pooled test of the %s: balanced accuracy %s, macro AUC %s, n = %d, %.2f million parameters",
             name,
-            "-" if pooled.balanced_accuracy is None else f"{pooled.balanced_accuracy:.3f}",
-            "-" if pooled.macro_auc is None else f"{pooled.macro_auc:.3f}",
+            shown(pooled.balanced_accuracy),
+            shown(pooled.macro_auc),
             pooled.n,
             results.models[name].parameters / 1e6,
         )

@@ -81,3 +81,8 @@ def score_everywhere(
 def link_metrics(scores: dict[Split, SiteScores]) -> LinkMetrics:
     """Return what is kept of the scores of a model that left a link."""
     return LinkMetrics(test=scores["test"], validation=scores["val"].pooled)
+
+
+def shown(value: float | None) -> str:
+    """Return a score for the log, a dash where there is none."""
+    return "-" if value is None else f"{value:.3f}"

@@ -8,9 +8,10 @@ from typing import Literal
 
 from flwr.serverapp.strategy import FedAvg
 
-from chainward_server.chain import ChainRun, score
 from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import StudentRound
+from chainward_server.run import Run
+from chainward_server.scoring import shown
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.models import Architecture, build_model, compact_architecture, select_weights, skeleton
@@ -19,9 +20,6 @@ from chainward_shared.seeds import derive_seed
 from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays
 
 logger = logging.getLogger("chainward")
-
-STUDENT_WORK = 0.5
-"""Cost of one image in one epoch of a student, relative to the large model's; only for the expected end."""
 
 
 def student_architecture(config: StudentConfig, large: Architecture) -> Architecture:
@@ -50,7 +48,7 @@ def initial_students(
     return student, student if config.start == "single" else select_weights(chain_model, large, small, "B")
 
 
-def run_students(run: ChainRun, chain_model: StateDict) -> StateDict:
+def run_students(run: Run, chain_model: StateDict) -> StateDict:
     """Run all rounds and return the aggregated student.
 
     A round goes on without the sites that failed, and says so.
@@ -73,7 +71,7 @@ def run_students(run: ChainRun, chain_model: StateDict) -> StateDict:
             continue
         stage: Literal["distil", "finetune"] = "distil" if number <= config.rounds else "finetune"
         student, record = _run_round(run, architecture, student, auxiliary, number, stage)
-        record.validation = score(run, architecture, student, ["val"])["val"].pooled
+        record.validation = run.score(architecture, student, ["val"])["val"].pooled
         run.folder.save_model(key, student, architecture, run.results.data.classes)
         run.results.student_rounds.append(record)
         run.folder.commit(run.results, key)
@@ -84,7 +82,7 @@ def run_students(run: ChainRun, chain_model: StateDict) -> StateDict:
             total,
             "self-distillation" if stage == "distil" else "fine-tuning",
             len(record.sites),
-            "-" if record.validation.balanced_accuracy is None else f"{record.validation.balanced_accuracy:.3f}",
+            shown(record.validation.balanced_accuracy),
             record.seconds,
             ""
             if record.auxiliary_kept is None
@@ -95,7 +93,7 @@ def run_students(run: ChainRun, chain_model: StateDict) -> StateDict:
 
 
 def _run_round(
-    run: ChainRun,
+    run: Run,
     architecture: Architecture,
     student: StateDict,
     auxiliary: StateDict,
@@ -141,7 +139,7 @@ def _run_round(
             f"student round {number}: no site finished it; {next(iter(failed.values()), 'no reason given')}"
         )
     for site in run.consortium.sites:
-        run.progress.add(student_work(run, site))
+        run.progress.add(run.student_work(site))
     for reason in failed.values():
         logger.warning("student round %d goes on without a site: %s", number, reason)
     record.sites = [site for site in run.consortium.sites if site in replies]
@@ -152,7 +150,7 @@ def _run_round(
     return average, record
 
 
-def _kept(run: ChainRun, results: list[StudentResult]) -> float | None:
+def _kept(run: Run, results: list[StudentResult]) -> float | None:
     """Return what fraction of its own selection the auxiliary teacher still holds, over all rounds, mean of the sites."""
     kept = [result.auxiliary_kept for result in results if result.auxiliary_kept is not None]
     if not kept:
@@ -162,7 +160,7 @@ def _kept(run: ChainRun, results: list[StudentResult]) -> float | None:
 
 
 def _student_request(
-    run: ChainRun,
+    run: Run,
     architecture: Architecture,
     student: StateDict,
     auxiliary: StateDict | None,
@@ -212,8 +210,3 @@ def _average(replies: list[Reply[StudentResult]], template: StateDict, number: i
     if arrays is None:
         raise ChainwardError(f"student round {number}: Flower's FedAvg returned no average")
     return from_arrays(arrays, template)
-
-
-def student_work(run: ChainRun, site: str) -> float:
-    """Return the cost of one student round at `site`, in the unit of `chain.link_work`."""
-    return STUDENT_WORK * run.config.student.epochs * run.consortium.cards[site].train

@@ -125,6 +125,33 @@ def test_other_names_another_seed_or_other_cases_give_other_weights(architecture
     assert len(set(digests)) == len(digests)
 
 
+def what_one_image_meets(names: tuple[str, ...]) -> tuple[list[float], list[float]]:
+    """Train on one image, whose order can't differ; return a pixel of each view and the losses behind a dropout."""
+    pixels: list[float] = []
+
+    class Watching(Recorder):
+        def losses(self, model, batch):
+            view = batch.view()
+            pixels.append(view[0, 0, 7, 7].item())
+            return model(torch.ones_like(view)).square().sum(dim=1)
+
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(32 * 32, 3))
+    torch.random.set_rng_state(generator)
+    return pixels, train(model, random_cases(1), LINK, Watching(), *names).loss
+
+
+def test_views_and_dropout_repeat_with_the_names_and_differ_without():
+    torch.manual_seed(1)
+    pixels, losses = what_one_image_meets(("link", "oak"))
+    torch.manual_seed(2)
+    assert what_one_image_meets(("link", "oak")) == (pixels, losses)
+    other_pixels, other_losses = what_one_image_meets(("link", "ash"))
+    assert other_pixels[0] != pixels[0]
+    assert other_losses[0] != losses[0]
+
+
 def test_training_leaves_the_global_generator_and_the_thread_count_alone(architecture):
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     link(site_data(), architecture, threads=threads + 1)

@@ -33,7 +33,9 @@ def test_runs_are_listed_for_people_and_for_scripts(finished):
     assert finished.state.run_id in listed.stdout
     (row,) = json.loads(chainward("runs", "--json", "--dir", str(finished.path.parent)).stdout)
     assert (row["run"], row["status"]) == (finished.state.run_id, "finished")
-    assert float(row["chain"]) == pytest.approx(finished.load_results().final["chain"].pooled.balanced_accuracy, abs=6e-4)
+    assert float(row["chain"]) == pytest.approx(
+        finished.load_results().final["chain"].pooled.balanced_accuracy, abs=6e-4
+    )
 
 
 def test_a_damaged_run_is_listed_as_such(finished):

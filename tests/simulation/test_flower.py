@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
-from chainward_simulations.flower import own_superlink
+from chainward_simulations.flower import own_flower, run_command
 from chainward_simulations.runner import equal, open_sites, run_in_process
 
 SIX_SITES = Path(__file__).resolve().parents[2] / "simulations" / "six_sites"
@@ -21,10 +20,16 @@ pytestmark = pytest.mark.flower
 
 
 @pytest.fixture(scope="module")
-def superlink(tmp_path_factory):
-    """A SuperLink of our own, for all tests of this file."""
-    with own_superlink(tmp_path_factory.mktemp("flwr-home")) as link:
-        yield link
+def flower(tmp_path_factory):
+    """Environment of a Flower of our own, for all tests of this file."""
+    with own_flower(tmp_path_factory.mktemp("flwr-home")) as environment:
+        yield environment
+
+
+def flwr(environment, *command, timeout=300) -> str:
+    """Run a Flower command and return all that it printed."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -47,10 +52,10 @@ def only_run(settings) -> RunFolder:
 
 
 @pytest.mark.parametrize("nodes", [2, 6])
-def test_flwr_run_trains_the_models_of_the_plain_runner_bit_for_bit(superlink, tiny, nodes):
-    command = superlink.run(SIX_SITES, tiny, nodes=nodes, timeout=300)
+def test_flwr_run_trains_the_models_of_the_plain_runner_bit_for_bit(flower, tiny, nodes):
+    printed = flwr(flower, *run_command(SIX_SITES, tiny, nodes))
     folder = only_run(tiny)
-    assert folder.state.status == "finished", command.stdout + command.stderr
+    assert folder.state.status == "finished", printed
     config = RunConfig.from_flat(tiny)
     outcome = run_in_process(config, open_sites(config))
     assert len(outcome.links) == 6
@@ -61,18 +66,9 @@ def test_flwr_run_trains_the_models_of_the_plain_runner_bit_for_bit(superlink, t
     assert (folder.path / "report.html").stat().st_size > 10_000
 
 
-def test_a_bad_setting_stops_the_run_with_one_line_and_without_a_traceback(superlink, tiny):
-    command = superlink.run(SIX_SITES, tiny | {"data.label-skew": 0.5}, timeout=300)
-    printed = command.stdout + command.stderr
+def test_a_bad_setting_stops_the_run_with_one_line_and_without_a_traceback(flower, tiny):
+    printed = flwr(flower, *run_command(SIX_SITES, tiny | {"data.label-skew": 0.5}))
     assert "data.label-skew = 0.5 contradicts data.source = 'phantom'" in printed
     assert "Traceback" not in printed
-    listed = json.loads(_flwr_list(superlink))
+    listed = json.loads(flwr(flower, "flwr", "list", "--format", "json"))
     assert listed["runs"][0]["status"].startswith("finished:failed")
-
-
-def _flwr_list(superlink) -> str:
-    script = Path(sys.executable).with_name("flwr")
-    command = [str(script), "list", superlink.connection, "--format", "json"]
-    return subprocess.run(
-        command, env=superlink.environment, capture_output=True, text=True, timeout=60, check=True
-    ).stdout

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,8 +17,9 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared.config import ConfigScalar
 from chainward_shared.weights import digest, load_file
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
-from chainward_simulations.benchmark.memory import MemoryPeak, MemorySampler, stop_processes
+from chainward_simulations.benchmark.memory import MemoryPeak, MemorySampler
 from chainward_simulations.benchmark.reference import Reference
+from chainward_simulations.flower import own_flower, run_command
 
 RATIO_AIM, MEMORY_AIM = Aim("at most", 1.25), Aim("at most", 6.0, " GiB")
 GIB, MB = 2**30, 1e6
@@ -92,13 +90,10 @@ def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_referen
     """
     with tempfile.TemporaryDirectory(prefix="chainward-benchmark-", ignore_cleanup_errors=True) as temporary:
         home, output = Path(temporary) / "flwr", Path(temporary) / "runs"
-        home.mkdir()
-        try:
-            with MemorySampler(home) as sampler:
-                wall_seconds = _flwr_run(app, {**settings, "output.dir": str(output)}, home, timeout)
-                folder = _finished_folder(output)
-        finally:
-            stop_processes(home)
+        with own_flower(home) as environment, MemorySampler(home) as sampler:
+            command = run_command(app, {**settings, "output.dir": str(output)})
+            wall_seconds = _timed(command, environment, timeout)
+            folder = _finished_folder(output)
         results = folder.load_results()
         assert results is not None
         reference = _reference(folder, timeout) if with_reference else None
@@ -106,20 +101,8 @@ def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_referen
         return FlowerRun(wall_seconds, results, sampler.peak, reference, same)
 
 
-def _flwr_run(app: Path, settings: Mapping[str, ConfigScalar], home: Path, timeout: float) -> float:
+def _timed(command: list[str], environment: dict[str, str], timeout: float) -> float:
     """Run `flwr run --stream` to its end, its output to stderr, and return the seconds it took."""
-    environment = os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Another SuperLink of this machine may hold Flower's own ports
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
-    }
-    # Flower reads the pairs as TOML; JSON's numbers, strings and booleans are TOML too
-    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    command = ["flwr", "run", str(app), "--stream", "--run-config", pairs]
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     started = time.monotonic()
     try:
         subprocess.run(
@@ -160,12 +143,6 @@ def _digests(folder: RunFolder) -> dict[str, str]:
     """Return the digests of the run's final models, by name."""
     names = [name for name in ("chain", "student") if name in folder.state.models]
     return {name: digest(load_file(folder.model_path(name), folder.state.models[name])[0]) for name in names}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _hops(results: Results) -> list[LinkRecord | StudentRound]:

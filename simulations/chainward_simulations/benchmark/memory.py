@@ -1,4 +1,4 @@
-"""The processes of one Flower run, found by their FLWR_HOME, and their memory."""
+"""The memory of all processes of a Flower run."""
 
 from __future__ import annotations
 
@@ -10,45 +10,9 @@ from types import TracebackType
 
 import psutil
 
+from chainward_simulations.flower import processes_of
+
 SAMPLE_SECONDS = 0.5
-
-
-def processes_of(flwr_home: Path) -> list[psutil.Process]:
-    """Return the processes that have `flwr_home` as FLWR_HOME, and their descendants."""
-    processes = list(psutil.process_iter(["ppid", "environ"]))
-    found = {p.pid for p in processes if (p.info["environ"] or {}).get("FLWR_HOME") == str(flwr_home)}
-    while more := {p.pid for p in processes if p.info["ppid"] in found} - found:
-        found |= more
-    return [p for p in processes if p.pid in found]
-
-
-def stop_processes(flwr_home: Path, grace: float = 20.0) -> None:
-    """Stop the SuperLink that `flwr run` left behind under `flwr_home`, then whatever of that run is still there."""
-    superlinks = [p for p in processes_of(flwr_home) if _is_superlink(p)]
-    _stop(superlinks, grace)
-    _, remaining = psutil.wait_procs(processes_of(flwr_home), timeout=grace)
-    _stop(remaining, grace)
-
-
-def _is_superlink(process: psutil.Process) -> bool:
-    try:
-        return any(Path(part).name == "flower-superlink" for part in process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def _stop(processes: list[psutil.Process], grace: float) -> None:
-    for process in processes:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    _, stubborn = psutil.wait_procs(processes, timeout=grace)
-    for process in stubborn:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 @dataclass(frozen=True)
