@@ -100,7 +100,8 @@ class Exchange:
                 yield site, Failure(f"site '{site}' is not connected", 0.0)
                 continue
             content = pack(request.body, request.arrays)
-            message = Message(content, dst_node_id=node, message_type=request.message_type)
+            # A message that was not delivered by the deadline must not start work afterwards.
+            message = Message(content, dst_node_id=node, message_type=request.message_type, ttl=deadline)
             ids = list(self.grid.push_messages([message]))
             if ids:
                 waiting[ids[0]] = site

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import chain
 
 import numpy as np
@@ -489,29 +488,28 @@ def test_the_auxiliary_teacher_stays_as_selected_in_the_first_epochs_of_the_run(
 ):
     recipe = STUDENT.model_copy(update={"frozen_epochs": frozen_epochs})
     selected = weights_of(architecture, 2)
-    _, auxiliary, _ = train_student(
+    trained = train_student(
         site_data(), architecture, recipe, weights_of(architecture, 1), selected, round_index=round_index
     )
-    assert (digest(auxiliary) != digest(selected)) == moves
+    assert (digest(trained.auxiliary) != digest(selected)) == moves
+    assert (trained.auxiliary_kept < 1.0) == moves
 
 
 def test_a_round_changes_the_student_but_not_what_was_handed_in(architecture):
     student, selected = weights_of(architecture, 1), weights_of(architecture, 2)
     before = digest(student), digest(selected)
-    state, auxiliary, log = train_student(site_data(), architecture, STUDENT, student, selected, round_index=0)
+    trained = train_student(site_data(), architecture, STUDENT, student, selected, round_index=0)
     assert (digest(student), digest(selected)) == before
-    assert digest(state) not in before
-    assert {tensor.device.type for tensor in auxiliary.values()} == {"cpu"}
-    assert log.images == 40
+    assert digest(trained.student) not in before
+    assert {tensor.device.type for tensor in trained.auxiliary.values()} == {"cpu"}
+    assert trained.log.images == 40
 
 
 def test_fine_tuning_has_no_teacher(architecture):
     recipe = STUDENT.model_copy(update={"stage": "finetune", "distillation_weight": 0.0})
-    state, auxiliary, _ = train_student(
-        site_data(), architecture, recipe, weights_of(architecture, 1), None, round_index=2
-    )
-    assert auxiliary is None
-    assert digest(state) != digest(weights_of(architecture, 1))
+    trained = train_student(site_data(), architecture, recipe, weights_of(architecture, 1), None, round_index=2)
+    assert (trained.auxiliary, trained.auxiliary_kept) == (None, None)
+    assert digest(trained.student) != digest(weights_of(architecture, 1))
     cases, model = random_cases(8), build_model(architecture, 1).eval()
     counts = torch.bincount(cases.labels, minlength=3)
     found = StudentObjective(recipe, None, counts, 2).losses(model, batch_of(cases))
@@ -523,18 +521,16 @@ def test_rounds_and_stages_draw_other_batches(architecture):
     finetune = STUDENT.model_copy(update={"stage": "finetune"})
     start = weights_of(architecture, 1)
     states = [
-        train_student(site_data(), architecture, recipe, start, None, round_index=round_index)[0]
+        train_student(site_data(), architecture, recipe, start, None, round_index=round_index).student
         for recipe, round_index in ((STUDENT, 0), (STUDENT, 1), (finetune, 0))
     ]
     assert len({digest(state) for state in states}) == 3
 
 
-def test_how_much_the_auxiliary_teacher_keeps_is_logged(architecture, caplog):
+def test_a_round_tells_how_much_of_itself_the_auxiliary_teacher_keeps(architecture):
     student, selected = weights_of(architecture, 1), weights_of(architecture, 2)
-    with caplog.at_level(logging.INFO, logger="chainward.client"):
-        train_student(site_data(), architecture, STUDENT, student, selected, round_index=0)
-    expected = 100 * np.prod([ema_decay(step, 12, 0.9) for step in (3, 4, 5)])
-    assert f"oak: round 1, the auxiliary teacher keeps {expected:.1f} %" in caplog.text
+    trained = train_student(site_data(), architecture, STUDENT, student, selected, round_index=0)
+    assert trained.auxiliary_kept == pytest.approx(np.prod([ema_decay(step, 12, 0.9) for step in (3, 4, 5)]))
 
 
 # --- augmentation ---

@@ -78,7 +78,7 @@ MESSAGES: list[Body] = [
         student_digest="ab",
         auxiliary_digest="cd",
     ),
-    StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17),
+    StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17, auxiliary_kept=0.25),
     EvaluateTask(architecture=ARCHITECTURE, splits=["val", "test"], threads=1, digest="ab"),
     EvaluateResult(site="oak", scores={"val": SCORES, "test": SCORES}),
     Refusal(reason="the disk is full"),

@@ -1,0 +1,115 @@
+"""Which node is which site, and what is said when it can't be settled."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.app import Error, Message
+
+from chainward_server.rendezvous import meet
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError
+from chainward_shared.protocol import CardRequest, Hello, HelloRequest, SiteCard, kind_of, pack, unpack
+
+
+def hospitals(*names, **changes):
+    """Answer for deployed nodes, in the order of their ids, that say they are `names`."""
+
+    def interfere(message, answer):
+        node = message.metadata.dst_node_id - 101
+        if kind_of(message.content) == HelloRequest.KIND:
+            return Message(pack(Hello(site=names[node])), reply_to=message)
+        assert unpack(message.content, CardRequest)[0].simulated is None, "a deployed site is never told who it is"
+        card = {
+            "site": names[node],
+            "classes": ["a", "b"],
+            "image_size": 32,
+            "channels": 1,
+            "train": 10,
+            "val": 2,
+            "test": 3,
+            "class_counts": {"train": [5, 5]},
+            "synthetic": False,
+            "notes": [],
+        }
+        return Message(pack(SiteCard(**(card | changes.get(names[node], {})))), reply_to=message)
+
+    return interfere
+
+
+def settings(**changes):
+    return RunConfig.from_flat({"federation.deadline": 1.0} | changes)
+
+
+def test_deployed_sites_are_found_by_their_own_word(loopback, tmp_path):
+    grid = loopback(3, hospitals("north", "south", "east"))
+    consortium = meet(grid, settings(**{"federation.sites": "south,north,east"}), tmp_path)
+    assert consortium.sites == ["south", "north", "east"]
+    assert [consortium.exchange.members[site].node_id for site in consortium.sites] == [102, 101, 103]
+
+
+def test_two_nodes_that_claim_one_site_are_refused_by_name(loopback, tmp_path):
+    with pytest.raises(ChainwardError, match=r"nodes 101 and 102 both say they are site 'north'"):
+        meet(loopback(2, hospitals("north", "north")), settings(), tmp_path)
+
+
+def test_the_deadline_names_who_is_missing(loopback, tmp_path):
+    config = settings(**{"federation.sites": "north,south,west"})
+    with pytest.raises(ChainwardError, match=r"'west' is missing; connected: north, south"):
+        meet(loopback(2, hospitals("north", "south")), config, tmp_path)
+
+
+def test_a_number_of_sites_is_waited_for(loopback, tmp_path):
+    with pytest.raises(ChainwardError, match=r"1 more site\(s\) is missing"):
+        meet(loopback(2, hospitals("north", "south")), settings(**{"federation.num-sites": 3}), tmp_path)
+
+
+def test_a_late_site_is_waited_for(loopback, tmp_path, monkeypatch):
+    grid = loopback(2, hospitals("north", "south"))
+    asked = []
+
+    def connected():
+        asked.append(None)
+        return grid.nodes if len(asked) > 2 else grid.nodes[:1]
+
+    monkeypatch.setattr(grid, "get_node_ids", connected)
+    config = settings(**{"federation.sites": "north,south", "federation.deadline": 10.0})
+    assert meet(grid, config, tmp_path).sites == ["north", "south"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": ["a", "c"]}, "classes"),
+        ({"image_size": 64}, "image size"),
+        ({"channels": 3}, "channels"),
+    ],
+)
+def test_sites_that_do_not_agree_on_the_data_are_named(loopback, tmp_path, change, words):
+    with pytest.raises(ChainwardError, match=rf"site 'south' has {words}.*site 'north'"):
+        meet(loopback(2, hospitals("north", "south", south=change)), settings(), tmp_path)
+
+
+def test_simulated_and_deployed_nodes_do_not_mix(loopback, tmp_path):
+    def mixed(message, answer):
+        if kind_of(message.content) == HelloRequest.KIND and message.metadata.dst_node_id == 101:
+            return Message(pack(Hello(site="north")), reply_to=message)
+        return answer()
+
+    with pytest.raises(ChainwardError, match="start all alike"):
+        meet(loopback(2, mixed), settings(), tmp_path)
+
+
+def test_a_node_that_fails_is_named_at_the_deadline(loopback, tmp_path):
+    def broken(message, answer):
+        return Message(Error(code=2, reason="ImportError: no module named chainward_client"), reply_to=message)
+
+    with pytest.raises(ChainwardError, match="no module named chainward_client"):
+        meet(loopback(1, broken), settings(), tmp_path)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 6, 9])
+def test_six_sites_are_simulated_whatever_the_number_of_nodes(loopback, tmp_path, nodes):
+    consortium = meet(loopback(nodes), settings(**{"federation.deadline": 30.0}), tmp_path)
+    assert consortium.sites == [f"site-{i}" for i in range(1, 7)]
+    used = {member.node_id for member in consortium.exchange.members.values()}
+    assert len(used) == min(nodes, 6), "the sites are spread over the nodes"
