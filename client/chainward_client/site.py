@@ -26,8 +26,10 @@ class SiteConfig(BaseModel):
     Attributes
     ----------
     site : id of the site
-    data : path of the data file, relative to site.yaml
+    data : path of the data file
     state : folder for what the site keeps between messages
+
+    Both may be relative to site.yaml.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,7 +99,7 @@ def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -
             )
         base = Path(str(node_config[SITE_CONFIG_KEY])).parent
         data = _local_site((base / Path(config.data).expanduser()).resolve(), config.site)
-        return OpenSite(data, Path(config.state).expanduser())
+        return OpenSite(data, base / Path(config.state).expanduser())
     if simulated is None:
         raise ProtocolError(
             f"this node has no '{SITE_CONFIG_KEY}' in its node configuration and was not told which simulated site to be"

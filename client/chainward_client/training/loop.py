@@ -70,16 +70,19 @@ def train(
     Raises
     ------
     ModelError
-        The loss is not finite.
+        The loss is not finite, or a backbone with batch norm has a single image to train on.
     """
+    if len(cases) < 2 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ModelError(
+            "a backbone with batch norm needs at least 2 training images at a site, found 1; choose another"
+        )
     device = best_device()
     precision = resolve_precision(recipe.precision, device)
     started = time.monotonic()
     with training_environment(recipe.threads, derive_seed(recipe.seed, *names, "torch")):
         model.to(device).train()
         images, labels = cases.images.to(device), cases.labels.to(device)
-        batch_size = min(recipe.batch_size, len(cases))
-        steps_per_epoch = math.ceil(len(cases) / batch_size)
+        steps_per_epoch = math.ceil(len(cases) / recipe.batch_size)
         optimizer = torch.optim.AdamW(
             param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.learning_rate, fused=True
         )
@@ -94,8 +97,8 @@ def train(
         for epoch in range(recipe.epochs):
             objective.start_epoch(epoch)
             total = torch.zeros((), device=device)
-            for chosen in torch.randperm(len(cases), generator=order).split(batch_size):
-                chosen = chosen.to(device)
+            # Batches of nearly one size: a remainder of one image would be too few for batch norm, and too loud.
+            for chosen in torch.randperm(len(cases), generator=order).to(device).tensor_split(steps_per_epoch):
                 batch = Batch(images[chosen], labels[chosen], recipe.augmentation, views)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     losses = objective.losses(model, batch)

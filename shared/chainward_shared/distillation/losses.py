@@ -14,12 +14,14 @@ from chainward_shared.recipes import ClassBalance, TeacherTrust
 
 
 def class_log_prior(counts: Tensor) -> Tensor:
-    """Return the logarithm of the class frequencies, (classes,), with one case added to each class.
+    """Return the logarithm of the class frequencies, (classes,), minus infinity for a class without cases.
 
-    The added case keeps the adjustment finite for a class that the site has never seen.
+    Such a class drops out of the adjusted cross-entropy: its logit gets no gradient from a site that has never seen it,
+    and is left to the predecessor. (Smoothed frequencies instead let a hospital with cases of one class only pull every
+    image to that class: PneumoniaMNIST over six skewed sites, balanced accuracy of the chain 0.91 before such a link and
+    0.56 after it.)
     """
-    smoothed = counts.float() + 1.0
-    return (smoothed / smoothed.sum()).log()
+    return (counts.float() / counts.sum()).log()
 
 
 def classification_loss(logits: Tensor, labels: Tensor, counts: Tensor, balance: ClassBalance) -> Tensor:
