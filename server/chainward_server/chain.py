@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from chainward_server.exchange import Failure, Reply, Request
-from chainward_server.results import LinkRecord, LinkStatus, TrainingSummary
+from chainward_server.results import LinkRecord, LinkStatus
 from chainward_server.run import Run
 from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
@@ -186,7 +186,7 @@ def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str
         run.folder.commit(run.results, hop.key)
         logger.warning("%s  %s: %s; the chain goes on without it. %s", number, hop.site, record.status, record.reason)
         return
-    record.training = training_summary(outcome.training)
+    record.training = outcome.training
     record.metrics = link_metrics(run.score(run.architecture, outcome.model, ["val", "test"]))
     run.results.links.append(record)
     run.folder.commit(run.results, hop.key)
@@ -209,17 +209,3 @@ def _status(run: Run, outcome: _Attempted) -> LinkStatus:
     if run.config.chain.on_failure == "stop":
         return "failed"
     return "refused" if outcome.failure and outcome.failure.refused else "skipped"
-
-
-def training_summary(log: TrainingLog) -> TrainingSummary:
-    """Return what metrics.json keeps of a training."""
-    return TrainingSummary(
-        epochs=log.epochs,
-        steps=log.steps,
-        images=log.images,
-        loss=log.loss,
-        temperature=log.temperature,
-        teacher_trust=log.teacher_trust,
-        images_per_second=log.images / log.seconds if log.seconds > 0 else 0.0,
-        precision=log.precision,
-    )

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.protocol import TrainingLog
 
 LinkStatus = Literal["done", "retried", "skipped", "refused", "failed"]
 
@@ -46,19 +47,6 @@ class DataSummary(Record):
     sites: list[SiteSummary]
 
 
-class TrainingSummary(Record):
-    """How one training went; lists hold one value per epoch."""
-
-    epochs: int
-    steps: int
-    images: int
-    loss: list[float]
-    temperature: list[float] = Field(default_factory=list)
-    teacher_trust: list[float] = Field(default_factory=list)
-    images_per_second: float
-    precision: str
-
-
 class LinkMetrics(Record):
     """The model that left a link: on every site's test images, and pooled over the validation images."""
 
@@ -81,7 +69,7 @@ class LinkRecord(Record):
     bytes_down: int
     bytes_up: int
     reason: str | None = None
-    training: TrainingSummary | None = None
+    training: TrainingLog | None = None
     metrics: LinkMetrics | None = None
 
     @property

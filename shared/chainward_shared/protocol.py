@@ -125,6 +125,11 @@ class TrainingLog(BaseModel):
     seconds: float
     precision: str
 
+    @property
+    def images_per_second(self) -> float:
+        """Images that went through training per second; 0 where no time was measured."""
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
 
 class LinkResult(Body):
     """The refined model of a link."""

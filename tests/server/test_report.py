@@ -20,9 +20,9 @@ from chainward_server.results import (
     SiteScores,
     SiteSummary,
     StudentRound,
-    TrainingSummary,
 )
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.protocol import TrainingLog
 
 CLASSES = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias", "st_elsewhere_university", "nordklinik"]
@@ -67,13 +67,13 @@ def link_metrics(balanced: float, sites: list[str], home: str) -> LinkMetrics:
 
 def link(balanced: float | None, sites: list[str], site: str, predecessor: str | None, **fields: Any) -> LinkRecord:
     """A link as it would be recorded; without `balanced` one that left no model."""
-    training = TrainingSummary(
+    training = TrainingLog(
         epochs=3,
         steps=120,
         images=1873,
         loss=[1.912, 1.41, 1.073],
         temperature=[4.0, 3.6, 3.24],
-        images_per_second=214.6,
+        seconds=8.728,
         precision="bf16",
     )
     record: dict[str, Any] = {
