@@ -28,11 +28,20 @@ def summarize_model(architecture: Architecture, state: StateDict, path: Path) ->
     finally:
         torch.set_num_threads(threads)
     return ModelSummary(
-        architecture=architecture.name,
+        architecture=described(architecture),
         parameters=count_parameters(model),
         file_bytes=path.stat().st_size,
         latency_ms=1000 * statistics.median(seconds),
     )
+
+
+def described(architecture: Architecture) -> str:
+    """Return the timm name and the sizes that differ from it, e.g. ``"convnext_atto, dims 24-40-80-160"``."""
+    words = [architecture.name]
+    for name, value in architecture.options.items():
+        if name in ("dims", "depths", "embed_dim", "depth", "num_heads", "patch_size"):
+            words.append(f"{name} {'-'.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+    return ", ".join(words)
 
 
 def _timed_call(model: torch.nn.Module, image: torch.Tensor) -> float:
