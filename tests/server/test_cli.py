@@ -23,7 +23,7 @@ def chainward(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def finished(settings, coordinated):
     """A finished run."""
-    folder, _ = coordinated(settings | {"chain.epochs": 1, "student.rounds": 1})
+    folder, _ = coordinated(settings | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False})
     return folder
 
 
