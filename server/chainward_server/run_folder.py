@@ -201,9 +201,10 @@ class RunFolder:
         return state
 
     def drop_model(self, name: str) -> None:
-        """Remove a model file that is not needed any more."""
+        """Remove a model file that is not needed any more; first from `run.json`, which must not list what is gone."""
         if name in self.state.models:
             del self.state.models[name]
+            self._write_state()
             self.model_path(name).unlink(missing_ok=True)
 
     def model_path(self, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -290,35 +291,48 @@ def test_some_of_the_sites_in_another_order(chain_only, coordinated):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nobody catches it."""
+    """Ends the coordinator at once."""
 
 
-def killing(after_links, settings_kind=LinkTask.KIND):
-    """Let the coordinator die when it sends its message number `after_links` + 1 of a kind."""
-    seen = [0]
+def kill(folder, grid_type, after, kind=LinkTask.KIND):
+    """Run `folder` until message number `after` + 1 of a kind is sent, and leave its files as SIGKILL would at that moment.
+
+    What the coordinator still writes while the exception passes through it is undone.
+    """
+    snapshot = folder.path.with_name("snapshot")
+    sent = [0]
 
     def interfere(message, answer):
-        if kind_of(message.content) == settings_kind:
-            seen[0] += 1
-            if seen[0] > after_links:
+        if kind_of(message.content) == kind:
+            sent[0] += 1
+            if sent[0] > after:
+                shutil.copytree(folder.path, snapshot)
                 raise Killed
         return answer()
 
-    return interfere
+    with pytest.raises(Killed):
+        coordinate(grid_type(2, interfere), folder)
+    shutil.rmtree(folder.path)
+    snapshot.rename(folder.path)
+    assert RunFolder.open(folder.path).state.status == "running"
 
 
 @pytest.mark.parametrize(
     ("kind", "after", "left_to_train"),
-    [(LinkTask.KIND, 2, 2 + 3), (LinkTask.KIND, 4, 3), (StudentTask.KIND, 6, 0)],
-    ids=["killed in the chain", "killed while sites train alone", "killed in the second student round"],
+    [(LinkTask.KIND, 2, 2 + 3), (LinkTask.KIND, 4, 3), (StudentTask.KIND, 6, 0), (StudentTask.KIND, 10, 0)],
+    ids=[
+        "killed in the chain",
+        "killed while sites train alone",
+        "killed in the second student round",
+        "killed in the third student round",
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_models_as_an_uninterrupted_one(
     settings, coordinated, loopback, kind, after, left_to_train
 ):
     undisturbed, expected = coordinated(settings)
     folder = RunFolder.create(RunConfig.from_flat(settings))
-    with pytest.raises(Killed):
-        coordinate(loopback(2, killing(after, kind)), folder)
+    kill(folder, loopback, after, kind)
     grid = loopback(2)
     resumed, results = coordinated({"output.dir": settings["output.dir"], "output.resume": folder.state.run_id}, grid)
     links_sent = sum(kind_of(message.content) == LinkTask.KIND for message in grid.sent)
@@ -333,8 +347,7 @@ def test_a_resumed_run_ends_with_the_same_models_as_an_uninterrupted_one(
 def stopped(chain_only, loopback):
     """A run that was killed after two links."""
     folder = RunFolder.create(RunConfig.from_flat(chain_only))
-    with pytest.raises(Killed):
-        coordinate(loopback(2, killing(2)), folder)
+    kill(folder, loopback, after=2)
     return folder
 
 
