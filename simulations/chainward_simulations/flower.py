@@ -34,7 +34,7 @@ def own_flower(home: Path) -> Iterator[dict[str, str]]:
     try:
         yield environment
     finally:
-        _stop_processes(home)
+        stop_processes(home)
 
 
 def run_command(app: Path, settings: Mapping[str, ConfigScalar], nodes: int | None = None) -> list[str]:
@@ -61,7 +61,7 @@ def processes_of(home: Path) -> list[psutil.Process]:
     return [p for p in processes if p.pid in found]
 
 
-def _stop_processes(home: Path, grace: float = 20.0) -> None:
+def stop_processes(home: Path, grace: float = 20.0) -> None:
     """Stop the SuperLink that `flwr run` left behind under `home`, then whatever of its runs is still there."""
     _stop([process for process in processes_of(home) if _is_superlink(process)], grace)
     _, remaining = psutil.wait_procs(processes_of(home), timeout=grace)

@@ -79,6 +79,7 @@ def test_a_table_in_markdown_has_its_figures_on_the_right():
 
 def test_a_run_is_known_by_its_flwr_home_and_its_processes_are_stopped(tmp_path):
     memory = pytest.importorskip("chainward_simulations.benchmark.memory", reason="needs psutil")
+    flower = pytest.importorskip("chainward_simulations.flower", reason="needs psutil")
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     command = [sys.executable, "-c", child]
     mine = subprocess.Popen(command, env=os.environ | {"FLWR_HOME": str(tmp_path)})
@@ -87,13 +88,13 @@ def test_a_run_is_known_by_its_flwr_home_and_its_processes_are_stopped(tmp_path)
         with memory.MemorySampler(tmp_path) as sampler:
             while sampler.peak.processes < 2 and mine.poll() is None:
                 time.sleep(0.1)
-        memory.stop_processes(tmp_path, grace=1.0)
+        flower.stop_processes(tmp_path, grace=1.0)
         assert mine.wait(10) is not None
         assert other.poll() is None
         assert sampler.peak.bytes > 2**20
-        assert memory.processes_of(tmp_path) == []
+        assert flower.processes_of(tmp_path) == []
     finally:
-        memory.stop_processes(tmp_path / "other", grace=1.0)
+        flower.stop_processes(tmp_path / "other", grace=1.0)
         for process in (mine, other):
             process.kill()
             process.wait()

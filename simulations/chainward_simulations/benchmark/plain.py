@@ -43,7 +43,7 @@ def _train(
     cases = data.splits["train"]
     images = (cases.images.float() / 255 - 0.5) / 0.25
     batches = DataLoader(TensorDataset(images, cases.labels), batch_size=recipe.batch_size, shuffle=True)
-    counts = torch.bincount(cases.labels, minlength=len(data.classes)).to(device) + 1
+    counts = torch.bincount(cases.labels, minlength=len(data.classes)).to(device)
     log_prior = (counts / counts.sum()).log()
     strength = STRENGTHS.get(recipe.augmentation)
 
