@@ -11,8 +11,9 @@ HEADER = """# Configuration of a run
 Generated from the models in `shared/chainward_shared/config.py` by `chainward config --markdown`; a test keeps it true.
 
 Set keys with `flwr run simulations/six_sites --run-config 'chain.laps=2 chain.backbone="convnext_femto"'`, or put them
-into a TOML file of your own and name it: `--run-config settings.toml`. Flower itself refuses a key that the app's
-`pyproject.toml` lacks, without naming the nearest; `chainward config 'chain.lap=2'` checks settings without a run and does.
+into a TOML file of your own and name it: `--run-config settings.toml`. A key that the app's `pyproject.toml` lacks is refused
+by Flower itself, before Chainward runs, as "Invalid run configuration" and no more: `chainward config 'chain.lap=2'` checks
+the same words without a run and names the key and the nearest known one.
 """
 
 
