@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from chainward_client.data.sources import simulated_site_ids
-from chainward_client.evaluation import class_probabilities
+from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.site import SITE_CONFIG_KEY, open_site, own_config
 from chainward_client.store import SiteStore
 from chainward_client.training.link import train_link
@@ -18,6 +18,7 @@ from chainward_client.training.student import train_student
 from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError, DataError, ProtocolError, WeightsError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_to_arrays, evaluate
+from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model, skeleton
 from chainward_shared.protocol import (
@@ -97,6 +98,7 @@ def query(content: RecordDict, context: Context) -> RecordDict:
     return pack(
         SiteCard(
             site=data.site,
+            task=data.task,
             classes=list(data.classes),
             image_size=int(image.shape[-1]),
             channels=int(image.shape[1]),
@@ -124,7 +126,8 @@ def _hello_of_simulated_node(request: HelloRequest, context: Context) -> Hello:
 def link(content: RecordDict, context: Context) -> RecordDict:
     """Train one link of the chain, or this hospital alone."""
     task, arrays = unpack(content, LinkTask)
-    data = open_site(context.node_config, task.simulated).data
+    site = open_site(context.node_config, task.simulated)
+    data = site.data
     predecessor = None
     if task.predecessor_digest is not None:
         predecessor = _state(arrays.get("predecessor"), "predecessor", task.architecture, task.predecessor_digest)
@@ -136,6 +139,7 @@ def link(content: RecordDict, context: Context) -> RecordDict:
         strand=task.strand,
         lap=task.lap,
         alone=task.trained_alone,
+        state_dir=site.state_dir,
     )
     result = LinkResult(hop=task.hop, site=data.site, digest=digest(state), training=log)
     return pack(result, {"model": to_arrays(state)})
@@ -159,7 +163,23 @@ def student(content: RecordDict, context: Context) -> RecordDict:
             raise ProtocolError(
                 f"site '{site.data.site}' has no auxiliary teacher for round {task.round}; send it again"
             )
-    trained = train_student(site.data, task.architecture, task.recipe, current, auxiliary, round_index=task.round - 1)
+    large = []
+    if task.large_architecture is not None:
+        large = [
+            _state(arrays.get(f"large_{i}"), f"large_{i}", task.large_architecture, expected)
+            for i, expected in enumerate(task.large_digests)
+        ]
+    trained = train_student(
+        site.data,
+        task.architecture,
+        task.recipe,
+        current,
+        auxiliary,
+        round_index=task.round - 1,
+        large=large,
+        large_architecture=task.large_architecture,
+        state_dir=site.state_dir,
+    )
     if trained.auxiliary is not None:
         store.save_auxiliary(trained.auxiliary, task.architecture, after_round=task.round)
     result = StudentResult(
@@ -185,8 +205,14 @@ def score(content: RecordDict, context: Context) -> RecordDict:
     counts = {}
     for split in task.splits:
         cases = data.splits[split]
-        probabilities = class_probabilities(model, cases, len(data.classes), task.threads)
+        size = task.architecture.image_size
+        probabilities = class_probabilities(model, cases, len(data.classes), task.threads, image_size=size)
         labels = cases.labels.numpy()
         scores[split] = evaluate(probabilities, labels)
         counts[f"counts_{split}"] = counts_to_arrays(PredictionCounts.of(probabilities, labels))
-    return pack(EvaluateResult(site=data.site, scores=scores), counts)
+    values = None
+    if task.localisation:
+        size = task.architecture.image_size
+        values = localisation_values(model, data.splits["test"], task.threads, image_size=size)
+    sums = None if values is None else LocalisationSums.of(values)
+    return pack(EvaluateResult(site=data.site, scores=scores, localisation=sums), counts)

@@ -2,30 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
 
 from chainward_client.data.site_data import Cases
 from chainward_client.training.precision import best_device, training_environment
-from chainward_shared.pixels import to_float
+from chainward_shared.evaluation.attention_maps import attention_maps
+from chainward_shared.evaluation.localisation import LocalisationValues, score_maps
+from chainward_shared.pixels import resized, to_float
 
 BATCH = 256
 
 
-def predict(model: nn.Module, images: torch.Tensor, threads: int) -> np.ndarray:
-    """Return the class probabilities of uint8 `images` (n, c, h, w) as float64 (n, classes), computed in fp32."""
+def predict(
+    model: nn.Module, images: torch.Tensor, threads: int, *, multilabel: bool = False, image_size: int = 0
+) -> np.ndarray:
+    """Return the class probabilities of uint8 `images` (n, c, h, w) as float64 (n, classes), computed in fp32.
+
+    They sum to 1; `multilabel`: each is that of a finding, for itself. `image_size`: side of the images that the model
+    sees; 0, the default: as they are.
+    """
+    size = image_size or images.shape[-1]
     device = best_device()
     model.to(device).eval()
     with training_environment(threads, seed=0), torch.inference_mode():
-        parts = [
-            model(to_float(images[start : start + BATCH].to(device))).double().softmax(dim=1).cpu()
-            for start in range(0, len(images), BATCH)
-        ]
+        logits = torch.cat(
+            [
+                model(to_float(resized(images[start : start + BATCH], size).to(device))).double().cpu()
+                for start in range(0, len(images), BATCH)
+            ]
+        )
     model.to("cpu")
-    return torch.cat(parts).numpy()
+    return (logits.sigmoid() if multilabel else logits.softmax(dim=1)).numpy()
 
 
-def class_probabilities(model: nn.Module, cases: Cases, classes: int, threads: int) -> np.ndarray:
-    """Return the class probabilities of all `cases`, float64 (n, classes); (0, classes) where there are none."""
-    return predict(model, cases.images, threads) if len(cases) else np.zeros((0, classes))
+def class_probabilities(
+    model: nn.Module, cases: Cases, classes: int, threads: int, *, image_size: int = 0
+) -> np.ndarray:
+    """Return the class probabilities of all `cases`, float64 (n, classes); (0, classes) where there are none.
+
+    `image_size`: of the model's architecture, to which the images are brought; 0, the default: as they are.
+    """
+    if len(cases) == 0:
+        return np.zeros((0, classes))
+    return predict(model, cases.images, threads, multilabel=cases.labels.ndim == 2, image_size=image_size)
+
+
+def localisation_values(
+    model: nn.Module, cases: Cases, threads: int, *, image_size: int = 0
+) -> LocalisationValues | None:
+    """Score where `model` looks in the images that have a region of interest; None where the site has no regions at all.
+
+    Maps as `attention_maps` makes them by default, of the class that the model predicts, computed in fp32. `rows` of the
+    result index `cases`; images without a region are counted as left out. `image_size`: as in `class_probabilities`.
+    """
+    masks = cases.privileged.masks
+    if masks is None:
+        return None
+    shares = masks.flatten(1).float().mean(dim=1)
+    rows = torch.nonzero((shares > 0) & (shares < 1)).flatten()
+    size = image_size or cases.images.shape[-1]
+    device = best_device()
+    model.to(device)
+    parts = []
+    with training_environment(threads, seed=0):
+        for chosen in rows.split(BATCH):
+            images = to_float(resized(cases.images[chosen], size).to(device))
+            maps = attention_maps(model, images, size=(masks.shape[-2], masks.shape[-1])).cpu()
+            parts.append(score_maps(maps, masks[chosen]))
+    model.to("cpu")
+    values = LocalisationValues.joined(parts)
+    return replace(values, rows=rows.numpy()[values.rows], left_out=len(masks) - len(values))

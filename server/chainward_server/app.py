@@ -28,7 +28,8 @@ from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError
-from chainward_shared.models import resolve_architecture
+from chainward_shared.models import Architecture, resolve_architecture
+from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
 
@@ -101,24 +102,27 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
     run = Run(consortium, config, architecture, folder, results)
     run.progress = Progress(run.work_left())
     with _timed("chain", folder, timings):
-        best = run_chain(run)
-        chain_model = folder.load_model(best, run.template)
-        folder.save_model("chain", chain_model, architecture, data.classes)
+        chain = run_chain(run)
+        folder.save_model("chain", chain.model, architecture, data.classes, data.task)
     if config.chain.compare_alone:
         with _timed("alone", folder, timings):
             run_alone(run)
-    scored = next(link.metrics for link in results.links if link.key == best)
-    assert scored is not None
-    results.final["chain"] = scored.test
-    results.models["chain"] = summarize_model(architecture, chain_model, folder.model_path("chain"))
+    results.final["chain"] = chain.test
+    results.models["chain"] = summarize_model(architecture, chain.model, folder.model_path("chain"))
+    final: dict[str, tuple[Architecture, StateDict]] = {"chain": (architecture, chain.model)}
     if config.student.rounds:
         small = student_architecture(config.student, architecture)
         with _timed("students", folder, timings):
-            student = run_students(run, chain_model)
-            folder.save_model("student", student, small, data.classes)
+            teachers = chain.strands if config.chain.merge == "ensemble" else [chain.model]
+            student = run_students(run, chain.model, teachers)
+            folder.save_model("student", student, small, data.classes, data.task)
+            final["student"] = (small, student)
         with _timed("evaluation", folder, timings):
             results.final["student"] = run.score(small, student, ["test"])["test"]
             results.models["student"] = summarize_model(small, student, folder.model_path("student"))
+    with _timed("evaluation", folder, timings):
+        looks = {name: run.localise(*model) for name, model in final.items()}
+        results.localization = {name: scores for name, scores in looks.items() if scores is not None}
     with _timed("report", folder, timings):
         folder.write_privacy(list(consortium.cards))
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
@@ -146,6 +150,7 @@ def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
     return DataSummary(
         source="phantoms" if config.data.source == "phantom" else Path(config.data.source).name,
         synthetic=any(card.synthetic for card in consortium.cards.values()),
+        task=card.task,
         classes=card.classes,
         image_size=card.image_size,
         channels=card.channels,
@@ -203,6 +208,14 @@ def _tell_outcome(results: Results) -> None:
             pooled.n,
             results.models[name].parameters / 1e6,
         )
+    for name, looks in results.localization.items():
+        if lift := looks.pooled.lift:
+            logger.info(
+                "where the %s looks: %.2f times chance inside the regions of interest, n = %d",
+                name,
+                lift.mean,
+                looks.pooled.n,
+            )
 
 
 def _note_failure(folder: RunFolder, reason: str) -> None:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from chainward_server.exchange import Failure, Reply, Request
-from chainward_server.results import LinkRecord, LinkStatus
+from chainward_server.results import LinkRecord, LinkStatus, SiteScores
+from chainward_server.rules import best_strand, forgetting, weakest_site
 from chainward_server.run import Run
 from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
 from chainward_shared.errors import ChainwardError
+from chainward_shared.evaluation.scores import Scores
 from chainward_shared.protocol import LinkResult, LinkTask, TrainingLog
-from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays
+from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays, weighted_average
 
 logger = logging.getLogger("chainward")
 
 
 @dataclass
 class Strand:
-    """Where one strand is: the model it carries and the site it came from."""
+    """Where one strand is: the model it carries, the site it came from, and all sites whose links are part of it."""
 
     model: StateDict | None = None
     model_name: str | None = None
     site: str | None = None
+    trained_at: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -39,21 +42,43 @@ class _Attempted:
     failure: Failure | None = None
 
 
-def run_chain(run: Run) -> str:
-    """Run the whole chain and return the name of the model that came out: that of the best strand by validation.
+@dataclass(frozen=True)
+class ChainOutcome:
+    """What came out of the chain.
+
+    Attributes
+    ----------
+    model : the weights that go on to the students
+    test : their scores on every site's test images
+    strands : the last model of every strand, in the order of the strands
+    """
+
+    model: StateDict
+    test: SiteScores
+    strands: list[StateDict]
+
+
+def run_chain(run: Run) -> ChainOutcome:
+    """Run the whole chain and return what came out of it, its strands merged as ``chain.merge`` says.
 
     Raises
     ------
     ChainwardError
         A link failed and ``chain.on-failure`` is "stop", or no link at all succeeded.
     """
-    turns = plan(run.order, run.config.chain.laps, run.config.chain.strands)
+    config = run.config.chain
+    order = run.order
+    turns = plan(order, config.laps, config.strands)
     total = sum(len(turn) for turn in turns)
-    strands = [Strand() for _ in range(run.config.chain.strands)]
+    strands = [Strand() for _ in range(config.strands)]
     number = 0
-    for turn in turns:
+    for index, turn in enumerate(turns):
+        hops = turn
+        if config.order == "weakest-next":
+            hops = [_weakest_next(run, turn[0], turns[index - turn[0].step : index], order, strands[0])]
+            turns[index] = hops
         pending = []
-        for hop in turn:
+        for hop in hops:
             number += 1
             if run.folder.is_finished(hop.key):
                 _restore(run, hop, strands[hop.strand])
@@ -61,21 +86,41 @@ def run_chain(run: Run) -> str:
                 pending.append((number, hop))
         if pending:
             _run_turn(run, pending, total, strands)
+    return _merged(run)
+
+
+def _weakest_next(run: Run, hop: Hop, lap_so_far: list[list[Hop]], order: list[str], strand: Strand) -> Hop:
+    """Return `hop` at the site where the strand's model is weakest, of those that this lap has not visited."""
+    finished = next((link.site for link in run.results.links if link.key == hop.key), None)
+    visited = {earlier.site for turn in lap_so_far for earlier in turn}
+    remaining = [site for site in order if site not in visited]
+    return replace(hop, site=finished or weakest_site(remaining, _validation_of(run, strand.model_name)))
+
+
+def _validation_of(run: Run, model_name: str | None) -> dict[str, Scores]:
+    """Return the validation scores, at every site, of the model that left the hop `model_name`."""
+    link = next((link for link in run.results.links if link.key == model_name), None)
+    return link.metrics.validation_sites if link and link.metrics else {}
+
+
+def _merged(run: Run) -> ChainOutcome:
+    """Return what comes of the strands' last models."""
     finished = [link for link in run.results.links if link.metrics is not None]
     if not finished:
         reasons = "; ".join(link.reason or "" for link in run.results.links[:1])
         raise ChainwardError(f"no link of the chain succeeded: {reasons}")
     last = {link.strand: link for link in finished}
-    best = max(last.values(), key=lambda link: (_validation(link), -link.strand))
+    models = {strand: run.folder.load_model(last[strand].key, run.template) for strand in sorted(last)}
+    if run.config.chain.merge == "average" and len(models) > 1:
+        average = weighted_average(list(models.values()), [1.0] * len(models))
+        logger.info("the weights of %d strands are averaged", len(models))
+        return ChainOutcome(average, run.score(run.architecture, average, ["test"])["test"], list(models.values()))
+    best = best_strand({strand: link.metrics.validation for strand, link in last.items() if link.metrics})
     if len(last) > 1:
-        logger.info("strand %d is best by validation; its model goes on", best.strand)
-    return best.key
-
-
-def _validation(link: LinkRecord) -> float:
-    """Return the pooled validation balanced accuracy, by which strands are compared; -1 where it is unknown."""
-    score = link.metrics.validation.balanced_accuracy if link.metrics else None
-    return -1.0 if score is None else score
+        logger.info("strand %d is best by validation; its model goes on", best)
+    metrics = last[best].metrics
+    assert metrics is not None
+    return ChainOutcome(models[best], metrics.test, list(models.values()))
 
 
 def _restore(run: Run, hop: Hop, strand: Strand) -> None:
@@ -83,6 +128,7 @@ def _restore(run: Run, hop: Hop, strand: Strand) -> None:
     if hop.key in run.folder.state.models:
         strand.model = run.folder.load_model(hop.key, run.template)
         strand.model_name, strand.site = hop.key, hop.site
+        strand.trained_at.append(hop.site)
 
 
 def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: list[Strand]) -> None:
@@ -100,7 +146,8 @@ def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: lis
             outcome.bytes_down += requests[site].bytes
             _take(run, hop, reply, outcome)
             if outcome.model is not None:
-                run.folder.save_model(hop.key, outcome.model, run.architecture, run.results.data.classes)
+                data = run.results.data
+                run.folder.save_model(hop.key, outcome.model, run.architecture, data.classes, data.task)
             elif attempt < run.config.chain.retries and outcome.failure:
                 logger.warning("%s; trying again", outcome.failure.reason)
     for number, hop in pending:
@@ -186,11 +233,24 @@ def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str
         run.folder.commit(run.results, hop.key)
         logger.warning("%s  %s: %s; the chain goes on without it. %s", number, hop.site, record.status, record.reason)
         return
-    record.training = outcome.training
-    record.metrics = link_metrics(run.score(run.architecture, outcome.model, ["val", "test"]))
+    metrics = link_metrics(run.score(run.architecture, outcome.model, ["val", "test"]))
+    forgot = forgetting(strand.trained_at, _validation_of(run, strand.model_name), metrics.validation_sites)
+    if forgot is not None and forgot.lost > run.config.chain.max_forgetting:
+        record.status = "refused"
+        record.reason = (
+            f"the link lowers the validation balanced accuracy of the sites before it from {forgot.before:.3f} to "
+            f"{forgot.after:.3f}, by more than chain.max-forgetting = {run.config.chain.max_forgetting:g}"
+        )
+        run.results.links.append(record)
+        run.folder.drop_model(hop.key)
+        run.folder.commit(run.results, hop.key)
+        logger.warning("%s  %s: refused; the chain goes on without it. %s", number, hop.site, record.reason)
+        return
+    record.training, record.metrics = outcome.training, metrics
     run.results.links.append(record)
     run.folder.commit(run.results, hop.key)
     strand.model, strand.model_name, strand.site = outcome.model, hop.key, hop.site
+    strand.trained_at.append(hop.site)
     logger.info(
         "%s  %s: validation balanced accuracy %s -> %s, %.1f s%s; %s",
         number,

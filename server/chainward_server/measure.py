@@ -13,6 +13,18 @@ from chainward_shared.models import Architecture, build_model, count_parameters
 from chainward_shared.weights import StateDict
 
 WARM_UP, REPEATS = 3, 21
+_SIZES = (
+    "dims",
+    "depths",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "patch_size",
+    "stem_chs",
+    "channels",
+    "layers",
+    "norm_layer",
+)
 
 
 def summarize_model(architecture: Architecture, state: StateDict, path: Path) -> ModelSummary:
@@ -36,12 +48,13 @@ def summarize_model(architecture: Architecture, state: StateDict, path: Path) ->
 
 
 def described(architecture: Architecture) -> str:
-    """Return the timm name and the sizes that differ from it, e.g. ``"convnext_atto, dims 24-40-80-160"``."""
+    """Return the timm name, the sizes that differ from it and the images, e.g.
+    ``"convnext_atto, dims 24-40-80-160, 64 px"``."""
     words = [architecture.name]
     for name, value in architecture.options.items():
-        if name in ("dims", "depths", "embed_dim", "depth", "num_heads", "patch_size"):
+        if name in _SIZES:
             words.append(f"{name} {'-'.join(map(str, value)) if isinstance(value, list | tuple) else value}")
-    return ", ".join(words)
+    return ", ".join([*words, f"{architecture.image_size} px"])
 
 
 def _timed_call(model: torch.nn.Module, image: torch.Tensor) -> float:

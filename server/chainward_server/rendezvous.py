@@ -33,7 +33,7 @@ class Consortium:
 
     @property
     def any_card(self) -> SiteCard:
-        """One card, for what all sites have in common: classes, image size, channels."""
+        """One card, for what all sites have in common: task, classes, image size, channels."""
         return next(iter(self.cards.values()))
 
 
@@ -51,7 +51,7 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     ------
     ChainwardError
         An expected site is missing at the deadline, two nodes claim one site, a site's data can't be used, or the sites
-        don't agree on classes and images.
+        don't agree on task, classes and images.
     """
     started = time.monotonic()
     deadline = config.federation.deadline
@@ -175,7 +175,7 @@ def _check_cards(cards: dict[str, SiteCard]) -> None:
     for site, card in cards.items():
         if card.site != site:
             raise ChainwardError(f"site '{site}' now says it is '{card.site}'; correct its site.yaml")
-        for what in ("classes", "image_size", "channels"):
+        for what in ("task", "classes", "image_size", "channels"):
             if getattr(card, what) != getattr(first, what):
                 raise ChainwardError(
                     f"site '{site}' has {what.replace('_', ' ')} {getattr(card, what)}, site '{first.site}' has "

@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from chainward_shared.evaluation.localisation import LocalisationScores
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.protocol import TrainingLog
+from chainward_shared.task import Task
 
 LinkStatus = Literal["done", "retried", "skipped", "refused", "failed"]
 
@@ -25,8 +27,16 @@ class SiteScores(Record):
     pooled: Scores
 
 
+class SiteLocalisation(Record):
+    """How well one model's attention finds the regions of interest: at every site that has some, and over all of them."""
+
+    sites: dict[str, LocalisationScores]
+    pooled: LocalisationScores
+
+
 class SiteSummary(Record):
-    """What a site said of its data when it joined. `class_counts`: per split, in the order of the classes."""
+    """What a site said of its data when it joined. `class_counts`: per split, in the order of the classes; multi-label: the
+    images with each finding."""
 
     site: str
     train: int
@@ -41,6 +51,7 @@ class DataSummary(Record):
 
     source: str
     synthetic: bool
+    task: Task = "single"
     classes: list[str]
     image_size: int
     channels: int
@@ -48,10 +59,11 @@ class DataSummary(Record):
 
 
 class LinkMetrics(Record):
-    """The model that left a link: on every site's test images, and pooled over the validation images."""
+    """The model that left a link: on every site's test images, and on the validation images, pooled and at every site."""
 
     test: SiteScores
     validation: Scores
+    validation_sites: dict[str, Scores] = Field(default_factory=dict)
 
 
 class LinkRecord(Record):
@@ -126,7 +138,7 @@ class Results(Record):
     """The whole of `metrics.json`.
 
     `final` maps "chain" and "student" to their scores; `timings` maps a phase to seconds.
-    `localization` stays empty until attention maps are scored.
+    `localization`: the same names, on the regions of interest of the test images; empty where no site has any.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -138,7 +150,7 @@ class Results(Record):
     student_rounds: list[StudentRound] = Field(default_factory=list)
     models: dict[str, ModelSummary] = Field(default_factory=dict)
     final: dict[str, SiteScores] = Field(default_factory=dict)
-    localization: dict[str, SiteScores] = Field(default_factory=dict)
+    localization: dict[str, SiteLocalisation] = Field(default_factory=dict)
     timings: dict[str, float] = Field(default_factory=dict)
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)

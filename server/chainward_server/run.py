@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from chainward_server.progress import Progress
 from chainward_server.rendezvous import Consortium
-from chainward_server.results import Results, SiteScores
+from chainward_server.results import Results, SiteLocalisation, SiteScores
 from chainward_server.run_folder import RunFolder
 from chainward_server.schedule import site_order
-from chainward_server.scoring import Split, score_everywhere
+from chainward_server.scoring import Split, localise_everywhere, score_everywhere
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.weights import StateDict
@@ -50,6 +50,13 @@ class Run:
         federation = self.config.federation
         return score_everywhere(
             self.consortium, architecture, state, splits, threads=federation.threads, deadline=federation.hop_deadline
+        )
+
+    def localise(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
+        """Return where a model looks, at all sites; see `localise_everywhere`."""
+        federation = self.config.federation
+        return localise_everywhere(
+            self.consortium, architecture, state, threads=federation.threads, deadline=federation.hop_deadline
         )
 
     def link_work(self, site: str) -> float:

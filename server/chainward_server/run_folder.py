@@ -23,6 +23,7 @@ from chainward_shared.config import RunConfig, options
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
 from chainward_shared.models import Architecture
 from chainward_shared.pixels import preprocessing_metadata
+from chainward_shared.task import Task
 from chainward_shared.weights import StateDict, check_state, load_file, save_file, write_atomically
 
 logger = logging.getLogger("chainward")
@@ -166,7 +167,9 @@ class RunFolder:
         """Return whether the piece of work called `key` is done."""
         return key in self.state.finished
 
-    def save_model(self, name: str, state: StateDict, architecture: Architecture, classes: list[str]) -> None:
+    def save_model(
+        self, name: str, state: StateDict, architecture: Architecture, classes: list[str], task: Task
+    ) -> None:
         """Write a model file; it counts once `commit` has been called.
 
         Raises
@@ -178,6 +181,7 @@ class RunFolder:
             **architecture.to_metadata(),
             **preprocessing_metadata(),
             "chainward.classes": json.dumps(classes),
+            "chainward.task": task,
             "chainward.version": __version__,
         }
         path = self.model_path(name)

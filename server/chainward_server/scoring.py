@@ -7,11 +7,13 @@ from typing import Literal
 
 from chainward_server.exchange import Failure, Request
 from chainward_server.rendezvous import Consortium
-from chainward_server.results import LinkMetrics, SiteScores
-from chainward_shared.errors import ChainwardError, WeightsError
+from chainward_server.results import LinkMetrics, SiteLocalisation, SiteScores
+from chainward_shared.errors import ChainwardError, ModelError, WeightsError
+from chainward_shared.evaluation.attention_maps import check_mappable
 from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays, pool
+from chainward_shared.evaluation.localisation import pool_sums
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.models import Architecture
+from chainward_shared.models import Architecture, skeleton
 from chainward_shared.protocol import EvaluateResult, EvaluateTask
 from chainward_shared.weights import StateDict, digest, to_arrays
 
@@ -56,14 +58,14 @@ def score_everywhere(
     }
     scores: dict[Split, dict[str, Scores]] = {split: {} for split in splits}
     counts: dict[Split, list[PredictionCounts]] = {split: [] for split in splits}
-    classes = architecture.num_classes
+    classes, task = architecture.num_classes, consortium.any_card.task
     problems = []
     for site, reply in consortium.exchange.ask(requests, EvaluateResult, deadline).items():
         if isinstance(reply, Failure):
             problems.append(reply.reason)
             continue
         try:
-            received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes) for split in splits}
+            received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, task) for split in splits}
             found = {split: reply.body.scores[split] for split in splits}
         except (KeyError, WeightsError) as error:
             problems.append(f"site '{site}' sent scores that can't be used: {error}")
@@ -78,9 +80,46 @@ def score_everywhere(
     return {split: SiteScores(sites=scores[split], pooled=pool(counts[split])) for split in splits}
 
 
+def localise_everywhere(
+    consortium: Consortium, architecture: Architecture, state: StateDict, *, threads: int, deadline: float
+) -> SiteLocalisation | None:
+    """Return how well a model's attention finds the regions of interest of every site's test images.
+
+    None where no site has regions, or where such a backbone's attention can't be read. A site that does not answer is
+    left out, with a warning.
+    """
+    try:
+        check_mappable(skeleton(architecture))
+    except ModelError as error:
+        logger.info("where the model looks is not scored: %s", error)
+        return None
+    task = EvaluateTask(architecture=architecture, splits=[], localisation=True, threads=threads, digest=digest(state))
+    arrays = {"model": to_arrays(state)}
+    requests = {
+        site: Request(
+            "evaluate",
+            task.model_copy(update={"simulated": consortium.exchange.members[site].simulated}),
+            arrays,
+        )
+        for site in consortium.sites
+    }
+    sums = {}
+    for site, reply in consortium.exchange.ask(requests, EvaluateResult, deadline).items():
+        if isinstance(reply, Failure):
+            logger.warning("where the model looks is scored without a site: %s", reply.reason)
+        elif reply.body.localisation is not None and reply.body.localisation.n:
+            sums[site] = reply.body.localisation
+    if not sums:
+        return None
+    return SiteLocalisation(
+        sites={site: part.scores() for site, part in sums.items()}, pooled=pool_sums(sums.values()).scores()
+    )
+
+
 def link_metrics(scores: dict[Split, SiteScores]) -> LinkMetrics:
     """Return what is kept of the scores of a model that left a link."""
-    return LinkMetrics(test=scores["test"], validation=scores["val"].pooled)
+    validation = scores["val"]
+    return LinkMetrics(test=scores["test"], validation=validation.pooled, validation_sites=validation.sites)
 
 
 def shown(value: float | None) -> str:

@@ -14,7 +14,14 @@ from chainward_server.run import Run
 from chainward_server.scoring import shown
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
-from chainward_shared.models import Architecture, build_model, compact_architecture, select_weights, skeleton
+from chainward_shared.models import (
+    Architecture,
+    Selection,
+    build_model,
+    compact_architecture,
+    select_weights,
+    skeleton,
+)
 from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed
 from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays
@@ -28,9 +35,17 @@ def student_architecture(config: StudentConfig, large: Architecture) -> Architec
     Raises
     ------
     ModelError
-        The backbone's family is not one from which weights can be selected, or the student isn't smaller.
+        The backbone's family is not one from which weights can be selected, the student isn't smaller, or it can't work
+        on images or patches of the size asked for.
     """
-    return compact_architecture(large, width=config.width, depth=config.depth, name=config.model)
+    return compact_architecture(
+        large,
+        width=config.width,
+        depth=config.depth,
+        name=config.model,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+    )
 
 
 def initial_students(
@@ -39,19 +54,29 @@ def initial_students(
     """Return the first weights of the student A and of the auxiliary teacher B (methods, section 3).
 
     "dual": complementary selections; "single": B is A; "random": both have the same random start, a control.
+    Which channels, heads and layers are selected is the configuration's choice; draws derive from `seed`.
     """
     small = student_architecture(config, large)
     if config.start == "random":
         state = dict(build_model(small, derive_seed(seed, "student", "initial")).state_dict())
         return state, state
-    student = select_weights(chain_model, large, small, "A")
-    return student, student if config.start == "single" else select_weights(chain_model, large, small, "B")
+    selection = Selection(config.selection, config.heads, config.layers, seed)
+    student = select_weights(chain_model, large, small, "A", selection=selection)
+    if config.start == "single":
+        return student, student
+    return student, select_weights(chain_model, large, small, "B", selection=selection)
 
 
-def run_students(run: Run, chain_model: StateDict) -> StateDict:
+def run_students(run: Run, chain_model: StateDict, teachers: list[StateDict] | None = None) -> StateDict:
     """Run all rounds and return the aggregated student.
 
     A round goes on without the sites that failed, and says so.
+
+    Parameters
+    ----------
+    chain_model : weights that the students are selected out of
+    teachers : large models from which the student also learns where `student.large-weight` is above 0; None: the chain's
+        model alone
 
     Raises
     ------
@@ -59,6 +84,7 @@ def run_students(run: Run, chain_model: StateDict) -> StateDict:
         No site finished a round.
     """
     config = run.config.student
+    large = [] if config.large_weight == 0 else [chain_model] if teachers is None else teachers
     architecture = student_architecture(config, run.architecture)
     student, auxiliary = initial_students(config, run.architecture, chain_model, run.config.seed)
     template = skeleton(architecture).state_dict()
@@ -70,9 +96,10 @@ def run_students(run: Run, chain_model: StateDict) -> StateDict:
                 student = run.folder.load_model(key, template)
             continue
         stage: Literal["distil", "finetune"] = "distil" if number <= config.rounds else "finetune"
-        student, record = _run_round(run, architecture, student, auxiliary, number, stage)
+        taught_by = large if stage == "distil" else []
+        student, record = _run_round(run, architecture, student, auxiliary, taught_by, number, stage)
         record.validation = run.score(architecture, student, ["val"])["val"].pooled
-        run.folder.save_model(key, student, architecture, run.results.data.classes)
+        run.folder.save_model(key, student, architecture, run.results.data.classes, run.results.data.task)
         run.results.student_rounds.append(record)
         run.folder.commit(run.results, key)
         run.folder.drop_model(f"student-round-{number - 1}")
@@ -97,6 +124,7 @@ def _run_round(
     architecture: Architecture,
     student: StateDict,
     auxiliary: StateDict,
+    large: list[StateDict],
     number: int,
     stage: Literal["distil", "finetune"],
 ) -> tuple[StateDict, StudentRound]:
@@ -118,6 +146,7 @@ def _run_round(
                 architecture,
                 student,
                 auxiliary if stage == "distil" and (attempt or site not in has_auxiliary) else None,
+                large,
                 number,
                 stage,
                 site,
@@ -164,6 +193,7 @@ def _student_request(
     architecture: Architecture,
     student: StateDict,
     auxiliary: StateDict | None,
+    large: list[StateDict],
     number: int,
     stage: Literal["distil", "finetune"],
     site: str,
@@ -175,11 +205,14 @@ def _student_request(
         recipe=run.config.student_recipe(stage),
         student_digest=digest(student),
         auxiliary_digest=None if auxiliary is None else digest(auxiliary),
+        large_architecture=run.architecture if large else None,
+        large_digests=[digest(state) for state in large],
         simulated=run.consortium.exchange.members[site].simulated,
     )
     arrays = {"student": to_arrays(student)}
     if auxiliary is not None:
         arrays["auxiliary"] = to_arrays(auxiliary)
+    arrays.update({f"large_{i}": to_arrays(state) for i, state in enumerate(large)})
     return Request("train.student", task, arrays)
 
 

@@ -16,10 +16,19 @@ from pydantic.fields import FieldInfo
 
 from chainward_shared.errors import ConfigError, nearest
 from chainward_shared.recipes import (
+    MAX_ENSEMBLE,
     Augmentation,
+    AuxiliaryTeacher,
+    ChannelSelection,
     ClassBalance,
+    EmaSchedule,
+    HeadSelection,
+    LayerSelection,
     LinkRecipe,
     Precision,
+    PrivilegedRecipe,
+    SiteOrder,
+    StrandMerge,
     StudentRecipe,
     StudentStart,
     TeacherTrust,
@@ -85,8 +94,15 @@ class ChainConfig(Table):
     patch_size: int = Field(0, ge=0, le=64, description="Patch size of a ViT, in pixels. 0: the backbone's own")
     laps: int = Field(1, ge=1, le=100, description="Passes over all sites")
     strands: int = Field(1, ge=1, le=512, description="Chains that run at the same time, each starting at another site")
-    order: Literal["given", "reversed", "shuffled", "largest-first", "smallest-first"] = Field(
-        "given", description="Order of the sites in a lap; shuffled: by the seed; the last two: by training cases"
+    merge: StrandMerge = Field(
+        "best",
+        description="What comes of several strands. best: the one with the highest validation score; average: the mean of "
+        "their weights; ensemble: the best one, and the students learn from all of them (student.large-weight)",
+    )
+    order: SiteOrder = Field(
+        "given",
+        description="Order of the sites in a lap; shuffled: by the seed; largest-first, smallest-first: by training cases; "
+        "weakest-next: the site where the predecessor's validation score is lowest (one strand only)",
     )
     epochs: int = Field(12, ge=1, le=10_000, description="Epochs of one link")
     batch_size: int = Field(32, ge=1, le=4_096, description="Images per step; a site with fewer takes all it has")
@@ -96,7 +112,17 @@ class ChainConfig(Table):
         "warm", description="warm: a link starts from the predecessor's weights; fresh: from the run's initial weights"
     )
     label_fraction: float = Field(
-        1.0, gt=0, le=1, description="Fraction of each site's training cases that is used, by class, at least one each"
+        1.0,
+        gt=0,
+        le=1,
+        description="Fraction of each site's training cases whose labels are used, by class, at least one each",
+    )
+    unlabelled_weight: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Weight c of the distillation from the predecessor on the images that the label fraction leaves "
+        "without a label. 0: they are not used",
     )
     distillation_weight: float = Field(
         0.5, ge=0, le=1, description="Weight a of the distillation; cross-entropy has 1-a. 0: no teacher"
@@ -104,6 +130,12 @@ class ChainConfig(Table):
     temperature: float = Field(4.0, ge=1, le=100, description="Temperature of the distillation in the first epoch")
     temperature_decay: float = Field(
         0.9, gt=0, le=1, description="Factor on the temperature from epoch to epoch, down to 1"
+    )
+    attention_weight: float = Field(
+        0.0,
+        ge=0,
+        le=10_000,
+        description="Weight b of the attention transfer: a link attends to what its predecessor found. 0: none",
     )
     teacher_trust: TeacherTrust = Field(
         "label",
@@ -113,6 +145,13 @@ class ChainConfig(Table):
         "site-prior",
         description="site-prior: cross-entropy adjusted by the logarithm of the site's class frequencies; "
         "weighted: inverse class frequencies as weights; none",
+    )
+    max_forgetting: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="A link after which the validation balanced accuracy, mean over the sites before it, is lower by more "
+        "than this is refused, and the chain goes on from its predecessor. 1: no link is refused",
     )
     on_failure: Literal["skip", "stop"] = Field(
         "skip", description="What follows when a link has failed for good: go on with the next site, or stop the run"
@@ -126,7 +165,42 @@ class ChainConfig(Table):
 class PrivilegedConfig(Table):
     """Teachers that read reports or tables at the site."""
 
-    mode: Literal["off"] = Field("off", description="Only off: privileged teachers are not part of this version")
+    mode: Literal["off", "text", "table", "all"] = Field(
+        "off",
+        description="Which privileged data the sites' teachers read: text (reports), table, all that a site has, or off. "
+        "A site without takes part without",
+    )
+    target: Literal["links", "students", "both"] = Field(
+        "both", description="Which trainings the privileged teachers guide: the chain's links, the students, or both"
+    )
+    logit_weight: float = Field(
+        0.5, ge=0, le=100, description="Weight of the distillation from the privileged teacher's logits"
+    )
+    embedding_weight: float = Field(
+        0.5, ge=0, le=100, description="Weight of the cosine distance to the privileged teacher's embedding"
+    )
+    temperature: float = Field(2.0, ge=1, le=100, description="Temperature of the distillation of logits")
+    epochs: int = Field(60, ge=1, le=10_000, description="Epochs of a privileged teacher at the site")
+    text_features: int = Field(1_024, ge=16, le=65_536, description="Length of the hashed vector of a report")
+    hidden: int = Field(64, ge=4, le=1_024, description="Units of a privileged teacher's hidden layer")
+    blank_label_words: bool = Field(
+        False, description="Blank the class names, and the words that a site lists, in reports before they are read"
+    )
+
+    def recipe_for(self, target: Literal["links", "students"]) -> PrivilegedRecipe | None:
+        """Return how privileged teachers guide trainings of this kind; None where they don't."""
+        if self.mode == "off" or self.target not in (target, "both"):
+            return None
+        return PrivilegedRecipe(
+            use=self.mode,
+            logit_weight=self.logit_weight,
+            embedding_weight=self.embedding_weight,
+            temperature=self.temperature,
+            epochs=self.epochs,
+            text_features=self.text_features,
+            hidden=self.hidden,
+            blank_label_words=self.blank_label_words,
+        )
 
 
 class StudentConfig(Table):
@@ -138,10 +212,28 @@ class StudentConfig(Table):
     )
     width: float = Field(0.5, gt=0, le=1, description="Width of the student as a fraction of the backbone's")
     depth: float = Field(0.67, gt=0, le=1, description="Depth of the student's stages as a fraction of the backbone's")
+    image_size: int = Field(
+        0, ge=0, le=1_024, description="Side of the images that the student sees, in pixels. 0: as the data"
+    )
+    patch_size: int = Field(0, ge=0, le=64, description="Patch size of a ViT student, in pixels. 0: the backbone's")
     start: StudentStart = Field(
         "dual",
         description="dual: student and auxiliary teacher are complementary selections of the chain's weights; "
         "single: both the same selection; random: neither (a control)",
+    )
+    selection: ChannelSelection = Field(
+        "strided",
+        description="Channels of the student and of the auxiliary teacher. strided: evenly spread, even and odd; "
+        "consecutive: the first, and those after them; random: drawn by the seed, the same wherever an axis occurs; "
+        "random-inconsistent: drawn for each tensor anew (a control)",
+    )
+    heads: HeadSelection = Field(
+        "whole",
+        description="Attention of a ViT. whole: whole heads, the same channels in each; "
+        "mixed: channels of all heads laid end to end, as in the paper, which mixes neighbouring heads",
+    )
+    layers: LayerSelection = Field(
+        "first", description="first: the first layers (of each stage); spread: evenly over the depth, first and last included"
     )
     rounds: int = Field(3, ge=0, le=10_000, description="Rounds of self-distillation. 0: no students")
     epochs: int = Field(4, ge=1, le=10_000, description="Epochs at each site in a round")
@@ -155,12 +247,22 @@ class StudentConfig(Table):
     distillation_weight: float = Field(
         1.0, ge=0, le=100, description="Weight of the distillation from the auxiliary teacher"
     )
-    temperature: float = Field(2.0, ge=1, le=100, description="Temperature of that distillation")
+    large_weight: float = Field(
+        0.0, ge=0, le=100, description="Weight of the distillation from the chain's large model(s) into the student"
+    )
+    temperature: float = Field(2.0, ge=1, le=100, description="Temperature of these distillations")
+    auxiliary: AuxiliaryTeacher = Field(
+        "ema",
+        description="ema: the auxiliary teacher follows the student as a moving average; frozen: stays as it was selected",
+    )
+    ema_schedule: EmaSchedule = Field(
+        "cosine", description="Decay of the moving average. cosine: from student.ema-decay to 1; constant: student.ema-decay"
+    )
     ema_decay: float = Field(
-        0.996, ge=0, lt=1, description="Decay of the auxiliary teacher's moving average at the start; rises to 1"
+        0.996, ge=0, lt=1, description="Decay of the auxiliary teacher's moving average (at the start, if it rises)"
     )
     frozen_epochs: int = Field(
-        1, ge=0, le=10_000, description="Epochs in which the auxiliary teacher stays as it was selected"
+        1, ge=0, le=10_000, description="First epochs in which the auxiliary teacher stays as it was selected"
     )
 
 
@@ -264,7 +366,10 @@ class RunConfig(Table):
             distillation_weight=chain.distillation_weight,
             temperature=chain.temperature,
             temperature_decay=chain.temperature_decay,
+            attention_weight=chain.attention_weight,
+            unlabelled_weight=chain.unlabelled_weight,
             teacher_trust=chain.teacher_trust,
+            privileged=self.privileged.recipe_for("links"),
         )
 
     def student_recipe(self, stage: Literal["distil", "finetune"]) -> StudentRecipe:
@@ -282,9 +387,13 @@ class RunConfig(Table):
             threads=self.federation.threads,
             class_balance=self.chain.class_balance,
             label_fraction=self.chain.label_fraction,
+            privileged=None if finetune else self.privileged.recipe_for("students"),
             stage=stage,
             distillation_weight=0.0 if finetune else student.distillation_weight,
+            large_weight=0.0 if finetune else student.large_weight,
             temperature=student.temperature,
+            auxiliary=student.auxiliary,
+            ema_schedule=student.ema_schedule,
             ema_decay=student.ema_decay,
             frozen_epochs=student.frozen_epochs,
             rounds=student.rounds,
@@ -317,7 +426,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"data.source = {config.data.source!r} is not an absolute path (Flower runs apps in a folder of its own); "
             "give the absolute path of a data file, or 'phantom'"
         )
-    if config.chain.start == "fresh" and config.chain.distillation_weight == 0:
+    yield from _chain_contradictions(config)
+    if config.chain.start == "fresh" and config.chain.distillation_weight == config.chain.attention_weight == 0:
         yield (
             "chain.start = 'fresh' contradicts chain.distillation-weight = 0.0: nothing would pass from link to link; "
             "set chain.start='warm' or a distillation weight above 0"
@@ -333,12 +443,58 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"student.finetune-rounds = {student.finetune_rounds} contradicts student.rounds = 0, which trains no student"
         )
+    yield from _contradictions_of_students(student)
     output = Path(config.output.dir)
     if not output.is_absolute() and not config.output.dir.startswith("~"):
         yield (
             f"output.dir = {config.output.dir!r} is relative, and Flower runs apps in a folder of its own; "
             "give an absolute path, or one that starts with ~"
         )
+
+
+def _chain_contradictions(config: RunConfig) -> Iterator[str]:
+    chain, privileged = config.chain, config.privileged
+    if chain.unlabelled_weight > 0 and chain.label_fraction == 1:
+        yield (
+            f"chain.unlabelled-weight = {chain.unlabelled_weight} contradicts chain.label-fraction = 1.0, which leaves no "
+            "image without a label; lower the fraction or set chain.unlabelled-weight=0"
+        )
+    if chain.merge != "best" and chain.strands == 1:
+        yield f"chain.merge = '{chain.merge}' contradicts chain.strands = 1: there is nothing to merge; set chain.strands"
+    if chain.merge == "ensemble" and (config.student.rounds == 0 or config.student.large_weight == 0):
+        yield (
+            "chain.merge = 'ensemble' needs students that learn from the strands; "
+            "set student.rounds and student.large-weight above 0"
+        )
+    if chain.merge == "ensemble" and chain.strands > MAX_ENSEMBLE:
+        yield f"chain.merge = 'ensemble' takes at most {MAX_ENSEMBLE} strands, found chain.strands = {chain.strands}"
+    if chain.order == "weakest-next" and chain.strands > 1:
+        yield (
+            f"chain.order = 'weakest-next' contradicts chain.strands = {chain.strands}: two strands could want the same "
+            "site; set chain.strands=1 or another order"
+        )
+    if privileged.mode != "off" and privileged.logit_weight == 0 and privileged.embedding_weight == 0:
+        yield (
+            f"privileged.mode = '{privileged.mode}' contradicts privileged.logit-weight = 0 and "
+            "privileged.embedding-weight = 0: nothing would be learnt from the teachers; set one of them, or mode off"
+        )
+
+
+def _contradictions_of_students(student: StudentConfig) -> Iterator[str]:
+    default = StudentConfig()
+    for key in ("selection", "heads", "layers"):
+        if student.start == "random" and getattr(student, key) != getattr(default, key):
+            yield (
+                f"student.{key} = {getattr(student, key)!r} contradicts student.start = 'random', which selects nothing; "
+                "drop one of the two"
+            )
+    if student.auxiliary == "frozen":
+        for key in ("ema_schedule", "ema_decay", "frozen_epochs"):
+            if getattr(student, key) != getattr(default, key):
+                yield (
+                    f"student.{_kebab(key)} = {getattr(student, key)!r} contradicts student.auxiliary = 'frozen', which "
+                    "never moves; drop one of the two"
+                )
 
 
 class Option(BaseModel):

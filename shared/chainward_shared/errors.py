@@ -34,6 +34,26 @@ class RunFolderError(ChainwardError):
     """A run folder can't be written, or is damaged."""
 
 
+class StudyError(ChainwardError):
+    """A study's arms, settings or folder can't be used as they are."""
+
+
+class PrivacyError(ChainwardError):
+    """A privacy budget, plan, policy or ledger does not allow what is asked, or can't be used as it is."""
+
+
+class LedgerError(PrivacyError):
+    """A privacy ledger can't be written, or is not, entry for entry, what the site once wrote and signed."""
+
+
+class StatementError(PrivacyError):
+    """A privacy statement is not signed by its site, contradicts itself, or contradicts an earlier one."""
+
+
+class PolicyRefusal(PrivacyError):
+    """A site's own policy forbids what a run asks. The message holds numbers and names of settings only: it may be sent."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'X'?)"`` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

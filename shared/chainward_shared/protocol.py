@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainward_shared import __version__
 from chainward_shared.errors import ProtocolError
+from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
-from chainward_shared.recipes import LinkRecipe, StudentRecipe
+from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
+from chainward_shared.task import Task
 
 PROTOCOL_VERSION = 1
 
@@ -79,11 +81,13 @@ class CardRequest(Body):
 
 
 class SiteCard(Body):
-    """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`."""
+    """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`; multi-label: the
+    images with each finding."""
 
     KIND: ClassVar[str] = "site-card"
 
     site: str
+    task: Task = "single"
     classes: list[str]
     image_size: int
     channels: int
@@ -112,16 +116,24 @@ class LinkTask(Body):
 
 
 class TrainingLog(BaseModel):
-    """How one training went; lists hold one value per epoch, `seconds` is the whole of it."""
+    """How one training went; lists hold one value per epoch, `seconds` is the whole of it.
+
+    `images` counts labelled images times epochs; `unlabelled`: images without labels that were used beside them.
+    `attention`, `unlabelled_loss`, `privileged`: the mean of that term of the loss, unweighted; empty where it is not used.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int
     steps: int
     images: int
+    unlabelled: int = 0
     loss: list[float]
     temperature: list[float] = Field(default_factory=list)
     teacher_trust: list[float] = Field(default_factory=list)
+    attention: list[float] = Field(default_factory=list)
+    unlabelled_loss: list[float] = Field(default_factory=list)
+    privileged: list[float] = Field(default_factory=list)
     seconds: float
     precision: str
 
@@ -144,10 +156,14 @@ class LinkResult(Body):
 
 
 class StudentTask(Body):
-    """Train the compact student for one round. `auxiliary` is sent until the site has finished a round of its own."""
+    """Train the compact student for one round. `auxiliary` is sent until the site has finished a round of its own.
+
+    `large_digests`: of the large models that teach the student, which come as the arrays `large_0`, `large_1`, ...; all of
+    `large_architecture`. None where the recipe gives them no weight.
+    """
 
     KIND: ClassVar[str] = "student-task"
-    ARRAYS: ClassVar[frozenset[str]] = frozenset({"student", "auxiliary"})
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"student", "auxiliary", *map("large_{}".format, range(MAX_ENSEMBLE))})
 
     run_id: str
     round: int
@@ -155,7 +171,19 @@ class StudentTask(Body):
     recipe: StudentRecipe
     student_digest: str
     auxiliary_digest: str | None = None
+    large_architecture: Architecture | None = None
+    large_digests: list[str] = Field(default_factory=list, max_length=MAX_ENSEMBLE)
     simulated: SimulatedSite | None = None
+
+    @model_validator(mode="after")
+    def _large_models_are_complete(self) -> StudentTask:
+        wanted, sent = self.recipe.large_weight > 0, bool(self.large_digests)
+        if (wanted, wanted) != (sent, self.large_architecture is not None):
+            raise ValueError(
+                f"large models with weight {self.recipe.large_weight:g}, {len(self.large_digests)} digests and "
+                f"{'an' if self.large_architecture else 'no'} architecture: all of them belong together"
+            )
+        return self
 
 
 class StudentResult(Body):
@@ -174,26 +202,31 @@ class StudentResult(Body):
 
 
 class EvaluateTask(Body):
-    """Score a model on the site's own images of `splits`."""
+    """Score a model on the site's own images of `splits`; `localisation`: also its attention on the test images' regions."""
 
     KIND: ClassVar[str] = "evaluate-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
 
     architecture: Architecture
     splits: list[Literal["val", "test"]]
+    localisation: bool = False
     threads: int
     digest: str
     simulated: SimulatedSite | None = None
 
 
 class EvaluateResult(Body):
-    """Scores of each split, and the counts from which scores over several sites follow (`counts_<split>` arrays)."""
+    """Scores of each split, and the counts from which scores over several sites follow (`counts_<split>` arrays).
+
+    `localisation`: how well the model's attention finds the regions of interest, summed over the test images; None where it
+    was not asked for or the site has no regions. No map, mask or image's own value is sent."""
 
     KIND: ClassVar[str] = "evaluate-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"counts_val", "counts_test"})
 
     site: str
     scores: dict[str, Scores]
+    localisation: LocalisationSums | None = None
 
 
 class Refusal(Body):

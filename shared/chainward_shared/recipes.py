@@ -9,8 +9,38 @@ from pydantic import BaseModel, ConfigDict, Field
 Augmentation = Literal["none", "upright", "all-orientations"]
 ClassBalance = Literal["site-prior", "weighted", "none"]
 Precision = Literal["auto", "fp32", "bf16"]
+SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
+StrandMerge = Literal["best", "average", "ensemble"]
 StudentStart = Literal["dual", "single", "random"]
+AuxiliaryTeacher = Literal["ema", "frozen"]
+EmaSchedule = Literal["cosine", "constant"]
+ChannelSelection = Literal["strided", "consecutive", "random", "random-inconsistent"]
+HeadSelection = Literal["whole", "mixed"]
+LayerSelection = Literal["first", "spread"]
 TeacherTrust = Literal["label", "none"]
+PrivilegedUse = Literal["text", "table", "all"]
+
+MAX_ENSEMBLE = 8
+"""At most so many large models teach a student at once."""
+
+
+class PrivilegedRecipe(BaseModel):
+    """How a site's privileged teachers are trained and used (methods, section 2). They stay at the site.
+
+    `use`: which of its privileged data a site's teachers read. `text_features`: length of a report's hashed vector.
+    `hidden`: units of a teacher's hidden layer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    use: PrivilegedUse
+    logit_weight: float = Field(ge=0)
+    embedding_weight: float = Field(ge=0)
+    temperature: float = Field(ge=1)
+    epochs: int = Field(ge=1)
+    text_features: int = Field(1024, ge=16, le=65_536)
+    hidden: int = Field(64, ge=4, le=1_024)
+    blank_label_words: bool = False
 
 
 class TrainingRecipe(BaseModel):
@@ -28,25 +58,36 @@ class TrainingRecipe(BaseModel):
     threads: int = Field(ge=1)
     class_balance: ClassBalance
     label_fraction: float = Field(gt=0, le=1)
+    privileged: PrivilegedRecipe | None = None
 
 
 class LinkRecipe(TrainingRecipe):
-    """How a link is trained (methods: the chain)."""
+    """How a link is trained (methods, section 1)."""
 
     start: Literal["warm", "fresh"]
     distillation_weight: float = Field(ge=0, le=1)
+    attention_weight: float = Field(0.0, ge=0)
+    unlabelled_weight: float = Field(0.0, ge=0)
     temperature: float = Field(ge=1)
     temperature_decay: float = Field(gt=0, le=1)
     teacher_trust: TeacherTrust
 
 
 class StudentRecipe(TrainingRecipe):
-    """How a compact student is trained in one round at a site. `rounds`: rounds of stage "distil" in the whole run,
-    over which the decay of the auxiliary teacher's moving average rises from `ema_decay` to 1."""
+    """How a compact student is trained in one round at a site (methods, section 3).
+
+    `auxiliary`: whether the auxiliary teacher follows the student (after `frozen_epochs`) or stays as it was selected.
+    `rounds`: rounds of stage "distil" in the whole run, over which the decay of its moving average rises from `ema_decay`
+    to 1 where `ema_schedule` is "cosine". `large_weight`: weight of the distillation from the large models, which then
+    come with the task.
+    """
 
     stage: Literal["distil", "finetune"]
     distillation_weight: float = Field(ge=0)
     temperature: float = Field(ge=1)
+    large_weight: float = Field(0.0, ge=0)
+    auxiliary: AuxiliaryTeacher = "ema"
+    ema_schedule: EmaSchedule = "cosine"
     ema_decay: float = Field(ge=0, lt=1)
     frozen_epochs: int = Field(ge=0)
     rounds: int = Field(ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +167,25 @@ def _dtype(tensor: Tensor) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def weighted_average(states: Sequence[StateDict], weights: Sequence[float]) -> StateDict:
+    """Return the average of state dicts, summed in the order given, in the tensors' own precision.
+
+    Parameters
+    ----------
+    states : state dicts of one architecture, at least one
+    weights : one number above 0 for each; only their ratios count
+
+    Integer buffers (how many batches a batch norm has seen) are those of the first.
+    """
+    total = sum(weights)
+    average = {}
+    for name, first in states[0].items():
+        if not first.is_floating_point():
+            average[name] = first.clone()
+            continue
+        average[name] = first * (weights[0] / total)
+        for state, weight in zip(states[1:], weights[1:], strict=True):
+            average[name] += state[name] * (weight / total)
+    return average

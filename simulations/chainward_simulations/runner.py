@@ -7,34 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from chainward_client.data.site_data import SiteData, SplitName
 from chainward_client.data.sources import simulated_site, simulated_site_ids
-from chainward_client.evaluation import class_probabilities
+from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
+from chainward_server.rules import best_strand, forgetting, weakest_site
 from chainward_server.schedule import plan, site_order
 from chainward_server.students import initial_students, student_architecture
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.classification import PredictionCounts, evaluate, pool
+from chainward_shared.evaluation.localisation import LocalisationScores, LocalisationValues
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.weights import StateDict
+from chainward_shared.protocol import TrainingLog
+from chainward_shared.weights import StateDict, weighted_average
 
 
 @dataclass
 class Outcome:
-    """What a run trained: the model after each hop (by its key), the chain's model, the students, the sites alone."""
+    """What a run trained: the model after each hop (by its key), the last model of each strand, the chain's model,
+    the students, the sites alone.
+
+    `logs`: how every training went, by hop key, `alone-SITE` or `student-round-N-SITE`.
+    """
 
     architecture: Architecture
     links: dict[str, StateDict] = field(default_factory=dict)
     alone: dict[str, StateDict] = field(default_factory=dict)
+    strands: list[StateDict] = field(default_factory=list)
     chain: StateDict = field(default_factory=dict)
     student_architecture: Architecture | None = None
     student: StateDict | None = None
+    logs: dict[str, TrainingLog] = field(default_factory=dict)
 
 
 def open_sites(config: RunConfig) -> dict[str, SiteData]:
@@ -49,13 +59,18 @@ def open_sites(config: RunConfig) -> dict[str, SiteData]:
 
 
 def run_in_process(
-    config: RunConfig, sites: Mapping[str, SiteData], on_step: Callable[[str], None] = lambda step: None
+    config: RunConfig,
+    sites: Mapping[str, SiteData],
+    on_step: Callable[[str], None] = lambda step: None,
+    *,
+    state_dir: Path | None = None,
 ) -> Outcome:
     """Run the chain, the sites alone and the students of `config` over `sites`.
 
     Parameters
     ----------
     on_step : called with a line of progress after each training
+    state_dir : folder in which the sites keep their privileged teachers; None: trained anew whenever they are needed
     """
     some_site = next(iter(sites.values()))
     images = some_site.splits["train"].images
@@ -69,63 +84,115 @@ def run_in_process(
     outcome = Outcome(architecture)
     sizes = {site: len(data.splits["train"]) for site, data in sites.items()}
     order = site_order(list(sites), sizes, config.chain, config.seed)
-    carried: list[StateDict | None] = [None] * config.chain.strands
-    for turn in plan(order, config.chain.laps, config.chain.strands):
-        for hop in turn:
-            state, _ = train_link(
-                sites[hop.site],
-                architecture,
-                config.link_recipe(),
-                carried[hop.strand],
-                strand=hop.strand,
-                lap=hop.lap,
-            )
-            carried[hop.strand] = outcome.links[hop.key] = state
-            on_step(f"{hop.key} {hop.site}")
-    last = [state for state in carried if state is not None]
-    outcome.chain = last[0] if len(last) == 1 else max(last, key=lambda s: _validation(s, architecture, sites, config))
+    _run_chain(config, sites, order, outcome, on_step, state_dir)
     if config.chain.compare_alone:
         for site, data in sites.items():
             if config.chain.laps == 1 and site in order[: config.chain.strands]:
                 outcome.alone[site] = outcome.links[f"strand-{order.index(site)}-lap-0-step-0"]
                 continue
-            outcome.alone[site], _ = train_link(
-                data, architecture, config.link_recipe(laps=config.chain.laps), None, strand=0, lap=0, alone=True
+            outcome.alone[site], outcome.logs[f"alone-{site}"] = train_link(
+                data,
+                architecture,
+                config.link_recipe(laps=config.chain.laps),
+                None,
+                strand=0,
+                lap=0,
+                alone=True,
+                state_dir=_site_dir(state_dir, site),
             )
             on_step(f"alone {site}")
     if config.student.rounds:
-        _run_students(config, sites, outcome, on_step)
+        _run_students(config, sites, outcome, on_step, state_dir)
     return outcome
 
 
+def _run_chain(
+    config: RunConfig,
+    sites: Mapping[str, SiteData],
+    order: Sequence[str],
+    outcome: Outcome,
+    on_step: Callable[[str], None],
+    state_dir: Path | None,
+) -> None:
+    chain, architecture = config.chain, outcome.architecture
+    carried: list[StateDict | None] = [None] * chain.strands
+    trained_at: list[list[str]] = [[] for _ in range(chain.strands)]
+    validation: list[Mapping[str, Scores]] = [{} for _ in range(chain.strands)]
+    scores_decide = chain.order == "weakest-next" or chain.max_forgetting < 1
+    remaining = list(order)
+    for turn in plan(order, chain.laps, chain.strands):
+        for hop in turn:
+            site = hop.site
+            if chain.order == "weakest-next":
+                remaining = list(order) if hop.step == 0 else remaining
+                site = weakest_site(remaining, validation[hop.strand])
+                remaining.remove(site)
+            state, outcome.logs[hop.key] = train_link(
+                sites[site],
+                architecture,
+                config.link_recipe(),
+                carried[hop.strand],
+                strand=hop.strand,
+                lap=hop.lap,
+                state_dir=_site_dir(state_dir, site),
+            )
+            on_step(f"{hop.key} {site}")
+            if scores_decide:
+                after, _ = score(state, architecture, sites, config, "val")
+                forgot = forgetting(trained_at[hop.strand], validation[hop.strand], after)
+                if forgot is not None and forgot.lost > chain.max_forgetting:
+                    continue
+                validation[hop.strand] = after
+            carried[hop.strand] = outcome.links[hop.key] = state
+            trained_at[hop.strand].append(site)
+    outcome.strands = [state for state in carried if state is not None]
+    if chain.merge == "average":
+        outcome.chain = weighted_average(outcome.strands, [1.0] * len(outcome.strands))
+    elif len(outcome.strands) == 1:
+        outcome.chain = outcome.strands[0]
+    else:
+        pooled = [score(state, architecture, sites, config, "val")[1] for state in outcome.strands]
+        outcome.chain = outcome.strands[best_strand(dict(enumerate(pooled)))]
+
+
+def _site_dir(state_dir: Path | None, site: str) -> Path | None:
+    return None if state_dir is None else state_dir / site
+
+
 def _run_students(
-    config: RunConfig, sites: Mapping[str, SiteData], outcome: Outcome, on_step: Callable[[str], None]
+    config: RunConfig,
+    sites: Mapping[str, SiteData],
+    outcome: Outcome,
+    on_step: Callable[[str], None],
+    state_dir: Path | None,
 ) -> None:
     small = student_architecture(config.student, outcome.architecture)
     student, selected = initial_students(config.student, outcome.architecture, outcome.chain, config.seed)
     auxiliaries: dict[str, StateDict | None] = dict.fromkeys(sites, selected)
+    large = outcome.strands if config.chain.merge == "ensemble" else [outcome.chain]
     for index in range(config.student.rounds + config.student.finetune_rounds):
         stage: Literal["distil", "finetune"] = "distil" if index < config.student.rounds else "finetune"
         recipe = config.student_recipe(stage)
         trained = []
         for site, data in sites.items():
             teacher = auxiliaries[site] if stage == "distil" else None
-            result = train_student(data, small, recipe, student, teacher, round_index=index)
+            result = train_student(
+                data,
+                small,
+                recipe,
+                student,
+                teacher,
+                round_index=index,
+                large=large,
+                large_architecture=outcome.architecture,
+                state_dir=_site_dir(state_dir, site),
+            )
             auxiliaries[site] = result.auxiliary
+            outcome.logs[f"student-round-{index + 1}-{site}"] = result.log
             trained.append(result.student)
             on_step(f"student round {index + 1} {site}")
         student = weighted_average(trained, [len(data.splits["train"]) for data in sites.values()])
     outcome.student_architecture, outcome.student = small, student
-
-
-def weighted_average(states: Sequence[StateDict], weights: Sequence[float]) -> StateDict:
-    """Return the average of state dicts, summed in the order given, in the tensors' own precision."""
-    total = sum(weights)
-    average = {name: tensor * (weights[0] / total) for name, tensor in states[0].items()}
-    for state, weight in zip(states[1:], weights[1:], strict=True):
-        for name, tensor in state.items():
-            average[name] += tensor * (weight / total)
-    return average
 
 
 def score(
@@ -141,16 +208,32 @@ def score(
     scores, counts = {}, []
     for site, data in sites.items():
         cases = data.splits[split]
-        probabilities = class_probabilities(model, cases, len(data.classes), config.federation.threads)
+        probabilities = class_probabilities(
+            model, cases, len(data.classes), config.federation.threads, image_size=architecture.image_size
+        )
         scores[site] = evaluate(probabilities, cases.labels.numpy())
         counts.append(PredictionCounts.of(probabilities, cases.labels.numpy()))
     return scores, pool(counts)
 
 
-def _validation(
-    state: StateDict, architecture: Architecture, sites: Mapping[str, SiteData], config: RunConfig
-) -> float:
-    return score(state, architecture, sites, config, "val")[1].balanced_accuracy or 0.0
+def localise(
+    state: StateDict,
+    architecture: Architecture,
+    sites: Mapping[str, SiteData],
+    config: RunConfig,
+    split: SplitName = "test",
+) -> tuple[LocalisationValues, LocalisationScores]:
+    """Return where a model looks in the images with a region of interest: each image's scores, and their means.
+
+    The values of all sites as one, in the order of `sites`; `rows` count on from site to site, over the sites that have
+    regions. Images are the same for every model, so the values of two models can be compared in pairs.
+    """
+    model = build_model(architecture, seed=0)
+    model.load_state_dict(state)
+    threads, size = config.federation.threads, architecture.image_size
+    found = [localisation_values(model, data.splits[split], threads, image_size=size) for data in sites.values()]
+    values = LocalisationValues.joined(part for part in found if part is not None)
+    return values, LocalisationScores.of(values, split, seed=config.seed)
 
 
 def equal(first: StateDict, second: StateDict) -> bool:

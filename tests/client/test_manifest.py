@@ -153,7 +153,7 @@ def test_all_kinds_of_problems_are_reported_at_once(tmp_path: Path) -> None:
             {"tabular": {"agee": {"kind": "number", "min": 0, "max": 1}}},
             "'agee' (columns.tabular.agee) is missing",
         ),
-        ({"text": "age"}, "column 'age' holds numbers ('50', ...); expected text"),
+        ({"text": "age"}, "column 'age' holds numbers only (row 2, '50', ...); expected text"),
         ({"text": "empty"}, "column 'empty' is empty in every row"),
         (
             {"tabular": {"age": {"kind": "number", "min": 0, "max": 40}}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -19,8 +20,8 @@ from chainward_shared.distillation.losses import classification_loss, distillati
 from chainward_shared.distillation.schedules import ema_decay
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.pixels import to_float
-from chainward_shared.recipes import LinkRecipe, StudentRecipe
+from chainward_shared.pixels import resized, to_float
+from chainward_shared.recipes import LinkRecipe, StudentRecipe, TrainingRecipe
 from chainward_shared.weights import StateDict, digest
 
 LINK = LinkRecipe(
@@ -41,9 +42,7 @@ LINK = LinkRecipe(
     teacher_trust="label",
 )
 STUDENT = StudentRecipe(
-    **LINK.model_dump(
-        exclude={"start", "distillation_weight", "temperature", "temperature_decay", "teacher_trust"},
-    ),
+    **LINK.model_dump(include=set(TrainingRecipe.model_fields)),
     stage="distil",
     distillation_weight=0.7,
     temperature=2.0,
@@ -88,7 +87,9 @@ def link(
 
 
 def batch_of(cases: Cases, augmentation="none") -> Batch:
-    return Batch(cases.images, cases.labels, augmentation, torch.Generator().manual_seed(0))
+    return Batch(
+        cases.images, cases.labels, torch.arange(len(cases)), None, augmentation, torch.Generator().manual_seed(0)
+    )
 
 
 def largest_difference(one: StateDict, other: StateDict) -> float:
@@ -273,7 +274,7 @@ def test_bf16_trains_to_fp32_weights_near_those_of_fp32(architecture):
 def test_a_link_without_predecessor_minimises_cross_entropy_alone(architecture, balance):
     cases, model = random_cases(8), build_model(architecture, 1).eval()
     counts = torch.bincount(cases.labels, minlength=3)
-    objective = LinkObjective(LINK.model_copy(update={"class_balance": balance}), None, counts)
+    objective = LinkObjective(LINK.model_copy(update={"class_balance": balance}), model, None, counts)
     objective.start(torch.device("cpu"), 1)
     objective.start_epoch(0)
     found = objective.losses(model, batch_of(cases))
@@ -286,7 +287,7 @@ def test_a_link_without_predecessor_minimises_cross_entropy_alone(architecture, 
 def test_a_link_minimises_cross_entropy_and_trusted_distillation_at_the_epochs_temperature(architecture, trust, epoch):
     cases, model, teacher = random_cases(8), build_model(architecture, 1).eval(), build_model(architecture, 2)
     counts = torch.bincount(cases.labels, minlength=3)
-    objective = LinkObjective(LINK.model_copy(update={"teacher_trust": trust}), teacher, counts)
+    objective = LinkObjective(LINK.model_copy(update={"teacher_trust": trust}), model, teacher, counts)
     objective.start(torch.device("cpu"), 1)
     objective.start_epoch(epoch)
     found = objective.losses(model, batch_of(cases)).detach().double().numpy()
@@ -320,7 +321,7 @@ def test_a_link_and_its_predecessor_see_the_same_view(architecture):
             views.append(images)
             return images.flatten(1)[:, :3]
 
-    objective = LinkObjective(LINK, Seeing(), torch.tensor([4, 3, 1]))
+    objective = LinkObjective(LINK, Seeing(), Seeing(), torch.tensor([4, 3, 1]))
     objective.start(torch.device("cpu"), 1)
     objective.start_epoch(0)
     objective.losses(Seeing(), batch_of(cases, "upright"))
@@ -377,8 +378,9 @@ def test_training_does_not_change_the_predecessor(architecture, start):
 def test_no_gradient_reaches_the_predecessor(architecture):
     teacher = build_model(architecture, 2)
     held = digest(teacher.state_dict())
-    objective = LinkObjective(LINK, teacher, torch.tensor([10, 6, 4]))
-    train(build_model(architecture, 1), random_cases(20), LINK, objective, "oak")
+    model = build_model(architecture, 1)
+    objective = LinkObjective(LINK, model, teacher, torch.tensor([10, 6, 4]))
+    train(model, random_cases(20), LINK, objective, "oak")
     assert digest(teacher.state_dict()) == held
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not teacher.training
@@ -493,6 +495,148 @@ def test_the_auxiliary_teacher_stays_as_selected_in_the_first_epochs_of_the_run(
     )
     assert (digest(trained.auxiliary) != digest(selected)) == moves
     assert (trained.auxiliary_kept < 1.0) == moves
+
+
+@pytest.mark.parametrize("round_index", [0, 1])
+def test_a_frozen_auxiliary_teacher_never_moves_and_is_all_its_own(architecture, round_index):
+    recipe = STUDENT.model_copy(update={"auxiliary": "frozen", "frozen_epochs": 0})
+    selected = weights_of(architecture, 2)
+    trained = train_student(
+        site_data(), architecture, recipe, weights_of(architecture, 1), selected, round_index=round_index
+    )
+    assert digest(trained.auxiliary) == digest(selected)
+    assert trained.auxiliary_kept == 1.0
+    following = train_student(
+        site_data(),
+        architecture,
+        recipe.model_copy(update={"auxiliary": "ema"}),
+        weights_of(architecture, 1),
+        selected,
+        round_index=round_index,
+    )
+    assert digest(following.student) != digest(trained.student), "the student learns from the teacher as it is"
+
+
+class ConstantFollower(StudentObjective):
+    """A `StudentObjective` that also follows its auxiliary teacher by ``B <- m B + (1-m) A`` with one m, in float64."""
+
+    def start(self, device, steps_per_epoch):
+        super().start(device, steps_per_epoch)
+        self.slow = {name: value.double() for name, value in self.auxiliary.named_parameters()}
+        self.steps = 0
+
+    def after_step(self, model):
+        super().after_step(model)
+        if self.steps >= 3:  # 20 images in batches of 8: the first epoch, in which the teacher is frozen, has 3 steps
+            for name, value in model.named_parameters():
+                self.slow[name] = 0.9 * self.slow[name] + 0.1 * value.detach().double()
+        self.steps += 1
+
+
+def test_a_constant_moving_average_equals_a_hand_rolled_loop(architecture):
+    auxiliary = build_model(architecture, 2)
+    recipe = STUDENT.model_copy(update={"ema_schedule": "constant"})
+    objective = ConstantFollower(recipe, auxiliary, torch.tensor([10, 6, 4]), 0)
+    train(build_model(architecture, 1), random_cases(20), recipe, objective, "oak")
+    assert objective.steps == 6
+    for name, value in auxiliary.named_parameters():
+        torch.testing.assert_close(value.double(), objective.slow[name], rtol=1e-4, atol=1e-6)
+    assert objective.kept == pytest.approx(0.9**3)
+
+
+def test_a_constant_moving_average_does_not_slow_down_from_round_to_round(architecture):
+    recipe = STUDENT.model_copy(update={"ema_schedule": "constant", "frozen_epochs": 0})
+    kept = [
+        train_student(
+            site_data(), architecture, recipe, weights_of(architecture, 1), weights_of(architecture, 2), round_index=i
+        ).auxiliary_kept
+        for i in (0, 1)
+    ]
+    assert kept == [pytest.approx(0.9**6)] * 2
+
+
+def slow_large_term(logits, large_logits, temperature):
+    """T^2 times the sum over classes of p log(p / q), p the mean of the teachers' softened softmaxes; in float64."""
+    soft = [(z.double() / temperature).exp() for z in large_logits]
+    p = sum(z / z.sum(1, keepdim=True) for z in soft) / len(soft)
+    q = (logits.double() / temperature).exp()
+    q = q / q.sum(1, keepdim=True)
+    return temperature**2 * (p * (p.log() - q.log())).sum(1)
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_large_models_teach_by_the_gradient_of_the_reference_formula(architecture, models):
+    cases = random_cases(8)
+    counts = torch.bincount(cases.labels, minlength=3)
+    large = [build_model(architecture, 5 + i) for i in range(models)]
+    recipe = STUDENT.model_copy(update={"large_weight": 0.6, "distillation_weight": 0.0, "augmentation": "none"})
+    grown = []
+    for with_large in (True, False):
+        model = build_model(architecture, 1).eval()
+        objective = StudentObjective(
+            recipe, None, counts, 0, large=large if with_large else (), large_size=architecture.image_size
+        )
+        objective.start(torch.device("cpu"), 1)
+        objective.start_epoch(0)
+        objective.losses(model, batch_of(cases)).mean().backward()
+        grown.append([parameter.grad.clone() for parameter in model.parameters()])
+    model = build_model(architecture, 1).eval()
+    images = to_float(cases.images)
+    with torch.no_grad():
+        taught = [teacher(images) for teacher in large]
+    (0.6 * slow_large_term(model(images), taught, 2.0)).mean().backward()
+    for with_term, without, parameter in zip(*grown, model.parameters(), strict=True):
+        torch.testing.assert_close(with_term - without, parameter.grad, rtol=1e-3, atol=1e-5)
+    assert all(parameter.grad is None for teacher in large for parameter in teacher.parameters())
+
+
+def test_a_student_and_its_large_teacher_see_the_same_view_each_at_its_own_size(architecture):
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return images.flatten(1)[:, :3]
+
+    recipe = STUDENT.model_copy(update={"large_weight": 1.0})
+    objective = StudentObjective(recipe, None, torch.tensor([4, 3, 1]), 0, large=[Seeing()], large_size=48)
+    objective.start(torch.device("cpu"), 1)
+    objective.start_epoch(0)
+    objective.losses(Seeing(), batch_of(random_cases(8), "upright"))
+    by_student, by_large = seen
+    assert by_large.shape[-2:] == (48, 48)
+    assert torch.equal(by_large, resized(by_student, 48))
+
+
+def test_without_weight_large_models_are_not_even_asked(architecture):
+    class Refusing(nn.Module):
+        def forward(self, images):
+            raise AssertionError("asked")
+
+    objective = StudentObjective(STUDENT, None, torch.tensor([4, 3, 1]), 0, large=[Refusing()], large_size=32)
+    objective.start(torch.device("cpu"), 1)
+    objective.losses(build_model(architecture, 1), batch_of(random_cases(8)))
+
+
+def test_large_models_that_were_not_sent_are_asked_for(architecture):
+    recipe = STUDENT.model_copy(update={"large_weight": 1.0})
+    with pytest.raises(ModelError, match="large models with weight 1, found none"):
+        train_student(site_data(), architecture, recipe, weights_of(architecture, 1), None, round_index=0)
+
+
+def test_a_student_of_another_image_size_is_trained_on_images_of_its_size():
+    small = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=48)
+    data = site_data()
+    cases = data.splits["train"]
+    at_its_size = replace(data, splits={"train": replace(cases, images=resized(cases.images, 48))})
+    student, auxiliary = weights_of(small, 1), weights_of(small, 2)
+    found, expected = (
+        train_student(given, small, STUDENT, student, auxiliary, round_index=0) for given in (data, at_its_size)
+    )
+    assert digest(found.student) == digest(expected.student)
+    as_given = small.model_copy(update={"image_size": 32})
+    plain = train_student(data, as_given, STUDENT, student, auxiliary, round_index=0)
+    assert digest(found.student) != digest(plain.student)
 
 
 def test_a_round_changes_the_student_but_not_what_was_handed_in(architecture):

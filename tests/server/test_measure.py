@@ -17,4 +17,4 @@ def test_a_summary_tells_name_sizes_parameters_and_file(tmp_path):
     assert summary.file_bytes == (tmp_path / "student.safetensors").stat().st_size
     assert summary.latency_ms > 0
     assert summary.architecture.startswith("test_convnext, dims ")
-    assert described(large) == "test_convnext"
+    assert described(large) == "test_convnext, 32 px"

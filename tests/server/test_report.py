@@ -17,10 +17,12 @@ from chainward_server.results import (
     LinkRecord,
     ModelSummary,
     Results,
+    SiteLocalisation,
     SiteScores,
     SiteSummary,
     StudentRound,
 )
+from chainward_shared.evaluation.localisation import Interval, LocalisationScores
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.protocol import TrainingLog
 
@@ -553,3 +555,55 @@ def test_classes_are_counted_per_site_and_together(page: Page) -> None:
     results = finished_run()
     together = sum(site.class_counts["train"][5] for site in results.data.sites)
     assert f"{together:,}".replace(",", " ") in mix.replace("\u202f", " ")
+
+
+# --- where the models look ---
+
+
+def looks(lift: float, n: int, left_out: int = 0, interval: bool = True) -> LocalisationScores:
+    def around(value: float) -> Interval:
+        return Interval(mean=value, low=value * 0.9 if interval else None, high=value * 1.1 if interval else None)
+
+    return LocalisationScores(
+        n=n, left_out=left_out, lift=around(lift), pointing=around(0.25), auprc=around(0.125), iou=around(0.0625)
+    )
+
+
+def looking(**models: float) -> Results:
+    return finished_run(
+        localization={
+            name: SiteLocalisation(
+                sites={SITES[0]: looks(lift - 0.3, 40), SITES[1]: looks(lift + 0.3, 1, interval=False)},
+                pooled=looks(lift, 41, left_out=1_203),
+            )
+            for name, lift in models.items()
+        }
+    )
+
+
+def test_where_the_models_look_is_told_with_lift_first():
+    page = Page(render(looking(chain=2.0, student=1.43)))
+    assert not page.badly_closed
+    assert "looks" in page.ids
+    assert "#looks" in page.links
+    section = page.text.split("On the test images in which a region")[1].split("Size and speed")[0]
+    assert "1 is chance, 2 is twice as much" in section
+    columns = ["Lift", "95 % interval", "Pointing", "Pixel AUPRC", "IoU"]
+    assert [section.index(name) for name in columns] == sorted(section.index(name) for name in columns)
+    assert "Chain All hospitals 41 2.00× 1.80 to 2.20 0.250 0.125 0.062" in section
+    assert f"{SITES[0]} 40 1.70× 1.53 to 1.87" in section
+    assert f"{SITES[1]} 1 2.30× – 0.250" in section
+    assert "Compact student All hospitals 41 1.43× 1.29 to 1.57" in section
+    assert "1 203 test images without a region to score are left out" in section
+
+
+def test_one_model_may_be_all_that_was_localised():
+    page = Page(render(looking(chain=2.0)))
+    assert not page.badly_closed
+    assert page.text.count("All hospitals 41") == 1
+
+
+@pytest.mark.parametrize("name", EVERY_RUN)
+def test_without_regions_nothing_is_said_about_where_models_look(name):
+    results, status, reason = EVERY_RUN[name]
+    assert "models look" not in render(results, status, reason)

@@ -106,10 +106,32 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed_and_the_default(key,
         ({"chain.start": "fresh", "chain.distillation-weight": 0.0}, ["chain.start", "chain.distillation-weight"]),
         ({"student.model": "convnext_atto", "student.width": 0.25}, ["student.model", "student.width = 0.25"]),
         ({"student.model": "convnext_atto", "student.depth": 0.5}, ["student.model", "student.depth = 0.5"]),
+        ({"student.start": "random", "student.selection": "random"}, ["student.selection", "student.start = 'random'"]),
+        ({"student.start": "random", "student.layers": "spread"}, ["student.layers", "student.start = 'random'"]),
+        (
+            {"student.auxiliary": "frozen", "student.ema-schedule": "constant"},
+            ["student.ema-schedule = 'constant'", "student.auxiliary = 'frozen'"],
+        ),
+        (
+            {"student.auxiliary": "frozen", "student.frozen-epochs": 2},
+            ["student.frozen-epochs = 2", "student.auxiliary = 'frozen'"],
+        ),
         ({"student.rounds": 0, "student.finetune-rounds": 2}, ["student.finetune-rounds = 2", "student.rounds = 0"]),
         ({"chain.strands": 4, "federation.num-sites": 3}, ["chain.strands = 4", "number of sites, 3"]),
         ({"chain.strands": 3, "federation.sites": "oak,ash"}, ["chain.strands = 3", "number of sites, 2"]),
         ({"output.dir": "runs"}, ["output.dir = 'runs'", "relative", "absolute path"]),
+        ({"chain.unlabelled-weight": 1.0}, ["chain.unlabelled-weight = 1.0", "chain.label-fraction = 1.0"]),
+        ({"chain.merge": "average"}, ["chain.merge = 'average'", "chain.strands = 1"]),
+        ({"chain.merge": "ensemble", "chain.strands": 2}, ["chain.merge = 'ensemble'", "student.large-weight"]),
+        (
+            {"chain.merge": "ensemble", "chain.strands": 9, "student.large-weight": 1.0},
+            ["at most 8 strands", "chain.strands = 9"],
+        ),
+        ({"chain.order": "weakest-next", "chain.strands": 2}, ["chain.order = 'weakest-next'", "chain.strands = 2"]),
+        (
+            {"privileged.mode": "all", "privileged.logit-weight": 0.0, "privileged.embedding-weight": 0.0},
+            ["privileged.mode = 'all'", "privileged.embedding-weight = 0"],
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused_and_named(flat, words):
@@ -124,6 +146,11 @@ def test_keys_that_contradict_each_other_are_refused_and_named(flat, words):
         {"federation.sites": "oak,ash", "federation.num-sites": 2},
         {"data.source": "/data/cases.yaml", "data.label-skew": 0.5},
         {"chain.start": "fresh"},
+        {"chain.start": "fresh", "chain.distillation-weight": 0.0, "chain.attention-weight": 1.0},
+        {"chain.label-fraction": 0.5, "chain.unlabelled-weight": 1.0},
+        {"chain.strands": 2, "chain.merge": "average"},
+        {"chain.strands": 2, "chain.merge": "ensemble", "student.large-weight": 0.5},
+        {"privileged.mode": "table", "privileged.logit-weight": 0.0},
         {"chain.distillation-weight": 0.0},
         {"student.model": "convnext_atto"},
         {"student.rounds": 0},
@@ -157,6 +184,17 @@ def test_a_site_alone_gets_the_epochs_of_all_laps():
     config = RunConfig.from_flat({"chain.epochs": 5, "chain.laps": 3})
     assert config.link_recipe().epochs == 5
     assert config.link_recipe(laps=3).epochs == 15
+
+
+@pytest.mark.parametrize(
+    ("target", "links", "students"), [("links", True, False), ("students", False, True), ("both", True, True)]
+)
+def test_privileged_teachers_guide_what_they_are_meant_for_and_never_fine_tuning(target, links, students):
+    config = RunConfig.from_flat({"privileged.mode": "text", "privileged.target": target})
+    assert (config.link_recipe().privileged is not None) == links
+    assert (config.student_recipe("distil").privileged is not None) == students
+    assert config.student_recipe("finetune").privileged is None
+    assert RunConfig().link_recipe().privileged is None
 
 
 def test_fine_tuning_has_a_lower_rate_and_no_distillation():

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ValidationError
 
 from chainward_shared import protocol
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ProtocolError
+from chainward_shared.evaluation.localisation import LocalisationSums, Moments
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import (
@@ -36,7 +38,8 @@ from chainward_shared.protocol import (
     unpack,
 )
 
-MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "counts_val", "counts_test"}
+LARGE = {f"large_{i}" for i in range(8)}
+MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "counts_val", "counts_test"} | LARGE
 
 SIMULATED = SimulatedSite(index=1, source="phantom", num_sites=6, label_skew=0.0, seed=3, state_dir="/state")
 ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
@@ -79,8 +82,12 @@ MESSAGES: list[Body] = [
         auxiliary_digest="cd",
     ),
     StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17, auxiliary_kept=0.25),
-    EvaluateTask(architecture=ARCHITECTURE, splits=["val", "test"], threads=1, digest="ab"),
-    EvaluateResult(site="oak", scores={"val": SCORES, "test": SCORES}),
+    EvaluateTask(architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab"),
+    EvaluateResult(
+        site="oak",
+        scores={"val": SCORES, "test": SCORES},
+        localisation=LocalisationSums(n=2, left_out=1, lift=Moments(sum=3.0, squares=5.0)),
+    ),
     Refusal(reason="the disk is full"),
 ]
 EACH = pytest.mark.parametrize("body", MESSAGES, ids=lambda body: body.KIND)
@@ -143,6 +150,27 @@ def test_a_student_tells_flower_its_weight():
 def test_no_message_may_carry_anything_but_the_weights_and_counts_of_the_design():
     for cls in bodies():
         assert cls.ARRAYS <= MAY_TRAVEL, f"{cls.__name__} may carry {sorted(cls.ARRAYS - MAY_TRAVEL)}"
+
+
+@pytest.mark.parametrize(
+    ("weight", "digests", "architecture"),
+    [(1.0, [], None), (1.0, [], ARCHITECTURE), (1.0, ["ab"], None), (0.0, ["ab"], ARCHITECTURE)],
+)
+def test_large_models_without_weight_weight_without_models_or_models_of_no_architecture_are_refused(
+    weight, digests, architecture
+):
+    recipe = RunConfig().student_recipe("distil").model_copy(update={"large_weight": weight})
+    given = {"run_id": "r", "round": 1, "architecture": ARCHITECTURE, "student_digest": "ab", "recipe": recipe}
+    with pytest.raises(ValidationError, match=f"weight {weight:g}, {len(digests)} digests"):
+        StudentTask(**given, large_digests=digests, large_architecture=architecture)
+
+
+def test_more_large_models_than_may_teach_at_once_are_refused():
+    recipe = RunConfig().student_recipe("distil").model_copy(update={"large_weight": 1.0})
+    given = {"run_id": "r", "round": 1, "architecture": ARCHITECTURE, "student_digest": "ab", "recipe": recipe}
+    StudentTask(**given, large_digests=["ab"] * 8, large_architecture=ARCHITECTURE)
+    with pytest.raises(ValidationError, match="at most 8"):
+        StudentTask(**given, large_digests=["ab"] * 9, large_architecture=ARCHITECTURE)
 
 
 def test_from_a_site_come_only_the_trained_model_and_counts():

@@ -14,16 +14,22 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     FiniteFloat,
+    Tag,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
 
 from chainward_shared.errors import DataError, nearest
+from chainward_shared.task import Task
 
 Fit = Literal["pad", "crop", "stretch"]
+
+SEPARATOR = "|"
+"""Between the findings of one image in the label column."""
 
 
 class Block(BaseModel):
@@ -90,13 +96,20 @@ class CategoryColumn(Block):
 TabularColumn = Annotated[NumberColumn | CategoryColumn, Field(discriminator="kind")]
 
 
+LabelColumns = Annotated[
+    Annotated[str, Tag("one")] | Annotated[tuple[str, ...], Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
+]
+
+
 class Columns(Block):
     """Which column of the manifest plays which role; only `image` and `label` are required.
 
     Attributes
     ----------
     image : file name of the image; extension and folders optional
-    label : class name, or index into the classes
+    label : class name, or index into the classes; multi-label: the findings' names or indices with "|" between them,
+        or a list of columns, one per class in the order of `classes`, that hold 1 or 0
     patient : what must stay together in one split and at one site; default: every image its own
     split : train, val or test; default: split by patient, seeded
     site : the hospital; the natural partition of a simulation
@@ -107,7 +120,7 @@ class Columns(Block):
     """
 
     image: str
-    label: str
+    label: LabelColumns
     patient: str | None = None
     split: str | None = None
     site: str | None = None
@@ -122,17 +135,26 @@ class Columns(Block):
             raise ValueError("both 'mask' and 'box' are given; keep one of them")
         if self.box is not None:
             _refuse_repeats(self.box, "box column")
-        if self.label == self.text or self.label in self.tabular:
-            raise ValueError(
-                f"column '{self.label}' is both label and privileged: the privileged teacher would only copy "
-                "the label; take it out of 'text' or 'tabular'"
-            )
+        _refuse_repeats(self.label_columns, "label column")
+        for label in self.label_columns:
+            if label == self.text or label in self.tabular:
+                raise ValueError(
+                    f"column '{label}' is both label and privileged: the privileged teacher would only copy "
+                    "the label; take it out of 'text' or 'tabular'"
+                )
         return self
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Return the columns that hold the label."""
+        return (self.label,) if isinstance(self.label, str) else self.label
 
     def by_key(self) -> dict[str, str]:
         """Return the column name of every key in use, e.g. ``{"label": "dx", "box[0]": "left", ...}``."""
         single = ("image", "label", "patient", "split", "site", "text", "mask")
-        named = {key: name for key in single if (name := getattr(self, key)) is not None}
+        named = {key: name for key in single if isinstance(name := getattr(self, key), str)}
+        if not isinstance(self.label, str):
+            named |= {f"label[{position}]": name for position, name in enumerate(self.label)}
         named |= {f"box[{position}]": name for position, name in enumerate(self.box or ())}
         return named | {f"tabular.{name}": name for name in self.tabular}
 
@@ -167,16 +189,42 @@ def _folder_or_zip(path: Path) -> Path:
     return path
 
 
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; expected a folder")
+    return path
+
+
 def _class_names(names: tuple[str, ...]) -> tuple[str, ...]:
     _refuse_repeats(names, "class")
     return names
 
 
 FilePath = Annotated[Path, AfterValidator(_beside_data_file), AfterValidator(_file)]
+Folder = Annotated[Path, AfterValidator(_beside_data_file), AfterValidator(_folder)]
 FolderOrZip = Annotated[Path, AfterValidator(_beside_data_file), AfterValidator(_folder_or_zip)]
 ClassNames = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_class_names)]
 # `image:` with nothing behind it means the defaults, like leaving it out.
 OptionalImageShape = Annotated[ImageShape, BeforeValidator(lambda block: {} if block is None else block)]
+
+
+class PrivilegedBlock(Block):
+    """How the hospital's privileged teachers read its reports and table.
+
+    Attributes
+    ----------
+    label_words : words that give the label away in a report, beside the class names; taken out where the run blanks them
+    exclude : columns of `columns.tabular` that the teachers must not read: one that encodes the label, say
+    encoder : folder of a local Hugging Face encoder for the reports; default: hashed n-grams
+    """
+
+    label_words: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    encoder: Folder | None = None
+
+
+# `privileged:` with nothing behind it, likewise.
+OptionalPrivilegedBlock = Annotated[PrivilegedBlock, BeforeValidator(lambda block: {} if block is None else block)]
 
 
 class CsvDescription(Block):
@@ -187,23 +235,71 @@ class CsvDescription(Block):
     manifest : the CSV file
     images : folder or zip of the images; default: the manifest's folder
     masks : folder or zip of the masks of `columns.mask`; default: where the images are
+    task : "single" (default): one class per image; "multilabel": any number of findings per image
     classes : class names, in the order of the label indices
+    no_finding : multi-label with one label column: the word for an image without any finding; default: an empty cell
     columns : the roles of the manifest's columns
     image : what every image is brought to
+    privileged : how privileged teachers read reports and table
     """
 
     format: Literal["csv"]
     manifest: FilePath
     images: FolderOrZip | None = None
     masks: FolderOrZip | None = None
+    task: Task = "single"
     classes: ClassNames
+    no_finding: str | None = None
     columns: Columns
     image: OptionalImageShape = ImageShape()
+    privileged: OptionalPrivilegedBlock = PrivilegedBlock()
 
     @model_validator(mode="after")
     def _masks_have_a_column(self) -> Self:
         if self.masks is not None and self.columns.mask is None:
             raise ValueError("'masks' is given without 'columns.mask', the column with the masks' file names")
+        return self
+
+    @model_validator(mode="after")
+    def _label_suits_the_task(self) -> Self:
+        label = self.columns.label
+        if not isinstance(label, str):
+            if self.task == "single":
+                raise ValueError(
+                    f"'columns.label' lists {len(label)} columns, which 'task: multilabel' alone permits; set the task, or "
+                    "name the one column with the class"
+                )
+            if len(label) != len(self.classes):
+                raise ValueError(
+                    f"'columns.label' lists {len(label)} columns; expected one for each of the {len(self.classes)} classes"
+                )
+        if self.no_finding is not None:
+            if self.task == "single":
+                raise ValueError("'no_finding' is given, which 'task: multilabel' alone permits; set the task")
+            if not isinstance(label, str):
+                raise ValueError("'no_finding' is given, but columns of 1 and 0 need no word for it; remove it")
+            if self.no_finding in self.classes:
+                raise ValueError(
+                    f"'no_finding' '{self.no_finding}' is one of the classes; take it out of them: it is the absence of all"
+                )
+        if self.task == "multilabel" and isinstance(label, str):
+            barred = [name for name in (*self.classes, self.no_finding or "") if SEPARATOR in name]
+            if barred:
+                raise ValueError(f"class '{barred[0]}' contains '{SEPARATOR}', which separates findings; rename it")
+        return self
+
+    @model_validator(mode="after")
+    def _privileged_names_what_is_there(self) -> Self:
+        declared = list(self.columns.tabular)
+        unknown = [name for name in self.privileged.exclude if name not in declared]
+        if unknown:
+            raise ValueError(
+                f"'privileged.exclude' names '{unknown[0]}'{nearest(unknown[0], declared)}; expected columns of "
+                f"'columns.tabular' ({', '.join(declared) or 'none is declared'})"
+            )
+        for key in ("label_words", "encoder"):
+            if getattr(self.privileged, key) and self.columns.text is None:
+                raise ValueError(f"'privileged.{key}' is given without 'columns.text', the column with the reports")
         return self
 
     @property
@@ -223,12 +319,14 @@ class NpzDescription(Block):
     Attributes
     ----------
     images : the .npz file
-    classes : class names; default "0", "1", ... up to the largest label
+    task : "single" (default): labels (n,) or (n, 1); "multilabel": labels (n, classes) of 1 and 0
+    classes : class names; default "0", "1", ... up to the largest label, or as many as the labels have columns
     image : what every image is brought to
     """
 
     format: Literal["npz"]
     images: FilePath
+    task: Task = "single"
     classes: ClassNames | None = None
     image: OptionalImageShape = ImageShape()
 
@@ -309,6 +407,8 @@ def _problem(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     if location[:2] == ["columns", "tabular"]:
         del location[3:4]  # pydantic puts the column's kind into the path
+    if location[:2] == ["columns", "label"]:
+        del location[2:3]  # and whether there are several
     key = ".".join(location)
     prefix = f"key '{key}'" if key else "the file"
     found = error.get("input")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from chainward_client.data.description import CategoryColumn, CsvDescription, NumberColumn, TabularColumn
+from chainward_client.data.description import (
+    SEPARATOR,
+    CategoryColumn,
+    CsvDescription,
+    NumberColumn,
+    TabularColumn,
+)
 from chainward_client.data.images import box_masks, counted, load_images, load_masks
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases
+from chainward_client.data.strata import num_strata, strata
 from chainward_shared.errors import DataError, nearest
 
 # How programs write an empty cell.
@@ -31,7 +38,7 @@ class Manifest:
     classes : class names, in the order of the label indices
     rows : int64 (n,), the rows' numbers as a spreadsheet shows them (the header is row 1)
     images : str (n,), file names
-    labels : int64 (n,)
+    labels : int64 (n,); multi-label: float32 (n, classes), 1 for each finding, else 0
     patients : str (n,)
     splits : str (n,), or None without a split column
     sites : str (n,), or None without a site column
@@ -102,7 +109,12 @@ def read_manifest(description: CsvDescription) -> Manifest:
     check = _Checks(frame)
 
     images = check.filled(columns.image)
-    labels = check.labels(columns.label, description.classes)
+    if not isinstance(columns.label, str):
+        labels = check.yes_or_no(columns.label)
+    elif description.task == "multilabel":
+        labels = check.findings(columns.label, description.classes, description.no_finding)
+    else:
+        labels = check.labels(columns.label, description.classes)
     patients = images if columns.patient is None else check.filled(columns.patient)
     splits = None if columns.split is None else check.splits(columns.split)
     sites = None if columns.site is None else check.filled(columns.site)
@@ -140,11 +152,12 @@ def split_by_patient(
 
     Stratified by class as well as whole patients permit: each patient goes where the images of its class (the
     commonest among the patient's) are furthest below their share. With three patients or more no split is
-    empty; with two there is no val, with one only train.
+    empty; with two there is no val, with one only train. Multi-label: "class" is the rarest finding of the image, or
+    that it has none (`strata`).
 
     Parameters
     ----------
-    labels : int (n,), below `num_classes`
+    labels : int (n,), below `num_classes`, or 0 and 1 (n, num_classes) if multi-label
     patients : (n,)
     generator : the order in which patients are placed
 
@@ -152,6 +165,7 @@ def split_by_patient(
     -------
     str (n,)
     """
+    labels, num_classes = strata(labels), num_strata(labels, num_classes)
     ids, patient_of = np.unique(patients, return_inverse=True)
     class_of, size_of = patient_classes(labels, patient_of, len(ids), num_classes)
     fractions = np.array([_SPLIT_FRACTIONS[split] for split in SPLITS])
@@ -263,14 +277,7 @@ class _Checks:
     def labels(self, column: str, classes: tuple[str, ...]) -> np.ndarray:
         """Return class indices. A column holds either: with classes 1 and 2, label 1 is a name."""
         cells = self._cells(column)
-        index_of = {name: index for index, name in enumerate(classes)}
-        if not any(cell in index_of for cell in cells):
-            numbers = {cell: _number(cell) for cell in set(cells)}
-            index_of = {
-                cell: int(number)
-                for cell, number in numbers.items()
-                if number is not None and number.is_integer() and 0 <= number < len(classes)
-            }
+        index_of = _indices(set(cells), classes)
         missing: list[str] = []
         outside: list[str] = []
         for row, cell in zip(self.rows, cells, strict=True):
@@ -283,6 +290,58 @@ class _Checks:
         self._report(column, "row without a label", "rows without a label", missing)
         self._report(column, "label outside the classes", "labels outside the classes", outside)
         return np.array([index_of.get(cell, 0) for cell in cells], dtype=np.int64)
+
+    def findings(self, column: str, classes: tuple[str, ...], no_finding: str | None) -> np.ndarray:
+        """Return float32 (n, classes) of 1 and 0 from cells like "Effusion|Mass". Names or indices, as in `labels`.
+
+        An empty cell means no finding, unless there is a word for that: then it is a row that nobody has labelled.
+        """
+        none = "" if no_finding is None else no_finding
+        words_of = [[word.strip() for word in cell.split(SEPARATOR)] for cell in self._cells(column)]
+        index_of = _indices({word for words in words_of for word in words if word != none}, classes)
+        labels = np.zeros((len(words_of), len(classes)), dtype=np.float32)
+        missing: list[str] = []
+        unknown: list[str] = []
+        torn: list[str] = []
+        twice: list[str] = []
+        for position, (row, words) in enumerate(zip(self.rows, words_of, strict=True)):
+            found = [index_of[word] for word in words if word in index_of]
+            strange = [word for word in words if word not in index_of and word != no_finding]
+            labels[position, found] = 1
+            if words == [none]:
+                continue
+            if len(words) == 1 and strange and strange[0] in _MISSING:
+                expected = "an empty cell" if no_finding is None else f"'{no_finding}'"
+                missing.append(f"row {row}, '{words[0]}'; expected {expected} where there is no finding")
+            elif strange:
+                unknown.append(f"row {row}, '{strange[0]}'{nearest(strange[0], classes)}; expected {_listed(classes)}")
+            elif len(found) < len(words):
+                torn.append(f"row {row}, '{SEPARATOR.join(words)}'; keep one or the other")
+            elif len(set(found)) < len(found):
+                twice.append(f"row {row}, '{SEPARATOR.join(words)}'; keep one of the two")
+        self._report(column, "row without a label", "rows without a label", missing)
+        self._report(column, "finding outside the classes", "findings outside the classes", unknown)
+        self._report(column, "row with and without a finding", "rows with and without a finding", torn)
+        self._report(column, "row that names a finding twice", "rows that name a finding twice", twice)
+        return labels
+
+    def yes_or_no(self, columns: Sequence[str]) -> np.ndarray:
+        """Return float32 (n, columns) of 1 and 0 from columns that hold 1 and 0, or true and false."""
+        labels = np.zeros((len(self.rows), len(columns)), dtype=np.float32)
+        for position, column in enumerate(columns):
+            missing: list[str] = []
+            other: list[str] = []
+            for index, cell in enumerate(self._cells(column)):
+                value = {"true": 1.0, "false": 0.0}.get(cell.lower(), _number(cell))
+                if cell in _MISSING:
+                    missing.append(f"row {self.rows[index]}")
+                elif value not in (0.0, 1.0):
+                    other.append(f"row {self.rows[index]}, '{cell}'; expected 1 or 0")
+                else:
+                    labels[index, position] = value
+            self._report(column, "row without a label", "rows without a label", missing)
+            self._report(column, "label that is neither 1 nor 0", "labels that are neither 1 nor 0", other)
+        return labels
 
     def splits(self, column: str) -> np.ndarray:
         """Return a column of train, val and test."""
@@ -303,7 +362,10 @@ class _Checks:
         if not present:
             self.problems.append(f"column '{column}' is empty in every row; expected text")
         elif all(_number(text) is not None for text in present):
-            self.problems.append(f"column '{column}' holds numbers ('{present[0]}', ...); expected text")
+            first = next(index for index, text in enumerate(texts) if text is not None)
+            self.problems.append(
+                f"column '{column}' holds numbers only (row {self.rows[first]}, '{present[0]}', ...); expected text"
+            )
         return texts
 
     def tabular(self, column: str, declared: TabularColumn) -> tuple[float | str | None, ...]:
@@ -394,6 +456,19 @@ class _Checks:
     def _report(self, column: str, kind: str, kinds: str, found: list[str]) -> None:
         if found:
             self.problems.append(f"column '{column}': {counted(kind, kinds, found)}")
+
+
+def _indices(cells: Collection[str], classes: tuple[str, ...]) -> dict[str, int]:
+    """Return the class index of every cell that has one. Cells are names, or if none of them is one, indices."""
+    index_of = {name: index for index, name in enumerate(classes)}
+    if any(cell in index_of for cell in cells):
+        return index_of
+    numbers = {cell: _number(cell) for cell in cells}
+    return {
+        cell: int(number)
+        for cell, number in numbers.items()
+        if number is not None and number.is_integer() and 0 <= number < len(classes)
+    }
 
 
 def _positions(values: np.ndarray) -> dict[str, list[int]]:

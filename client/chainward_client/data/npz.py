@@ -28,7 +28,7 @@ class NpzCases:
     ----------
     description : where the file is and what its images are brought to
     classes : class names, in the order of the label indices
-    labels : int64 (n,)
+    labels : int64 (n,); multi-label: float32 (n, classes), 1 for each finding, else 0
     patients : str (n,), each image its own: the layout has no patients
     splits : str (n,)
     sites : None: the layout has no sites
@@ -78,7 +78,8 @@ def read_npz(description: NpzDescription) -> NpzCases:
     Raises
     ------
     DataError
-        If the file is damaged or lacks an array, or labels are not whole numbers within the classes.
+        If the file is damaged or lacks an array, or labels are not whole numbers within the classes, or not of the
+        description's task.
     """
     path = description.images
     with _opened(path) as archive:
@@ -87,10 +88,17 @@ def read_npz(description: NpzDescription) -> NpzCases:
         if missing:
             there = ", ".join(archive.files) or "nothing"
             raise DataError(f"{path.name} lacks {', '.join(missing)}; arrays there: {there}")
-        labels = {split: _labels(archive, path, split) for split in SPLITS}
-    highest = max((int(values.max()) for values in labels.values() if len(values)), default=-1)
-    classes = description.classes or tuple(str(index) for index in range(highest + 1))
-    _check_range(path, labels, classes)
+        if description.task == "multilabel":
+            labels = {split: _findings(archive, path, split) for split in SPLITS}
+            columns = {split: values.shape[1] for split, values in labels.items()}
+            classes = description.classes or tuple(str(index) for index in range(max(columns.values())))
+            _check_findings(path, labels, classes)
+            labels = {split: values.astype(np.float32) for split, values in labels.items()}
+        else:
+            labels = {split: _labels(archive, path, split) for split in SPLITS}
+            highest = max((int(values.max()) for values in labels.values() if len(values)), default=-1)
+            classes = description.classes or tuple(str(index) for index in range(highest + 1))
+            _check_range(path, labels, classes)
     splits = np.repeat(np.array(SPLITS), [len(labels[split]) for split in SPLITS])
     patients = np.array([f"{split}-{index}" for split in SPLITS for index in range(len(labels[split]))])
     return NpzCases(description, classes, np.concatenate([labels[split] for split in SPLITS]), patients, splits)
@@ -101,14 +109,44 @@ def _labels(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.n
     values = archive[f"{split}_labels"]
     if values.ndim == 2 and values.shape[1] > 1:
         raise DataError(
-            f"{path.name}: {split}_labels has {values.shape[1]} columns; several labels per image are not "
-            "supported, expected shape (n,) or (n, 1)"
+            f"{path.name}: {split}_labels has {values.shape[1]} columns, expected shape (n,) or (n, 1); if they are "
+            "several findings per image, set task: multilabel"
         )
     if values.ndim not in (1, 2) or not np.issubdtype(values.dtype, np.integer):
         raise DataError(
             f"{path.name}: {split}_labels is {values.dtype} {values.shape}; expected whole numbers, (n,) or (n, 1)"
         )
     return values.reshape(-1).astype(np.int64)
+
+
+def _findings(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.ndarray:
+    """Return (n, classes), 2 classes or more, of numbers that are still to be checked."""
+    values: np.ndarray = archive[f"{split}_labels"]
+    if values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1):
+        raise DataError(
+            f"{path.name}: {split}_labels has one label per image, and task: multilabel expects shape (n, classes); "
+            "remove the task"
+        )
+    if values.ndim != 2 or not (np.issubdtype(values.dtype, np.integer) or values.dtype == bool):
+        raise DataError(f"{path.name}: {split}_labels is {values.dtype} {values.shape}; expected 1 and 0, (n, classes)")
+    return values
+
+
+def _check_findings(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str, ...]) -> None:
+    for split, values in labels.items():
+        if values.shape[1] != len(classes):
+            raise DataError(
+                f"{path.name}: {split}_labels has {values.shape[1]} columns; expected one for each of the "
+                f"{len(classes)} classes"
+            )
+    problems = [
+        f"{split}_labels[{row}, {column}] is {values[row, column]}"
+        for split, values in labels.items()
+        for row, column in np.argwhere((values != 0) & (values != 1))
+    ]
+    if problems:
+        found = counted("label that is neither 1 nor 0", "labels that are neither 1 nor 0", problems)
+        raise DataError(f"{path.name}: {found}")
 
 
 def _check_range(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from chainward_client.data.manifest import patient_classes
+from chainward_client.data.strata import strata
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator
 
@@ -40,11 +41,11 @@ def partition_by_label_skew(
     (2019, arXiv:1905.12022), so that every case is used once: the shares of the sites in a class come from a
     symmetric Dirichlet distribution with concentration `alpha`. Sites therefore differ in size, too. The same
     shares hold in train, val and test. All images of a patient go to one site, and count as the commonest of
-    their classes.
+    their classes. Multi-label: "class" is the rarest finding of the image, or that it has none (`strata`).
 
     Parameters
     ----------
-    labels : int (n,)
+    labels : int (n,), or 0 and 1 (n, classes) if multi-label
     patients : (n,)
     num_sites : 1 or more
     alpha : above 0; 0.1 is extreme, 100 nearly even
@@ -71,6 +72,7 @@ def partition_by_label_skew(
             f"{in_train.sum()} training cases can't give {num_sites} sites {min_train_cases} each; "
             "use fewer sites (federation.num-sites)"
         )
+    labels = strata(labels)
     num_classes = int(labels.max()) + 1
     groups = ["all"] * len(labels) if splits is None else splits
     smallest_of_best = 0
@@ -118,11 +120,12 @@ def _assign_patients(
 def keep_label_fraction(labels: np.ndarray, fraction: float, seed: int, site: str) -> np.ndarray:
     """Return which cases keep their labels: a random `fraction` of every class, at least one case of each.
 
-    Of one seed and site, a smaller fraction is a subset of a larger one.
+    Of one seed and site, a smaller fraction is a subset of a larger one. Multi-label: a fraction of the images of every
+    rarest finding and of those without one (`strata`), and at least one image with each finding.
 
     Parameters
     ----------
-    labels : int (n,)
+    labels : int (n,), or 0 and 1 (n, classes) if multi-label
     fraction : above 0, up to 1 (all)
     seed, site : name the random choice
 
@@ -138,8 +141,14 @@ def keep_label_fraction(labels: np.ndarray, fraction: float, seed: int, site: st
     if not 0 < fraction <= 1:
         raise DataError(f"chain.label-fraction: found {fraction:g}; expected a number above 0, up to 1")
     kept = []
-    for label in np.unique(labels):
-        generator = numpy_generator(seed, "label-fraction", site, int(label))
-        of_class = generator.permutation(np.flatnonzero(labels == label))
+    stratum_of = strata(labels)
+    for stratum in np.unique(stratum_of):
+        generator = numpy_generator(seed, "label-fraction", site, int(stratum))
+        of_class = generator.permutation(np.flatnonzero(stratum_of == stratum))
         kept.append(of_class[: max(1, round(fraction * len(of_class)))])
-    return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=np.int64)
+    for finding in range(labels.shape[1]) if labels.ndim == 2 else ():
+        having = np.flatnonzero(labels[:, finding] > 0.5)
+        if len(having) and not (stratum_of == finding).any():  # all of them have a rarer one, too
+            generator = numpy_generator(seed, "label-fraction", site, "finding", finding)
+            kept.append(generator.permutation(having)[:1])
+    return np.unique(np.concatenate(kept)) if kept else np.empty(0, dtype=np.int64)

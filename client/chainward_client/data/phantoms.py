@@ -11,7 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
+from chainward_client.data.description import TabularColumn
 from chainward_client.data.phantom_anatomy import (
     ChestAnatomy,
     Finding,
@@ -23,7 +25,7 @@ from chainward_client.data.phantom_anatomy import (
 from chainward_client.data.phantom_reports import write_report
 from chainward_client.data.phantom_sites import MAX_SITES, expose, hospital
 from chainward_client.data.phantom_table import TABLE_COLUMNS, draw_patient_details, draw_table_row
-from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SiteData, SplitName
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData, SplitName
 from chainward_shared.seeds import numpy_generator
 
 __all__ = [
@@ -133,6 +135,7 @@ def phantom_site(seed: int, index: int, image_size: int = 64, channels: int = 1)
         },
         synthetic=True,
         notes=tuple(f"no cases of {finding}" for finding in PHANTOM_CLASSES if finding not in present),
+        privileged=PrivilegedSetup(columns=TypeAdapter(dict[str, TabularColumn]).validate_python(TABLE_COLUMNS)),
     )
 
 

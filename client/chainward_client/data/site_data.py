@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+
+from chainward_client.data.description import TabularColumn
+from chainward_shared.distillation.losses import class_counts
+from chainward_shared.task import Task
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
@@ -28,6 +33,16 @@ class PrivilegedCases:
     table: Mapping[str, tuple[float | str | None, ...]] | None = None
     masks: torch.Tensor | None = None
 
+    def take(self, rows: Sequence[int]) -> PrivilegedCases:
+        """Return what belongs to the images `rows`, in that order."""
+        return PrivilegedCases(
+            texts=None if self.texts is None else tuple(self.texts[row] for row in rows),
+            table=None
+            if self.table is None
+            else {name: tuple(values[row] for row in rows) for name, values in self.table.items()},
+            masks=None if self.masks is None else self.masks[list(rows)],
+        )
+
 
 @dataclass(frozen=True)
 class Cases:
@@ -36,7 +51,7 @@ class Cases:
     Attributes
     ----------
     images : uint8 (n, channels, H, W)
-    labels : int64 (n,), index into the site's classes
+    labels : int64 (n,), index into the site's classes; multi-label: float32 (n, classes), 1 for each finding, else 0
     patients : str (n,), the patient (or lesion) of each image; the unit of splitting
     privileged : reports, table and regions of interest of the same cases
     """
@@ -49,6 +64,27 @@ class Cases:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> Cases:
+        """Return the cases `rows`, in that order."""
+        chosen = [int(row) for row in rows]
+        return Cases(self.images[chosen], self.labels[chosen], self.patients[chosen], self.privileged.take(chosen))
+
+
+@dataclass(frozen=True)
+class PrivilegedSetup:
+    """How a site's privileged teachers read its reports and table. Never leaves the site.
+
+    Attributes
+    ----------
+    columns : the table's columns that the teachers may read, with their declared ranges or values
+    label_words : words that give the label away in a report, beside the class names
+    encoder : folder of a local Hugging Face encoder for the reports; None: hashed n-grams
+    """
+
+    columns: Mapping[str, TabularColumn] = field(default_factory=dict)
+    label_words: tuple[str, ...] = ()
+    encoder: Path | None = None
+
 
 @dataclass(frozen=True)
 class SiteData:
@@ -59,8 +95,10 @@ class SiteData:
     site : id of the site
     classes : class names, in the order of the label indices
     splits : the cases of "train", "val" and "test"
+    task : "single", or "multilabel" where an image may have several findings, or none
     synthetic : True for phantoms; shown wherever results are shown
     notes : one line each, things a person should know about this site's data (a class without cases, say)
+    privileged : how its privileged teachers read its reports and table
     """
 
     site: str
@@ -68,7 +106,11 @@ class SiteData:
     splits: Mapping[SplitName, Cases]
     synthetic: bool = False
     notes: tuple[str, ...] = ()
+    task: Task = "single"
+    privileged: PrivilegedSetup = field(default_factory=PrivilegedSetup)
 
     def class_counts(self, split: SplitName) -> list[int]:
-        """Return the number of cases of each class in `split`, in the order of `classes`."""
-        return torch.bincount(self.splits[split].labels, minlength=len(self.classes)).tolist()
+        """Return the number of cases of each class (multi-label: with each finding) in `split`, in the order of `classes`."""
+        counts = class_counts(self.splits[split].labels, len(self.classes))
+        cases: list[int] = (counts if self.task == "single" else counts[:, 1]).tolist()
+        return cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from chainward_client.data.manifest import Manifest, read_manifest, split_by_pat
 from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.partition import partition_by_label_skew, partition_by_site
 from chainward_client.data.phantoms import phantom_site, phantom_site_ids
-from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SiteData
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
+from chainward_client.privileged.checks import privileged_notes
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator
 
@@ -65,7 +67,8 @@ def simulated_site(source: str, index: int, *, num_sites: int, label_skew: float
     if not 0 <= index < len(ids):
         raise DataError(f"There is no site {index}: this simulation has {len(ids)} sites, 0 to {len(ids) - 1}")
     if source == PHANTOM:
-        return phantom_site(seed, index)
+        phantoms = phantom_site(seed, index)
+        return replace(phantoms, notes=phantoms.notes + privileged_notes(phantoms))
     table = _source_table(source)
     if label_skew > 0:
         splits = _splits(table, seed, None)
@@ -162,8 +165,32 @@ def _site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *,
     data = {
         split: _between(cases, end - len(part), end) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
     }
-    site_data = SiteData(site, table.classes, data)
-    return SiteData(site, table.classes, data, notes=notes + _findings(site_data))
+    privileged = PrivilegedSetup()
+    if isinstance(table, Manifest):
+        privileged = _privileged_setup(table.description)
+        notes += _lost_regions(table, np.concatenate(by_split), cases)
+    site_data = SiteData(site, table.classes, data, task=table.description.task, privileged=privileged)
+    return replace(site_data, notes=notes + _findings(site_data) + privileged_notes(site_data))
+
+
+def _privileged_setup(description: CsvDescription) -> PrivilegedSetup:
+    block = description.privileged
+    columns = {name: column for name, column in description.columns.tabular.items() if name not in block.exclude}
+    return PrivilegedSetup(columns, block.label_words, block.encoder)
+
+
+def _lost_regions(table: Manifest, rows: np.ndarray, cases: Cases) -> tuple[str, ...]:
+    """Return a note on masks and boxes that are given and mark no pixel of their image."""
+    masks = cases.privileged.masks
+    if masks is None:
+        return ()
+    empty = (masks == 0).flatten(1).all(dim=1).numpy()
+    if table.masks is not None:
+        lost = sum(table.masks[row] is not None for row in rows[empty])
+        return (f"{_number_of(lost, 'empty mask')}: left out of localisation scores",) if lost else ()
+    given = 0 if table.boxes is None else int((~np.isnan(table.boxes[rows[empty]]).all(axis=1)).sum())
+    what = "box" if given == 1 else "boxes"
+    return (f"{given} {what} outside the cropped image: left out of localisation scores",) if given else ()
 
 
 def _between(cases: Cases, start: int, end: int) -> Cases:
@@ -184,11 +211,12 @@ def _between(cases: Cases, start: int, end: int) -> Cases:
 
 
 def _findings(site: SiteData) -> tuple[str, ...]:
-    notes = [
-        f"class '{name}': {_number_of(count, 'training case')}"
-        for name, count in zip(site.classes, site.class_counts("train"), strict=True)
-        if count < 2
-    ]
+    counts = dict(zip(site.classes, site.class_counts("train"), strict=True))
+    what = "class" if site.task == "single" else "finding"
+    notes = [f"{what} '{name}': {_number_of(count, 'training case')}" for name, count in counts.items() if count < 2]
+    if site.task == "multilabel":
+        cases = len(site.splits["train"])
+        notes += [f"finding '{name}': all training cases have it" for name, count in counts.items() if count == cases]
     notes += [f"the {split} split is empty" for split in SPLITS if len(site.splits[split]) == 0]
     if len(site.splits["test"]) == 1:
         notes.append("1 test case: scores on it say little")

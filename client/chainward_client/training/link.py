@@ -1,76 +1,163 @@
-"""The recipe of a link: cross-entropy on the site's own labels, and the predecessor as teacher."""
+"""The recipe of a link: cross-entropy on the site's own labels, with the predecessor and the site's own privileged
+teachers as teachers."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from chainward_client.data.partition import keep_label_fraction
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.training.loop import Batch, train
-from chainward_shared.distillation.losses import classification_loss, distillation_loss, teacher_trust
+from chainward_client.privileged import privileged_targets
+from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.privileged import PrivilegedTerm
+from chainward_shared.distillation.attention import attention_transfer
+from chainward_shared.distillation.losses import (
+    class_counts,
+    classification_loss,
+    distillation_loss,
+    teacher_trust,
+)
 from chainward_shared.distillation.schedules import annealed_temperature
 from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.taps import Taps, embedding_size
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe, TrainingRecipe
+from chainward_shared.seeds import derive_seed
 from chainward_shared.weights import StateDict
 
 
-class LinkObjective:
-    """``L = (1-a) CE + a w T^2 KL(predecessor || link)`` (methods, section 1); without a predecessor, CE alone.
+class LinkObjective(Objective):
+    """``L = (1-a) CE + a w T^2 KL(predecessor || link) + b AT + P`` on labelled images and ``c T^2 KL`` on unlabelled ones
+    (methods, section 1); P is the privileged teachers' part (section 2). Without a predecessor, CE + P.
 
     Parameters
     ----------
+    model : the link's model, to look into where attention or embeddings are compared
     predecessor : frozen teacher, or None for the first link and for a hospital alone
-    counts : training cases of each class at this site, (classes,)
+    counts : training cases of each class at this site, as of `class_counts`
+    privileged : the term of the site's privileged teachers, or None where it has none
     """
 
-    def __init__(self, recipe: LinkRecipe, predecessor: nn.Module | None, counts: Tensor) -> None:
-        self.recipe = recipe
-        self.predecessor = predecessor if recipe.distillation_weight > 0 else None
-        self.counts = counts
+    def __init__(
+        self,
+        recipe: LinkRecipe,
+        model: nn.Module,
+        predecessor: nn.Module | None,
+        counts: Tensor,
+        privileged: PrivilegedTerm | None = None,
+    ) -> None:
+        teaches = recipe.distillation_weight > 0 or recipe.attention_weight > 0 or recipe.unlabelled_weight > 0
+        self.recipe, self.counts, self.privileged = recipe, counts, privileged
+        self.predecessor = predecessor if teaches else None
+        attends = self.predecessor is not None and recipe.attention_weight > 0
+        self.taps = self.predecessor_taps = None
+        if attends or privileged is not None:
+            self.taps = Taps(model, attention=attends, embedding=privileged is not None)
+        if attends and self.predecessor is not None:
+            self.predecessor_taps = Taps(self.predecessor, attention=True)
         self.temperature = recipe.temperature
-        self.trust_sum, self.seen = 0.0, 0
+        self.sums: dict[str, float] = {}
+        self.seen = self.seen_unlabelled = 0
 
     def start(self, device: torch.device, steps_per_epoch: int) -> None:
         self.counts = self.counts.to(device)
         if self.predecessor is not None:
             self.predecessor.to(device).eval().requires_grad_(False)
+        if self.privileged is not None:
+            self.privileged.to(device)
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        return [] if self.privileged is None else list(self.privileged.parameters())
 
     def start_epoch(self, epoch: int) -> None:
         self.temperature = annealed_temperature(epoch, self.recipe.temperature, self.recipe.temperature_decay)
-        self.trust_sum, self.seen = 0.0, 0
+        self.sums, self.seen, self.seen_unlabelled = {}, 0, 0
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         view = batch.view()
+        n = len(batch.labels)
         logits = model(view).float()
-        loss = classification_loss(logits, batch.labels, self.counts, self.recipe.class_balance)
-        if self.predecessor is None:
+        loss = classification_loss(logits[:n], batch.labels, self.counts, self.recipe.class_balance)
+        self.seen += n
+        if self.predecessor is not None:
+            weight = self.recipe.distillation_weight
+            with torch.no_grad():
+                teacher_logits = self.predecessor(view).float()
+                trust = teacher_trust(teacher_logits[:n], batch.labels, self.recipe.teacher_trust)
+            apart = distillation_loss(logits, teacher_logits, self.temperature, multilabel=batch.labels.ndim == 2)
+            self._note("teacher_trust", trust)
+            loss = (1 - weight) * loss + weight * trust * apart[:n]
+            if self.predecessor_taps is not None and self.taps is not None:
+                attention = attention_transfer(
+                    [stage[:n] for stage in self.taps.attention],
+                    [stage[:n] for stage in self.predecessor_taps.attention],
+                )
+                self._note("attention", attention)
+                loss = loss + self.recipe.attention_weight * attention
+        if self.privileged is not None and self.taps is not None:
+            guided = self.privileged.losses(logits[:n], self.taps.embedding[:n], batch.rows)
+            self._note("privileged", guided)
+            loss = loss + guided
+        if len(view) == n or self.predecessor is None:
             return loss
-        with torch.no_grad():
-            teacher_logits = self.predecessor(view).float()
-            trust = teacher_trust(teacher_logits, batch.labels, self.recipe.teacher_trust)
-        self.trust_sum += float(trust.sum())
-        self.seen += len(trust)
-        weight = self.recipe.distillation_weight
-        return (1 - weight) * loss + weight * trust * distillation_loss(logits, teacher_logits, self.temperature)
+        self.seen_unlabelled += len(view) - n
+        self._note("unlabelled_loss", apart[n:])
+        return torch.cat([loss, self.recipe.unlabelled_weight * apart[n:]])
 
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing follows a step of a link."""
+    def _note(self, name: str, values: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().sum())
 
     def epoch_log(self) -> dict[str, float]:
-        if self.predecessor is None:
-            return {}
-        return {"temperature": self.temperature, "teacher_trust": self.trust_sum / self.seen}
+        means = {
+            name: total / (self.seen_unlabelled if name == "unlabelled_loss" else self.seen)
+            for name, total in self.sums.items()
+        }
+        return means if self.predecessor is None else {"temperature": self.temperature, **means}
+
+
+def labelled_rows(data: SiteData, recipe: TrainingRecipe) -> np.ndarray:
+    """Return which training cases keep their labels under the recipe's label fraction, ascending."""
+    labels = data.splits["train"].labels
+    if recipe.label_fraction == 1.0:
+        return np.arange(len(labels))
+    return keep_label_fraction(labels.numpy(), recipe.label_fraction, recipe.seed, data.site)
 
 
 def labelled_cases(data: SiteData, recipe: TrainingRecipe) -> Cases:
     """Return the training cases that the recipe's label fraction leaves."""
     cases = data.splits["train"]
-    if recipe.label_fraction == 1.0:
-        return cases
-    kept = keep_label_fraction(cases.labels.numpy(), recipe.label_fraction, recipe.seed, data.site)
-    return Cases(cases.images[kept], cases.labels[kept], cases.patients[kept])
+    return cases if recipe.label_fraction == 1.0 else cases.take(labelled_rows(data, recipe))
+
+
+def unlabelled_images(data: SiteData, recipe: TrainingRecipe) -> Tensor:
+    """Return the training images whose labels the recipe's label fraction leaves out, uint8 (m, c, h, w)."""
+    images = data.splits["train"].images
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[torch.from_numpy(labelled_rows(data, recipe))] = False
+    return images[rest]
+
+
+def privileged_term(
+    data: SiteData, cases: Cases, recipe: TrainingRecipe, model: nn.Module, state_dir: Path | None, *names: str | int
+) -> PrivilegedTerm | None:
+    """Return the privileged teachers' part of a training on `cases`; None without teachers at this site.
+
+    Parameters
+    ----------
+    state_dir : folder in which the site keeps its teachers; None: trained anew
+    names : name the training, for the projector's initial weights
+    """
+    if recipe.privileged is None:
+        return None
+    targets = privileged_targets(data, cases, recipe.privileged, recipe, state_dir)
+    if targets is None:
+        return None
+    seed = derive_seed(recipe.seed, *names, "projector")
+    return PrivilegedTerm(targets, recipe.privileged, embedding_size(model), seed)
 
 
 def train_link(
@@ -82,6 +169,7 @@ def train_link(
     strand: int,
     lap: int,
     alone: bool = False,
+    state_dir: Path | None = None,
 ) -> tuple[StateDict, TrainingLog]:
     """Train one link at a site and return the refined weights and how it went.
 
@@ -90,17 +178,22 @@ def train_link(
     predecessor : weights that the previous link handed on; None for the first link and for a hospital alone
     strand, lap : 0-based; with the site they name the random choices of this link
     alone : name them otherwise, so that a hospital alone is not the chain's first link in disguise
+    state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each link
     """
     cases = labelled_cases(data, recipe)
     model = build_model(architecture, recipe.seed)
     teacher = None
+    unlabelled = None
     if predecessor is not None:
         teacher = build_model(architecture, recipe.seed)
         teacher.load_state_dict(predecessor)
         if recipe.start == "warm":
             model.load_state_dict(predecessor)
-    counts = torch.bincount(cases.labels, minlength=len(data.classes))
-    objective = LinkObjective(recipe, teacher, counts)
-    purpose = "alone" if alone else "link"
-    log = train(model, cases, recipe, objective, purpose, data.site, "strand", strand, "lap", lap)
+        if recipe.unlabelled_weight > 0:
+            unlabelled = unlabelled_images(data, recipe)
+    names = ("alone" if alone else "link", data.site, "strand", strand, "lap", lap)
+    counts = class_counts(cases.labels, len(data.classes))
+    guide = privileged_term(data, cases, recipe, model, state_dir, *names)
+    objective = LinkObjective(recipe, model, teacher, counts, guide)
+    log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled)
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}, log

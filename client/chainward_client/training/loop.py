@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -28,44 +29,73 @@ PROGRESS_SECONDS = 20.0
 
 @dataclass
 class Batch:
-    """One batch: its labels, (n,), and as many random views of its images as an objective asks for."""
+    """One batch, and as many random views of its images as an objective asks for.
+
+    Attributes
+    ----------
+    images, labels : the labelled images, uint8 (n, c, h, w), and their labels
+    rows : int64 (n,), which of the training's cases they are
+    unlabelled : images without a label that go with them, uint8 (m, c, h, w); None where there are none
+    """
 
     images: Tensor
     labels: Tensor
+    rows: Tensor
+    unlabelled: Tensor | None
     augmentation: Augmentation
     generator: torch.Generator
 
     def view(self) -> Tensor:
-        """Return a new random view of the images, float32 (n, c, h, w)."""
-        return augmented(self.images, self.augmentation, self.generator)
+        """Return a new random view of the images, float32 (n + m, c, h, w), labelled ones first."""
+        images = self.images if self.unlabelled is None else torch.cat([self.images, self.unlabelled])
+        return augmented(images, self.augmentation, self.generator)
 
 
-class Objective(Protocol):
-    """What a training minimises."""
+class Objective:
+    """What a training minimises. Only `losses` must be given."""
 
     def start(self, device: torch.device, steps_per_epoch: int) -> None:
         """Prepare for a training on `device`."""
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained beside the model and never leaves: a projector, say."""
+        return []
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare for `epoch`, 0-based."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of each example, (n,); each a function of its own example."""
+        """Return the loss of each example, (n,), or (n + m,) where the batch has m unlabelled images; each a function of
+        its own example."""
+        raise NotImplementedError
 
     def after_step(self, model: nn.Module) -> None:
         """Follow a step of the optimiser."""
 
     def epoch_log(self) -> dict[str, float]:
-        """Return what to note of the epoch that ended: `temperature`, `teacher_trust`."""
+        """Return what to note of the epoch that ended, by the names of `TrainingLog`'s lists."""
+        return {}
 
 
 def train(
-    model: nn.Module, cases: Cases, recipe: TrainingRecipe, objective: Objective, *names: str | int
+    model: nn.Module,
+    cases: Cases,
+    recipe: TrainingRecipe,
+    objective: Objective,
+    *names: str | int,
+    unlabelled: Tensor | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> TrainingLog:
     """Train `model` in place on `cases` and return how it went.
 
     The model ends on the CPU, in evaluation mode. `names` name the training (purpose, site, strand, lap): batches and
     augmentation derive from the recipe's seed by them, so the same names and cases give the same model, bit for bit.
+
+    Parameters
+    ----------
+    unlabelled : further images without labels, uint8 (m, c, h, w); every batch gets as many of them as it has labelled
+        ones. An epoch is one pass over the labelled images
+    part : (index, of): this training is part `index`, 0-based, of `of` equal ones under one learning-rate schedule
 
     Raises
     ------
@@ -81,17 +111,18 @@ def train(
     started = time.monotonic()
     with training_environment(recipe.threads, derive_seed(recipe.seed, *names, "torch")):
         model.to(device).train()
-        images, labels = cases.images.to(device), cases.labels.to(device)
         steps_per_epoch = math.ceil(len(cases) / recipe.batch_size)
+        objective.start(device, steps_per_epoch)
+        images, labels = cases.images.to(device), cases.labels.to(device)
         optimizer = torch.optim.AdamW(
-            param_groups_weight_decay(model, recipe.weight_decay), lr=recipe.learning_rate, fused=True
+            _parameter_groups(model, objective, recipe.weight_decay), lr=recipe.learning_rate, fused=True
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=recipe.learning_rate, total_steps=recipe.epochs * steps_per_epoch
-        )
+        schedule = _one_cycle(optimizer, recipe.learning_rate, recipe.epochs * steps_per_epoch, part)
         order = torch_generator(recipe.seed, *names, "batches")
         views = torch_generator(recipe.seed, *names, "augmentation")
-        objective.start(device, steps_per_epoch)
+        others = None
+        if unlabelled is not None and len(unlabelled):
+            others = _Unlabelled(unlabelled.to(device), torch_generator(recipe.seed, *names, "unlabelled"))
         log: dict[str, list[float]] = {"loss": []}
         reported = started
         for epoch in range(recipe.epochs):
@@ -99,15 +130,17 @@ def train(
             total = torch.zeros((), device=device)
             # Batches of nearly one size: a remainder of one image would be too few for batch norm, and too loud.
             for chosen in torch.randperm(len(cases), generator=order).to(device).tensor_split(steps_per_epoch):
-                batch = Batch(images[chosen], labels[chosen], recipe.augmentation, views)
+                beside = None if others is None else others.take(len(chosen))
+                batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     losses = objective.losses(model, batch)
+                labelled, rest = losses[: len(chosen)], losses[len(chosen) :]
                 optimizer.zero_grad(set_to_none=True)
-                losses.mean().backward()
+                (labelled.mean() + rest.mean() if len(rest) else labelled.mean()).backward()
                 optimizer.step()
                 schedule.step()
                 objective.after_step(model)
-                total += losses.detach().sum()
+                total += labelled.detach().sum()
             log["loss"].append(float(total) / len(cases))
             if not math.isfinite(log["loss"][-1]):
                 raise ModelError(
@@ -133,8 +166,47 @@ def train(
         steps=recipe.epochs * steps_per_epoch,
         images=recipe.epochs * len(cases),
         loss=log["loss"],
+        unlabelled=0 if unlabelled is None else len(unlabelled),
         temperature=log.get("temperature", []),
         teacher_trust=log.get("teacher_trust", []),
+        attention=log.get("attention", []),
+        unlabelled_loss=log.get("unlabelled_loss", []),
+        privileged=log.get("privileged", []),
         seconds=time.monotonic() - started,
         precision=precision,
     )
+
+
+def _parameter_groups(model: nn.Module, objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay)
+    if extra := objective.extra_parameters():
+        groups.append({"params": extra, "weight_decay": weight_decay})
+    return groups
+
+
+def _one_cycle(
+    optimizer: torch.optim.Optimizer, peak: float, steps: int, part: tuple[int, int]
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Return the schedule of part `part[0]` of `part[1]`, of `steps` each."""
+    index, of = part
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=of * steps)
+    with warnings.catch_warnings():  # the optimiser's steps before this one were another part's
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
+        for _ in range(index * steps):
+            schedule.step()
+    return schedule
+
+
+class _Unlabelled:
+    """Batches out of images without labels, in an order that is shuffled anew whenever all have been seen."""
+
+    def __init__(self, images: Tensor, generator: torch.Generator) -> None:
+        self.images, self.generator = images, generator
+        self.left = torch.empty(0, dtype=torch.int64)
+
+    def take(self, count: int) -> Tensor:
+        """Return `count` images, uint8 (count, c, h, w)."""
+        while len(self.left) < count:
+            self.left = torch.cat([self.left, torch.randperm(len(self.images), generator=self.generator)])
+        chosen, self.left = self.left[:count], self.left[count:]
+        return self.images[chosen.to(self.images.device)]

@@ -2,66 +2,119 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import SiteData
-from chainward_client.training.link import labelled_cases
-from chainward_client.training.loop import Batch, train
-from chainward_shared.distillation.losses import classification_loss, distillation_loss
+from chainward_client.training.link import labelled_cases, privileged_term
+from chainward_client.training.loop import Batch, Objective, train
+from chainward_shared.distillation.losses import (
+    class_counts,
+    classification_loss,
+    distillation_loss,
+    ensemble_distillation_loss,
+)
 from chainward_shared.distillation.schedules import ema_decay
+from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.taps import Taps
+from chainward_shared.pixels import resized
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import StudentRecipe
 from chainward_shared.weights import StateDict
 
+if TYPE_CHECKING:
+    from chainward_client.training.privileged import PrivilegedTerm
 
-class StudentObjective:
-    """``L = CE(y, A(x1)) + l T^2 KL(B(x2) || A(x1))``; after each step ``B <- m B + (1-m) A`` (methods, section 3).
+
+class StudentObjective(Objective):
+    """``L = CE(y, A(x1)) + l T^2 KL(B(x2) || A(x1)) + g T^2 KL(large(x1) || A(x1)) + P``; after each step
+    ``B <- m B + (1-m) A`` (methods, section 3). P is the privileged teachers' part (section 2).
 
     Parameters
     ----------
     auxiliary : B, the auxiliary teacher; None in fine-tuning
-    counts : training cases of each class at this site, (classes,)
+    counts : training cases of each class at this site, as of `class_counts`
     round_index : rounds of self-distillation before this one
+    large : the chain's large models, which teach by the mean of their probabilities; used where the recipe gives them
+        weight
+    large_size : side of the images that they see, pixels
+    privileged : the term of the site's privileged teachers, and the taps that hold the student's embedding; or None
     """
 
-    def __init__(self, recipe: StudentRecipe, auxiliary: nn.Module | None, counts: Tensor, round_index: int) -> None:
+    def __init__(
+        self,
+        recipe: StudentRecipe,
+        auxiliary: nn.Module | None,
+        counts: Tensor,
+        round_index: int,
+        *,
+        large: Sequence[nn.Module] = (),
+        large_size: int = 0,
+        privileged: tuple[PrivilegedTerm, Taps] | None = None,
+    ) -> None:
         self.recipe, self.auxiliary, self.counts, self.round_index = recipe, auxiliary, counts, round_index
+        self.large, self.large_size = list(large) if recipe.large_weight > 0 else [], large_size
+        self.privileged = privileged
         self.step = self.epoch = self.steps_per_epoch = 0
         self.kept = 1.0
         """How much of its own selection the auxiliary teacher still holds: the product of the decays."""
+        self.privileged_sum, self.seen = 0.0, 0
 
     def start(self, device: torch.device, steps_per_epoch: int) -> None:
         self.counts = self.counts.to(device)
         self.steps_per_epoch = steps_per_epoch
-        if self.auxiliary is not None:
-            self.auxiliary.to(device).eval().requires_grad_(False)
+        for teacher in [*self.large, *([] if self.auxiliary is None else [self.auxiliary])]:
+            teacher.to(device).eval().requires_grad_(False)
+        if self.privileged is not None:
+            self.privileged[0].to(device)
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        return [] if self.privileged is None else list(self.privileged[0].parameters())
 
     def start_epoch(self, epoch: int) -> None:
         self.epoch = self.round_index * self.recipe.epochs + epoch
+        self.privileged_sum, self.seen = 0.0, 0
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch.view()).float()
-        loss = classification_loss(logits, batch.labels, self.counts, self.recipe.class_balance)
-        if self.auxiliary is None or self.recipe.distillation_weight == 0:
-            return loss
-        with torch.no_grad():
-            teacher_logits = self.auxiliary(batch.view()).float()
-        return loss + self.recipe.distillation_weight * distillation_loss(
-            logits, teacher_logits, self.recipe.temperature
-        )
+        recipe, multilabel = self.recipe, batch.labels.ndim == 2
+        view = batch.view()
+        logits = model(view).float()
+        loss = classification_loss(logits, batch.labels, self.counts, recipe.class_balance)
+        if self.privileged is not None:
+            term, taps = self.privileged
+            guided = term.losses(logits, taps.embedding, batch.rows)
+            self.privileged_sum += float(guided.detach().sum())
+            self.seen += len(guided)
+            loss = loss + guided
+        if self.auxiliary is not None and recipe.distillation_weight > 0:
+            with torch.no_grad():
+                teacher_logits = self.auxiliary(batch.view()).float()
+            apart = distillation_loss(logits, teacher_logits, recipe.temperature, multilabel=multilabel)
+            loss = loss + recipe.distillation_weight * apart
+        if self.large:
+            with torch.no_grad():
+                seen = resized(view, self.large_size or view.shape[-1])
+                large_logits = torch.stack([large(seen).float() for large in self.large])
+            apart = ensemble_distillation_loss(logits, large_logits, recipe.temperature, multilabel=multilabel)
+            loss = loss + recipe.large_weight * apart
+        return loss
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         step = self.round_index * self.recipe.epochs * self.steps_per_epoch + self.step
         self.step += 1
-        if self.auxiliary is None or self.epoch < self.recipe.frozen_epochs:
+        if self.auxiliary is None or self.recipe.auxiliary == "frozen" or self.epoch < self.recipe.frozen_epochs:
             return
-        total = self.recipe.rounds * self.recipe.epochs * self.steps_per_epoch
-        decay = ema_decay(step, total, self.recipe.ema_decay)
+        decay = self.recipe.ema_decay
+        if self.recipe.ema_schedule == "cosine":
+            total = self.recipe.rounds * self.recipe.epochs * self.steps_per_epoch
+            decay = ema_decay(step, total, self.recipe.ema_decay)
         self.kept *= decay
         for mine, theirs in zip(self.auxiliary.parameters(), model.parameters(), strict=True):
             mine.lerp_(theirs, 1.0 - decay)
@@ -69,7 +122,7 @@ class StudentObjective:
             held.copy_(current)
 
     def epoch_log(self) -> dict[str, float]:
-        return {}
+        return {} if self.privileged is None else {"privileged": self.privileged_sum / self.seen}
 
 
 @dataclass(frozen=True)
@@ -91,26 +144,56 @@ def train_student(
     auxiliary: StateDict | None,
     *,
     round_index: int,
+    large: Sequence[StateDict] = (),
+    large_architecture: Architecture | None = None,
+    state_dir: Path | None = None,
 ) -> TrainedStudent:
-    """Train the student for one round at a site.
+    """Train the student for one round at a site, on images of its own size.
 
     Parameters
     ----------
     student : weights of A, as aggregated over the sites
     auxiliary : weights of B, this site's own; None in fine-tuning, which has no teacher
     round_index : rounds before this one, of both stages
+    large, large_architecture : weights of the chain's large models, and what they are; needed where the recipe gives
+        them weight
+    state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each round
+
+    Raises
+    ------
+    ModelError
+        The recipe gives large models weight, and there are none.
     """
     cases = labelled_cases(data, recipe)
-    model = build_model(architecture, recipe.seed)
-    model.load_state_dict(student)
-    teacher = None
-    if auxiliary is not None:
-        teacher = build_model(architecture, recipe.seed)
-        teacher.load_state_dict(auxiliary)
-    counts = torch.bincount(cases.labels, minlength=len(data.classes))
-    objective = StudentObjective(recipe, teacher, counts, round_index)
-    log = train(model, cases, recipe, objective, "student", recipe.stage, data.site, "round", round_index)
+    model = _loaded(architecture, recipe, student)
+    teacher = None if auxiliary is None else _loaded(architecture, recipe, auxiliary)
+    large_models: list[nn.Module] = []
+    large_size = 0
+    if recipe.large_weight > 0:
+        if large_architecture is None or not large:
+            raise ModelError(
+                f"a student is to learn from large models with weight {recipe.large_weight:g}, found none; send them"
+            )
+        large_models = [_loaded(large_architecture, recipe, state) for state in large]
+        large_size = large_architecture.image_size
+    names = ("student", recipe.stage, data.site, "round", round_index)
+    privileged = None
+    if recipe.stage == "distil":
+        term = privileged_term(data, cases, recipe, model, state_dir, *names)
+        privileged = None if term is None else (term, Taps(model, embedding=True))
+    counts = class_counts(cases.labels, len(data.classes))
+    objective = StudentObjective(
+        recipe, teacher, counts, round_index, large=large_models, large_size=large_size, privileged=privileged
+    )
+    seen = replace(cases, images=resized(cases.images, architecture.image_size))
+    log = train(model, seen, recipe, objective, *names)
     state = dict(model.state_dict())
     if teacher is None:
         return TrainedStudent(state, None, log, None)
     return TrainedStudent(state, dict(teacher.to("cpu").state_dict()), log, objective.kept)
+
+
+def _loaded(architecture: Architecture, recipe: StudentRecipe, state: StateDict) -> nn.Module:
+    model = build_model(architecture, recipe.seed)
+    model.load_state_dict(state)
+    return model

@@ -32,6 +32,16 @@ def score(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3f}"
 
 
+def factor(value: float | None) -> str:
+    """How many times chance: two decimals."""
+    return MISSING if value is None else f"{value:.2f}×"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """The ends of a confidence interval, two decimals; a dash where there is none."""
+    return MISSING if low is None or high is None else f"{low:.2f} to {high:.2f}"
+
+
 def change(value: float | None) -> str:
     """A difference of two metrics, always with its sign."""
     if value is None:

@@ -11,6 +11,8 @@ from chainward_server.results import Results
 
 _FILTERS = (
     formats.score,
+    formats.factor,
+    formats.interval,
     formats.change,
     formats.count,
     formats.percent,
@@ -44,7 +46,6 @@ def render_report(
     privacy : ``{"mode": "off", "statement": "...", "sites": {site: {...}}}``
     started, finished : ISO 8601 times
     """
-    counts = tables.test_counts(results)
     chains = tables.strands(results)
     comparison = tables.comparison_rows(results)
     alone = tables.alone_summary(results)
@@ -67,7 +68,7 @@ def render_report(
             sites=sites,
             alone=alone,
             comparison=comparison,
-            comparison_plot=plots.comparison_plot(comparison, 1 / len(counts) if counts else None),
+            comparison_plot=plots.comparison_plot(comparison, tables.chance(results)),
             models=tables.model_rows(results),
             metrics=tables.METRICS,
             strands=chains,
@@ -78,6 +79,8 @@ def render_report(
             curve_plot=plots.curve_plot(chains, alone, tables.alone_summary(results, "macro_auc")),
             incidents=tables.incidents(results),
             mixes=tables.class_mixes(results),
+            looks=tables.looks_rows(results),
+            multilabel=tables.multilabel(results),
         )
     )
 

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from chainward_server.report.plots import ink_on, shade
 from chainward_server.results import LinkRecord, Results, SiteScores
+from chainward_shared.evaluation.localisation import LocalisationScores
 from chainward_shared.evaluation.scores import Scores
 
 METRICS = ("balanced_accuracy", "macro_auc", "accuracy", "ece")
@@ -100,11 +101,24 @@ class Incident:
 
 @dataclass(frozen=True)
 class ClassMix:
-    """Cases per class at every site that counted them, in one split. `total`: over these sites."""
+    """Cases per class at every site that counted them, in one split. `total`: over these sites. `images`: at each site and
+    in all; multi-label, an image counts for each of its findings."""
 
     split: str
     sites: list[tuple[str, list[int]]]
     total: list[int]
+    images: list[int]
+
+
+@dataclass(frozen=True)
+class LooksRow:
+    """Where one model looks: in the test images of one site, or of all. `kind`: chain or student."""
+
+    model: str
+    kind: str
+    site: str
+    pooled: bool
+    scores: LocalisationScores
 
 
 def site_names(results: Results) -> list[str]:
@@ -197,6 +211,16 @@ def model_rows(results: Results) -> list[ModelRow]:
     return rows
 
 
+def looks_rows(results: Results) -> list[LooksRow]:
+    """How well each final model's attention finds the regions of interest: over all hospitals, then at each."""
+    rows = []
+    for kind, label in (("chain", "Chain"), ("student", "Compact student")):
+        if found := results.localization.get(kind):
+            rows.append(LooksRow(label, kind, "All hospitals", True, found.pooled))
+            rows += [LooksRow(label, kind, site, False, scores) for site, scores in found.sites.items()]
+    return rows
+
+
 def heat_map(results: Results) -> HeatMap:
     """Balanced accuracy of every link's model on every site's test images."""
     columns = site_names(results)
@@ -262,13 +286,43 @@ def class_mixes(results: Results) -> list[ClassMix]:
             width = max(len(counts) for _, counts in rows)
             rows = [(site, counts + [0] * (width - len(counts))) for site, counts in rows]
             total = [sum(column) for column in zip(*(counts for _, counts in rows), strict=True)]
-            mixes.append(ClassMix(split, rows, total))
+            images = [sum(counts) for _, counts in rows]
+            if multilabel(results):
+                size_of = {site.site: getattr(site, split) for site in results.data.sites}
+                images = [size_of[site] for site, _ in rows]
+            mixes.append(ClassMix(split, rows, total, [*images, sum(images)]))
     return mixes
 
 
+def multilabel(results: Results) -> bool:
+    """Whether an image may have several findings, or none."""
+    return results.data.task == "multilabel"
+
+
 def test_counts(results: Results) -> list[int]:
-    """Pooled test cases of each class that has one; empty where no site said."""
-    return [cases for mix in class_mixes(results) if mix.split == "test" for cases in mix.total if cases]
+    """How many pooled test cases stand behind each recall that balanced accuracy averages; empty where no site said.
+
+    Single-label: the cases of each class that has one. Multi-label: for each finding that some images have and some
+    have not, the number of either (sensitivity and specificity).
+    """
+    tests = [mix for mix in class_mixes(results) if mix.split == "test"]
+    if not multilabel(results):
+        return [cases for mix in tests for cases in mix.total if cases]
+    return [
+        count
+        for mix in tests
+        for cases in mix.total
+        if 0 < cases < mix.images[-1]
+        for count in (cases, mix.images[-1] - cases)
+    ]
+
+
+def chance(results: Results) -> float | None:
+    """Balanced accuracy of guessing; None where no site counted its test cases."""
+    counts = test_counts(results)
+    if not counts:
+        return None
+    return 0.5 if multilabel(results) else 1 / len(counts)
 
 
 def _across(link: ChainLink, columns: Iterable[str]) -> list[Scores | None]:

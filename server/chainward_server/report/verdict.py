@@ -54,10 +54,14 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
         who += f" of {number_word(len(everyone)).lower()}"
     who += " hospital" if len(everyone) == 1 else " hospitals"
     value = chain.pooled.balanced_accuracy
+    classifier, metric = "one classifier", "balanced accuracy"
+    if tables.multilabel(results):
+        classifier += f" of {len(results.data.classes)} findings"
+        metric = "mean balanced accuracy of the findings"
     if value is None:
-        return f"{who} trained one classifier. Without test images its balanced accuracy is unknown."
+        return f"{who} trained {classifier}. Without test images its balanced accuracy is unknown."
     images = f"{count(chain.pooled.n)} test images of {'all hospitals' if len(everyone) > 1 else 'that hospital'}"
-    sentences = [f"{who} trained one classifier: balanced accuracy {score(value)} on {images}."]
+    sentences = [f"{who} trained {classifier}: {metric} {score(value)} on {images}."]
     sentences += _chain_against_alone(value, tables.alone_summary(results))
     sentences += _student_against_chain(results, value)
     return " ".join(sentences)
@@ -81,13 +85,14 @@ def remarks(results: Results) -> list[str]:
             f"Each on its own test images: the chain is better than the hospital's own model at {wins} of "
             f"{len(pairs)} hospitals, worse at {losses}."
         )
-    counts = tables.test_counts(results)
+    counts, chance = tables.test_counts(results), tables.chance(results)
     best = tables.alone_summary(results)
     if value is not None and counts:
+        assumed = ", were the findings independent" if tables.multilabel(results) else ""
         margin = 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
         found.append(
-            f"Guessing would reach {score(1 / len(counts))}. On these test images the chain's figure is "
-            f"uncertain by about ±{margin:.3f} (95 %)"
+            f"Guessing would reach {score(chance)}. On these test images the chain's figure is "
+            f"uncertain by about ±{margin:.3f} (95 %{assumed})"
             + (
                 ", more than its distance to the best hospital alone"
                 if best and abs(value - best.best) < margin
@@ -107,7 +112,7 @@ def cards(results: Results) -> list[Card]:
     """The headline figures: chain, alone, student, and what the student saves."""
     chain, student = results.final.get("chain"), results.final.get("student")
     alone = tables.alone_summary(results)
-    unit = "balanced accuracy"
+    unit = "balanced accuracy, mean of findings" if tables.multilabel(results) else "balanced accuracy"
     found = []
     if chain:
         figures = [

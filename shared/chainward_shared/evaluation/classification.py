@@ -5,6 +5,8 @@ sites, and the pooled accuracy, balanced accuracy and calibration error that fol
 ROC curve treats scores within one of `SCORE_BINS` bins as ties. The bins are equal in asinh of the log-odds, 0.004 wide
 around even odds and wider towards the extremes, so that the scores of an overconfident model stay apart: from some
 hundred cases on the area is within 0.002 of the exact one (tests compare); of few cases each tie weighs half a pair.
+
+Labels (n,) are class indices; labels (n, classes) of 0 and 1 are multi-label, where every class is decided for itself.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ from sklearn.metrics import roc_auc_score
 
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.task import Task
 from chainward_shared.weights import from_arrays
 
 CALIBRATION_BINS = 15
 SCORE_BINS = 4096
 LOG_ODDS_RANGE = 700.0
+DECISION = 0.5
+"""Multi-label: from this probability on a finding counts as found."""
 
 ClassScores = np.ndarray
-"""float64 (n, classes): probabilities; rows sum to 1."""
+"""float64 (n, classes): probabilities; rows sum to 1. Multi-label: that of each finding."""
 
 
 def evaluate(probabilities: ClassScores, labels: np.ndarray) -> Scores:
@@ -35,20 +40,27 @@ def evaluate(probabilities: ClassScores, labels: np.ndarray) -> Scores:
 
     Parameters
     ----------
-    probabilities : float (n, classes), rows sum to 1
-    labels : int (n,)
+    probabilities : float (n, classes); rows sum to 1, but not if multi-label
+    labels : int (n,), or 0 and 1 (n, classes) if multi-label
     """
     pooled = pool([PredictionCounts.of(probabilities, labels)])
     return pooled.model_copy(update={"macro_auc": _macro_auc(probabilities, labels)})
 
 
 def _macro_auc(probabilities: ClassScores, labels: np.ndarray) -> float | None:
+    of_class = _of_class(labels, probabilities.shape[1])
     areas = [
-        float(roc_auc_score(labels == k, probabilities[:, k]))
+        float(roc_auc_score(of_class[:, k], probabilities[:, k]))
         for k in range(probabilities.shape[1])
-        if 0 < int((labels == k).sum()) < len(labels)
+        if 0 < int(of_class[:, k].sum()) < len(labels)
     ]
     return float(np.mean(areas)) if areas else None
+
+
+def _of_class(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return which cases are of which class, bool (n, classes)."""
+    of_class: np.ndarray = labels > 0.5 if labels.ndim == 2 else labels[:, None] == np.arange(classes)
+    return of_class
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,10 @@ class PredictionCounts:
 
     Attributes
     ----------
-    confusion : int64 (classes, classes), rows are labels, columns predictions
-    calibration : float64 (CALIBRATION_BINS, 3): cases, sum of confidences, cases classified correctly
+    confusion : int64 (classes, classes), rows are labels, columns predictions; multi-label: (classes, 2, 2), that of each
+        finding, absent before present
+    calibration : float64 (CALIBRATION_BINS, 3): cases, sum of confidences, cases classified correctly; multi-label: of
+        decisions instead of cases
     histograms : int64 (classes, 2, SCORE_BINS): cases by the score of each class; [k, 1] those of class k, [k, 0] others
     """
 
@@ -70,18 +84,31 @@ class PredictionCounts:
     def of(cls, probabilities: ClassScores, labels: np.ndarray) -> PredictionCounts:
         """Count the predictions of one model at one site; shapes as in `evaluate`."""
         classes = probabilities.shape[1]
-        predictions = probabilities.argmax(axis=1)
-        confusion = np.zeros((classes, classes), dtype=np.int64)
-        np.add.at(confusion, (labels, predictions), 1)
-        confidence = probabilities.max(axis=1)
+        of_class = _of_class(labels, classes)
+        if labels.ndim == 2:
+            decided = probabilities >= DECISION
+            confusion = np.zeros((classes, 2, 2), dtype=np.int64)
+            columns = np.broadcast_to(np.arange(classes), decided.shape)
+            np.add.at(confusion, (columns, of_class.astype(np.int64), decided.astype(np.int64)), 1)
+            confidence = np.where(decided, probabilities, 1 - probabilities).reshape(-1)
+            correct = (decided == of_class).reshape(-1)
+            of_others = 1 - probabilities
+        else:
+            predictions = probabilities.argmax(axis=1)
+            confusion = np.zeros((classes, classes), dtype=np.int64)
+            np.add.at(confusion, (labels, predictions), 1)
+            confidence = probabilities.max(axis=1)
+            correct = predictions == labels
+            # Not 1 - p: that would lose what is left beside a class that is nearly certain.
+            of_others = np.stack([np.delete(probabilities, k, axis=1).sum(axis=1) for k in range(classes)], axis=1)
         bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         calibration = np.zeros((CALIBRATION_BINS, 3))
-        np.add.at(calibration, bins, np.stack([np.ones_like(confidence), confidence, predictions == labels], axis=1))
+        np.add.at(calibration, bins, np.stack([np.ones_like(confidence), confidence, correct], axis=1))
         histograms = np.zeros((classes, 2, SCORE_BINS), dtype=np.int64)
         for k in range(classes):
-            column = _score_bin(probabilities[:, k], np.delete(probabilities, k, axis=1).sum(axis=1))
-            for of_class in (0, 1):
-                histograms[k, of_class] = np.bincount(column[(labels == k) == bool(of_class)], minlength=SCORE_BINS)
+            column = _score_bin(probabilities[:, k], of_others[:, k])
+            for present in (0, 1):
+                histograms[k, present] = np.bincount(column[of_class[:, k] == bool(present)], minlength=SCORE_BINS)
         return cls(confusion, calibration, histograms)
 
 
@@ -99,18 +126,20 @@ def pool(counts: Iterable[PredictionCounts]) -> Scores:
     confusion = sum((part.confusion for part in parts[1:]), start=parts[0].confusion)
     calibration = sum((part.calibration for part in parts[1:]), start=parts[0].calibration)
     histograms = sum((part.histograms for part in parts[1:]), start=parts[0].histograms)
-    n = int(confusion.sum())
-    if n == 0:
+    decisions = int(confusion.sum())
+    if decisions == 0:
         return Scores(n=0, accuracy=None, balanced_accuracy=None, macro_auc=None, ece=None)
-    per_class = confusion.sum(axis=1)
-    present = per_class > 0
-    recalls = np.diag(confusion)[present] / per_class[present]
-    gaps = np.abs(calibration[:, 2] - calibration[:, 1]).sum() / n
+    per_class = confusion.sum(axis=-1)
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1)
+    # Of a finding that every case has, or none, half of the balanced accuracy is undefined.
+    judged = per_class > 0 if confusion.ndim == 2 else (per_class > 0).all(axis=1)
+    recalls = correct[judged] / per_class[judged]
+    gaps = np.abs(calibration[:, 2] - calibration[:, 1]).sum() / decisions
     areas = [area for area in map(_binned_auc, histograms) if not math.isnan(area)]
     return Scores(
-        n=n,
-        accuracy=float(np.trace(confusion) / n),
-        balanced_accuracy=float(recalls.mean()),
+        n=decisions if confusion.ndim == 2 else decisions // len(confusion),
+        accuracy=float(correct.sum() / decisions),
+        balanced_accuracy=float(recalls.mean()) if recalls.size else None,
         macro_auc=float(np.mean(areas)) if areas else None,
         ece=float(gaps),
     )
@@ -134,16 +163,16 @@ def counts_to_arrays(counts: PredictionCounts) -> ArrayRecord:
     return ArrayRecord({name: Array(getattr(counts, name)) for name in _COUNT_FIELDS})
 
 
-def counts_from_arrays(arrays: ArrayRecord, classes: int) -> PredictionCounts:
+def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single") -> PredictionCounts:
     """Return the counts in `arrays`.
 
     Raises
     ------
     WeightsError
-        Names, shapes, dtypes or values are not those of counts over `classes` classes.
+        Names, shapes, dtypes or values are not those of counts over `classes` classes in such a task.
     """
     shapes = {
-        "confusion": (classes, classes),
+        "confusion": (classes, classes) if task == "single" else (classes, 2, 2),
         "calibration": (CALIBRATION_BINS, 3),
         "histograms": (classes, 2, SCORE_BINS),
     }

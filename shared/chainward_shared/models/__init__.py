@@ -14,10 +14,11 @@ from chainward_shared.models.architecture import (
     skeleton,
 )
 from chainward_shared.models.families import supported_families
-from chainward_shared.models.selection import select_weights, uniform_indices
+from chainward_shared.models.selection import Selection, select_weights, uniform_indices
 
 __all__ = [
     "Architecture",
+    "Selection",
     "build_model",
     "compact_architecture",
     "count_parameters",

@@ -110,6 +110,7 @@ class Architecture(BaseModel):
         Chainward."""
         return {
             METADATA_KEY: self.model_dump_json(),
+            "chainward.image_size": str(self.image_size),
             "timm.model": self.name,
             "timm.kwargs": json.dumps(self.timm_kwargs()),
         }
@@ -133,6 +134,9 @@ def resolve_architecture(
     name: str, *, num_classes: int, in_chans: int, image_size: int, patch_size: int = 0
 ) -> Architecture:
     """Return the architecture of the timm model `name` for square images of `image_size` pixels.
+
+    A ConvNeXt gets another initial layer scale than timm's, a ResNetV2 with batch norm gets group norm: see `LAYER_SCALE`
+    and `families.resnetv2`. An `Architecture` without options is the model exactly as timm names it.
 
     Args:
         patch_size: side in pixels of the patches that the model cuts an image into; 0, the default, keeps the
@@ -160,6 +164,8 @@ def resolve_architecture(
     ):
         options = {**architecture.options, "ls_init_value": LAYER_SCALE}
         architecture = architecture.model_copy(update={"options": options})
+    if (family := find_family(skeleton(architecture))) and (own := family.default_options(skeleton(architecture))):
+        architecture = architecture.model_copy(update={"options": {**architecture.options, **own}})
     return architecture
 
 
@@ -191,7 +197,7 @@ def skeleton(architecture: Architecture) -> nn.Module:
 
 
 def family_of(architecture: Architecture | str) -> str:
-    """Return the family, ``"vit"`` or ``"convnext"``, by whose rules weights of this backbone are selected.
+    """Return the family, ``"vit"``, ``"convnext"`` or ``"resnetv2"``, by whose rules weights of this backbone are selected.
 
     Raises:
         ModelError: no family covers the backbone (it can be built and trained, not selected from), or it is
@@ -215,26 +221,40 @@ def require_family(architecture: Architecture | str) -> Family:
 
 
 def compact_architecture(
-    large: Architecture, *, width: float = 0.5, depth: float = 1.0, name: str = ""
+    large: Architecture,
+    *,
+    width: float = 0.5,
+    depth: float = 1.0,
+    name: str = "",
+    image_size: int = 0,
+    patch_size: int = 0,
 ) -> Architecture:
     """Return the architecture of a compact student whose weights can be selected out of `large`.
 
-    Widths become ``width`` times as large, rounded to multiples of 8, and for a ViT of its heads too; the
-    number of heads is kept, unless the embedding gets too small for it. Depths (of each stage for a ConvNeXt)
-    become ``depth`` times as large, rounded, at least 1.
+    Widths become ``width`` times as large, rounded to multiples of 8, for a ViT of its heads and with group norm of
+    the groups too; the number of heads is kept, unless the embedding gets too small for it. Depths (of each stage for
+    a convolutional model) become ``depth`` times as large, rounded, at least 1.
 
     Args:
-        large: the teacher's architecture. Classes, image and patch size are kept.
+        large: the teacher's architecture. The classes are kept.
         width: factor on the widths, within (0, 1].
         depth: factor on the depths, within (0, 1].
         name: a timm model of the same family to take the sizes of instead; then `width` and `depth` are not
             used.
+        image_size: side in pixels of the images that the student sees. 0, the default: the teacher's.
+        patch_size: side in pixels of a ViT student's patches. 0, the default: the teacher's.
 
     Raises:
-        ModelError: no family covers `large` or `name`, the families differ, a factor is out of range, or the
-            student is not smaller than the teacher in any dimension, or is larger in one.
+        ModelError: no family covers `large` or `name`, the families differ, a factor is out of range, the
+            student is not smaller than the teacher in any dimension, or is larger in one, it can't work on images of
+            `image_size`, or the family has no patches that can be resampled.
     """
     family = require_family(large)
+    if patch_size and not family.resamples_patches:
+        raise ModelError(
+            f"a student of '{large.name}' can't have a patch size of its own, {patch_size}: the family {family.name} has "
+            "no patches that can be resampled; leave it at 0"
+        )
     if name:
         student = _named_student(large, family, name)
     else:
@@ -243,6 +263,10 @@ def compact_architecture(
                 raise ModelError(f"{key} factor {factor} of the compact student of '{large.name}' is not within (0, 1]")
         scaled = family.scaled_options(skeleton(large), width, depth)
         student = large.model_copy(update={"options": {**large.options, **scaled}})
+    if image_size or patch_size:
+        takes_image_size = _takes(skeleton(student), "img_size")
+        student = _with_sizes(student, image_size or large.image_size, patch_size, takes_image_size)
+        _check_image_size(student, takes_image_size)
     check_selectable(large, student)
     if family.sizes(skeleton(student)) == family.sizes(skeleton(large)):
         raise ModelError(
@@ -256,8 +280,9 @@ def check_selectable(teacher: Architecture, student: Architecture) -> Family:
     """Check that weights of `student` can be selected out of `teacher`, and return their family.
 
     Raises:
-        ModelError: the family has no rules or differs, the image, patch or input sizes differ, the student is
-            larger in a dimension, or one has a component that the other lacks. Names both sides.
+        ModelError: the family has no rules or differs, the number of input channels differs, or the patch size where
+            patches can't be resampled, the student is larger in a dimension, or one has a component that the other
+            lacks. Names both sides.
     """
     family, other = require_family(teacher), require_family(student)
     if other is not family:
@@ -266,11 +291,9 @@ def check_selectable(teacher: Architecture, student: Architecture) -> Family:
             f"{family.name}: weights can be selected inside one family only, e.g. {family.examples}"
         )
     large, small = skeleton(teacher), skeleton(student)
-    equal = (
-        ("image size", teacher.image_size, student.image_size),
-        ("patch size", family.patch_size(large), family.patch_size(small)),
-        ("number of input channels", teacher.in_chans, student.in_chans),
-    )
+    equal = [("number of input channels", teacher.in_chans, student.in_chans)]
+    if not family.resamples_patches:
+        equal.append(("patch size", family.patch_size(large), family.patch_size(small)))
     for what, expected, found in equal:
         if found != expected:
             raise ModelError(
@@ -279,7 +302,7 @@ def check_selectable(teacher: Architecture, student: Architecture) -> Family:
             )
     limits = family.sizes(large)
     for what, found in family.sizes(small).items():
-        if found > limits[what]:
+        if found > limits.get(what, found):  # what the teacher lacks altogether is named below
             raise ModelError(
                 f"student '{student.name}' is larger than its teacher '{teacher.name}': {what} {found}, "
                 f"at most {limits[what]} can be selected"
@@ -288,6 +311,11 @@ def check_selectable(teacher: Architecture, student: Architecture) -> Family:
         raise ModelError(
             f"student '{student.name}' and its teacher '{teacher.name}' are built of different components: "
             f"only one of them has '{differing[0]}'"
+        )
+    if difference := family.difference(large, small):
+        raise ModelError(
+            f"weights of student '{student.name}' can't be selected out of '{teacher.name}', they are built differently: "
+            f"{difference}"
         )
     return family
 

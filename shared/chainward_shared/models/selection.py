@@ -1,18 +1,20 @@
 """Weight selection: the first weights of a compact student are taken out of a large, trained model.
 
 Source: Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv 2311.18823, section 3. The first
-layers are taken (of each stage for a ConvNeXt), components are matched by name, and uniform channels are
-selected along every axis. The channels of an axis are the same wherever that axis occurs; the paper shows
+layers are taken (of each stage for a convolutional model), components are matched by name, and uniform channels
+are selected along every axis. The channels of an axis are the same wherever that axis occurs; the paper shows
 how much of the gain depends on this consistency. Each family of backbones labels the axes of its parameters;
-see `families`.
+see `families`. `Selection` has the variants: other channels, mixed heads, layers spread over the depth.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from torch import nn
 
 from chainward_shared.errors import ModelError, WeightsError
 from chainward_shared.models.architecture import (
@@ -21,10 +23,18 @@ from chainward_shared.models.architecture import (
     check_selectable,
     skeleton,
 )
-from chainward_shared.models.families import Axis, Family
-from chainward_shared.models.indices import Variant, uniform_indices
+from chainward_shared.models.families import Family
+from chainward_shared.models.indices import (
+    Axis,
+    Picker,
+    Selection,
+    Variant,
+    select_indices,
+    select_layers,
+    uniform_indices,
+)
 
-__all__ = ["Variant", "select_weights", "uniform_indices"]
+__all__ = ["Selection", "Variant", "select_indices", "select_layers", "select_weights", "uniform_indices"]
 
 
 def select_weights(
@@ -33,19 +43,21 @@ def select_weights(
     student: Architecture,
     variant: Variant = "A",
     *,
+    selection: Selection | None = None,
     head: Literal["copy", "skip"] | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return the full state dict of the student, selected out of the teacher's.
 
-    The attention of a ViT is selected by whole heads, and with the same channels inside each head; the paper
-    selects its fused axis uniformly, which mixes heads. See `families.vit`.
+    A ViT student for images or patches of another size gets its teacher's positions and patch embedding resampled;
+    see `families.vit`.
 
     Args:
         teacher_state: state dict of `teacher`.
         teacher: the large model.
-        student: a model of the same family, nowhere larger, for the same images; see `compact_architecture`.
-        variant: "A" or its complement "B"; see `uniform_indices`.
+        student: a model of the same family, nowhere larger; see `compact_architecture`.
+        variant: "A" or its complement "B"; see `select_indices`.
+        selection: which channels, heads and layers are taken. None, the default: those of ``Selection()``.
         head: "copy" takes the classifier with the selected channels, "skip" leaves it at the student's own
             initialisation. None, the default, copies it when the classes are as many.
         seed: of the student's own initialisation (`build_model`), used with "skip" only.
@@ -55,27 +67,34 @@ def select_weights(
         devices.
 
     Raises:
-        ModelError: the family has no rules or differs, the student is larger than the teacher, the image,
-            patch or input sizes differ, the classifier can't be copied, or a parameter of the student has no
-            counterpart or no rule.
+        ModelError: the family has no rules or differs, the student is larger than the teacher, the number of input
+            channels differs, or a patch size that can't be resampled, the classifier can't be copied, or a parameter
+            of the student has no counterpart or no rule.
         WeightsError: `teacher_state` is not a state dict of `teacher`.
     """
     family = check_selectable(teacher, student)
     skip_head = _skips_head(teacher, student, head)
     _check_state(teacher_state, teacher)
-    channels = family.channels(skeleton(teacher), skeleton(student), variant)
+    selection = selection or Selection()
+    large, small = skeleton(teacher), skeleton(student)
+    channels = family.channels(large, small, Picker(selection, variant))
+    sources = _source_names(large, small, family, selection)
     fresh = build_model(student, seed).state_dict() if skip_head else {}
     selected = {}
-    for name, target in skeleton(student).state_dict().items():
-        if name not in teacher_state:
+    for name, target in small.state_dict().items():
+        source_name = sources[name]
+        if source_name not in teacher_state:
             raise ModelError(
                 f"student '{student.name}' has the parameter '{name}', its teacher '{teacher.name}' has not"
             )
-        source = teacher_state[name].detach()
+        source = teacher_state[source_name].detach()
         if skip_head and family.classifier.fullmatch(name):
             selected[name] = fresh[name].to(source).clone()
             continue
+        if selection.channels == "random-inconsistent":
+            channels = family.channels(large, small, Picker(selection, variant, tensor=name))
         weights = _select(source, _axes(name, source, family, channels))
+        weights = family.resampled(name, weights, large, small).contiguous()
         # an MLP of linear layers and one of 1x1 convolutions have the same weights
         if _without_trailing_ones(weights.shape) == _without_trailing_ones(target.shape):
             selected[name] = weights.reshape(target.shape)
@@ -115,6 +134,30 @@ def _check_state(state: Mapping[str, torch.Tensor], architecture: Architecture) 
                 f"'{name}' of '{architecture.name}' has shape {tuple(state[name].shape)}, "
                 f"expected {tuple(tensor.shape)}"
             )
+
+
+def _source_names(large: nn.Module, small: nn.Module, family: Family, selection: Selection) -> dict[str, str]:
+    """Return for each parameter of the student the name of the teacher's that it is taken out of."""
+    depths, student_depths = _depths(large, family), _depths(small, family)
+    taken = {
+        place: select_layers(depths[place], depth, selection.layers)
+        for place, depth in student_depths.items()
+        if depth <= depths[place]
+    }
+    names = {}
+    for name in small.state_dict():
+        match = family.layer.match(name)
+        if match and match[1] in taken:
+            names[name] = f"{match[1]}.{taken[match[1]][int(match[2])]}{name[match.end() :]}"
+        else:
+            names[name] = name
+    return names
+
+
+def _depths(model: nn.Module, family: Family) -> Counter[str]:
+    """Return the number of layers at each place (the model or a stage) where `family` counts them."""
+    found = {match.groups() for name in model.state_dict() if (match := family.layer.match(name))}
+    return Counter(place for place, _ in found)
 
 
 def _axes(name: str, source: torch.Tensor, family: Family, channels: Mapping[str, Axis]) -> list[tuple[int, Axis]]:

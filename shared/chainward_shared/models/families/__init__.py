@@ -11,34 +11,14 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from pydantic import JsonValue
 
-from chainward_shared.models.indices import Variant, uniform_indices
+from chainward_shared.models.indices import Axis, Picker
 
 AxisLabels: TypeAlias = tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One channel axis: its size in the teacher, and the channels (student,) that are taken out of it."""
-
-    size: int
-    indices: torch.Tensor
-
-    @classmethod
-    def uniform(cls, teacher: int, student: int, variant: Variant) -> Axis:
-        """Return the axis under `uniform_indices`."""
-        return cls(teacher, uniform_indices(teacher, student, variant))
-
-    def repeated(self, times: int) -> Axis:
-        """Return `times` such axes laid end to end, as in a fused projection: the same channels out of each
-        part."""
-        parts = [self.indices + part * self.size for part in range(times)]
-        return Axis(self.size * times, torch.cat(parts))
 
 
 class Family(ABC):
@@ -54,10 +34,16 @@ class Family(ABC):
     """The arguments of `timm.create_model` that set widths and depths."""
     classifier: ClassVar[re.Pattern[str]]
     """Matches the parameters of the last layer, the one with an output for each class."""
+    layer: ClassVar[re.Pattern[str]]
+    """Matches the start of the names of one layer's parameters, up to its number, which is the last group; the group
+    before it is what the layer counts in: the model or a stage."""
+    resamples_patches: ClassVar[bool] = False
+    """Whether a student may have another patch size than its teacher; see `resampled`."""
     rules: ClassVar[tuple[tuple[re.Pattern[str], AxisLabels], ...]]
     """Pattern of a parameter's full name -> labels of its leading axes; None or no label keeps an axis whole.
 
-    A bias has the first of its weight's labels. ``{0}`` in a label is the first group of the pattern.
+    A bias has the first of its weight's labels; a number has none. ``{0}`` in a label is the first group of the
+    pattern.
     """
 
     @abstractmethod
@@ -78,8 +64,25 @@ class Family(ABC):
         """Return the timm arguments of the same model with its widths and depths multiplied."""
 
     @abstractmethod
-    def channels(self, teacher: Any, student: Any, variant: Variant) -> Mapping[str, Axis]:
-        """Return the selection along each axis that `rules` label."""
+    def channels(self, teacher: Any, student: Any, picker: Picker) -> Mapping[str, Axis]:
+        """Return the selection along each axis that `rules` label.
+
+        Raises:
+            ModelError: the kind of selection does not suit the models.
+        """
+
+    def default_options(self, model: Any) -> dict[str, JsonValue]:
+        """Return the timm arguments with which the chain builds a model of this family unless told otherwise."""
+        return {}
+
+    def difference(self, teacher: Any, student: Any) -> str:
+        """Return in a few words in what, sizes and names aside, the student is built otherwise than its teacher, or
+        an empty string."""
+        return ""
+
+    def resampled(self, parameter: str, weights: torch.Tensor, teacher: Any, student: Any) -> torch.Tensor:
+        """Return selected `weights` as the student's image and patch size needs them; by default as they are."""
+        return weights
 
     def labels(self, parameter: str) -> AxisLabels | None:
         """Return the labels of the leading axes of `parameter`, or None if no rule covers it."""

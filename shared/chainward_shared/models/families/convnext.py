@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import JsonValue
 from timm.models.convnext import ConvNeXt
+from torch import nn
 
-from chainward_shared.models.families import Axis, Family, register, scaled_depth, scaled_width
-from chainward_shared.models.indices import Variant
+from chainward_shared.models.families import Family, register, scaled_depth, scaled_width
+from chainward_shared.models.indices import Axis, Picker
 
 _BLOCK = r"stages\.(\d+)\.blocks\.\d+\."
 _PARAMS = r"\.(?:weight|bias)"
@@ -22,13 +23,15 @@ class ConvNeXts(Family):
 
     Axes: the width of each stage, the hidden layer of each stage's MLP, the middle of a stem of two
     convolutions, and the hidden layer of the classifier where there is one. A depthwise convolution has the
-    stage on its first axis only.
+    stage on its first axis only. Works on images of any size; its patches are one convolution among others and are
+    not resampled.
     """
 
     name = "convnext"
     examples = "convnext_atto, convnextv2_tiny"
     size_options = frozenset({"dims", "depths"})
     classifier = re.compile(r"head\.fc\..*")
+    layer = re.compile(r"(stages\.\d+\.blocks)\.(\d+)")
     rules = (
         # "stem_first" is the first layer with channels: all of the stem, or its first of two convolutions
         (re.compile(rf"stem\.0{_PARAMS}"), ("stem_first",)),
@@ -69,15 +72,17 @@ class ConvNeXts(Family):
             "depths": [scaled_depth(_depth(stage), depth) for stage in model.stages],
         }
 
-    def channels(self, teacher: Any, student: Any, variant: Variant) -> Mapping[str, Axis]:
+    def channels(self, teacher: Any, student: Any, picker: Picker) -> Mapping[str, Axis]:
         axes = {}
         for i, (large, small) in enumerate(zip(teacher.stages, student.stages, strict=True)):
-            axes[f"stage{i}"] = Axis.uniform(_width(large), _width(small), variant)
+            axes[f"stage{i}"] = picker.axis(f"stage{i}", _width(large), _width(small))
             axes[f"before{i}"] = axes[f"stage{max(i - 1, 0)}"]
-            axes[f"mlp{i}"] = Axis.uniform(_hidden(large), _hidden(small), variant)
-        axes["stem_first"] = Axis.uniform(teacher.stem[0].out_channels, student.stem[0].out_channels, variant)
-        # without a hidden layer these are the last stage's channels: equal sizes give equal indices
-        axes["features"] = Axis.uniform(teacher.head_hidden_size, student.head_hidden_size, variant)
+            axes[f"mlp{i}"] = picker.axis(f"mlp{i}", _hidden(large), _hidden(small))
+        axes["stem_first"], axes["features"] = axes["stage0"], axes["stage3"]
+        if sum(isinstance(layer, nn.Conv2d) for layer in teacher.stem) > 1:
+            axes["stem_first"] = picker.axis("stem_first", teacher.stem[0].out_channels, student.stem[0].out_channels)
+        if hasattr(getattr(teacher.head, "pre_logits", None), "fc"):
+            axes["features"] = picker.axis("features", teacher.head_hidden_size, student.head_hidden_size)
         return axes
 
 

@@ -1,0 +1,89 @@
+"""A privileged teacher: a small network on the vectors of reports or table rows, trained at the site."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from chainward_client.training.precision import training_environment
+from chainward_shared.distillation.losses import class_counts, classification_loss
+from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
+from chainward_shared.seeds import derive_seed, torch_generator
+
+LEARNING_RATE = 1e-2
+WEIGHT_DECAY = 1e-2
+BATCH = 64
+STEPS_PER_EPOCH = 16
+"""At most; a site with more cases has larger batches, not a training of minutes."""
+
+DROPOUT = 0.5
+
+
+class PrivilegedTeacher(nn.Module):
+    """One hidden layer between a privileged vector and the class logits.
+
+    Parameters
+    ----------
+    inputs : length of the vectors
+    hidden : units of the hidden layer, and length of the embedding
+    classes : number of logits
+    """
+
+    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        # tanh, because an embedding is compared by its direction: with values of both signs no direction is common to all
+        self.body = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh())
+        self.dropout = nn.Dropout(DROPOUT)
+        self.head = nn.Linear(hidden, classes)
+
+    def embed(self, vectors: Tensor) -> Tensor:
+        """Return the hidden layer, (n, hidden)."""
+        hidden: Tensor = self.body(vectors)
+        return hidden
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return the logits, (n, classes)."""
+        logits: Tensor = self.head(self.dropout(self.embed(vectors)))
+        return logits
+
+
+def train_teacher(
+    vectors: Tensor,
+    labels: Tensor,
+    classes: int,
+    recipe: PrivilegedRecipe,
+    training: TrainingRecipe,
+    *names: str | int,
+) -> PrivilegedTeacher:
+    """Return a teacher trained on `vectors`, on the CPU and in evaluation mode.
+
+    A loop of its own: `training.loop.train` takes decoded images and augments them, and nothing of that applies to rows of
+    numbers that are all in memory. What the two share is the loss, per example, with the same handling of class imbalance.
+
+    Parameters
+    ----------
+    vectors : float32 (n, inputs)
+    labels : int64 (n,), or multi-label float32 (n, classes)
+    recipe : epochs and hidden units
+    training : seed, threads and class balance
+    names : name the training; initial weights, dropout and batches derive from the seed by them
+    """
+    with training_environment(training.threads, derive_seed(training.seed, *names, "torch")):
+        teacher = PrivilegedTeacher(vectors.shape[1], recipe.hidden, classes).train()
+        counts = class_counts(labels, classes)
+        optimizer = torch.optim.AdamW(teacher.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        steps = min(math.ceil(len(vectors) / BATCH), STEPS_PER_EPOCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=LEARNING_RATE, total_steps=recipe.epochs * steps
+        )
+        order = torch_generator(training.seed, *names, "batches")
+        for _ in range(recipe.epochs):
+            for chosen in torch.randperm(len(vectors), generator=order).tensor_split(steps):
+                losses = classification_loss(teacher(vectors[chosen]), labels[chosen], counts, training.class_balance)
+                optimizer.zero_grad(set_to_none=True)
+                losses.mean().backward()
+                optimizer.step()
+                schedule.step()
+    return teacher.eval()

@@ -1,0 +1,1 @@
+"""Differential privacy: what training costs, the ledger that remembers it, and the audit that recomputes it."""

@@ -1,0 +1,230 @@
+"""A few test images with their region of interest, and where models look in them: one picture for a report.
+
+Only for images that are on this machine: the picture shows patients.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.evaluation import class_probabilities
+from chainward_shared.errors import DataError
+from chainward_shared.evaluation.attention_maps import attention_maps
+from chainward_shared.evaluation.classification import DECISION
+from chainward_shared.evaluation.localisation import score_maps
+from chainward_shared.models import Architecture, build_model
+from chainward_shared.pixels import resized, to_float
+from chainward_shared.seeds import numpy_generator
+from chainward_shared.weights import StateDict
+
+REGION, RIGHT, WRONG = "#00d5ff", "#1d232b", "#c8102e"
+STRONGEST = 0.6
+"""Opacity of the map where attention is strongest; where there is none the image is left as it is."""
+_CELL, _CAPTION, _LABEL, _NOTE = 1.6, 0.36, 0.34, 0.62
+"""Inches: side of an image, height of what is written above it, width of the row's name, height of the note."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test case that may be shown.
+
+    Attributes
+    ----------
+    site : id of the hospital
+    row : position among the site's test images
+    labels : indices of the classes that are true of it; multi-label: any number of them
+    hits : for each model, whether it classifies the case correctly
+    """
+
+    site: str
+    row: int
+    labels: tuple[int, ...]
+    hits: tuple[bool, ...]
+
+
+def example_figure(
+    models: Mapping[str, tuple[Architecture, StateDict]],
+    sites: Mapping[str, SiteData],
+    *,
+    count: int = 6,
+    seed: int = 0,
+) -> bytes:
+    """Draw test images with their region outlined, and below each where every model looks, as a PNG.
+
+    A column is a case, a row is a model. The cases are drawn at random, by `seed`, evenly over classes, hospitals and the
+    last model's right and wrong answers; where a model looks has no say.
+
+    Parameters
+    ----------
+    models : name -> architecture and weights, in the order of the rows; e.g. "without" and "with" the privileged teacher
+    sites : the data of the hospitals, on this machine
+    count : cases to show; fewer where fewer have a region
+
+    Raises
+    ------
+    DataError
+        No test image has a region of interest.
+    """
+    built = {name: _built(*model) for name, model in models.items()}
+    probabilities = {
+        site: [_probabilities(model, data) for model in built.values()]
+        for site, data in sites.items()
+        if data.splits["test"].privileged.masks is not None
+    }
+    candidates = [example for site, found in probabilities.items() for example in _candidates(site, sites[site], found)]
+    if not candidates:
+        raise DataError("no test image has a region of interest to show: give masks or boxes in the data file")
+    chosen = choose(candidates, count, seed)
+    with matplotlib.rc_context(
+        {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False}
+    ):
+        figure, axes = _canvas(len(chosen), list(built))
+        for column, example in enumerate(chosen):
+            data = sites[example.site]
+            case = data.splits["test"].take([example.row])
+            masks = case.privileged.masks
+            assert masks is not None  # else it would be no candidate
+            mask = masks[0].numpy()
+            _draw(axes[0, column], case, mask)
+            _write(axes[0, column], _truth(example, data.classes), example.site)
+            for row, (model, size) in enumerate(built.values(), start=1):
+                map_ = attention_maps(model, to_float(resized(case.images, size)), size=mask.shape)
+                _draw(axes[row, column], case, mask, map_[0].numpy())
+                answer = _answer(probabilities[example.site][row - 1][example.row], data.classes)
+                lift = float(score_maps(map_, masks).lift[0])
+                hit = example.hits[row - 1]
+                _write(axes[row, column], f"{answer} {'✓' if hit else '✗'}", f"lift {lift:.1f}×", hit)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def choose(candidates: list[Example], count: int, seed: int) -> list[Example]:
+    """Return `count` examples, spread over classes, sites, and hits and misses of the last model; in order of class.
+
+    They are taken one by one in random order: each time one whose class, site and outcome were taken least so far.
+    """
+    order = numpy_generator(seed, "examples").permutation(len(candidates))
+    waiting = [candidates[index] for index in order]
+    taken: Counter[tuple[str, object]] = Counter()
+    chosen: list[Example] = []
+
+    def traits(example: Example) -> tuple[tuple[str, object], ...]:
+        return ("class", example.labels), ("site", example.site), ("hit", example.hits[-1])
+
+    while waiting and len(chosen) < count:
+        example = min(waiting, key=lambda candidate: sum(taken[trait] for trait in traits(candidate)))
+        waiting.remove(example)
+        taken.update(traits(example))
+        chosen.append(example)
+    return sorted(chosen, key=lambda example: (example.labels, example.site, example.row))
+
+
+def _built(architecture: Architecture, state: StateDict) -> tuple[torch.nn.Module, int]:
+    model = build_model(architecture, seed=0)
+    model.load_state_dict(state)
+    return model.eval(), architecture.image_size
+
+
+def _probabilities(model: tuple[torch.nn.Module, int], data: SiteData) -> np.ndarray:
+    threads = torch.get_num_threads()
+    return class_probabilities(model[0], data.splits["test"], len(data.classes), threads, image_size=model[1])
+
+
+def _candidates(site: str, data: SiteData, probabilities: list[np.ndarray]) -> list[Example]:
+    cases = data.splits["test"]
+    masks = cases.privileged.masks
+    assert masks is not None  # the caller asks only for sites that have some
+    shares = masks.flatten(1).float().mean(dim=1)
+    truth = cases.labels.numpy()
+    labels: list[tuple[int, ...]]
+    if truth.ndim == 1:
+        labels = [(int(label),) for label in truth]
+        hits = [found.argmax(axis=1) == truth for found in probabilities]
+    else:
+        labels = [tuple(np.flatnonzero(row).tolist()) for row in truth]
+        hits = [((found >= DECISION) == (truth > 0)).all(axis=1) for found in probabilities]
+    return [
+        Example(site, row, labels[row], tuple(bool(hit[row]) for hit in hits))
+        for row in torch.nonzero((shares > 0) & (shares < 1)).flatten().tolist()
+    ]
+
+
+def _truth(example: Example, classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[label] for label in example.labels) or "no finding"
+
+
+def _answer(probabilities: np.ndarray, classes: tuple[str, ...]) -> str:
+    best = int(probabilities.argmax())
+    return f"{classes[best]} {100 * probabilities[best]:.0f} %"
+
+
+def _canvas(columns: int, models: list[str]) -> tuple[Figure, np.ndarray]:
+    rows = 1 + len(models)
+    width = max(_LABEL + columns * _CELL, 6.5)
+    height = rows * (_CELL + _CAPTION) + _NOTE
+    figure = Figure(figsize=(width, height), facecolor="white")
+    axes = np.empty((rows, columns), dtype=object)
+    for row, name in enumerate(["image", *models]):
+        bottom = _NOTE + (rows - 1 - row) * (_CELL + _CAPTION)
+        for column in range(columns):
+            left = _LABEL + column * _CELL
+            box = (left / width, bottom / height, (_CELL - 0.06) / width, _CELL / height)
+            axes[row, column] = figure.add_axes(box)
+            axes[row, column].set_axis_off()
+        middle = (bottom + _CELL / 2) / height
+        figure.text(0.06 / width, middle, name, rotation=90, va="center", fontsize=9, fontweight="bold", color=RIGHT)
+    note = (
+        "Blue outline: the marked region. Colour: the model's attention, from none (clear) to its strongest (yellow).\n"
+        "Above a map: the class that the model predicts, its probability, ✓ right or ✗ wrong. Lift: attention inside the "
+        "region, times chance.\nCases drawn at random over classes, hospitals, right and wrong answers."
+    )
+    figure.text(_LABEL / width, (_NOTE - 0.08) / height, note, va="top", fontsize=6.5, color="#414a55", wrap=True)
+    return figure, axes
+
+
+def _draw(axes: Axes, case: Cases, mask: np.ndarray, map_: np.ndarray | None = None) -> None:
+    pixels = case.images[0].permute(1, 2, 0).numpy()
+    if pixels.shape[2] == 3:
+        axes.imshow(pixels, interpolation="bilinear")
+    else:
+        axes.imshow(pixels[:, :, 0], cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
+    if map_ is not None:
+        axes.imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=STRONGEST * map_, interpolation="bilinear")
+    outline = axes.contour(np.pad(mask, 1), levels=[0.5], colors=REGION, linewidths=1.1, extent=_extent(mask))
+    outline.set_path_effects([withStroke(linewidth=2.0, foreground="black", alpha=0.5)])
+    axes.set_xlim(-0.5, mask.shape[1] - 0.5)
+    axes.set_ylim(mask.shape[0] - 0.5, -0.5)
+
+
+def _extent(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Return where the centres of the outermost pixels of a mask lie that was padded by one."""
+    return (-1, mask.shape[1], -1, mask.shape[0])
+
+
+def _write(axes: Axes, first: str, second: str, right: bool = True) -> None:
+    for line, text, colour in ((0.165, first, RIGHT if right else WRONG), (0.04, second, "#414a55")):
+        axes.annotate(
+            _shortened(text),
+            (0, 1),
+            (0, 72 * line),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=7.5 if colour != "#414a55" else 6.5,
+            color=colour,
+        )
+
+
+def _shortened(text: str, longest: int = 26) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -1,0 +1,392 @@
+"""The arms of a study: what each trains, as one table of trainers and overrides of the run configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from chainward_shared.config import ConfigScalar, RunConfig, StudentConfig
+from chainward_shared.errors import ConfigError, StudyError, nearest
+from chainward_shared.recipes import LinkRecipe
+from chainward_simulations.study.settings import parse_assignments, typed
+
+Trainer = Literal["alone", "alone-long", "union", "federated", "cyclic", "chain", "student"]
+
+ROUNDS = 4
+"""Rounds of FedAvg, as nearly as the epochs allow."""
+PROXIMAL_WEIGHT = 0.01
+"""mu of FedProx."""
+_CYCLIC: Mapping[str, ConfigScalar] = {
+    "chain.distillation-weight": 0.0,
+    "chain.attention-weight": 0.0,
+    "chain.unlabelled-weight": 0.0,
+    "chain.start": "warm",
+    "chain.max-forgetting": 1.0,
+    "chain.strands": 1,
+    "chain.merge": "best",
+    "privileged.mode": "off",
+}
+_OF_THE_DATA = ("seed", "data.source", "data.label-skew", "federation.", "output.")
+_OWN_OPTIONS = ("arm", "rounds", "mu")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, before it meets a configuration.
+
+    Attributes
+    ----------
+    about : one line for people
+    overrides : keys of the run configuration in which the arm differs from the study's settings
+    laps : for the arms of several laps, which share the epochs of one among them; 0: as the configuration says
+    rounds : of FedAvg; 0: the number nearest to `ROUNDS` that divides the epochs
+    mu : weight of FedProx's proximal term
+    """
+
+    name: str
+    trainer: Trainer
+    about: str
+    overrides: Mapping[str, ConfigScalar] = field(default_factory=dict)
+    laps: int = 0
+    rounds: int = 0
+    mu: float = 0.0
+
+
+def _chain(name: str, about: str, **overrides: ConfigScalar) -> Arm:
+    return Arm(name, "chain", about, _keys(overrides))
+
+
+def _student(name: str, about: str, **overrides: ConfigScalar) -> Arm:
+    return Arm(name, "student", about, _keys(overrides))
+
+
+def _keys(overrides: Mapping[str, ConfigScalar]) -> dict[str, ConfigScalar]:
+    return {key.replace("__", ".").replace("_", "-"): value for key, value in overrides.items()}
+
+
+_TABLE = (
+    Arm("alone", "alone", "each site by itself, with the epochs of its links: mean over the sites, best site noted"),
+    Arm("alone-long", "alone-long", "each site by itself, with as many steps as the whole chain takes"),
+    Arm("union", "union", "all sites' labelled images in one place, in one training: what sharing the data would give"),
+    Arm("fedavg", "federated", "federated averaging (McMahan et al. 2017), by default 4 rounds"),
+    Arm("fedprox", "federated", "FedAvg held near the round's start (Li et al. 2020), mu = 0.01", mu=PROXIMAL_WEIGHT),
+    Arm("cyclic", "cyclic", "weights handed from site to site, cross-entropy only, one lap", laps=1),
+    Arm("cyclic-3", "cyclic", "the same in three laps of a third of the epochs", laps=3),
+    _chain("chain", "the chain as the settings say"),
+    _chain("chain-no-distillation", "without the predecessor's logits", chain__distillation_weight=0.0),
+    _chain("chain-attention", "with attention transfer, weight 1", chain__attention_weight=1.0),
+    _chain("chain-no-attention", "without attention transfer", chain__attention_weight=0.0),
+    _chain("chain-no-annealing", "one temperature in all epochs", chain__temperature_decay=1.0),
+    _chain("chain-no-trust", "the predecessor counts the same where it is wrong", chain__teacher_trust="none"),
+    _chain("chain-fresh", "every link starts from the run's initial weights", chain__start="fresh"),
+    _chain("chain-reversed", "the sites in reverse order", chain__order="reversed"),
+    _chain("chain-shuffled", "the sites in an order drawn by the seed", chain__order="shuffled"),
+    _chain(
+        "chain-unlabelled", "with the images that the label fraction leaves, weight 1", chain__unlabelled_weight=1.0
+    ),
+    _chain("chain-no-unlabelled", "without the images that the label fraction leaves", chain__unlabelled_weight=0.0),
+    replace(_chain("chain-laps-2", "two laps of half the epochs; chain-laps-K for K"), laps=2),
+    _chain("chain-strands-2", "two strands, the better one by validation; chain-strands-K for K", chain__strands=2),
+    _chain(
+        "chain-strands-average",
+        "two strands, their weights averaged; chain-strands-K-average for K",
+        chain__strands=2,
+        chain__merge="average",
+    ),
+    _chain("chain-privileged", "with the sites' privileged teachers, all that there are", privileged__mode="all"),
+    _chain(
+        "chain-privileged-logits",
+        "of them only the logits",
+        privileged__mode="all",
+        privileged__embedding_weight=0.0,
+    ),
+    _chain(
+        "chain-privileged-embedding",
+        "of them only the embedding",
+        privileged__mode="all",
+        privileged__logit_weight=0.0,
+    ),
+    _chain("chain-privileged-text", "only teachers that read reports", privileged__mode="text"),
+    _chain("chain-privileged-table", "only teachers that read tables", privileged__mode="table"),
+    _chain(
+        "chain-privileged-blanked",
+        "with label words blanked in the reports",
+        privileged__mode="all",
+        privileged__blank_label_words=True,
+    ),
+    _student("student", "the compact student of the chain's model, as the settings say"),
+    _student("student-random", "from random weights instead of a selection", student__start="random"),
+    _student("student-single", "auxiliary teacher from the same selection as the student", student__start="single"),
+    _student("student-frozen", "auxiliary teacher stays as it was selected", student__auxiliary="frozen"),
+    _student(
+        "student-plain",
+        "one selection, cross-entropy only",
+        student__start="single",
+        student__distillation_weight=0.0,
+    ),
+    _student(
+        "student-from-large",
+        "plain distillation from the chain's model: random start, no auxiliary teacher",
+        student__start="random",
+        student__distillation_weight=0.0,
+        student__large_weight=1.0,
+    ),
+    _student(
+        "student-selected-from-large",
+        "the same from one selection of the chain's weights",
+        student__start="single",
+        student__distillation_weight=0.0,
+        student__large_weight=1.0,
+    ),
+    _student(
+        "student-dual-and-large",
+        "auxiliary and large model as teachers",
+        student__large_weight=1.0,
+    ),
+    _student(
+        "student-ensemble",
+        "taught by two strands of the chain together",
+        chain__strands=2,
+        chain__merge="ensemble",
+        student__large_weight=1.0,
+    ),
+)
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _TABLE}
+
+
+def find_arm(name: str) -> Arm:
+    """Return the arm of this name, also ``chain-laps-5``, ``cyclic-4``, ``chain-strands-3-average``.
+
+    Raises
+    ------
+    StudyError
+        There is none; the message names the nearest.
+    """
+    if name in ARMS:
+        return ARMS[name]
+    if match := re.fullmatch(r"(cyclic|chain-laps)-([1-9]\d{0,2})", name):
+        like = ARMS["cyclic" if match[1] == "cyclic" else "chain-laps-2"]
+        return replace(like, name=name, about=f"{match[2]} laps that share the epochs of one", laps=int(match[2]))
+    if match := re.fullmatch(r"chain-strands-([1-9]\d{0,2})(-average)?", name):
+        like = ARMS["chain-strands-average" if match[2] else "chain-strands-2"]
+        about = f"{match[1]} strands, {'their weights averaged' if match[2] else 'the best one by validation'}"
+        return replace(like, name=name, about=about, overrides={**like.overrides, "chain.strands": int(match[1])})
+    raise StudyError(f"there is no arm '{name}'{nearest(name, ARMS)}; `chainward study --help` lists the arms")
+
+
+def custom_arm(definition: str) -> Arm:
+    """Return the arm of ``--arm NAME='key=value key=value'``.
+
+    Besides keys of the run configuration: ``arm`` (the arm to start from, default chain), ``rounds`` and ``mu``.
+
+    Raises
+    ------
+    StudyError, ConfigError
+        The name, a key or a value can't be used.
+    """
+    name, equals, text = definition.partition("=")
+    name = name.strip()
+    if not equals or not _NAME.fullmatch(name):
+        raise StudyError(
+            f"--arm {definition!r}: expected NAME='key=value key=value', NAME of small letters, digits, '-', '_' and '.'"
+        )
+    source = f"--arm {name}:"
+    assignments = parse_assignments([text], source)
+    own = {key: assignments.pop(key) for key in _OWN_OPTIONS if key in assignments}
+    like = find_arm(own.get("arm", "chain"))
+    if fixed := next((key for key in assignments if key.startswith(_OF_THE_DATA)), None):
+        raise StudyError(
+            f"{source} {fixed} is the same for all arms of a study, or their figures can't be compared; use --set"
+        )
+    for key in ("rounds", "mu"):
+        if key in own and like.trainer != "federated":
+            raise StudyError(f"{source} {key} is an option of fedavg and fedprox, and this starts from '{like.name}'")
+    overrides = typed(assignments, source)
+    words = [f"{key}={value}" for key, value in {**own, **assignments}.items() if key != "arm"]
+    return Arm(
+        name,
+        like.trainer,
+        f"{like.name} with {' '.join(words)}" if words else f"the same as {like.name}",
+        {**like.overrides, **overrides},
+        laps=like.laps,
+        rounds=int(_number(own.get("rounds"), like.rounds, "rounds", source, least=1, whole=True)),
+        mu=_number(own.get("mu"), like.mu, "mu", source, least=0),
+    )
+
+
+def _number(text: str | None, default: float, key: str, source: str, *, least: float, whole: bool = False) -> float:
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value < 1e6 or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number"
+        raise StudyError(f"{source} {key}={text}: expected {kind} of at least {least:g}")
+    return value
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """An arm with its whole configuration, checked; `config` has the first seed until `of_seed` sets another.
+
+    Attributes
+    ----------
+    rounds : of federated arms, a divisor of the epochs; 0 otherwise
+    """
+
+    arm: Arm
+    config: RunConfig
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        """The arm's name."""
+        return self.arm.name
+
+    def of_seed(self, seed: int) -> PlannedArm:
+        """Return the same arm for another seed."""
+        return replace(self, config=self.config.model_copy(update={"seed": seed}))
+
+    @property
+    def chain_config(self) -> RunConfig:
+        """The configuration of the chain alone: no students, no sites alone."""
+        without = StudentConfig(rounds=0)
+        return self.config.model_copy(
+            update={"student": without, "chain": self.config.chain.model_copy(update={"compare_alone": False})}
+        )
+
+    @property
+    def plain_recipe(self) -> LinkRecipe:
+        """The recipe of a baseline's training: a link's, for all its laps, without any teacher."""
+        return self.config.link_recipe(laps=self.config.chain.laps).model_copy(
+            update={
+                "start": "warm",
+                "distillation_weight": 0.0,
+                "attention_weight": 0.0,
+                "unlabelled_weight": 0.0,
+                "privileged": None,
+            }
+        )
+
+    def chain_digest(self) -> str:
+        """Return the digest of all that decides the chain's model."""
+        return _digest(self._of_chain())
+
+    def digest(self) -> str:
+        """Return the digest of all that decides what is trained: arms with the same are trained once.
+
+        One lap of cyclic weight transfer is a chain without teachers, to the bit; a test holds this.
+        """
+        if self.arm.trainer in ("chain", "cyclic"):
+            return _digest(self._of_chain() if self.arm.trainer == "chain" or self.arm.laps == 1 else self._of_cyclic())
+        if self.arm.trainer == "student":
+            recipes = [self.config.student_recipe(stage).model_dump() for stage in ("distil", "finetune")]
+            return _digest([self._of_chain(), self.config.student.model_dump(), recipes])
+        return _digest([self.arm.trainer, self.rounds, self.arm.mu, *self._of_sites(), self.plain_recipe.model_dump()])
+
+    def _of_sites(self) -> list[Any]:
+        """What decides the sites' data and the backbone."""
+        config = self.config
+        return [
+            config.data.model_dump(),
+            config.federation.model_dump(include={"num_sites", "sites"}),
+            [config.chain.backbone, config.chain.patch_size],
+        ]
+
+    def _of_cyclic(self) -> list[Any]:
+        return ["cyclic", self.arm.laps, self.config.chain.order, *self._of_sites(), self.plain_recipe.model_dump()]
+
+    def _of_chain(self) -> list[Any]:
+        aside = {"retries", "on_failure", "compare_alone"}
+        recipe = self.config.link_recipe()
+        chain = self.config.chain.model_dump(exclude=aside | set(recipe.model_dump()))
+        return ["chain", chain, *self._of_sites(), recipe.model_dump()]
+
+
+def _digest(deciding: object) -> str:
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_arms(
+    names: Sequence[str],
+    definitions: Sequence[str],
+    base: Mapping[str, ConfigScalar],
+    seed: int,
+    *,
+    may_be_none: bool = False,
+) -> list[PlannedArm]:
+    """Return the arms of a study, checked, in the order they were named; arms that were defined follow.
+
+    Parameters
+    ----------
+    names : names of arms, also of those in `definitions`
+    definitions : ``NAME=key=value key=value``, see `custom_arm`
+    base : the study's settings as flat run config
+
+    Raises
+    ------
+    StudyError, ConfigError
+        One line: an unknown arm, one named twice, or one that the configuration doesn't allow.
+    """
+    custom: dict[str, Arm] = {}
+    for definition in definitions:
+        arm = custom_arm(definition)
+        if arm.name in ARMS or arm.name in custom:
+            raise StudyError(f"--arm {arm.name}: there is an arm of this name already; choose another name")
+        custom[arm.name] = arm
+    wanted = list(names)
+    if twice := next((name for name in wanted if wanted.count(name) > 1), None):
+        raise StudyError(f"--arms: '{twice}' is named twice; name each arm once")
+    wanted += [name for name in custom if name not in wanted]
+    if not wanted and not may_be_none:
+        raise StudyError("no arms: name some with --arms alone,chain or define one with --arm")
+    RunConfig.from_flat({**base, "seed": seed})  # what is wrong with the settings is not an arm's fault
+    return [_planned(custom[name] if name in custom else find_arm(name), base, seed) for name in wanted]
+
+
+def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedArm:
+    known = RunConfig().to_flat()
+    if missing := next((key for key in arm.overrides if key not in known), None):
+        raise StudyError(f"arm '{arm.name}': this version has no setting {missing}; leave the arm out")
+    flat = {**base, "seed": seed, **arm.overrides}
+    given = RunConfig.from_flat({**base, "seed": seed})
+    epochs = given.chain.epochs * given.chain.laps if "chain.epochs" not in arm.overrides else None
+    if arm.trainer == "cyclic":
+        flat |= _CYCLIC
+        flat["chain.order"] = "given" if given.chain.order == "weakest-next" else given.chain.order
+    if arm.laps:
+        total = epochs if epochs is not None else int(flat["chain.epochs"])
+        if total % arm.laps:
+            raise StudyError(
+                f"arm '{arm.name}': {arm.laps} laps can't share {total} epochs (chain.epochs times chain.laps) evenly; "
+                f"set a multiple of {arm.laps}"
+            )
+        flat |= {"chain.laps": arm.laps, "chain.epochs": total // arm.laps}
+    if arm.trainer == "student" and given.student.rounds == 0 and "student.rounds" not in arm.overrides:
+        raise StudyError(f"arm '{arm.name}': student.rounds = 0 trains no students; set it to at least 1")
+    try:
+        config = RunConfig.from_flat(flat)
+    except ConfigError as error:
+        raise StudyError(f"arm '{arm.name}': {error}") from None
+    rounds = _rounds(arm, config.chain.epochs * config.chain.laps) if arm.trainer == "federated" else 0
+    return PlannedArm(arm, config, rounds)
+
+
+def _rounds(arm: Arm, epochs: int) -> int:
+    """Return the rounds among which the epochs are shared evenly."""
+    if arm.rounds:
+        if epochs % arm.rounds:
+            raise StudyError(
+                f"arm '{arm.name}': {arm.rounds} rounds can't share {epochs} epochs (chain.epochs times chain.laps) evenly; "
+                "set a divisor"
+            )
+        return arm.rounds
+    divisors = [count for count in range(2, epochs + 1) if epochs % count == 0] or [1]
+    return min(divisors, key=lambda count: (abs(count - ROUNDS), -count))

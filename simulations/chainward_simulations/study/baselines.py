@@ -1,0 +1,199 @@
+"""The baselines: each trains what its name says, in the chain's own loop and recipe, without any teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
+from chainward_client.training.link import LinkObjective, labelled_cases, train_link
+from chainward_client.training.loop import Batch, Objective, train
+from chainward_shared.distillation.losses import class_counts
+from chainward_shared.models import Architecture, build_model
+from chainward_shared.protocol import TrainingLog
+from chainward_shared.recipes import LinkRecipe
+from chainward_shared.weights import StateDict, weighted_average
+
+OnStep = Callable[[str], None]
+Sites = Mapping[str, SiteData]
+
+
+class ProximalObjective(Objective):
+    """``L + mu/2 ||w - w_0||^2``: FedProx (Li et al. 2020, arXiv:1812.06127, eq. 2).
+
+    Parameters
+    ----------
+    inner : the objective L
+    start_weights : w_0, the aggregated model that the round started from, by name of the parameter
+    """
+
+    def __init__(self, inner: Objective, mu: float, start_weights: Mapping[str, Tensor]) -> None:
+        self.inner, self.mu = inner, mu
+        self.start_weights = {name: tensor.detach().clone() for name, tensor in start_weights.items()}
+
+    def start(self, device: torch.device, steps_per_epoch: int) -> None:
+        self.inner.start(device, steps_per_epoch)
+        self.start_weights = {name: tensor.to(device) for name, tensor in self.start_weights.items()}
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        return self.inner.extra_parameters()
+
+    def start_epoch(self, epoch: int) -> None:
+        self.inner.start_epoch(epoch)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses = self.inner.losses(model, batch)
+        distances = [
+            (parameter - self.start_weights[name]).square().sum() for name, parameter in model.named_parameters()
+        ]
+        return losses + self.mu / 2 * torch.stack(distances).sum()
+
+    def after_step(self, model: nn.Module) -> None:
+        self.inner.after_step(model)
+
+    def epoch_log(self) -> dict[str, float]:
+        return self.inner.epoch_log()
+
+
+def train_alone(
+    sites: Sites,
+    architecture: Architecture,
+    recipe: LinkRecipe,
+    on_step: OnStep,
+    *,
+    steps: int | None = None,
+) -> tuple[dict[str, StateDict], list[TrainingLog]]:
+    """Train one model at each site, on its own labelled images.
+
+    Parameters
+    ----------
+    steps : steps of the optimiser at each site, as nearly as whole epochs allow; None: the recipe's epochs
+    """
+    models, logs = {}, []
+    for site, data in sites.items():
+        its = recipe
+        if steps is not None:
+            per_epoch = steps_per_epoch(len(labelled_cases(data, recipe)), recipe.batch_size)
+            its = recipe.model_copy(update={"epochs": max(1, round(steps / per_epoch))})
+        models[site], log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True)
+        logs.append(log)
+        on_step(f"alone {site}")
+    return models, logs
+
+
+def train_union(
+    sites: Sites, architecture: Architecture, recipe: LinkRecipe, on_step: OnStep
+) -> tuple[StateDict, list[TrainingLog]]:
+    """Train one model on the labelled images of all sites, as if they lay in one place."""
+    cases = together([labelled_cases(data, recipe) for data in sites.values()])
+    model = build_model(architecture, recipe.seed)
+    log = train(model, cases, recipe, _cross_entropy(model, cases, _classes(sites), recipe), "union")
+    on_step("union")
+    return state_of(model), [log]
+
+
+def train_cyclic(
+    sites: Sites, order: Sequence[str], architecture: Architecture, recipe: LinkRecipe, laps: int, on_step: OnStep
+) -> tuple[StateDict, list[TrainingLog]]:
+    """Hand one model from site to site: each goes on from exactly the weights that the one before it ended with.
+
+    (Chang et al. 2018, cyclical weight transfer.) The laps share the recipe's epochs, and the learning rate falls over
+    all of them: a site's part in lap l is part l of one schedule.
+
+    Parameters
+    ----------
+    recipe : its epochs are those of one site over all laps; a multiple of `laps`
+    """
+    per_lap = recipe.model_copy(update={"epochs": recipe.epochs // laps})
+    carried: StateDict | None = None
+    logs = []
+    for lap in range(laps):
+        for site in order:
+            cases = labelled_cases(sites[site], recipe)
+            model = build_model(architecture, recipe.seed)
+            if carried is not None:
+                model.load_state_dict(carried)
+            objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
+            names = ("link", site, "strand", 0, "lap", lap)
+            logs.append(train(model, cases, per_lap, objective, *names, part=(lap, laps)))
+            carried = state_of(model)
+            on_step(f"lap {lap + 1} {site}")
+    assert carried is not None
+    return carried, logs
+
+
+def train_federated(
+    sites: Sites,
+    architecture: Architecture,
+    recipe: LinkRecipe,
+    rounds: int,
+    on_step: OnStep,
+    *,
+    mu: float | None = None,
+) -> tuple[StateDict, list[TrainingLog]]:
+    """Average the sites' models after each round, weighted by their labelled images (McMahan et al. 2017, FedAvg).
+
+    All rounds of a site go through one learning-rate schedule. The optimiser's moments start anew in each round, as
+    they do in FedAvg.
+
+    Parameters
+    ----------
+    recipe : its epochs are those of one site over all rounds; a multiple of `rounds`
+    mu : weight of FedProx's proximal term; None: FedAvg
+    """
+    per_round = recipe.model_copy(update={"epochs": recipe.epochs // rounds})
+    average = state_of(build_model(architecture, recipe.seed))
+    own = {site: labelled_cases(data, recipe) for site, data in sites.items()}
+    logs = []
+    for number in range(rounds):
+        trained = []
+        for site, cases in own.items():
+            model = build_model(architecture, recipe.seed)
+            model.load_state_dict(average)
+            objective: Objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
+            if mu is not None:
+                objective = ProximalObjective(objective, mu, dict(model.named_parameters()))
+            names = ("federated", site, "round", number)
+            logs.append(train(model, cases, per_round, objective, *names, part=(number, rounds)))
+            trained.append(state_of(model))
+            on_step(f"round {number + 1} {site}")
+        average = weighted_average(trained, [len(cases) for cases in own.values()])
+    return average, logs
+
+
+def chain_steps(sites: Sites, recipe: LinkRecipe) -> int:
+    """Return the optimiser's steps of one strand of a chain; `recipe` has the epochs of a site over all laps."""
+    return sum(
+        recipe.epochs * steps_per_epoch(len(labelled_cases(data, recipe)), recipe.batch_size) for data in sites.values()
+    )
+
+
+def steps_per_epoch(cases: int, batch_size: int) -> int:
+    """Return how many batches the training loop makes of so many cases."""
+    return -(-cases // batch_size)
+
+
+def together(parts: Sequence[Cases]) -> Cases:
+    """Return the images, labels and patients of all `parts`, one after the other, without their privileged data."""
+    return Cases(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        np.concatenate([part.patients for part in parts]),
+        PrivilegedCases(),
+    )
+
+
+def state_of(model: nn.Module) -> StateDict:
+    """Return the model's weights, detached."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _cross_entropy(model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe) -> LinkObjective:
+    return LinkObjective(recipe, model, None, class_counts(cases.labels, classes))
+
+
+def _classes(sites: Sites) -> int:
+    return len(next(iter(sites.values())).classes)

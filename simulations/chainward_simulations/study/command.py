@@ -1,0 +1,147 @@
+"""`chainward study`: what is typed, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from chainward_shared.errors import StudyError
+from chainward_simulations.study.arms import ARMS
+from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
+
+INTERRUPTED = 130
+_WIDE = 200
+
+
+class Objective(StrEnum):
+    """What a search maximises."""
+
+    BALANCED_ACCURACY = "balanced-accuracy"
+    MACRO_AUC = "macro-auc"
+
+
+_HELP = """Train the methods side by side on the same images, labels and budget, over several seeds.
+
+Everything is trained in this one program, without Flower, with the code of a real run. Progress goes to stderr, the table
+to stdout; results.json, study.png and the predictions to the study's folder. Interrupted, the same command goes on.
+
+\b
+Arms:
+""" + "\n".join(f"  {arm.name:<28} {arm.about}" for arm in ARMS.values())
+
+
+def study(
+    data: Annotated[str, typer.Option(help="A data file (YAML, docs/data.md), or 'phantom'.")],
+    arms: Annotated[str, typer.Option(help="Arms to train, comma-separated; listed above.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated: each arm is trained once for each.")] = "0",
+    sites: Annotated[
+        int, typer.Option(min=0, help="Number of sites. 0: those of the data's site column, 6 otherwise.")
+    ] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Settings of all arms: 'chain.epochs=8 data.label-skew=0.5'. May be repeated."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An arm of your own: NAME='chain.temperature=2 chain.order=reversed'; 'arm=fedprox mu=1' starts from "
+            "another arm than chain. May be repeated."
+        ),
+    ] = None,
+    label_fraction: Annotated[
+        float | None, typer.Option(help="Fraction of each site's training images whose labels are used.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Arm that the others are compared with. Default: chain, or the first.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder. Default: one of its own in ~/.chainward/studies.")
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Also write the results to this file; '-': to stdout, no table.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Trainings at the same time. 0: one per core.")] = 0,
+    tune: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="First search the chain's settings (learning rate, distillation, temperature, attention) in so many trials, "
+            "on validation images of seed 0 only, and train the arms with the best.",
+        ),
+    ] = 0,
+    objective: Annotated[
+        Objective, typer.Option(help="What --tune maximises on the validation images.")
+    ] = Objective.BALANCED_ACCURACY,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="--resume: there must be a study to continue; --fresh: delete what is there. Default: continue if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    # Not before it is needed: other commands of `chainward` start without waiting for it.
+    from chainward_simulations.study.study import StudyRequest, run_study, write_results
+
+    progress, screen = Console(stderr=True), Console()
+    if not screen.is_terminal:
+        screen.width = _WIDE  # a file has no edge to wrap at
+    if json_file not in (None, "-"):
+        _check_writable(Path(json_file))
+    base = base_settings(data, sites, label_fraction, typed(parse_assignments(settings or [], "--set"), "--set"))
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    request = StudyRequest(
+        base, names, arm or [], parse_seeds(seeds), reference, out, jobs, resume, tune, objective.value
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        report = run_study(request, progress)
+    except KeyboardInterrupt:
+        progress.print("interrupted; finished arms are kept, and the same command goes on from there", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+    result, folder = report.result, report.folder
+    if json_file == "-":
+        from chainward_simulations.study.results import as_json
+
+        typer.echo(json.dumps(as_json(result, folder), indent=1))
+    else:
+        from chainward_simulations.study.table import notes, study_table, tuning_note
+
+        if report.tuned is not None:
+            screen.print(tuning_note(report.tuned), markup=False, highlight=False, soft_wrap=True)
+        if result.arms:
+            screen.print(study_table(result))
+        for line in notes(result):
+            screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        if json_file is not None:
+            write_results(Path(json_file), result, folder)
+    progress.print(f"study folder: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    if result.failures:
+        arm_name, seed, reason = result.failures[0]
+        more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+        raise StudyError(f"arm '{arm_name}', seed {seed} failed{more}: {reason}")
+
+
+study.__doc__ = _HELP
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that can't be written before anything is trained."""
+    if path.is_dir():
+        raise StudyError(f"--json {path}: is a folder; expected a file")
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise StudyError(f"--json {path}: can't be written ({error.strerror})") from error
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,161 @@
+"""What a study found, put together from its records: for the table, the picture, and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from chainward_shared.errors import StudyError
+from chainward_simulations.study.arms import PlannedArm
+from chainward_simulations.study.predictions import load_predictions
+from chainward_simulations.study.records import ArmRecord
+from chainward_simulations.study.statistics import COMPARED, Difference, Metric, PairedBootstrap, Spread, spread
+from chainward_simulations.study.store import StudyFolder
+
+METRICS = ("balanced_accuracy", "macro_auc", "accuracy", "ece")
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm over its seeds.
+
+    Attributes
+    ----------
+    same_as : an arm before it that is the same training in this study; None
+    pooled, site_mean, validation, best : spread of each figure over the seeds; `best` only for arms of several models
+    differences : to the reference arm, by figure
+    """
+
+    name: str
+    about: str
+    same_as: str | None
+    records: tuple[ArmRecord, ...]
+    pooled: Mapping[str, Spread | None]
+    site_mean: Mapping[str, Spread | None]
+    validation: Mapping[str, Spread | None]
+    best: Mapping[str, Spread | None] | None
+    localisation: Mapping[str, Spread | None]
+    differences: Mapping[Metric, Difference]
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study's arms, and what went wrong with others, by arm and seed."""
+
+    arms: tuple[ArmResult, ...]
+    reference: str | None
+    failures: tuple[tuple[str, int, str], ...]
+
+
+def collect(
+    folder: StudyFolder,
+    planned: Sequence[PlannedArm],
+    seeds: Sequence[int],
+    reference: str | None,
+    failures: Sequence[tuple[str, int, str]],
+) -> StudyResult:
+    """Return the results of these arms and seeds, as far as they are finished.
+
+    Raises
+    ------
+    StudyError
+        A file of predictions is damaged.
+    """
+    records = {
+        arm.name: tuple(r for seed in seeds if (r := folder.record_of(arm.name, seed)) is not None) for arm in planned
+    }
+    compared: dict[str, dict[Metric, Difference]] = {}
+    if reference and records.get(reference):
+        bootstrap = PairedBootstrap(_predictions(folder, records[reference]))
+        first_of: dict[tuple[str, ...], str] = {}
+        for name, its in records.items():
+            key = tuple(record.digest for record in its)
+            if name != reference and its:
+                twin = first_of.setdefault(key, name)
+                compared[name] = compared[twin] if twin != name else _differences(bootstrap, folder, its)
+    names = list(records)
+    return StudyResult(
+        tuple(
+            _arm_result(arm, names[:index], records, compared.get(arm.name, {}), folder.state.latency_ms)
+            for index, arm in enumerate(planned)
+            if records[arm.name]
+        ),
+        reference if reference and records.get(reference) else None,
+        tuple(failures),
+    )
+
+
+def _predictions(folder: StudyFolder, records: Sequence[ArmRecord]) -> dict[int, Any]:
+    return {record.seed: load_predictions(folder.path / "predictions" / record.predictions) for record in records}
+
+
+def _differences(
+    bootstrap: PairedBootstrap, folder: StudyFolder, records: Sequence[ArmRecord]
+) -> dict[Metric, Difference]:
+    predictions = _predictions(folder, records)
+    try:
+        found = {metric: bootstrap.difference(predictions, metric) for metric in COMPARED}
+    except ValueError as error:
+        raise StudyError(f"{folder.path}: arm '{records[0].arm}', {error}; run the study with --fresh") from error
+    return {metric: difference for metric, difference in found.items() if difference is not None}
+
+
+def _arm_result(
+    arm: PlannedArm,
+    before: Sequence[str],
+    records: Mapping[str, tuple[ArmRecord, ...]],
+    differences: Mapping[Metric, Difference],
+    latency_ms: Mapping[str, float],
+) -> ArmResult:
+    its = records[arm.name]
+    digests = {record.seed: record.digest for record in its}
+    twins = [name for name in before if digests == {record.seed: record.digest for record in records[name]}]
+    places = sorted({place for record in its for place in record.localisation or {}})
+    return ArmResult(
+        name=arm.name,
+        about=arm.arm.about,
+        same_as=twins[0] if twins else None,
+        records=its,
+        pooled={metric: spread([getattr(r.pooled, metric) for r in its]) for metric in METRICS},
+        site_mean={metric: spread([getattr(r.site_mean, metric) for r in its]) for metric in METRICS},
+        validation={metric: spread([getattr(r.validation, metric) for r in its]) for metric in METRICS},
+        best={metric: spread([getattr(r.best.pooled, metric) for r in its if r.best]) for metric in METRICS}
+        if any(record.best for record in its)
+        else None,
+        localisation={place: spread([(r.localisation or {}).get(place) for r in its]) for place in places},
+        differences=differences,
+        latency_ms=latency_ms.get(its[0].architecture.model_dump_json()),
+    )
+
+
+def as_json(result: StudyResult, folder: StudyFolder) -> dict[str, Any]:
+    """Return the results for scripts; `schema` counts the versions of this layout."""
+    return {
+        "schema": 1,
+        "folder": str(folder.path),
+        "settings": folder.state.settings,
+        "tuned": folder.state.tuned,
+        "reference": result.reference,
+        "arms": {arm.name: _arm_json(arm) for arm in result.arms},
+        "failures": [{"arm": arm, "seed": seed, "reason": reason} for arm, seed, reason in result.failures],
+    }
+
+
+def _arm_json(arm: ArmResult) -> dict[str, Any]:
+    def plain(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
+        return {name: None if one is None else asdict(one) for name, one in spreads.items()}
+
+    return {
+        "about": arm.about,
+        "same_as": arm.same_as,
+        "pooled": plain(arm.pooled),
+        "site_mean": plain(arm.site_mean),
+        "validation": plain(arm.validation),
+        "best": None if arm.best is None else plain(arm.best),
+        "localisation": plain(arm.localisation),
+        "differences": {metric: asdict(difference) for metric, difference in arm.differences.items()},
+        "latency_ms": arm.latency_ms,
+        "records": [record.model_dump(mode="json") for record in arm.records],
+    }

@@ -1,0 +1,269 @@
+"""The study folder: one file says what is finished, written so that a crash at any moment loses no finished arm."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import timm
+import torch
+from pydantic import ValidationError
+
+from chainward_shared import __version__
+from chainward_shared.config import ConfigScalar, RunConfig
+from chainward_shared.errors import StudyError, WeightsError
+from chainward_shared.models import Architecture
+from chainward_shared.protocol import TrainingLog
+from chainward_shared.weights import load_file, save_file, write_atomically
+from chainward_simulations.runner import Outcome
+from chainward_simulations.study.records import ArmRecord, StudyState
+from chainward_simulations.study.settings import NOT_A_SETTING, PHANTOM
+
+DEFAULT_DIR = Path("~/.chainward/studies")
+_FILE = "study.json"
+_OWN = ("predictions", "chains", "results.json", "study.png", "tuning.log", "tuning.json", _FILE)
+
+
+def study_settings(config: RunConfig) -> dict[str, ConfigScalar]:
+    """Return what must be the same for all arms and when a study goes on, by name.
+
+    Versions, the device, the data file's content, and every key of the configuration that decides a result.
+    """
+    settings: dict[str, ConfigScalar] = {
+        "chainward": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    source = config.data.source
+    if source != PHANTOM:
+        settings["sha256 of the data file"] = _sha256(Path(source))
+    settings |= {key: value for key, value in config.to_flat().items() if not key.startswith(NOT_A_SETTING)}
+    return settings
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""  # reading the data says what is wrong
+
+
+def default_folder(settings: Mapping[str, ConfigScalar]) -> Path:
+    """Return the folder of a study with these settings: the same settings, the same folder."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:8]
+    return DEFAULT_DIR.expanduser() / f"{Path(str(settings['data.source'])).stem}-{digest}"
+
+
+class StudyFolder:
+    """One study's folder, held by this process alone. Make it with `open`."""
+
+    def __init__(self, path: Path, state: StudyState, lock: int) -> None:
+        self.path, self.state, self._lock = path, state, lock
+
+    @classmethod
+    def open(cls, path: Path, settings: Mapping[str, ConfigScalar], *, resume: bool | None) -> StudyFolder:
+        """Open a study's folder, and make it where there is none.
+
+        Parameters
+        ----------
+        resume : True: the study must be there; False: what is there is deleted; None: go on if there is one
+
+        Raises
+        ------
+        StudyError
+            One line: the folder can't be written, is another process's, is damaged, or the study there has other
+            settings.
+        """
+        try:
+            for folder in (path / "predictions", path / "chains"):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise StudyError(
+                f"{path}: the study's folder can't be written ({error.strerror}); name another with --out"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise StudyError(
+                f"{path}: another process is running this study; wait for it, or name another --out"
+            ) from None
+        try:
+            return cls(path, cls._load(path, settings, resume), lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @staticmethod
+    def _load(path: Path, settings: Mapping[str, ConfigScalar], resume: bool | None) -> StudyState:
+        file = path / _FILE
+        now = _now()
+        new = StudyState(started=now, updated=now, settings=dict(settings))
+        if resume is False:
+            for name in _OWN:
+                target = path / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                    target.mkdir()
+                else:
+                    target.unlink(missing_ok=True)
+            return new
+        if not file.exists():
+            if resume:
+                raise StudyError(f"{path}: there is no study to resume (no {_FILE}); leave --resume out to start one")
+            return new
+        state = read_study(path)
+        if difference := _first_difference(state.settings, settings):
+            raise StudyError(
+                f"{path}: can't go on with other settings: {difference}; "
+                "use the same, another folder with --out, or start anew with --fresh"
+            )
+        return state
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        os.close(self._lock)
+
+    def record_of(self, arm: str, seed: int) -> ArmRecord | None:
+        """Return the finished record of an arm and seed."""
+        return next((record for record in self.state.records if (record.arm, record.seed) == (arm, seed)), None)
+
+    def add(self, record: ArmRecord) -> None:
+        """Note that an arm is finished for a seed.
+
+        Raises
+        ------
+        StudyError
+            The disk is full or can't be written; what was finished before is still there.
+        """
+        others = [other for other in self.state.records if (other.arm, other.seed) != (record.arm, record.seed)]
+        self.state.records = sorted([*others, record], key=lambda one: (one.seed, one.arm))
+        self.save()
+
+    def save(self) -> None:
+        """Write study.json, whole or not at all.
+
+        Raises
+        ------
+        StudyError
+            The disk is full or can't be written.
+        """
+        self.state.updated = _now()
+        try:
+            write_atomically(self.path / _FILE, self.state.model_dump_json(by_alias=True, indent=1).encode())
+        except OSError as error:
+            raise StudyError(
+                f"{self.path / _FILE}: can't be written ({error.strerror}); finished arms before it are kept"
+            ) from error
+
+
+def read_study(path: Path) -> StudyState:
+    """Return what a study folder's study.json says.
+
+    Raises
+    ------
+    StudyError
+        It can't be read, or is damaged.
+    """
+    file = path / _FILE
+    try:
+        return StudyState.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise StudyError(f"{file}: can't be read ({error.strerror})") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        said = " ".join(str(problem["msg"]).split())
+        raise StudyError(
+            f"{file}: damaged ({where + ': ' if where else ''}{said}); start anew with --fresh or name another --out"
+        ) from error
+
+
+def _first_difference(before: Mapping[str, ConfigScalar], now: Mapping[str, ConfigScalar]) -> str | None:
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key) or (key in before) != (key in now):
+            had = repr(before[key]) if key in before else "nothing"
+            has = repr(now[key]) if key in now else "nothing"
+            return f"{key} was {had} and is {has}"
+    return None
+
+
+def check_definitions(folder: StudyFolder, digests: Mapping[tuple[str, int], str]) -> None:
+    """Check that finished arms were trained as arms of the same name would be now.
+
+    Raises
+    ------
+    StudyError
+        An arm's definition has changed since.
+    """
+    for (arm, seed), digest in digests.items():
+        record = folder.record_of(arm, seed)
+        if record is not None and record.digest != digest:
+            raise StudyError(
+                f"{folder.path}: arm '{arm}' is finished for seed {seed} with another definition "
+                f"({record.about}); give this one another name, or start anew with --fresh"
+            )
+
+
+def save_chain(outcome: Outcome, path: Path) -> None:
+    """Write what students need of a chain: its model, the strands' last ones, and how its trainings went.
+
+    Raises
+    ------
+    OSError
+        The disk is full or can't be written.
+    """
+    arrays = {f"chain/{name}": tensor for name, tensor in outcome.chain.items()}
+    if len(outcome.strands) > 1:
+        for index, strand in enumerate(outcome.strands):
+            arrays |= {f"strand-{index}/{name}": tensor.clone() for name, tensor in strand.items()}
+    logs = {key: log.model_dump() for key, log in outcome.logs.items()}
+    metadata = {
+        "architecture": outcome.architecture.model_dump_json(),
+        "strands": str(len(outcome.strands)),
+        "logs": json.dumps(logs),
+    }
+    save_file(arrays, path, metadata)
+
+
+def load_chain(path: Path) -> Outcome | None:
+    """Return the chain that `save_chain` wrote; None where there is none that can be read, and it is trained again."""
+    if not path.exists():
+        return None
+    try:
+        arrays, metadata = load_file(path)
+        outcome = Outcome(Architecture.model_validate_json(metadata["architecture"]))
+        outcome.logs = {key: TrainingLog.model_validate(log) for key, log in json.loads(metadata["logs"]).items()}
+        strands = int(metadata["strands"])
+    except (WeightsError, ValueError, KeyError):
+        return None
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in arrays.items() if name.startswith(prefix)}
+
+    outcome.chain = part("chain/")
+    outcome.strands = [outcome.chain] if strands == 1 else [part(f"strand-{index}/") for index in range(strands)]
+    return outcome
+
+
+def chain_file(folder: Path, digest: str, seed: int) -> Path:
+    """Return where the chain with this digest is kept."""
+    return folder / "chains" / f"{digest}-seed-{seed}.safetensors"
+
+
+def finished_of(folder: StudyFolder, arms: Sequence[str], seeds: Sequence[int]) -> list[ArmRecord]:
+    """Return the finished records of these arms and seeds, arms in their order."""
+    found = [folder.record_of(arm, seed) for arm in arms for seed in seeds]
+    return [record for record in found if record is not None]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

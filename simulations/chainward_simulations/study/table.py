@@ -1,0 +1,104 @@
+"""A study's results as a table for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from chainward_simulations.study.results import ArmResult, StudyResult
+from chainward_simulations.study.statistics import COVERAGE, Difference, Spread
+from chainward_simulations.study.tune import Tuned
+
+_MINUTE = 60
+
+
+def study_table(result: StudyResult) -> Table:
+    """Return one row per arm, in the order in which they were named."""
+    against = f"minus {result.reference}" if result.reference else ""
+    table = Table("arm", "seeds", "balanced accuracy", "macro AUC", "accuracy", "ECE", title_justify="left")
+    if result.reference:
+        table.add_column(f"balanced accuracy {against}")
+        table.add_column(f"macro AUC {against}")
+    localised = any(arm.localisation.get("lift") for arm in result.arms)
+    if localised:
+        table.add_column("lift")
+        if result.reference:
+            table.add_column(f"lift {against}")
+    for name in ("images per model", "steps", "minutes", "parameters", "ms per image"):
+        table.add_column(name, justify="right")
+    for arm in result.arms:
+        for cells in _rows(arm, result, localised):
+            table.add_row(*cells)
+    return table
+
+
+def _rows(arm: ArmResult, result: StudyResult, localised: bool) -> list[list[str]]:
+    name = f"{arm.name} (same as {arm.same_as})" if arm.same_as else arm.name
+    if arm.best:
+        name += " (mean)"
+    cells = [name, str(len(arm.records))]
+    cells += [_spread(arm.pooled[metric]) for metric in ("balanced_accuracy", "macro_auc", "accuracy", "ece")]
+    if result.reference:
+        cells += [_difference(arm.differences.get(metric)) for metric in ("balanced_accuracy", "macro_auc")]
+    if localised:
+        cells.append(_spread(arm.localisation.get("lift"), digits=2))
+        if result.reference:
+            cells.append(_difference(arm.differences.get("lift"), digits=2))
+    first = arm.records[0]
+    seconds = sum(record.seconds for record in arm.records) / len(arm.records)
+    cells += [
+        f"{sum(r.images_per_model for r in arm.records) / len(arm.records):,.0f}".replace(",", " "),
+        f"{sum(record.steps for record in arm.records) / len(arm.records):,.0f}".replace(",", " "),
+        f"{seconds / _MINUTE:.1f}",
+        f"{first.parameters / 1e6:.2f} M",
+        "" if arm.latency_ms is None else f"{arm.latency_ms:.1f}",
+    ]
+    rows = [cells]
+    if arm.best:
+        best = [_spread(arm.best[metric]) for metric in ("balanced_accuracy", "macro_auc", "accuracy", "ece")]
+        rows.append([f"{arm.name} (best site)", str(len(arm.records)), *best])
+    return rows
+
+
+def tuning_note(tuned: Tuned) -> str:
+    """Return what the search for settings found, ready to be typed."""
+    before = "" if tuned.before is None else f" ({tuned.before:.3f} with the settings as given)"
+    return (
+        f"best of {tuned.trials} trials, {tuned.objective.replace('-', ' ')} {tuned.value:.3f} on the validation images of "
+        f"seed 0{before}: --set '{tuned.as_set()}'"
+    )
+
+
+def notes(result: StudyResult) -> list[str]:
+    """Return what a reader of the table must know, one line each."""
+    if not result.arms:
+        return [f"failed: {arm}, seed {seed}: {reason}" for arm, seed, reason in result.failures]
+    lines = [
+        "On the test images of all sites together: mean ± standard deviation over the seeds. Figures of several models "
+        "(alone) are means over them; the best site is chosen by its balanced accuracy on these same images.",
+    ]
+    if result.reference:
+        lines.append(
+            f"Differences to {result.reference} are paired by seed and image; in brackets the {COVERAGE:.0%} bootstrap "
+            "interval over patients and seeds."
+        )
+    lines.append(
+        "images per model: labelled images times epochs that went into one model, a student's with its chain's; "
+        "steps and minutes: of all trainings of the arm, per seed."
+    )
+    if any(arm.localisation for arm in result.arms):
+        lines.append(
+            "lift: attention inside the region of interest over what chance would put there, mean over the images that "
+            "have one; 1 is chance."
+        )
+    lines += [f"failed: {arm}, seed {seed}: {reason}" for arm, seed, reason in result.failures]
+    return lines
+
+
+def _spread(one: Spread | None, digits: int = 3) -> str:
+    if one is None:
+        return "none"
+    return f"{one.mean:.{digits}f}" + ("" if one.sd is None else f" ± {one.sd:.{digits}f}")
+
+
+def _difference(one: Difference | None, digits: int = 3) -> str:
+    return "" if one is None else f"{one.mean:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"

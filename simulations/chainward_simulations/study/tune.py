@@ -1,0 +1,263 @@
+"""The search for settings of the chain with Optuna, on the validation images of seed 0; test images are not even there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from chainward_client.data.site_data import SiteData
+from chainward_shared.config import ConfigScalar, RunConfig
+from chainward_shared.errors import ChainwardError, StudyError
+from chainward_shared.seeds import derive_seed
+from chainward_shared.weights import write_atomically
+from chainward_simulations import runner
+from chainward_simulations.study.arms import PlannedArm, plan_arms
+from chainward_simulations.study.progress import StudyProgress
+from chainward_simulations.study.training import chain_work
+from chainward_simulations.study.workers import Event, Report, Step, Tried, Workers, open_sites
+
+Objective = Literal["balanced-accuracy", "macro-auc"]
+SEED = 0
+_NAME = "chain"
+_JOURNAL, _SUMMARY = "tuning.log", "tuning.json"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a setting is searched; `log`: evenly in its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+SPACE: Mapping[str, Range] = {
+    "chain.learning-rate": Range(1e-4, 1e-2, log=True),
+    "chain.distillation-weight": Range(0.05, 0.95),
+    "chain.temperature": Range(1.0, 10.0, log=True),
+    "chain.temperature-decay": Range(0.7, 1.0),
+    "chain.attention-weight": Range(0.0, 3.0),
+}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes
+    ----------
+    settings : the best trial's
+    value : the objective with them, on the validation images
+    before : the objective with the settings that the study was given; None if they could not be trained
+    trials : finished trials
+    """
+
+    settings: dict[str, ConfigScalar]
+    value: float
+    before: float | None
+    trials: int
+    objective: Objective
+
+    def as_set(self) -> str:
+        """Return the settings as they are typed after ``--set``."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+
+
+@dataclass(frozen=True)
+class TrialUnit:
+    """One trial: a chain with some settings, trained and scored on validation images by a worker."""
+
+    number: int
+    planned: PlannedArm
+    objective: Objective
+
+    def run(self, folder: Path, report: Report) -> None:
+        """Train and score; a chain that can't be trained (its loss is not finite, say) has no value."""
+        config = self.planned.config
+        sites = without_test(open_sites(config))
+        work = chain_work(self.planned, len(sites))
+
+        def on_step(what: str) -> None:
+            report(Step(f"trial {self.number + 1}", config.seed, what, work.images / work.trainings))
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
+                outcome = runner.run_in_process(self.planned.chain_config, sites, on_step, state_dir=Path(state_dir))
+            _, pooled = runner.score(outcome.chain, outcome.architecture, sites, config, "val")
+        except ChainwardError as error:
+            report(Tried(self.number, None, str(error)))
+            return
+        value = pooled.balanced_accuracy if self.objective == "balanced-accuracy" else pooled.macro_auc
+        report(
+            Tried(self.number, value, "" if value is not None else "the validation images don't allow this objective")
+        )
+
+
+def without_test(sites: Mapping[str, SiteData]) -> dict[str, SiteData]:
+    """Return the sites with an empty test split: what is not there can't be looked at."""
+    return {
+        name: SiteData(
+            data.site,
+            data.classes,
+            {**data.splits, "test": data.splits["test"].take([])},
+            synthetic=data.synthetic,
+            notes=data.notes,
+        )
+        for name, data in sites.items()
+    }
+
+
+def tune(
+    base: Mapping[str, ConfigScalar],
+    trials: int,
+    objective: Objective,
+    folder: Path,
+    jobs: int,
+    sites: int,
+    console: Console,
+) -> Tuned:
+    """Search the chain's settings until there are `trials` finished trials, those of an earlier search counted.
+
+    The first trial has the settings that were given. Trials that run side by side are drawn without knowing of each other's
+    results, so a search depends on `jobs`.
+
+    Raises
+    ------
+    StudyError
+        The search's file is damaged or of another search, or no trial could be trained.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    given = RunConfig.from_flat({**base, "seed": SEED})
+    study = _open_study(folder / _JOURNAL, objective)
+    as_given = _within_space(given.to_flat())
+    if not _finished(study) and not any(trial.state == TrialState.WAITING for trial in study.trials):
+        study.enqueue_trial(as_given)
+    missing = trials - len(_finished(study))
+    if missing > 0:
+        _search(study, base, objective, missing, folder, jobs, sites, console)
+    finished = _finished(study)
+    valued = [trial for trial in finished if trial.value is not None and trial.state == TrialState.COMPLETE]
+    if not valued:
+        reason = finished[0].user_attrs.get("reason", "") if finished else "none was finished"
+        raise StudyError(f"--tune: no trial could be trained: {reason}")
+    best = max(valued, key=lambda trial: trial.value or 0.0)
+    before = finished[0].value if as_given == _settings(finished[0]) else None
+    tuned = Tuned(_settings(best), best.value or 0.0, before, len(finished), objective)
+    _write_summary(folder / _SUMMARY, tuned, finished)
+    return tuned
+
+
+def _open_study(file: Path, objective: Objective) -> optuna.Study:
+    damaged = f"{file}: the file of the search for settings is damaged"
+    advice = "start anew with --fresh or name another --out"
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(file))),
+            study_name=_NAME,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        stored = study.user_attrs.get("objective")
+        list(study.trials)
+    except OSError as error:
+        raise StudyError(f"{file}: can't be written ({error.strerror or error})") from error
+    except Exception as error:  # whatever Optuna stumbles over in a foreign file
+        raise StudyError(f"{damaged} ({' '.join(str(error).split())[:120]}); {advice}") from error
+    if stored is None and not study.trials:
+        study.set_user_attr("objective", objective)
+    elif stored != objective:
+        raise StudyError(f"{file}: the search there has objective {stored!r}, not {objective!r}; {advice}")
+    return study
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.FAIL)]
+
+
+def _search(
+    study: optuna.Study,
+    base: Mapping[str, ConfigScalar],
+    objective: Objective,
+    missing: int,
+    folder: Path,
+    jobs: int,
+    sites: int,
+    console: Console,
+) -> None:
+    images = chain_work(_planned(base, {}), sites).images
+    values: dict[int, Tried] = {}
+    with StudyProgress(console, missing, missing * images, what="trials") as progress:
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Tried):
+                values[event.number] = event
+            progress.on_event(event)
+
+        with Workers(min(jobs, missing), folder, on_event) as workers:
+            while missing > 0:
+                # Named by what is finished: a search that was interrupted goes on with draws of its own.
+                study.sampler = optuna.samplers.TPESampler(
+                    seed=derive_seed(SEED, "study", "tuning", len(study.trials)) % 2**32, n_startup_trials=8
+                )
+                asked = [study.ask() for _ in range(min(jobs, missing))]
+                units = []
+                for trial in asked:
+                    for key, limits in SPACE.items():
+                        trial.suggest_float(key, limits.low, limits.high, log=limits.log)
+                    units.append(TrialUnit(trial.number, _planned(base, _settings(trial)), objective))
+                workers.run(units)
+                for trial in asked:
+                    tried = values[trial.number]
+                    if tried.value is None:
+                        trial.set_user_attr("reason", tried.reason)
+                        study.tell(trial, state=TrialState.FAIL)
+                    else:
+                        study.tell(trial, tried.value)
+                missing -= len(asked)
+
+
+def _planned(base: Mapping[str, ConfigScalar], settings: Mapping[str, ConfigScalar]) -> PlannedArm:
+    (planned,) = plan_arms(["chain"], [], {**base, **settings}, SEED)
+    return planned
+
+
+def _within_space(flat: Mapping[str, ConfigScalar]) -> dict[str, float]:
+    """Return the given settings that the search can try."""
+    given = {key: float(f"{float(flat[key]):.4g}") for key in SPACE}
+    return {key: value for key, value in given.items() if SPACE[key].low <= value <= SPACE[key].high}
+
+
+def _settings(trial: optuna.Trial | FrozenTrial) -> dict[str, ConfigScalar]:
+    """Return the trial's settings, in four digits: what is trained is what is printed."""
+    return {key: float(f"{trial.params[key]:.4g}") for key in SPACE}
+
+
+def _write_summary(file: Path, tuned: Tuned, finished: list[FrozenTrial]) -> None:
+    summary = {
+        "schema": 1,
+        "objective": tuned.objective,
+        "split": "val",
+        "seed": SEED,
+        "settings": tuned.settings,
+        "set": tuned.as_set(),
+        "value": tuned.value,
+        "value_before": tuned.before,
+        "trials": [
+            {"settings": _settings(trial), "value": trial.value, "reason": trial.user_attrs.get("reason")}
+            for trial in finished
+        ],
+    }
+    try:
+        write_atomically(file, (json.dumps(summary, indent=1) + "\n").encode())
+    except OSError as error:
+        raise StudyError(f"{file}: can't be written ({error.strerror})") from error

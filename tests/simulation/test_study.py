@@ -1,0 +1,339 @@
+"""A study as a whole: trained once, interrupted and continued, told apart, written down; and its command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError, StudyError
+from chainward_simulations.cli import app
+from chainward_simulations.runner import equal, open_sites, run_in_process, score
+from chainward_simulations.study import training
+from chainward_simulations.study.arms import plan_arms
+from chainward_simulations.study.predictions import load_predictions
+from chainward_simulations.study.store import load_chain, save_chain
+from chainward_simulations.study.study import StudyRequest, run_study
+from chainward_simulations.study.training import train_arm, train_chain
+from chainward_simulations.study.workers import Workers, make_units
+
+
+@pytest.fixture
+def base(small_consortium: Path) -> dict:
+    """Settings of a study that takes a second or two an arm."""
+    return {
+        "data.source": str(small_consortium),
+        "chain.backbone": "test_convnext",
+        "chain.epochs": 1,
+        "chain.batch-size": 16,
+        "student.rounds": 1,
+        "student.finetune-rounds": 0,
+        "student.epochs": 1,
+        "federation.precision": "fp32",
+        "federation.threads": 1,
+    }
+
+
+@pytest.fixture
+def study(base, tmp_path):
+    """Run a study in this process."""
+
+    def run(arms: str, seeds=(0,), settings=None, **more):
+        request = StudyRequest(
+            {**base, **(settings or {})}, arms.split(","), (), seeds, folder=tmp_path / "study", jobs=1, **more
+        )
+        return run_study(request, Console(file=StringIO()))
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Names of the arms that were trained, in order, and `chain of` for each chain."""
+    seen: list[str] = []
+    from chainward_simulations.study import workers
+
+    def arm(planned, *rest):
+        seen.append(f"{planned.name} {planned.config.seed}")
+        return train_arm(planned, *rest)
+
+    def chain(planned, *rest):
+        seen.append(f"chain of {planned.name} {planned.config.seed}")
+        return train_chain(planned, *rest)
+
+    monkeypatch.setattr(workers, "train_arm", arm)
+    monkeypatch.setattr(workers, "train_chain", chain)
+    return seen
+
+
+def test_the_chain_of_a_study_is_the_chain_of_a_run(study, base, tmp_path):
+    report = study("chain")
+    config = RunConfig.from_flat({**base, "seed": 0, "student.rounds": 0, "chain.compare-alone": False})
+    sites = open_sites(config)
+    outcome = run_in_process(config, sites)
+    (file,) = (tmp_path / "study" / "chains").iterdir()
+    assert equal(load_chain(file).chain, outcome.chain)
+    scores, pooled = score(outcome.chain, outcome.architecture, sites, config)
+    record = report.folder.record_of("chain", 0)
+    assert record.sites == scores
+    assert record.pooled.balanced_accuracy == pooled.balanced_accuracy
+    assert record.pooled.macro_auc == pytest.approx(
+        pooled.macro_auc, abs=0.01
+    )  # the pooled one counts near scores as ties
+    assert record.images == sum(len(data.splits["train"]) for data in sites.values())
+
+
+def test_one_lap_of_cyclic_transfer_is_a_chain_without_teachers_to_the_bit(base):
+    cyclic, without = plan_arms(["cyclic", "chain-no-distillation"], [], base, 0)
+    sites = open_sites(cyclic.config)
+
+    def chain_of(planned):
+        return train_chain(planned, sites, print)
+
+    first, second = (train_arm(arm, sites, chain_of, print) for arm in (cyclic, without))
+    assert equal(first.models["cyclic"], second.models["chain"])
+
+
+def test_what_is_the_same_training_is_trained_once(study, trained):
+    report = study("chain,student,student-random,chain-no-attention,cyclic,chain-no-distillation")
+    assert trained.count("chain of chain 0") == 1
+    assert sum(name.startswith("chain of") for name in trained) == 1
+    assert len(trained) == 5  # one chain; chain, two students and cyclic on top
+    same = {arm.name: arm.same_as for arm in report.result.arms if arm.same_as}
+    assert same == {"chain-no-attention": "chain", "chain-no-distillation": "cyclic"}
+
+
+def test_every_arm_yields_all_figures_and_predictions_that_give_them_again(study, tmp_path):
+    report = study("alone,union,chain")
+    alone, union, chain = (report.folder.record_of(name, 0) for name in ("alone", "union", "chain"))
+    assert alone.models == 4
+    assert alone.best.site in ("ash", "birch", "cedar", "dogwood")
+    assert alone.best.pooled.balanced_accuracy >= alone.pooled.balanced_accuracy
+    assert alone.images == union.images == chain.images
+    assert alone.images_per_model == pytest.approx(union.images_per_model / 4)
+    for record in (alone, union, chain):
+        predictions = load_predictions(tmp_path / "study" / "predictions" / record.predictions)
+        means = np.mean([scores.balanced_accuracy for scores in predictions.pooled()])
+        assert record.pooled.balanced_accuracy == pytest.approx(means)
+        assert record.pooled.n == len(predictions.labels)
+        assert set(record.sites) == {"ash", "birch", "cedar", "dogwood"}
+        assert record.validation.n > 0
+        assert record.parameters * 4 < record.file_bytes < record.parameters * 4 + 50_000
+
+
+def test_an_interrupted_study_goes_on_without_losing_a_finished_arm(study, trained, monkeypatch, tmp_path):
+    measured = training.measure_arm
+    from chainward_simulations.study import workers
+
+    def interrupted(planned, *rest):
+        if planned.name == "union":
+            raise KeyboardInterrupt
+        return measured(planned, *rest)
+
+    monkeypatch.setattr(workers, "measure_arm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study("chain,union,student")
+    finished = {record["arm"] for record in json.loads((tmp_path / "study" / "study.json").read_text())["records"]}
+    assert "union" not in finished
+    monkeypatch.setattr(workers, "measure_arm", measured)
+    trained.clear()
+    again = study("chain,union,student")
+    assert trained == [f"{name} 0" for name in ("union", "chain", "student") if name not in finished]
+    assert [arm.name for arm in again.result.arms] == ["chain", "union", "student"]
+
+
+def test_arms_and_seeds_are_added_to_a_finished_study_and_its_chain_is_not_trained_again(study, trained):
+    study("chain")
+    trained.clear()
+    report = study("chain,student", seeds=(0,))
+    assert trained == ["student 0"]
+    assert report.folder.record_of("student", 0).images > report.folder.record_of("chain", 0).images
+
+
+def test_a_study_does_not_go_on_with_other_settings_and_names_the_first(study, tmp_path, monkeypatch):
+    study("union")
+    with pytest.raises(StudyError, match=r"chain\.batch-size was 16 and is 8"):
+        study("union", settings={"chain.batch-size": 8})
+    monkeypatch.setattr("chainward_simulations.study.store.__version__", "9.9")
+    with pytest.raises(StudyError, match=r"chainward was '.*' and is '9\.9'"):
+        study("union")
+    assert study("union", settings={"chain.batch-size": 8}, resume=False).result.arms
+
+
+def test_an_arm_that_is_finished_with_another_definition_is_not_taken_for_it(base, tmp_path):
+    def run(definition):
+        request = StudyRequest(base, (), (definition,), (0,), folder=tmp_path / "study", jobs=1)
+        return run_study(request, Console(file=StringIO()))
+
+    run("mine=arm=union chain.learning-rate=0.002")
+    with pytest.raises(StudyError, match="arm 'mine' is finished for seed 0 with another definition"):
+        run("mine=arm=union chain.learning-rate=0.003")
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"schema": 2}', ""])
+def test_a_damaged_study_file_is_one_line(study, tmp_path, damage):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text(damage)
+    with pytest.raises(StudyError, match=r"study\.json: damaged") as refused:
+        study("union")
+    assert "\n" not in str(refused.value)
+
+
+def test_two_processes_do_not_write_one_study(study, tmp_path):
+    report = study("union")
+    from chainward_simulations.study.store import StudyFolder
+
+    held = StudyFolder.open(tmp_path / "study", report.folder.state.settings, resume=True)
+    with pytest.raises(StudyError, match="another process is running this study"):
+        study("union")
+    held.close()
+    assert study("union").result.arms
+
+
+def test_an_arm_that_fails_does_not_cost_the_others(study, monkeypatch):
+    from chainward_shared.errors import ModelError
+    from chainward_simulations.study import baselines
+
+    def fail(*_, **__):
+        raise ModelError("the loss became nan")
+
+    monkeypatch.setattr(baselines, "train_union", fail)
+    report = study("union,cyclic")
+    assert [arm.name for arm in report.result.arms] == ["cyclic"]
+    assert report.result.failures == (("union", 0, "the loss became nan"),)
+
+
+def test_a_full_disk_is_one_line_and_finished_arms_are_kept(study, monkeypatch, tmp_path):
+    study("union")
+    from chainward_simulations.study import predictions
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predictions, "save_file", full)
+    with pytest.raises(StudyError, match="No space left on device"):
+        study("union,cyclic")
+    assert "union" in (tmp_path / "study" / "study.json").read_text()
+
+
+def test_a_chain_is_kept_to_the_bit_with_its_strands(base, tmp_path):
+    (planned,) = plan_arms(["chain-strands-average"], [], base, 0)
+    outcome = train_chain(planned, open_sites(planned.config), print)
+    save_chain(outcome, tmp_path / "chain.safetensors")
+    again = load_chain(tmp_path / "chain.safetensors")
+    assert equal(again.chain, outcome.chain)
+    assert len(again.strands) == 2
+    assert all(equal(one, other) for one, other in zip(again.strands, outcome.strands, strict=True))
+    assert again.architecture == outcome.architecture
+    assert again.logs == outcome.logs
+    (tmp_path / "chain.safetensors").write_bytes(b"damaged")
+    assert load_chain(tmp_path / "chain.safetensors") is None
+
+
+def test_the_order_of_the_arms_changes_no_figure(study, base, tmp_path):
+    first = study("chain,union", seeds=(1, 0))
+    figures = {(r.arm, r.seed): r.pooled for r in first.folder.state.records}
+    second = study("union,chain", seeds=(0, 1), resume=False)
+    assert {(r.arm, r.seed): r.pooled for r in second.folder.state.records} == figures
+    difference = first.result.arms[1].differences["macro_auc"]
+    assert set(difference.per_seed) == {0, 1}
+    assert difference.low <= difference.mean <= difference.high
+
+
+def test_units_are_ordered_by_seed_and_the_longest_first(base):
+    arms = plan_arms(["alone", "chain", "student", "alone-long"], [], base, 0)
+    units = make_units([arm.of_seed(seed) for seed in (5, 2) for arm in arms])
+    named = [(unit.seed, [arm.name for arm in unit.arms]) for unit in units]
+    assert named[:3] == [(5, ["alone-long"]), (5, ["chain", "student"]), (5, ["alone"])]
+    assert [seed for seed, _ in named] == [5, 5, 5, 2, 2, 2]
+
+
+class Dies:
+    """A unit whose process ends at once, as one that is killed does."""
+
+    def run(self, folder, report):
+        os._exit(9)
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(Dies, "__module__", "test_study")
+    with (
+        pytest.raises(StudyError, match="a worker process died"),
+        Workers(2, tmp_path, print) as workers,
+    ):
+        workers.run([Dies()])
+
+
+def typed_command(*words: str):
+    """Type `chainward study`, in this process; errors as they are raised."""
+    return CliRunner().invoke(app, ["study", *words], catch_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "chian"], "did you mean 'chain'"),
+        (["--arms", "chain", "--seeds", "0,0"], "--seeds: 0 is given twice"),
+        ([], "no arms"),
+        (["--arms", "chain", "--sites", "7"], "found 7, but the site column of data.yaml names 4"),
+        (["--arms", "chain", "--label-fraction", "0"], "chain.label-fraction = 0.0"),
+        (["--arms", "chain", "--reference", "union"], "--reference union: not among the arms"),
+        (["--arms", "chain", "--set", "chain.epoch=1"], "did you mean 'chain.epochs'"),
+        (["--arms", "chain", "--out", "/proc/nowhere"], "the study's folder can't be written"),
+        (["--arms", "chain", "--json", "/proc/nowhere/a.json"], "--json /proc/nowhere/a.json: can't be written"),
+        (["--arms", "chain", "--resume"], "there is no study to resume"),
+        (["--arms", "chain", "--set", "federation.sites=ash,oak"], "there is no site 'oak'"),
+    ],
+)
+def test_bad_input_is_one_line(small_consortium, tmp_path, words, said):
+    if "--out" not in words:
+        words = [*words, "--out", str(tmp_path / "study")]
+    result = typed_command("--data", str(small_consortium), *words)
+    assert isinstance(result.exception, ChainwardError)
+    assert said in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_a_data_file_that_is_not_there_is_one_line(tmp_path):
+    result = typed_command("--data", str(tmp_path / "none.yaml"), "--arms", "chain", "--out", str(tmp_path / "study"))
+    assert isinstance(result.exception, ChainwardError)
+    assert "none.yaml" in str(result.exception)
+
+
+def test_the_command_trains_in_workers_what_this_process_trains(study, base, tmp_path):
+    """The whole of it, as it is typed: two workers, table, JSON, picture; the figures are those of one process."""
+    script = Path(sys.executable).with_name("chainward")
+    words = [f"{key}={value}" for key, value in base.items() if key not in ("data.source", "federation.threads")]
+    out, results = tmp_path / "typed", tmp_path / "results.json"
+    typed = subprocess.run(
+        [
+            *(str(script), "study", "--data", base["data.source"], "--arms", "chain,union", "--jobs", "2"),
+            *("--out", str(out), "--json", str(results), "--set", " ".join(words)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert typed.returncode == 0, typed.stderr
+    assert "union" in typed.stdout
+    assert "macro AUC minus chain" in typed.stdout
+    assert "2 of 2: " in typed.stderr
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(results.read_text())
+    assert found["schema"] == 1
+    assert list(found["arms"]) == ["chain", "union"]
+    here = study("chain,union")
+    for arm in here.result.arms:
+        assert found["arms"][arm.name]["records"][0]["pooled"] == arm.records[0].pooled.model_dump()
+        assert found["arms"][arm.name]["pooled"]["macro_auc"]["mean"] == arm.pooled["macro_auc"].mean
