@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site, simulated_site
+from chainward_client.policy import PrivacyPolicy
 from chainward_shared.errors import DataError, ProtocolError, nearest
 from chainward_shared.protocol import SimulatedSite
 
@@ -28,8 +29,9 @@ class SiteConfig(BaseModel):
     site : id of the site
     data : path of the data file
     state : folder for what the site keeps between messages
+    privacy : the site's rules on privacy; without, it takes part in runs without privacy only
 
-    Both may be relative to site.yaml.
+    Both paths may be relative to site.yaml.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +39,11 @@ class SiteConfig(BaseModel):
     site: str = Field(min_length=1, max_length=64)
     data: str
     state: str = "~/.chainward/site"
+    privacy: PrivacyPolicy | None = None
+
+    def state_dir(self, path: Path) -> Path:
+        """Return the state folder of the site whose site.yaml is in `path`."""
+        return path.parent / Path(self.state).expanduser()
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,23 @@ def load_site_config(path: Path) -> SiteConfig:
         return SiteConfig.model_validate(content)
     except ValidationError as error:
         problems = error.errors()
-        unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
+        unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
         if unknown:  # first: a misspelt key is also a missing one
-            hint = nearest(unknown[0], SiteConfig.model_fields)
-            raise DataError(f"{path}: there is no key '{unknown[0]}'{hint}; keys are site, data, state") from error
-        raise DataError(f"{path}: {problems[0]['loc'][0]}: {problems[0]['msg'].lower()}") from error
+            known = SiteConfig.model_fields if len(unknown[0]) == 1 else PrivacyPolicy.model_fields
+            key = str(unknown[0][-1])
+            raise DataError(
+                f"{path}: there is no key '{_dotted(unknown[0])}'{nearest(key, known)}; keys are {', '.join(known)}"
+            ) from error
+        problem = problems[0]
+        found = (
+            f", found {problem['input']!r}" if isinstance(problem["input"], int | float) and problem["loc"][1:] else ""
+        )
+        message = problem["msg"].lower().removeprefix("value error, ")
+        raise DataError(f"{path}: {_dotted(problem['loc'])}: {message}{found}") from error
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
 
 
 def own_config(node_config: Mapping[str, Any]) -> SiteConfig | None:
@@ -99,7 +118,7 @@ def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -
             )
         base = Path(str(node_config[SITE_CONFIG_KEY])).parent
         data = _local_site((base / Path(config.data).expanduser()).resolve(), config.site)
-        return OpenSite(data, base / Path(config.state).expanduser())
+        return OpenSite(data, config.state_dir(Path(str(node_config[SITE_CONFIG_KEY]))))
     if simulated is None:
         raise ProtocolError(
             f"this node has no '{SITE_CONFIG_KEY}' in its node configuration and was not told which simulated site to be"

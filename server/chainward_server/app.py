@@ -39,6 +39,17 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a consortium from rendezvous to report."""
+    run_app(grid, context)
+
+
+def run_app(grid: Grid, context: Context) -> RunFolder:
+    """Run the consortium that the run configuration describes, or what is left of it, and return its run folder.
+
+    Raises
+    ------
+    ChainwardError
+        The run can't start or can't go on; logged in one line before.
+    """
     show_progress()
     quiet_aggregation()
     try:
@@ -49,6 +60,7 @@ def main(grid: Grid, context: Context) -> None:
         logger.error("the run stops: %s", error)
         one_line_for(error)
         raise
+    return folder
 
 
 def coordinate(grid: Grid, folder: RunFolder) -> Results:

@@ -17,6 +17,9 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config_docs import configuration_markdown, flower_app_config
 from chainward_shared.errors import ChainwardError, ConfigError, RunFolderError, nearest
+from chainward_shared.privacy.audit import audit_statements
+from chainward_shared.privacy.console import print_audit, write_page
+from chainward_shared.privacy.statements import read_privacy_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -80,6 +83,17 @@ def report(
     directory: RunsDir = DEFAULT_DIR,
 ) -> None:
     """Render report.html of a run anew and print where it is."""
+    typer.echo(write_report(open_run(run, directory)))
+
+
+def open_run(run: str, directory: Path) -> RunFolder:
+    """Return the run folder of a run's id or path.
+
+    Raises
+    ------
+    RunFolderError
+        There is none, or a file of it is damaged.
+    """
     base = directory.expanduser()
     path = base / run
     if not (path / "run.json").is_file():
@@ -87,7 +101,32 @@ def report(
         raise RunFolderError(
             f"run {run!r}: no run.json in {path}{nearest(run, known)}; `chainward runs` lists the runs"
         )
-    typer.echo(write_report(RunFolder.open(path)))
+    return RunFolder.open(path)
+
+
+@app.command()
+def audit(
+    run: Annotated[str, typer.Argument(help="Id of a run, or path of its folder.")],
+    directory: RunsDir = DEFAULT_DIR,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report for an ethics committee there.")] = None,
+) -> None:
+    """Check what the sites signed about a run's privacy. 0: fine, 1: over budget or inconsistent, 2: damaged."""
+    folder = open_run(run, directory)
+    record = read_privacy_record(folder.path / "privacy.json")
+    statements = record.get("statements", [])
+    audited = audit_statements(folder.state.run_id, statements, list(record.get("sites", {})))
+    if html is not None:
+        write_page(audited, html)
+    if as_json:
+        typer.echo(json.dumps(audited.to_json(), indent=1))
+    else:
+        print_audit(audited, console)
+        if not statements:
+            console.print("differential privacy was off in this run", markup=False)
+        if html is not None:
+            console.print(f"report: {html.absolute()}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(audited.exit_code)
 
 
 @app.command()

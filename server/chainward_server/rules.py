@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 
 from chainward_shared.evaluation.scores import Scores
 
@@ -16,8 +17,7 @@ def weakest_site(remaining: Sequence[str], validation: Mapping[str, Scores]) -> 
 
     A site without a score comes last; of equal ones, and before the first link, the first of `remaining` is taken.
     """
-    scores = {site: _balanced_accuracy(validation.get(site)) for site in remaining}
-    return min(remaining, key=lambda site: 2.0 if scores[site] is None else scores[site])
+    return min(remaining, key=lambda site: _balanced_accuracy(validation.get(site), unknown=2.0))
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,19 @@ def forgetting(
     before, after : validation scores of each site, of the predecessor and of the link
     """
     pairs = [
-        (old, new)
+        (_balanced_accuracy(before.get(site), unknown=nan), _balanced_accuracy(after.get(site), unknown=nan))
         for site in dict.fromkeys(earlier_sites)
-        if (old := _balanced_accuracy(before.get(site))) is not None
-        and (new := _balanced_accuracy(after.get(site))) is not None
     ]
-    if not pairs:
+    known = [pair for pair in pairs if not isnan(sum(pair))]
+    if not known:
         return None
-    return Forgetting(sum(old for old, _ in pairs) / len(pairs), sum(new for _, new in pairs) / len(pairs))
+    return Forgetting(sum(old for old, _ in known) / len(known), sum(new for _, new in known) / len(known))
 
 
 def best_strand(validation: Mapping[int, Scores]) -> int:
     """Return the strand with the highest pooled validation balanced accuracy, the first of equal ones."""
-    scores = {strand: _balanced_accuracy(score) for strand, score in validation.items()}
-    return max(sorted(scores), key=lambda strand: -1.0 if scores[strand] is None else scores[strand])
+    return max(sorted(validation), key=lambda strand: _balanced_accuracy(validation[strand], unknown=-1.0))
 
 
-def _balanced_accuracy(score: Scores | None) -> float | None:
-    return None if score is None else score.balanced_accuracy
+def _balanced_accuracy(score: Scores | None, *, unknown: float) -> float:
+    return unknown if score is None or score.balanced_accuracy is None else score.balanced_accuracy

@@ -24,6 +24,7 @@ from chainward_shared.recipes import (
     EmaSchedule,
     HeadSelection,
     LayerSelection,
+    LearningRateCycle,
     LinkRecipe,
     Precision,
     PrivilegedRecipe,
@@ -107,6 +108,11 @@ class ChainConfig(Table):
     epochs: int = Field(12, ge=1, le=10_000, description="Epochs of one link")
     batch_size: int = Field(32, ge=1, le=4_096, description="Images per step; a site with fewer takes all it has")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Peak of the one-cycle learning rate (AdamW)")
+    cycle: LearningRateCycle = Field(
+        "link",
+        description="link: the learning rate goes through a one-cycle in every link; laps: a site's links of all laps share "
+        "one, so that later laps change less",
+    )
     weight_decay: float = Field(0.05, ge=0, le=1, description="Decoupled weight decay; not on norms and biases")
     start: Literal["warm", "fresh"] = Field(
         "warm", description="warm: a link starts from the predecessor's weights; fresh: from the run's initial weights"
@@ -145,6 +151,13 @@ class ChainConfig(Table):
         "site-prior",
         description="site-prior: cross-entropy adjusted by the logarithm of the site's class frequencies; "
         "weighted: inverse class frequencies as weights; none",
+    )
+    prior_strength: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Strength of the site-prior adjustment. 1: predictions as if all classes were equally frequent; "
+        "less: part of the sites' own class mix stays in them",
     )
     max_forgetting: float = Field(
         1.0,
@@ -233,7 +246,8 @@ class StudentConfig(Table):
         "mixed: channels of all heads laid end to end, as in the paper, which mixes neighbouring heads",
     )
     layers: LayerSelection = Field(
-        "first", description="first: the first layers (of each stage); spread: evenly over the depth, first and last included"
+        "first",
+        description="first: the first layers (of each stage); spread: evenly over the depth, first and last included",
     )
     rounds: int = Field(3, ge=0, le=10_000, description="Rounds of self-distillation. 0: no students")
     epochs: int = Field(4, ge=1, le=10_000, description="Epochs at each site in a round")
@@ -256,7 +270,8 @@ class StudentConfig(Table):
         description="ema: the auxiliary teacher follows the student as a moving average; frozen: stays as it was selected",
     )
     ema_schedule: EmaSchedule = Field(
-        "cosine", description="Decay of the moving average. cosine: from student.ema-decay to 1; constant: student.ema-decay"
+        "cosine",
+        description="Decay of the moving average. cosine: from student.ema-decay to 1; constant: student.ema-decay",
     )
     ema_decay: float = Field(
         0.996, ge=0, lt=1, description="Decay of the auxiliary teacher's moving average (at the start, if it rises)"
@@ -361,8 +376,11 @@ class RunConfig(Table):
             precision=self.federation.precision,
             threads=self.federation.threads,
             class_balance=chain.class_balance,
+            prior_strength=chain.prior_strength,
             label_fraction=chain.label_fraction,
             start=chain.start,
+            laps=1 if laps > 1 else chain.laps,
+            cycle=chain.cycle,
             distillation_weight=chain.distillation_weight,
             temperature=chain.temperature,
             temperature_decay=chain.temperature_decay,
@@ -386,6 +404,7 @@ class RunConfig(Table):
             precision=self.federation.precision,
             threads=self.federation.threads,
             class_balance=self.chain.class_balance,
+            prior_strength=self.chain.prior_strength,
             label_fraction=self.chain.label_fraction,
             privileged=None if finetune else self.privileged.recipe_for("students"),
             stage=stage,

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Augmentation = Literal["none", "upright", "all-orientations"]
 ClassBalance = Literal["site-prior", "weighted", "none"]
+LearningRateCycle = Literal["link", "laps"]
 Precision = Literal["auto", "fp32", "bf16"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
@@ -57,14 +58,17 @@ class TrainingRecipe(BaseModel):
     precision: Precision
     threads: int = Field(ge=1)
     class_balance: ClassBalance
+    prior_strength: float = Field(1.0, ge=0, le=1)
     label_fraction: float = Field(gt=0, le=1)
     privileged: PrivilegedRecipe | None = None
 
 
 class LinkRecipe(TrainingRecipe):
-    """How a link is trained (methods, section 1)."""
+    """How a link is trained (methods, section 1). `laps`: of the whole chain, among which "laps" shares a learning-rate cycle."""
 
     start: Literal["warm", "fresh"]
+    laps: int = Field(1, ge=1)
+    cycle: LearningRateCycle = "link"
     distillation_weight: float = Field(ge=0, le=1)
     attention_weight: float = Field(0.0, ge=0)
     unlabelled_weight: float = Field(0.0, ge=0)

@@ -13,7 +13,7 @@ from torch import nn
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training.augmentation import STRENGTHS, augmented
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
-from chainward_client.training.loop import Batch, train
+from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.precision import resolve_precision, training_environment
 from chainward_client.training.student import StudentObjective, train_student
 from chainward_shared.distillation.losses import classification_loss, distillation_loss, teacher_trust
@@ -172,7 +172,7 @@ def test_a_failed_training_leaves_them_alone_too():
 # --- the loop ---
 
 
-class Recorder:
+class Recorder(Objective):
     """An objective that notes which images it saw, and pulls all logits to zero."""
 
     def __init__(self) -> None:

@@ -212,6 +212,8 @@ def test_parameters_are_counted_whether_frozen_or_not():
         ("deit3_small_patch16_224", "vit"),
         ("convnext_atto_ols", "convnext"),
         ("convnextv2_atto", "convnext"),
+        ("resnetv2_18", "resnetv2"),
+        ("resnetv2_50d_gn", "resnetv2"),
     ],
 )
 def test_the_family_follows_from_what_timm_builds(name, family):

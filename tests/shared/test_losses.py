@@ -83,6 +83,16 @@ def test_a_class_that_the_site_has_never_seen_is_left_to_the_predecessor():
     assert torch.all(logits.grad[:, [0, 2, 3]] != 0)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_strength_of_the_prior_scales_its_logarithm_and_a_class_without_cases_drops_out_at_any(strength):
+    found = classification_loss(LOGITS, SEEN, torch.tensor(COUNTS), "site-prior", strength)
+    for row, label, loss in zip(LOGITS.tolist(), SEEN.tolist(), found.tolist(), strict=True):
+        powers = [
+            (n / sum(COUNTS)) ** strength * math.exp(z) if n else 0.0 for z, n in zip(row, COUNTS, strict=True)
+        ]
+        assert loss == pytest.approx(-math.log(powers[label] / sum(powers)), rel=1e-5)
+
+
 def test_a_site_with_one_class_alone_teaches_nothing():
     logits = LOGITS.clone().requires_grad_()
     loss = classification_loss(logits, torch.full((12,), 3), torch.tensor([0, 0, 0, 9]), "site-prior")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 from io import StringIO
@@ -32,6 +33,7 @@ def base(small_consortium: Path) -> dict:
     """Settings of a study that takes a second or two an arm."""
     return {
         "data.source": str(small_consortium),
+        "federation.sites": "ash,birch",
         "chain.backbone": "test_convnext",
         "chain.epochs": 1,
         "chain.batch-size": 16,
@@ -115,17 +117,17 @@ def test_what_is_the_same_training_is_trained_once(study, trained):
 def test_every_arm_yields_all_figures_and_predictions_that_give_them_again(study, tmp_path):
     report = study("alone,union,chain")
     alone, union, chain = (report.folder.record_of(name, 0) for name in ("alone", "union", "chain"))
-    assert alone.models == 4
-    assert alone.best.site in ("ash", "birch", "cedar", "dogwood")
+    assert alone.models == 2
+    assert alone.best.site in ("ash", "birch")
     assert alone.best.pooled.balanced_accuracy >= alone.pooled.balanced_accuracy
     assert alone.images == union.images == chain.images
-    assert alone.images_per_model == pytest.approx(union.images_per_model / 4)
+    assert alone.images_per_model == pytest.approx(union.images_per_model / 2)
     for record in (alone, union, chain):
         predictions = load_predictions(tmp_path / "study" / "predictions" / record.predictions)
         means = np.mean([scores.balanced_accuracy for scores in predictions.pooled()])
         assert record.pooled.balanced_accuracy == pytest.approx(means)
         assert record.pooled.n == len(predictions.labels)
-        assert set(record.sites) == {"ash", "birch", "cedar", "dogwood"}
+        assert set(record.sites) == {"ash", "birch"}
         assert record.validation.n > 0
         assert record.parameters * 4 < record.file_bytes < record.parameters * 4 + 50_000
 
@@ -167,6 +169,17 @@ def test_a_study_does_not_go_on_with_other_settings_and_names_the_first(study, t
     with pytest.raises(StudyError, match=r"chainward was '.*' and is '9\.9'"):
         study("union")
     assert study("union", settings={"chain.batch-size": 8}, resume=False).result.arms
+
+
+def test_a_study_does_not_go_on_with_another_manifest(small_consortium, tmp_path, study):
+    folder = tmp_path / "data"
+    shutil.copytree(small_consortium.parent, folder)
+    settings = {"data.source": str(folder / "data.yaml")}
+    study("union", settings=settings)
+    rows = (folder / "cases.csv").read_text().splitlines()
+    (folder / "cases.csv").write_text("\n".join(rows[:-1]) + "\n")
+    with pytest.raises(StudyError, match="sha256 of the manifest was"):
+        study("union", settings=settings)
 
 
 def test_an_arm_that_is_finished_with_another_definition_is_not_taken_for_it(base, tmp_path):
@@ -257,21 +270,13 @@ def test_units_are_ordered_by_seed_and_the_longest_first(base):
     assert [seed for seed, _ in named] == [5, 5, 5, 2, 2, 2]
 
 
-class Dies:
-    """A unit whose process ends at once, as one that is killed does."""
-
-    def run(self, folder, report):
-        os._exit(9)
-
-
 def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(Dies, "__module__", "test_study")
-    with (
-        pytest.raises(StudyError, match="a worker process died"),
-        Workers(2, tmp_path, print) as workers,
-    ):
-        workers.run([Dies()])
+    source = "import os\nclass Dies:\n    def run(self, folder, report):\n        os._exit(9)\n"
+    (tmp_path / "deadly.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)  # workers look for modules where this process does
+    unit = importlib.import_module("deadly").Dies()
+    with pytest.raises(StudyError, match="a worker process died"), Workers(2, tmp_path, print) as workers:
+        workers.run([unit])
 
 
 def typed_command(*words: str):
@@ -322,7 +327,7 @@ def test_the_command_trains_in_workers_what_this_process_trains(study, base, tmp
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert typed.returncode == 0, typed.stderr

@@ -103,7 +103,7 @@ def test_an_arm_of_ones_own_starts_from_another_and_says_so():
     arm = planned("strong", definitions=(definition,))
     assert (arm.arm.trainer, arm.arm.mu, arm.rounds) == ("federated", 0.5, 6)
     assert arm.config.chain.learning_rate == 0.002
-    assert arm.arm.about == "fedprox with mu=0.5 rounds=6 chain.learning-rate=0.002"
+    assert arm.arm.about == "fedprox with rounds=6 mu=0.5 chain.learning-rate=0.002"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def explicit_average(states: list[StateDict], weights: list[int]) -> StateDict:
 
 
 def assert_handed_on(trainings: list[Training]) -> None:
-    for before, after in zip(trainings, trainings[1:], strict=False):
+    for before, after in pairwise(trainings):
         assert equal(before.end, after.start), f"{after.names} did not start from what {before.names} ended with"
 
 

@@ -54,6 +54,12 @@ def slow_metrics(predictions: Predictions, rows: np.ndarray) -> tuple[float, flo
     return float(np.mean(balanced)), float(np.mean(areas))
 
 
+def slow_area(predictions: Predictions, rows: np.ndarray) -> float:
+    """Macro AUC of the one model of single-label `predictions`."""
+    labels, probabilities = predictions.labels[rows], predictions.probabilities[0, rows]
+    return float(np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in range(CLASSES)]))
+
+
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_figures_of_a_resample_are_those_of_the_repeated_images(multilabel):
     predictions = predictions_of(0, multilabel=multilabel)
@@ -88,17 +94,18 @@ def test_the_difference_is_the_mean_of_the_seeds_and_its_interval_that_of_a_slow
     assert found.mean == pytest.approx(np.mean(expected))
     assert list(found.per_seed.values()) == pytest.approx(expected)
 
-    generator = np.random.default_rng(5)  # other draws: the intervals agree as closely as 250 draws allow
+    generator = np.random.default_rng(5)  # other draws: the intervals agree as closely as 150 draws allow
     groups = reference[0].group
     patients = np.unique(groups)
     figures = []
-    for _ in range(250):
+    for _ in range(150):
         drawn = np.concatenate([np.flatnonzero(groups == p) for p in generator.choice(patients, len(patients))])
-        differences = [slow_metrics(arm[s], drawn)[1] - slow_metrics(reference[s], drawn)[1] for s in (0, 1, 2)]
-        figures.append(np.mean(generator.choice(differences, 3)))
+        seeds = generator.choice([0, 1, 2], 3)
+        differences = {s: slow_area(arm[s], drawn) - slow_area(reference[s], drawn) for s in set(seeds.tolist())}
+        figures.append(np.mean([differences[s] for s in seeds]))
     low, high = np.quantile(figures, [0.025, 0.975])
-    assert found.low == pytest.approx(low, abs=0.25 * (high - low))
-    assert found.high == pytest.approx(high, abs=0.25 * (high - low))
+    assert found.low == pytest.approx(low, abs=0.3 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.3 * (high - low))
 
 
 def test_an_arm_does_not_differ_from_itself():

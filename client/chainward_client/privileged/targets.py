@@ -269,7 +269,7 @@ def _key(data: SiteData, cases: Cases, recipe: PrivilegedRecipe, training: Train
         "classes": data.classes,
         # the weights in the student's loss decide nothing here
         "recipe": recipe.model_dump(exclude={"logit_weight", "embedding_weight", "temperature"}),
-        "training": [training.seed, training.threads, training.class_balance],
+        "training": [training.seed, training.threads, training.class_balance, training.prior_strength],
         "labels": [list(cases.labels.shape), cases.labels.tolist()],
         "patients": cases.patients.tolist(),
         "texts": privileged.texts,

@@ -81,7 +81,9 @@ def train_teacher(
         order = torch_generator(training.seed, *names, "batches")
         for _ in range(recipe.epochs):
             for chosen in torch.randperm(len(vectors), generator=order).tensor_split(steps):
-                losses = classification_loss(teacher(vectors[chosen]), labels[chosen], counts, training.class_balance)
+                losses = classification_loss(
+                    teacher(vectors[chosen]), labels[chosen], counts, training.class_balance, training.prior_strength
+                )
                 optimizer.zero_grad(set_to_none=True)
                 losses.mean().backward()
                 optimizer.step()

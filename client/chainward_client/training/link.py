@@ -81,7 +81,10 @@ class LinkObjective(Objective):
         view = batch.view()
         n = len(batch.labels)
         logits = model(view).float()
-        loss = classification_loss(logits[:n], batch.labels, self.counts, self.recipe.class_balance)
+        recipe = self.recipe
+        loss = classification_loss(
+            logits[:n], batch.labels, self.counts, recipe.class_balance, recipe.prior_strength
+        )
         self.seen += n
         if self.predecessor is not None:
             weight = self.recipe.distillation_weight
@@ -195,5 +198,6 @@ def train_link(
     counts = class_counts(cases.labels, len(data.classes))
     guide = privileged_term(data, cases, recipe, model, state_dir, *names)
     objective = LinkObjective(recipe, model, teacher, counts, guide)
-    log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled)
+    part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
+    log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled, part=part)
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}, log

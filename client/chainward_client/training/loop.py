@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -20,6 +20,9 @@ from chainward_shared.errors import ModelError
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import Augmentation, TrainingRecipe
 from chainward_shared.seeds import derive_seed, torch_generator
+
+if TYPE_CHECKING:
+    from chainward_client.training.private import PrivateTraining
 
 logger = logging.getLogger("chainward.client")
 
@@ -61,6 +64,10 @@ class Objective:
         """Return what is trained beside the model and never leaves: a projector, say."""
         return []
 
+    def extra_modules(self) -> list[nn.Module]:
+        """Return the modules of `extra_parameters`: private training clips their gradients with the model's."""
+        return []
+
     def start_epoch(self, epoch: int) -> None:
         """Prepare for `epoch`, 0-based."""
 
@@ -85,6 +92,7 @@ def train(
     *names: str | int,
     unlabelled: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
+    private: PrivateTraining | None = None,
 ) -> TrainingLog:
     """Train `model` in place on `cases` and return how it went.
 
@@ -96,11 +104,15 @@ def train(
     unlabelled : further images without labels, uint8 (m, c, h, w); every batch gets as many of them as it has labelled
         ones. An epoch is one pass over the labelled images
     part : (index, of): this training is part `index`, 0-based, of `of` equal ones under one learning-rate schedule
+    private : train privately by its plan, which then decides steps and batches; holds what was spent, also after an
+        error. The log says nothing of the data then: no losses, and the plan's number of images
 
     Raises
     ------
     ModelError
-        The loss is not finite, or a backbone with batch norm has a single image to train on.
+        The loss (private: a weight) is not finite, or a backbone with batch norm has a single image to train on.
+    PrivacyError
+        A private training is asked for something that is not a function of one record and public things.
     """
     if len(cases) < 2 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise ModelError(
@@ -108,15 +120,24 @@ def train(
         )
     device = best_device()
     precision = resolve_precision(recipe.precision, device)
+    if private is not None:
+        private.check(recipe, 0 if unlabelled is None else len(unlabelled))
+        precision = "fp32"
     started = time.monotonic()
     with training_environment(recipe.threads, derive_seed(recipe.seed, *names, "torch")):
         model.to(device).train()
         steps_per_epoch = math.ceil(len(cases) / recipe.batch_size)
+        if private is not None:
+            steps_per_epoch = math.ceil(private.plan.steps / recipe.epochs)
         objective.start(device, steps_per_epoch)
         images, labels = cases.images.to(device), cases.labels.to(device)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, objective, recipe.weight_decay), lr=recipe.learning_rate, fused=True
         )
+        if private is not None:
+            schedule = _one_cycle(optimizer, recipe.learning_rate, private.plan.steps, part)
+            _train_privately(model, cases, recipe, objective, unlabelled, private, optimizer, schedule)
+            return _private_log(recipe, private, started)
         schedule = _one_cycle(optimizer, recipe.learning_rate, recipe.epochs * steps_per_epoch, part)
         order = torch_generator(recipe.seed, *names, "batches")
         views = torch_generator(recipe.seed, *names, "augmentation")
@@ -174,6 +195,58 @@ def train(
         privileged=log.get("privileged", []),
         seconds=time.monotonic() - started,
         precision=precision,
+    )
+
+
+def _train_privately(
+    model: nn.Module,
+    cases: Cases,
+    recipe: TrainingRecipe,
+    objective: Objective,
+    unlabelled: Tensor | None,
+    private: PrivateTraining,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """Do the steps of the plan: each of a Poisson sample, in parts that fit into memory, and of one draw of noise."""
+    device, n, steps = next(model.parameters()).device, len(cases), private.plan.steps
+    images, labels = cases.images.to(device), cases.labels.to(device)
+    others = None if unlabelled is None or not len(unlabelled) else unlabelled.to(device)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    private.start(model, objective.extra_modules(), parameters, cases.patients)
+    views = private.fresh_chance(device)
+    try:
+        for epoch in range(recipe.epochs):
+            objective.start_epoch(epoch)
+            for _ in range(steps * epoch // recipe.epochs, steps * (epoch + 1) // recipe.epochs):
+                for rows in private.parts(private.sample()):
+                    chosen = rows[rows < n].to(device)
+                    beside = None if others is None or len(chosen) == len(rows) else others[rows[rows >= n] - n]
+                    batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
+                    private.accumulate(objective.losses(private.model, batch))
+                private.finish_step()
+                optimizer.step()
+                schedule.step()
+                objective.after_step(model)
+            if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+                raise ModelError(
+                    f"a weight is not finite after epoch {epoch + 1} of {recipe.epochs} of a private training; "
+                    f"lower the learning rate (now {recipe.learning_rate:g})"
+                )
+    finally:
+        private.close()
+    model.to("cpu").eval()
+
+
+def _private_log(recipe: TrainingRecipe, private: PrivateTraining, started: float) -> TrainingLog:
+    plan = private.plan
+    return TrainingLog(
+        epochs=recipe.epochs,
+        steps=plan.steps,
+        images=round(plan.steps * plan.expected_batch),
+        loss=[],
+        seconds=time.monotonic() - started,
+        precision="fp32",
     )
 
 

@@ -85,7 +85,7 @@ class StudentObjective(Objective):
         recipe, multilabel = self.recipe, batch.labels.ndim == 2
         view = batch.view()
         logits = model(view).float()
-        loss = classification_loss(logits, batch.labels, self.counts, recipe.class_balance)
+        loss = classification_loss(logits, batch.labels, self.counts, recipe.class_balance, recipe.prior_strength)
         if self.privileged is not None:
             term, taps = self.privileged
             guided = term.losses(logits, taps.embedding, batch.rows)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 from chainward_server.report.page import render_report
 from chainward_server.run_folder import RunFolder, privacy_statement
 from chainward_shared.errors import RunFolderError
+
+EXAMPLES = "examples.png"
+"""Picture of test images and where the models look in them: in a run folder only where the images are on this machine."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -30,6 +36,13 @@ def write_report(folder: RunFolder) -> Path:
         )
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{privacy_file}: damaged ({error})") from error
+    examples = folder.path / EXAMPLES
+    try:
+        picture = examples.read_bytes() if examples.exists() else None
+    except OSError as error:
+        raise RunFolderError(f"{examples}: can't be read ({error.strerror})") from error
+    if picture is not None and not picture.startswith(_PNG):
+        raise RunFolderError(f"{examples}: damaged (not a PNG); remove it, or draw it anew with `chainward examples`")
     page = render_report(
         results,
         status=folder.state.status,
@@ -38,6 +51,7 @@ def write_report(folder: RunFolder) -> Path:
             name: table if isinstance(table, dict) else {name: table} for name, table in folder.config.tables().items()
         },
         privacy=privacy,
+        examples=None if picture is None else base64.b64encode(picture).decode(),
         started=folder.state.started,
         finished=folder.state.updated if folder.state.status != "running" else None,
     )

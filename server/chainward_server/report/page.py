@@ -34,6 +34,7 @@ def render_report(
     privacy: Mapping[str, object],
     started: str,
     finished: str | None,
+    examples: str | None = None,
 ) -> str:
     """Return the page as HTML: pictures inside, no script, nothing loaded from elsewhere.
 
@@ -45,6 +46,7 @@ def render_report(
     config : tables of the effective configuration, ``{"chain": {"laps": 1, ...}, ...}``
     privacy : ``{"mode": "off", "statement": "...", "sites": {site: {...}}}``
     started, finished : ISO 8601 times
+    examples : base64 of a PNG with test images and where the models look in them
     """
     chains = tables.strands(results)
     comparison = tables.comparison_rows(results)
@@ -80,6 +82,7 @@ def render_report(
             incidents=tables.incidents(results),
             mixes=tables.class_mixes(results),
             looks=tables.looks_rows(results),
+            examples=examples,
             multilabel=tables.multilabel(results),
         )
     )

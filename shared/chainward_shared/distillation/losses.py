@@ -43,7 +43,9 @@ def class_log_prior(counts: Tensor) -> Tensor:
     return (counts.float() / counts.sum()).log()
 
 
-def classification_loss(logits: Tensor, labels: Tensor, counts: Tensor, balance: ClassBalance) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, counts: Tensor, balance: ClassBalance, strength: float = 1.0
+) -> Tensor:
     """Return the cross-entropy of each example, (batch,), with the chosen handling of class imbalance.
 
     Multi-label: the mean over the classes of the binary cross-entropy, see `binary_cross_entropy`.
@@ -52,16 +54,21 @@ def classification_loss(logits: Tensor, labels: Tensor, counts: Tensor, balance:
     ----------
     counts : training cases of each class at this site, as `class_counts` gives them: (classes,) or (classes, 2)
     balance :
-        "site-prior": cross-entropy of ``logits + log prior`` (balanced softmax, Ren et al. 2020, eq. 4; logit
-        adjustment, Menon et al. 2021, eq. 10). The logits themselves then estimate the same class-balanced posterior
-        at every site, however different their class mixes: what distillation between sites needs.
+        "site-prior": cross-entropy of ``logits + strength * log prior`` (logit adjustment, Menon et al. 2021, eq. 10,
+        strength is their tau; with 1 the balanced softmax of Ren et al. 2020, eq. 4). With 1 the logits themselves
+        estimate the same class-balanced posterior at every site, however different their class mixes: what
+        distillation between sites needs. With less they keep part of the site's own mix. A class without cases drops
+        out at every strength.
         "weighted": each example weighted by n / (classes present * count of its class).
         "none": plain cross-entropy.
+    strength : of "site-prior", in [0, 1]
     """
     if labels.ndim == 2:
-        return binary_cross_entropy(logits, labels, counts, balance)
+        return binary_cross_entropy(logits, labels, counts, balance, strength)
     if balance == "site-prior":
-        return functional.cross_entropy(logits + class_log_prior(counts), labels, reduction="none")
+        log_prior = class_log_prior(counts)
+        adjustment = torch.where(counts > 0, strength * log_prior, log_prior)
+        return functional.cross_entropy(logits + adjustment, labels, reduction="none")
     loss = functional.cross_entropy(logits, labels, reduction="none")
     if balance == "weighted":
         present = (counts > 0).sum()
@@ -70,16 +77,18 @@ def classification_loss(logits: Tensor, labels: Tensor, counts: Tensor, balance:
     return loss
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor, balance: ClassBalance) -> Tensor:
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, counts: Tensor, balance: ClassBalance, strength: float = 1.0
+) -> Tensor:
     """Return the mean over the classes of the binary cross-entropy of each example, (batch,).
 
     Parameters
     ----------
     counts : training cases without and with each finding at this site, (classes, 2)
     balance :
-        "site-prior": of ``logits + log(with / without)``, the two-class case of the softmax's adjustment. A finding that
-        no case of this site has, or every case has, adds nothing and its logit gets no gradient here, for the reason
-        that `class_log_prior` gives.
+        "site-prior": of ``logits + strength * log(with / without)``, the two-class case of the softmax's adjustment. A
+        finding that no case of this site has, or every case has, adds nothing and its logit gets no gradient here, for
+        the reason that `class_log_prior` gives.
         "weighted": each answer weighted by n / (answers present * count of this answer), so that the images with and
         without a finding weigh the same.
         "none": plain.
@@ -88,7 +97,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor, balance
     if balance == "site-prior":
         asked = (counts > 0).all(dim=1)
         log_odds = torch.where(asked, (with_and_without[:, 1] / with_and_without[:, 0].clamp(min=1)).log(), 0.0)
-        loss = functional.binary_cross_entropy_with_logits(logits + log_odds, labels, reduction="none")
+        loss = functional.binary_cross_entropy_with_logits(logits + strength * log_odds, labels, reduction="none")
         return torch.where(asked, loss, 0.0).mean(dim=1)
     loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     if balance == "weighted":

@@ -26,7 +26,9 @@ def canonical_json(content: Mapping[str, object]) -> bytes:
     ValueError
         A number is NaN or infinite.
     """
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode(
+        "ascii"
+    )
 
 
 def create_key(path: Path) -> Ed25519PrivateKey:
@@ -40,18 +42,16 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     if path.exists():
         raise PrivacyError(f"{path}: there is a key already; a new one would not match what the old one signed")
     key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write_new(public_key_path(path), public, 0o644)
         _write_new(path, pem, 0o600)  # last: where the private key is, the public one is too
     except OSError as error:
-        raise PrivacyError(f"{path}: can't be written ({error.strerror}); free space or fix the folder's rights") from error
+        raise PrivacyError(
+            f"{path}: can't be written ({error.strerror}); free space or fix the folder's rights"
+        ) from error
     return key
 
 

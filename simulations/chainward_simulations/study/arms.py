@@ -72,7 +72,7 @@ def _keys(overrides: Mapping[str, ConfigScalar]) -> dict[str, ConfigScalar]:
 _TABLE = (
     Arm("alone", "alone", "each site by itself, with the epochs of its links: mean over the sites, best site noted"),
     Arm("alone-long", "alone-long", "each site by itself, with as many steps as the whole chain takes"),
-    Arm("union", "union", "all sites' labelled images in one place, in one training: what sharing the data would give"),
+    Arm("union", "union", "all sites' labelled images together, in one training"),
     Arm("fedavg", "federated", "federated averaging (McMahan et al. 2017), by default 4 rounds"),
     Arm("fedprox", "federated", "FedAvg held near the round's start (Li et al. 2020), mu = 0.01", mu=PROXIMAL_WEIGHT),
     Arm("cyclic", "cyclic", "weights handed from site to site, cross-entropy only, one lap", laps=1),
@@ -272,6 +272,10 @@ class PlannedArm:
                 "attention_weight": 0.0,
                 "unlabelled_weight": 0.0,
                 "privileged": None,
+                # without a teacher these do nothing; the same everywhere, they don't make it another training
+                "temperature": 1.0,
+                "temperature_decay": 1.0,
+                "teacher_trust": "none",
             }
         )
 

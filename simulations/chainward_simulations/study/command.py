@@ -100,12 +100,14 @@ def study(
     request = StudyRequest(
         base, names, arm or [], parse_seeds(seeds), reference, out, jobs, resume, tune, objective.value
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         report = run_study(request, progress)
     except KeyboardInterrupt:
         progress.print("interrupted; finished arms are kept, and the same command goes on from there", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     result, folder = report.result, report.folder
     if json_file == "-":
         from chainward_simulations.study.results import as_json

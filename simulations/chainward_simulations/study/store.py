@@ -15,6 +15,7 @@ import timm
 import torch
 from pydantic import ValidationError
 
+from chainward_client.data.description import CsvDescription, load_description
 from chainward_shared import __version__
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import StudyError, WeightsError
@@ -41,18 +42,28 @@ def study_settings(config: RunConfig) -> dict[str, ConfigScalar]:
         "timm": timm.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    source = config.data.source
-    if source != PHANTOM:
-        settings["sha256 of the data file"] = _sha256(Path(source))
+    if config.data.source != PHANTOM:
+        settings |= _content_of(Path(config.data.source))
     settings |= {key: value for key, value in config.to_flat().items() if not key.startswith(NOT_A_SETTING)}
     return settings
 
 
+def _content_of(file: Path) -> dict[str, ConfigScalar]:
+    """Return digests of the data file and of the table of cases it names, and the size of a file of images."""
+    description = load_description(file)
+    content: dict[str, ConfigScalar] = {"sha256 of the data file": _sha256(file)}
+    if isinstance(description, CsvDescription):
+        content["sha256 of the manifest"] = _sha256(description.manifest)
+        if description.images is not None and description.images.is_file():
+            content["bytes of the images"] = description.images.stat().st_size
+    else:
+        content["sha256 of the images"] = _sha256(description.images)
+    return content
+
+
 def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""  # reading the data says what is wrong
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_folder(settings: Mapping[str, ConfigScalar]) -> Path:

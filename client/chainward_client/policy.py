@@ -1,0 +1,243 @@
+"""The site's own rules on privacy: the `privacy` block of site.yaml. Above anything that a coordinator asks.
+
+Refusals come before training and say what was asked, what is spent, what is left and the largest plan that still fits.
+They hold numbers and names of settings only, so that they may be sent; how many patients a site has is never among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from chainward_shared.errors import PolicyRefusal
+from chainward_shared.privacy.accounting import Mechanism, largest_steps, spent
+from chainward_shared.privacy.entries import Unit
+from chainward_shared.privacy.ledger import Ledger, Reservation
+from chainward_shared.privacy.statements import Terms
+
+logger = logging.getLogger("chainward")
+
+
+class PrivacyPolicy(Terms):
+    """The `privacy` block of site.yaml.
+
+    Attributes
+    ----------
+    epsilon, delta : the budget of the site's lifetime, over all runs; delta below 1 over the number of units
+    required : whether a run without privacy is refused, default true
+    epsilon_per_run : cap on one run, default none but the lifetime's budget
+    unit : what is protected: "patient" with all images (default), or one "image"
+    metrics : what of scores and counts may leave: "withhold" (default), "noised", "exact"
+    metrics_epsilon : what one noised release costs; with ``metrics: noised`` only
+    privileged_teachers :
+        whether teachers that read reports or tables may train, privately and charged to the ledger; default false
+    """
+
+    required: bool = True
+    metrics_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    privileged_teachers: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epsilon_per_run is not None and self.epsilon_per_run > self.epsilon:
+            raise ValueError(
+                f"epsilon_per_run {self.epsilon_per_run:g} is above epsilon {self.epsilon:g}, the lifetime's budget"
+            )
+        if (self.metrics == "noised") != (self.metrics_epsilon is not None):
+            raise ValueError(
+                "metrics_epsilon says what a release with 'metrics: noised' costs; give both or neither "
+                f"(metrics is '{self.metrics}')"
+            )
+        return self
+
+    @property
+    def terms(self) -> Terms:
+        """What of the policy others may know; it goes into every statement."""
+        return Terms(**{name: getattr(self, name) for name in Terms.model_fields})
+
+    def metrics_mechanism(self) -> Mechanism | None:
+        """Return what one release of noised metrics is charged as; None where none is charged."""
+        return Mechanism("laplace", 1 / self.metrics_epsilon, 1.0, 1) if self.metrics_epsilon is not None else None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A mechanism that is about to be spent, and for what.
+
+    Attributes
+    ----------
+    mechanism : what it costs
+    phase, hop : for which piece of work of the run
+    clip_norm : norm to which each unit's gradient is clipped; None for a Laplace release
+    """
+
+    mechanism: Mechanism
+    phase: str
+    hop: str
+    clip_norm: float | None = None
+
+
+def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool) -> None:
+    """Check the policy against the site's training data.
+
+    Parameters
+    ----------
+    policy : the site's
+    units : patients (or images, if that is the unit) in the training data
+    has_patient_ids : whether the data say which image is of which patient
+
+    Raises
+    ------
+    PolicyRefusal
+        Delta is not below 1 / `units`, or patients can't be told apart.
+    """
+    if policy.unit == "patient" and not has_patient_ids:
+        raise PolicyRefusal(
+            "the policy protects patients (unit: patient), but the data have no patient ids; "
+            "add them to the data file, or protect images (unit: image)"
+        )
+    if units < 1 or policy.delta >= 1 / units:
+        logger.error(
+            "delta %g is not below 1/%d, the number of %ss in the training data", policy.delta, units, policy.unit
+        )
+        raise PolicyRefusal(
+            f"delta {policy.delta:g} is not below 1 over the number of {policy.unit}s in the training data; "
+            "a mechanism that publishes a record with that probability would pass. Lower delta in site.yaml"
+        )
+
+
+def check_run(
+    policy: PrivacyPolicy | None, *, private: bool, unit: Unit | None = None, privileged: bool = False
+) -> None:
+    """Check what kind of training a run asks for, before anything is planned.
+
+    Parameters
+    ----------
+    policy : the site's; None: site.yaml has no `privacy` block
+    private : whether the run asks for differential privacy
+    unit : what the run wants to protect; None: whatever the site does
+    privileged : whether the run wants a privileged teacher to be trained here
+
+    Raises
+    ------
+    PolicyRefusal
+        The policy requires privacy and the run has none, the run is private and the site has no policy, the units
+        differ, or privileged teachers may not train here.
+    """
+    if policy is None:
+        if private:
+            raise PolicyRefusal("the run is private, but this site has no budget: site.yaml lacks the 'privacy' block")
+        return
+    if not private:
+        if policy.required:
+            raise PolicyRefusal(
+                "the policy requires differential privacy and the run has none; set privacy.mode = 'dp-sgd'"
+            )
+        return
+    if unit not in (None, policy.unit):
+        raise PolicyRefusal(f"the run protects one {unit}, the policy of this site one {policy.unit}")
+    if privileged and not policy.privileged_teachers:
+        raise PolicyRefusal(
+            "the run asks for a privileged teacher; the policy has privileged_teachers: false, "
+            "since its training would be charged to the budget too"
+        )
+
+
+def check_request(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechanism], run: str) -> None:
+    """Check that `asked` fits into what the policy leaves, over the site's lifetime and within the run.
+
+    The answer holds only while the ledger is held: `reserve` checks and reserves in one go.
+
+    Raises
+    ------
+    PolicyRefusal
+        It doesn't fit. The message says what was asked, spent, left, and the largest plan that fits.
+    LedgerError
+        The ledger can't be read.
+    """
+    ledger.reload()
+    for scope, budget, before in (
+        ("in the site's lifetime", policy.epsilon, ledger.mechanisms()),
+        ("in this run", policy.epsilon_per_run, ledger.mechanisms(run)),
+    ):
+        if budget is None:
+            continue
+        after = spent([*before, *asked], policy.delta)
+        if after <= budget:
+            continue
+        already = spent(before, policy.delta)
+        raise PolicyRefusal(
+            f"over budget: epsilon {spent(asked, policy.delta):.4g} asked, {already:.4g} of {budget:.4g} spent {scope}, "
+            f"{max(0.0, budget - already):.4g} left; together {after:.4g} at delta {policy.delta:g}. "
+            f"{_largest_plan(policy, ledger, asked, run)}"
+        )
+
+
+def reserve(
+    policy: PrivacyPolicy, ledger: Ledger, plan: Sequence[Planned], run: str, *, seeded: bool = False
+) -> list[Reservation]:
+    """Check that the whole plan fits and reserve it, in one go: no other process can spend in between.
+
+    Returns
+    -------
+    One reservation for each planned mechanism, in that order. If the ledger fails in the middle, those before stay
+    spent.
+
+    Raises
+    ------
+    PolicyRefusal
+        The plan doesn't fit, or the ledger counts in another unit than the policy; nothing was reserved.
+    LedgerError
+        The ledger can't be read or written: nothing may be trained.
+    """
+    asked = [planned.mechanism for planned in plan]
+    check_request(policy, ledger, asked, run)  # the accountants take seconds: not while others wait
+    with ledger.exclusive():
+        if units := {str(one.reserved.unit) for one in ledger.spendings()} - {policy.unit}:
+            raise PolicyRefusal(
+                f"the ledger of this site counts per {units.pop()}, its policy per {policy.unit}; "
+                "an epsilon of the one says nothing of the other. Set the unit back"
+            )
+        check_request(policy, ledger, asked, run)
+        return [
+            ledger.reserve(
+                planned.mechanism,
+                run=run,
+                phase=planned.phase,
+                hop=planned.hop,
+                unit=policy.unit,
+                delta=policy.delta,
+                clip_norm=planned.clip_norm,
+                seeded=seeded,
+            )
+            for planned in plan
+        ]
+
+
+def _largest_plan(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechanism], run: str) -> str:
+    trainings = [mechanism for mechanism in asked if mechanism.kind == "dp-sgd" and mechanism.noise_multiplier > 0]
+    if not trainings:
+        return "No such release fits"
+    longest = max(trainings, key=lambda mechanism: mechanism.steps)
+    others = list(asked)
+    others.remove(longest)
+    fitting = longest.steps
+    for budget, before in ((policy.epsilon, ledger.mechanisms()), (policy.epsilon_per_run, ledger.mechanisms(run))):
+        if budget is not None and fitting:
+            already = [*before, *others]
+            possible = math.isfinite(spent(already, policy.delta)) and spent(already, policy.delta) <= budget
+            fitting = min(
+                fitting,
+                largest_steps(already, longest.noise_multiplier, longest.sample_rate, policy.delta, budget)
+                if possible
+                else 0,
+            )
+    at = f"at noise multiplier {longest.noise_multiplier:g} and sample rate {longest.sample_rate:g}"
+    if not fitting:
+        return f"Not one step {at} fits: ask for more noise, or leave this site out"
+    return f"The largest plan that fits {at}: {fitting} of the {longest.steps} steps asked"

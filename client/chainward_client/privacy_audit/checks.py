@@ -1,0 +1,208 @@
+"""Checks of the private step itself, each of which fails when its part of the step is sabotaged.
+
+They look at the real `PrivateTraining` through the real `train`, on a model of a few thousand weights, in seconds. Their
+false-alarm rate is below one in a million each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chainward_client.data.site_data import Cases
+from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.private import PrivateTraining
+from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.recipes import TrainingRecipe
+
+_SIDE = 16
+_CLASSES = 8
+_Z = 5.5  # standard deviations: two-sided, 4 in 10^8
+_PLAN = PrivatePlan(
+    unit="patient", delta=1e-5, noise_multiplier=2.0, sample_rate=0.25, expected_batch=8.0, steps=8, clip=0.5
+)
+_RECIPE = TrainingRecipe(
+    seed=11,
+    epochs=2,
+    batch_size=8,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    augmentation="none",
+    precision="fp32",
+    threads=1,
+    class_balance="none",
+    label_fraction=1.0,
+)
+
+
+class _Squares(Objective):
+    """Gradients far longer than the clipping norm, and different for each image."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch.view())
+        return 100.0 * nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+
+
+def mechanism_problems() -> list[str]:
+    """Return what is wrong with the private step as it runs here, one sentence each; none if all is well."""
+    checks: tuple[Callable[[], str], ...] = (
+        noise_problem,
+        clipping_problem,
+        normalisation_problem,
+        sampling_problem,
+        entropy_problem,
+        empty_batch_problem,
+        buffers_problem,
+    )
+    return [problem for check in checks if (problem := check())]
+
+
+def noise_problem() -> str:
+    """The noise of a step without any image has the standard deviation that the plan says, and no structure."""
+    scaled = (
+        torch.cat([_step(_PLAN, []) for _ in range(8)]) * _PLAN.expected_batch / (_PLAN.noise_multiplier * _PLAN.clip)
+    )
+    n = len(scaled)
+    apart = (float(scaled.square().mean()) - 1) / math.sqrt(2 / n)
+    if abs(apart) > _Z:
+        return (
+            f"the noise has {float(scaled.std()):.3f} times the planned standard deviation (of {n} numbers, "
+            f"{apart:+.1f} standard errors)"
+        )
+    together = float((scaled[:-1] * scaled[1:]).mean()) * math.sqrt(n)
+    if abs(together) > _Z:
+        return f"neighbouring numbers of the noise depend on one another ({together:+.1f} standard errors)"
+    return ""
+
+
+def clipping_problem() -> str:
+    """Without noise, one image moves the sum by the clipping norm and not more, and n images by at most n times that."""
+    plan = _PLAN.model_copy(update={"noise_multiplier": 0.0})
+    for rows in ([0], [1], [0, 1, 2, 3]):
+        length = float(_step(plan, rows).norm()) * plan.expected_batch
+        if not length <= len(rows) * plan.clip * 1.001:
+            return f"{len(rows)} images move the sum of gradients by {length:.3f}; clipped they can by {len(rows) * plan.clip:g}"
+    return ""
+
+
+def normalisation_problem() -> str:
+    """The same image yields the same gradient in a step alone as its share in a step of many: the divisor is fixed."""
+    plan = _PLAN.model_copy(update={"noise_multiplier": 0.0})
+    apart = _step(plan, [0]) + _step(plan, [1]) - _step(plan, [0, 1])
+    if not float(apart.norm()) <= 1e-3 * plan.clip / plan.expected_batch:
+        return "the sum of gradients is not divided by the expected batch but by something that depends on the sample"
+    return ""
+
+
+def sampling_problem() -> str:
+    """Every patient is sampled with the planned probability, independently, and yields one image."""
+    private = PrivateTraining(_PLAN, "hooks")
+    cases = _cases()
+    _begin(private, _model(), cases)
+    draws = 3000
+    patients = cases.patients
+    names = sorted(set(patients))
+    seen = np.zeros((draws, len(names)))
+    for draw in range(draws):
+        whose = [names.index(patients[row]) for row in private.sample().tolist()]
+        if len(set(whose)) < len(whose):
+            return "a step holds two images of one patient"
+        seen[draw, whose] = 1.0
+    private.close()
+    q = _PLAN.sample_rate
+    apart = (seen.mean(axis=0) - q) / math.sqrt(q * (1 - q) / draws)
+    if np.abs(apart).max() > _Z:
+        return f"a patient is sampled {np.abs(apart).max():.1f} standard errors more or less often than planned"
+    sizes = seen.sum(axis=1)
+    expected = len(names) * q * (1 - q)
+    if abs(sizes.var() / expected - 1) > _Z * math.sqrt(2 / draws) * 1.2:
+        return f"the number of patients in a step varies by {sizes.var():.2f}, of independent ones by {expected:.2f}"
+    return ""
+
+
+def entropy_problem() -> str:
+    """Two trainings with the same run seed end with different weights: the seed reaches neither noise nor sampling."""
+    ends, firsts = [], []
+    for _ in range(2):
+        model = _model()
+        private = PrivateTraining(_PLAN, "hooks")
+        train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
+        if private.spent.seeded:
+            return "the noise comes from a seeded generator, which is for tests only"
+        ends.append(_flat([p.detach() for p in model.parameters()]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            firsts.append(_step(_PLAN, []))
+    if torch.equal(*ends) or torch.equal(*firsts):
+        return "two trainings with one seed draw the same noise: whoever knows the seed can take it off again"
+    return ""
+
+
+def empty_batch_problem() -> str:
+    """A step whose sample is empty still adds noise, is counted, and changes the weights."""
+    plan = _PLAN.model_copy(update={"sample_rate": 1e-9, "steps": 2})
+    model, private = _model(), PrivateTraining(plan, "hooks")
+    before = _flat([p.detach().clone() for p in model.parameters()])
+    train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
+    if private.spent.mechanism.steps != 2:
+        return f"2 steps with empty samples are counted as {private.spent.mechanism.steps}"
+    if torch.equal(before, _flat([p.detach() for p in model.parameters()])):
+        return "a step whose sample is empty leaves the weights as they were, which tells that it is empty"
+    return ""
+
+
+def buffers_problem() -> str:
+    """Training leaves buffers untouched."""
+    model = _model()
+    model.register_buffer("note", torch.ones(3))
+    train(model, _cases(), _RECIPE, _Squares(), "audit", private=PrivateTraining(_PLAN, "hooks"))
+    if not torch.equal(dict(model.named_buffers())["note"], torch.ones(3)):
+        return "training changes buffers, which are neither clipped nor noised"
+    return ""
+
+
+def _step(plan: PrivatePlan, rows: list[int]) -> Tensor:
+    """Return the gradient, all parameters in one vector, that a private step of exactly these images yields."""
+    model, private, cases = _model(), PrivateTraining(plan, "hooks"), _cases()
+    _begin(private, model, cases)
+    for part in private.parts(torch.tensor(rows, dtype=torch.int64)):
+        batch = Batch(cases.images[part], cases.labels[part], part, None, "none", torch.Generator())
+        private.accumulate(_Squares().losses(private.model, batch))
+    private.finish_step()
+    gradient = _flat([p.grad for p in model.parameters() if p.grad is not None])
+    private.close()
+    return gradient
+
+
+def _begin(private: PrivateTraining, model: nn.Module, cases: Cases) -> None:
+    private.start(model, [], list(model.parameters()), cases.patients)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(4 * 49, 24),
+            nn.GELU(),
+            nn.Linear(24, _CLASSES),
+        ).train()
+
+
+def _cases() -> Cases:
+    """40 images of 32 patients, eight of whom have two."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(0, 256, (40, 1, _SIDE, _SIDE), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, _CLASSES, (40,), generator=generator)
+    return Cases(images, labels, np.array([f"patient-{i % 32}" for i in range(40)]))

@@ -1,0 +1,102 @@
+"""Where the randomness of private training comes from: the operating system. Never a run's seed.
+
+`torch.Generator.manual_seed` on the CPU keeps 32 bits of its seed, whatever it is given, and so does every generator
+that is made that way: whoever receives a model could try all of its noises. Here the sampling takes its bits from the
+system directly, the noise of every step is drawn by a counter-based generator with a fresh 256-bit key, and PyTorch's
+generator gets its whole state.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Entropy(Protocol):
+    """A source of randomness for private training.
+
+    Attributes
+    ----------
+    seeded : True where it can be replayed; what was trained with it is not private
+    """
+
+    seeded: bool
+
+    def uniform(self, n: int) -> np.ndarray:
+        """Return `n` numbers in [0, 1), float64 (n,)."""
+
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        """Return standard normal numbers, float32, one tensor for each shape."""
+
+    def generator(self) -> torch.Generator:
+        """Return a new CPU generator, of augmentations say."""
+
+    def integer(self) -> int:
+        """Return a number below 2^63."""
+
+
+class OperatingSystem:
+    """The operating system's entropy: cannot be replayed."""
+
+    seeded = False
+
+    def uniform(self, n: int) -> np.ndarray:
+        bits = np.frombuffer(os.urandom(8 * n), dtype=np.uint64) >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
+
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        if device.type == "cuda":  # its generator takes all 64 bits
+            generator = torch.Generator(device=device).manual_seed(self.integer())
+            return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+        key = np.frombuffer(os.urandom(32), dtype=np.uint32).tolist()
+        return _normal(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))), shapes, device)
+
+    def generator(self) -> torch.Generator:
+        generator = torch.Generator()
+        generator.manual_seed(self.integer())
+        state = generator.get_state()
+        words = torch.from_numpy(np.frombuffer(os.urandom(4 * _WORDS), dtype=np.uint32).astype(np.int64))
+        state[_STATE_START : _STATE_START + 8 * _WORDS] = words.view(torch.uint8)
+        generator.set_state(state)
+        return generator
+
+    def integer(self) -> int:
+        return int.from_bytes(os.urandom(8), "big") >> 1
+
+
+class SeededForTests:
+    """Repeats itself. For tests only: the ledger marks what was trained with it, and the audit fails it."""
+
+    seeded = True
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.default_rng(seed)
+
+    def uniform(self, n: int) -> np.ndarray:
+        return self._generator.random(n)
+
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        return _normal(self._generator, shapes, device)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.integer())
+
+    def integer(self) -> int:
+        return int(self._generator.integers(2**63))
+
+
+_WORDS = 624  # of the Mersenne twister; PyTorch keeps each in 8 bytes, behind 24 bytes of seed and counters
+_STATE_START = 24
+
+
+def _normal(generator: np.random.Generator, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+    return [
+        torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)).to(device)
+        if len(shape)
+        else torch.tensor(generator.standard_normal(dtype=np.float32), device=device)
+        for shape in shapes
+    ]

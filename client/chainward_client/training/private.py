@@ -1,0 +1,304 @@
+"""Private training: the step of the one training loop that clips, adds noise, and samples patients (Abadi et al. 2016).
+
+The guarantee is about a sum of vectors, one for each sampled unit, each no longer than `clip`. It holds only where each
+vector is a function of **one record and public things**. What that means for each part of a recipe:
+
+====================================  ==============================================================================
+cross-entropy                         one record
+distillation from the predecessor     one record; the predecessor is another site's output, or this site's, accounted for
+teacher trust, attention transfer     one record and the predecessor
+large models, auxiliary teacher       one record and what private steps yielded before (post-processing)
+temperature, learning rate            the plan: epochs and steps are fixed before the first step
+moving averages, weight selection     post-processing of noisy weights
+class balance "none"                  one record
+"site-prior", "weighted"              counts of private labels: refused, unless the prior is declared
+label fraction below 1                drawn class by class it depends on all labels: under privacy each patient's labels
+                                      are kept by a hash of the patient alone (`keeps_labels`)
+images without labels                 units of their own, sampled, clipped and counted in the expected batch like others
+privileged teachers                   trained on all records: refused, unless trained privately, on the same ledger
+projector                             clipped together with the model, one vector
+augmentation, dropout                 each image's random numbers must not depend on which others are in the batch. Drawn
+                                      in order from a known seed they do: without one patient, all later images get
+                                      other views. Fresh secret numbers have one distribution for every image, whoever
+                                      else is there; so they come from the operating system, not from the run's seed
+batch norm                            a function of the batch: refused (`models.private_ready`)
+losses, trust, counts in the log      functions of all records: not in the log of a private training
+bf16                                  off: clipping has been verified in fp32 only
+====================================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chainward_client.training.entropy import Entropy, OperatingSystem
+from chainward_shared.errors import ModelError, PrivacyError
+from chainward_shared.models.private_ready import GradSampleMode, PerExampleGradients
+from chainward_shared.privacy.accounting import Mechanism
+from chainward_shared.privacy.plan import PrivacyRecipe, PrivatePlan, Unit, plan, rounded_units
+from chainward_shared.recipes import TrainingRecipe
+from chainward_shared.seeds import derive_seed
+
+__all__ = [
+    "PrivacyRecipe",
+    "PrivacySpent",
+    "PrivatePlan",
+    "PrivateTraining",
+    "Unit",
+    "declared_counts",
+    "keeps_labels",
+    "plan",
+    "rounded_units",
+]
+
+GRADIENT_BYTES = 2**29
+"""Per-example gradients in memory at once, about; decides how many examples are computed together."""
+MOST_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """What a private training has cost so far, finished or not.
+
+    Attributes
+    ----------
+    mechanism : with the noisy steps that were done
+    planned : with those of the plan
+    seeded : True where the noise can be replayed: not private, for tests only
+    """
+
+    mechanism: Mechanism
+    planned: Mechanism
+    seeded: bool
+
+
+class PrivateTraining:
+    """One private training on the loop of `training.loop`: hand it to `train` and read `spent` afterwards.
+
+    Parameters
+    ----------
+    plan : fixed for the whole training; reserve ``plan.mechanism`` in the ledger first
+    mode : how per-example gradients are computed, from `check_private_ready`
+    unlabelled_patients : str (m,), the patient of each image without label; needed where there are such images
+    declared_prior : the objective's class counts are declared, not counted (`declared_counts`)
+    private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
+    together : examples computed at once; 0, the default: as many as `GRADIENT_BYTES` allow. Changes no result
+    entropy : the operating system, unless a test wants to repeat itself
+    """
+
+    def __init__(
+        self,
+        plan: PrivatePlan,
+        mode: GradSampleMode,
+        *,
+        unlabelled_patients: np.ndarray | None = None,
+        declared_prior: bool = False,
+        private_teachers: bool = False,
+        together: int = 0,
+        entropy: Entropy | None = None,
+    ) -> None:
+        self.plan, self.mode, self.together = plan, mode, together
+        self.unlabelled_patients = unlabelled_patients
+        self.declared_prior, self.private_teachers = declared_prior, private_teachers
+        self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
+        self.steps_done = 0
+        self._units: list[np.ndarray] = []
+        self._gradients: PerExampleGradients | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._sums: list[Tensor] = []
+
+    @property
+    def spent(self) -> PrivacySpent:
+        """What was spent up to now; a step counts from the moment its noise is drawn."""
+        steps = min(self.steps_done, self.plan.steps)
+        done = Mechanism("dp-sgd", self.plan.noise_multiplier, self.plan.sample_rate, steps)
+        return PrivacySpent(done, self.plan.mechanism, self.entropy.seeded)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to call for losses, while the training lasts."""
+        if self._gradients is None:
+            raise ModelError("a private training has no model before it starts")
+        return self._gradients.forward_of
+
+    def check(self, recipe: TrainingRecipe, unlabelled: int) -> None:
+        """Refuse what is not a function of one record and public things.
+
+        Raises
+        ------
+        PrivacyError
+            Names the setting and what to do.
+        """
+        if recipe.class_balance != "none" and not self.declared_prior:
+            raise PrivacyError(
+                f"class-balance '{recipe.class_balance}' counts this site's labels, which is not allowed under privacy: "
+                "declare the prior in site.yaml or set class-balance to 'none'"
+            )
+        if recipe.privileged is not None and not self.private_teachers:
+            raise PrivacyError(
+                "privileged teachers trained without privacy have seen every patient, and what they teach breaks the "
+                "guarantee: train them privately or switch them off"
+            )
+        if unlabelled and (self.unlabelled_patients is None or len(self.unlabelled_patients) != unlabelled):
+            found = 0 if self.unlabelled_patients is None else len(self.unlabelled_patients)
+            raise PrivacyError(
+                f"{unlabelled} images without label need their patients under privacy, found {found}; give them or set "
+                "unlabelled-weight to 0"
+            )
+        if recipe.precision == "bf16":
+            raise PrivacyError("precision 'bf16' is not verified for private training; set it to 'fp32' or 'auto'")
+
+    def start(
+        self, model: nn.Module, others: Sequence[nn.Module], parameters: Sequence[nn.Parameter], patients: np.ndarray
+    ) -> None:
+        """Prepare for training `model` on the images of `patients`, str (n,).
+
+        Parameters
+        ----------
+        others : modules that are trained beside the model
+        parameters : all that the optimiser changes
+
+        Raises
+        ------
+        ModelError
+            The optimiser changes a parameter that is in none of the modules: it would not be clipped.
+        PrivacyError
+            The unit is the patient and an image has none.
+        """
+        self._gradients = PerExampleGradients(model, self.mode, others)
+        self._parameters = self._gradients.parameters()
+        if {id(p) for p in parameters if p.requires_grad} != {id(p) for p in self._parameters}:
+            raise ModelError(
+                "the optimiser's parameters are not those with per-example gradients; that is a fault here"
+            )
+        if not self.together:
+            each = 4 * sum(p.numel() for p in self._parameters)
+            self.together = max(1, min(MOST_TOGETHER, GRADIENT_BYTES // max(1, each)))
+        beside = np.array([], dtype=str) if self.unlabelled_patients is None else self.unlabelled_patients
+        self._units = units_of(np.concatenate([patients, beside]), self.plan.unit)
+        self._forget_sums()
+
+    def fresh_chance(self, device: torch.device) -> torch.Generator:
+        """Draw the state of PyTorch's own generators (dropout) anew and return a generator for augmentations."""
+        torch.default_generator.set_state(self.entropy.generator().get_state())
+        if device.type == "cuda":
+            torch.cuda.manual_seed(self.entropy.integer())
+        return self.entropy.generator()
+
+    def sample(self) -> Tensor:
+        """Return a Poisson sample of the units, one random image of each: int64 rows, ascending; often fewer or more than
+        expected, perhaps none. Rows from n on are of images without labels."""
+        inside = np.flatnonzero(self.entropy.uniform(len(self._units)) < self.plan.sample_rate)
+        which = self.entropy.uniform(len(inside))
+        rows = [self._units[unit][int(u * len(self._units[unit]))] for unit, u in zip(inside, which, strict=True)]
+        return torch.tensor(sorted(int(row) for row in rows), dtype=torch.int64)
+
+    def parts(self, rows: Tensor) -> Iterator[Tensor]:
+        """Return `rows` in parts that fit into memory; none for an empty sample."""
+        return iter(rows.split(self.together) if len(rows) else ())
+
+    def accumulate(self, losses: Tensor) -> None:
+        """Add the clipped gradient of each example's loss, (n,), to the step's sum."""
+        assert self._gradients is not None
+        losses.sum().backward()
+        gradients = self._gradients.take(len(losses))
+        factors = _clip_factors(gradients, self.plan.clip)
+        for total, of_each in zip(self._sums, gradients, strict=True):
+            total += torch.einsum("n,n...->...", factors, of_each)
+
+    def finish_step(self) -> None:
+        """Set each parameter's ``grad`` to the noisy mean: (sum + noise) / expected batch. Also after an empty sample."""
+        if self.steps_done >= self.plan.steps:
+            raise PrivacyError(f"the plan's {self.plan.steps} private steps are done; one more was not reserved")
+        self.steps_done += 1
+        std = self.plan.noise_multiplier * self.plan.clip
+        noises = self.entropy.normal([p.shape for p in self._parameters], self._parameters[0].device)
+        for parameter, total, noise in zip(self._parameters, self._sums, noises, strict=True):
+            parameter.grad = (total + std * noise) / self.plan.expected_batch
+        self._forget_sums()
+
+    def close(self) -> None:
+        """Leave the model without any trace of single examples."""
+        if self._gradients is not None:
+            self._gradients.close()
+        self._gradients, self._parameters, self._sums = None, [], []
+
+    def _forget_sums(self) -> None:
+        self._sums = [torch.zeros_like(p) for p in self._parameters]
+
+
+def units_of(patients: np.ndarray, unit: Unit) -> list[np.ndarray]:
+    """Return the rows of each unit: of each patient, in the order of first appearance, or each row alone.
+
+    Raises
+    ------
+    PrivacyError
+        The unit is the patient and an image has none.
+    """
+    if unit == "image":
+        return [np.array([row]) for row in range(len(patients))]
+    rows: dict[str, list[int]] = {}
+    for row, patient in enumerate(patients):
+        if not str(patient).strip():
+            raise PrivacyError(
+                f"image {row} has no patient, but patients are what privacy is to protect; "
+                "give patient ids or set the unit to 'image'"
+            )
+        rows.setdefault(str(patient), []).append(row)
+    return [np.array(of_one) for of_one in rows.values()]
+
+
+def keeps_labels(patients: np.ndarray, fraction: float, seed: int, site: str) -> np.ndarray:
+    """Return the rows whose labels are kept, ascending: about `fraction` of the patients, each by a hash of its own id.
+
+    What happens to one patient does not depend on another, so this is allowed under privacy; a draw class by class is not.
+    """
+    kept: dict[str, bool] = {}
+    for patient in map(str, patients):
+        if patient not in kept:
+            kept[patient] = derive_seed(seed, site, "labels-of", patient) < fraction * 2.0**63
+    return np.flatnonzero([kept[str(patient)] for patient in patients])
+
+
+def declared_counts(prior: Sequence[float], *, multilabel: bool) -> Tensor:
+    """Return a declared class prior in the form of `class_counts`, as of a million cases.
+
+    Parameters
+    ----------
+    prior : share of each class; multi-label: share of cases with each finding
+
+    Raises
+    ------
+    PrivacyError
+        A share is not within [0, 1], or those of a single-label task don't add up to 1.
+    """
+    if not all(math.isfinite(p) and 0 <= p <= 1 for p in prior):
+        raise PrivacyError(f"the declared prior {list(prior)} has a share that is not within 0 and 1")
+    shares = torch.tensor(list(prior), dtype=torch.float64)
+    if multilabel:
+        return torch.stack([1 - shares, shares], dim=1).mul(1e6).round().long()
+    if abs(float(shares.sum()) - 1) > 1e-3:
+        raise PrivacyError(f"the declared prior {list(prior)} adds up to {float(shares.sum()):g}, expected 1")
+    return shares.mul(1e6).round().long()
+
+
+def _clip_factors(gradients: Sequence[Tensor], clip: float) -> Tensor:
+    """Return by what each example's gradient is multiplied to be no longer than `clip`, (n,).
+
+    An example whose gradient is not finite drops out, and its gradient is set to zero in place: a function of that example
+    alone, as clipping is.
+    """
+    n = len(gradients[0])
+    squares = torch.stack([g.reshape(n, -1).square().sum(dim=1) for g in gradients]).sum(dim=0)
+    broken = ~squares.isfinite()
+    if bool(broken.any()):
+        for gradient in gradients:
+            gradient[broken] = 0.0
+        squares = torch.where(broken, torch.zeros_like(squares), squares)
+    return clip / squares.sqrt().clamp(min=clip)

@@ -1,0 +1,310 @@
+"""Which backbones can be trained privately: found out by running them, never by the names of their layers.
+
+Private training clips the gradient of every example. Opacus computes those gradients in one pass in several ways
+("modes"), each of which is wrong, or crashes, for some timm models; a wrong one does not clip what it should, and the
+guarantee is void without any sign of it. So each mode is compared with the gradients of the examples one by one, on the
+architecture itself at its own image size.
+
+A backbone with batch norm is refused, not converted. A layer put in its place would make a model that
+``timm.create_model`` can't rebuild from the architecture that travels with the weights, and the sites of one chain that
+train without privacy would have another one. The family resnetv2 has group norm by an argument of timm's, which does
+travel (`resolve_architecture` sets it).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from chainward_shared.errors import ModelError
+from chainward_shared.models.architecture import Architecture, build_model, count_parameters, skeleton
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleHooks
+
+GradSampleMode = Literal["hooks", "functorch", "ew"]
+"""hooks: Opacus' formula of each kind of layer (with a repair for convolutions). functorch: every layer through `vmap`.
+ew: PyTorch's expanded weights."""
+MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ew")
+
+READY = (
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "convnext_atto",
+    "convnext_femto",
+    "convnext_pico",
+    "convnext_nano",
+    "convnext_tiny",
+    "resnetv2_18",
+    "resnetv2_34",
+    "resnetv2_50",
+)
+"""Backbones to name in a refusal, each checked by a test."""
+
+_EXAMPLES = 3
+_TOLERANCE = 1e-3
+_MIXERS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def check_private_ready(architecture: Architecture, device: str = "cpu") -> GradSampleMode:
+    """Return the fastest mode whose per-example gradients are right for this architecture; remembered in the process.
+
+    The batch is three random images; weights are moved off their initial values, so that a layer that starts at zero
+    can't hide another's error. Buffers must be as before: what training writes into them is a function of many records.
+
+    Raises
+    ------
+    ModelError
+        No mode is right. Says why, and which ready backbone is nearest.
+    """
+    return _checked(architecture.model_dump_json(), device)
+
+
+def right_modes(architecture: Architecture, device: str = "cpu") -> dict[GradSampleMode, float | str]:
+    """Return for each mode the seconds of a forward and backward pass where it is right, else what is wrong with it."""
+    return {mode: _seconds_or_problem(architecture, mode, device) for mode in MODES}
+
+
+class PerExampleGradients:
+    """Puts the gradient of every example into each parameter's ``grad_sample``, (n, *shape), at a backward pass.
+
+    Parameters
+    ----------
+    model : its trainable parameters get per-example gradients; call `forward_of` instead of it
+    mode : see `GradSampleMode`
+    others : further modules, a projector say; always by hooks
+
+    Losses are to be added up over the examples, not averaged, before the backward pass.
+    """
+
+    def __init__(self, model: nn.Module, mode: GradSampleMode, others: Iterable[nn.Module] = ()) -> None:
+        self.modules = [model, *others]
+        self.forward_of: nn.Module = model
+        self._hooks: list[GradSampleHooks] = []
+        hooked = list(others)
+        if mode == "ew":
+            self.forward_of = _expanded_weights(model)
+        else:
+            hooked.append(model)
+        for module in hooked:
+            self._hooks.append(
+                _hooks_class()(module, loss_reduction="sum", strict=False, force_functorch=mode != "hooks")
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters of all modules."""
+        return [p for module in self.modules for p in module.parameters() if p.requires_grad]
+
+    def take(self, examples: int) -> list[Tensor]:
+        """Return the gradients of the last backward pass, (examples, *shape) for each of `parameters`, and forget them.
+
+        A parameter that the examples did not reach has zeros; one that only the first of them reached (a projector, which
+        sees no image without label) has zeros for the rest.
+
+        Raises
+        ------
+        ModelError
+            A parameter has a gradient but no per-example gradients, or more of them than there are examples.
+        """
+        taken = []
+        for parameter in self.parameters():
+            found = getattr(parameter, "grad_sample", None)
+            if found is None and parameter.grad is not None:
+                raise ModelError(
+                    f"a parameter of shape {tuple(parameter.shape)} has a gradient but none of each example: the backbone "
+                    "can't be trained privately"
+                )
+            if isinstance(found, list) or (found is not None and len(found) > examples):
+                raise ModelError(
+                    f"per-example gradients of {examples} examples come more than once; that is a fault here"
+                )
+            if found is None:
+                found = parameter.new_zeros((examples, *parameter.shape))
+            elif len(found) < examples:
+                found = torch.cat([found, found.new_zeros((examples - len(found), *parameter.shape))])
+            taken.append(found)
+        self.forget()
+        return taken
+
+    def forget(self) -> None:
+        """Drop gradients, per example and summed."""
+        for parameter in self.parameters():
+            parameter.grad = None
+            if hasattr(parameter, "grad_sample"):
+                parameter.grad_sample = None
+
+    def close(self) -> None:
+        """Leave the modules as they were."""
+        self.forget()
+        for hooks in self._hooks:
+            hooks.cleanup()
+        self._hooks = []
+        for parameter in self.parameters():
+            for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+
+
+@lru_cache(maxsize=64)
+def _checked(architecture_json: str, device: str) -> GradSampleMode:
+    architecture = Architecture.model_validate_json(architecture_json)
+    found = right_modes(architecture, device)
+    seconds = {mode: value for mode, value in found.items() if isinstance(value, float)}
+    if seconds:
+        return min(seconds, key=lambda mode: seconds[mode])
+    reason = _batch_norm(architecture) or str(found["hooks"])
+    raise ModelError(
+        f"backbone '{architecture.name}' can't be trained privately: {reason}; use a backbone that can, "
+        f"e.g. '{_nearest_ready(architecture)}'"
+    )
+
+
+def _batch_norm(architecture: Architecture) -> str:
+    if any(isinstance(module, _MIXERS) for module in skeleton(architecture).modules()):
+        return "its batch norm mixes the images of a batch, so that no image has a gradient of its own"
+    return ""
+
+
+def _nearest_ready(architecture: Architecture) -> str:
+    """Return the ready backbone nearest in size: of the same kind where that is attention, else a convolutional one."""
+    attends = any("attn" in name for name, _ in skeleton(architecture).named_modules())
+    size = math.log(count_parameters(skeleton(architecture)))
+
+    def distance(name: str) -> float:
+        ready = Architecture(name=name, num_classes=architecture.num_classes, in_chans=3, image_size=224)
+        return abs(math.log(count_parameters(skeleton(ready))) - size)
+
+    return min((name for name in READY if name.startswith(("vit", "deit")) == attends), key=distance)
+
+
+def _seconds_or_problem(architecture: Architecture, mode: GradSampleMode, device: str) -> float | str:
+    level = logging.getLogger("opacus").level
+    logging.getLogger("opacus").setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _compare(architecture, mode, device)
+    except Exception as error:  # whatever Opacus, timm or PyTorch raise: the mode does not work for this model
+        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    finally:
+        logging.getLogger("opacus").setLevel(level)
+
+
+def _compare(architecture: Architecture, mode: GradSampleMode, device: str) -> float | str:
+    model = build_model(architecture, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    _without_chance(model)
+    shape = (_EXAMPLES, architecture.in_chans, architecture.image_size, architecture.image_size)
+    images = torch.randn(shape, generator=generator).to(device)
+    labels = (torch.arange(_EXAMPLES) % architecture.num_classes).to(device)
+    model = model.to(device).train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    expected = [_gradients(model, images[i : i + 1], labels[i : i + 1]) for i in range(_EXAMPLES)]
+    per_example = PerExampleGradients(model, mode)
+    try:
+        seconds = math.inf
+        for _ in range(2):
+            per_example.forget()
+            started = time.perf_counter()
+            _loss(per_example.forward_of, images, labels).backward()
+            found = per_example.take(_EXAMPLES)
+            seconds = min(seconds, time.perf_counter() - started)
+    finally:
+        per_example.close()
+    if any(not torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
+        return "training writes into its buffers, which then hold something of every image"
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    whole = max(math.sqrt(sum(float(g.square().sum()) for g in one)) for one in expected)
+    for i, (name, mine) in enumerate(zip(names, found, strict=True)):
+        theirs = torch.stack([one[i] for one in expected])
+        if not float((mine - theirs).norm()) <= _TOLERANCE * (float(theirs.norm()) + 1e-2 * whole):
+            return f"the gradients of single images that Opacus computes for '{name}' are wrong (mode {mode})"
+    return seconds
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    logits = model(images)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if logits.shape[1] == 1:
+        return logits.sum()
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    _loss(model, images, labels).backward()
+    return [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _without_chance(model: nn.Module) -> None:
+    """Switch off dropout and stochastic depth, which treat each image on its own but can't be compared."""
+    for module in model.modules():
+        for name in ("p", "drop_prob", "drop_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _expanded_weights(model: nn.Module) -> nn.Module:
+    from opacus.grad_sample import GradSampleModuleExpandedWeights
+
+    return GradSampleModuleExpandedWeights(model, loss_reduction="sum")
+
+
+@lru_cache(maxsize=1)
+def _hooks_class() -> type[GradSampleHooks]:
+    """Return Opacus' hooks with a right and quick formula for convolutions; Opacus is imported only where it is used."""
+    from opacus.grad_sample import GradSampleHooks
+
+    class Hooks(GradSampleHooks):  # type: ignore[misc]
+        GRAD_SAMPLERS: dict[type[nn.Module], Callable[..., Any]] = {  # noqa: RUF012
+            **GradSampleHooks.GRAD_SAMPLERS,
+            nn.Conv2d: _convolution,
+        }
+
+    return Hooks
+
+
+def _convolution(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
+    """Return the per-example gradients of a convolution.
+
+    Opacus 1.6 reads the pixels of an input without padding in the order of memory, whatever that is: wrong for
+    channels-last inputs, such as those behind timm's ``LayerNorm2d``. And it computes all pairs of groups to keep those of
+    a group with itself, out of reach for a depthwise convolution.
+    """
+    gradients: dict[Tensor, Tensor] = {}
+    if layer.bias is not None and layer.bias.requires_grad:
+        gradients[layer.bias] = backprops.sum(dim=(2, 3))
+    if not layer.weight.requires_grad:
+        return gradients
+    images = activations[0].to(backprops.dtype)
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        images = functional.pad(
+            images,
+            layer._reversed_padding_repeated_twice,
+            mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode,
+        )
+        padding: Any = 0
+    else:
+        padding = layer.padding
+    patches = functional.unfold(images, layer.kernel_size, layer.dilation, padding, layer.stride)
+    n, groups = len(images), layer.groups
+    patches = patches.reshape(n, groups, -1, patches.shape[-1])
+    outputs = backprops.reshape(n, groups, -1, patches.shape[-1])
+    gradients[layer.weight] = torch.einsum("ngol,ngkl->ngok", outputs, patches).reshape(n, *layer.weight.shape)
+    return gradients

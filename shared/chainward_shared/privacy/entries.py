@@ -1,0 +1,160 @@
+"""What a privacy ledger holds: its entries, and the reservations that they make up."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from chainward_shared.privacy.accounting import Mechanism
+
+SCHEMA = 1
+Unit = Literal["patient", "image"]
+State = Literal["created", "reserved", "committed", "released"]
+NO_HASH = "0" * 64
+
+
+class Head(BaseModel):
+    """How far a ledger goes: number of its last entry (1-based; 0: none yet) and that entry's hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequence: int = Field(ge=0)
+    hash: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class MechanismRecord(BaseModel):
+    """A `Mechanism`, and the norm to which each unit's gradient was clipped (None: not clipped, a Laplace release)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["dp-sgd", "laplace"]
+    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, mechanism: Mechanism, clip_norm: float | None = None) -> MechanismRecord:
+        """Return the record of a mechanism."""
+        return cls(
+            kind=mechanism.kind,
+            noise_multiplier=mechanism.noise_multiplier,
+            sample_rate=mechanism.sample_rate,
+            steps=mechanism.steps,
+            clip_norm=clip_norm,
+        )
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What the accountants need of it."""
+        return Mechanism(self.kind, self.noise_multiplier, self.sample_rate, self.steps)
+
+
+class Entry(BaseModel):
+    """One line of a ledger.
+
+    Attributes
+    ----------
+    sequence : its number, from 1
+    previous : hash of the entry before; zeros for the first
+    time : UTC, ISO 8601
+    state :
+        "created": the first entry, which names the site's public key. "reserved": may be spent from now on, counts in
+        full. "committed": of the reservation, `mechanism.steps` were done. "released": nothing of it was done
+    run, phase, hop : what it was spent for; the hop is the key of the piece of work
+    reservation : number of the entry that a commitment or release ends
+    unit, delta : what the policy said at that time
+    seeded : the noise came from a seed; for tests only, no protection
+    versions : of the software that wrote the entry
+    note : what was odd when it was written: the clock, a line that was cut
+    hash : SHA-256 of the canonical JSON of all but hash and signature
+    signature : Ed25519, over the hash, base64
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    sequence: int = Field(ge=1)
+    previous: str
+    time: datetime
+    site: str
+    state: State
+    run: str = Field(default="", max_length=256)
+    phase: str = Field(default="", max_length=256)
+    hop: str = Field(default="", max_length=256)
+    reservation: int | None = None
+    mechanism: MechanismRecord | None = None
+    unit: Unit | None = None
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    seeded: bool = False
+    versions: dict[str, str] = Field(default_factory=dict)
+    note: str = ""
+    public_key: str | None = None
+    hash: str = ""
+    signature: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Entry:
+        if self.time.tzinfo is None:
+            raise ValueError("the time has no time zone")
+        if (self.state == "created") != (self.public_key is not None):
+            raise ValueError("a public key belongs into the first entry and nowhere else")
+        if self.state in ("reserved", "committed") and None in (self.mechanism, self.unit, self.delta):
+            raise ValueError(f"'{self.state}' without mechanism, unit or delta")
+        if (self.state in ("committed", "released")) != (self.reservation is not None):
+            raise ValueError("a commitment or release names its reservation, and nothing else does")
+        return self
+
+    @property
+    def head(self) -> Head:
+        """The ledger's head while this is its last entry."""
+        return Head(sequence=self.sequence, hash=self.hash)
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A reservation and how it ended.
+
+    Attributes
+    ----------
+    reserved : the entry that opened it
+    end : the entry that committed or released it; None while it is open, or if its process died
+    """
+
+    reserved: Entry
+    end: Entry | None
+
+    @property
+    def counted(self) -> MechanismRecord | None:
+        """What counts as spent: in full without an end, the committed steps, or None if it was released."""
+        if self.end is None:
+            return self.reserved.mechanism
+        return self.end.mechanism if self.end.state == "committed" else None
+
+
+def merged(records: Iterable[MechanismRecord]) -> tuple[MechanismRecord, ...]:
+    """Return the same spending with the steps of equal mechanisms added up, in the order of their first."""
+    steps: dict[MechanismRecord, int] = {}
+    for record in records:
+        kind = record.model_copy(update={"steps": 1})
+        steps[kind] = steps.get(kind, 0) + record.steps
+    return tuple(kind.model_copy(update={"steps": count}) for kind, count in steps.items())
+
+
+@lru_cache(maxsize=1)
+def software() -> dict[str, str]:
+    """Return the versions of what decides whether the noise and its accounting are right."""
+    versions = {"python": platform.python_version()}
+    for name in ("chainward", "torch", "opacus", "dp-accounting"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions

@@ -1,0 +1,33 @@
+"""The Flower `ServerApp` of a simulation: the coordinator's, and pictures of where the models look.
+
+Only here, where the hospitals' images lie on the same machine, can a report show any.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from chainward_server.app import run_app
+from chainward_server.report.from_folder import write_report
+from chainward_shared.errors import ChainwardError, DataError
+from chainward_simulations.run_examples import draw_examples
+
+logger = logging.getLogger("chainward")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a simulated consortium from rendezvous to report."""
+    folder = run_app(grid, context)
+    try:
+        draw_examples(folder)
+        write_report(folder)
+    except DataError:
+        return  # no image has a region of interest
+    except (ChainwardError, OSError) as error:  # the run itself is finished: a picture must not make it fail
+        logger.warning("the report shows no examples: %s", error)

@@ -1,0 +1,520 @@
+"""Private training: what a step is, where its randomness comes from, and that every sabotage of it is caught."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chainward_client.data.site_data import Cases
+from chainward_client.privacy_audit import checks
+from chainward_client.training import entropy as entropy_module
+from chainward_client.training import private as private_module
+from chainward_client.training.entropy import OperatingSystem, SeededForTests
+from chainward_client.training.link import LinkObjective
+from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.private import (
+    PrivacyRecipe,
+    PrivatePlan,
+    PrivateTraining,
+    declared_counts,
+    keeps_labels,
+    plan,
+    rounded_units,
+    units_of,
+)
+from chainward_shared.distillation.losses import class_counts
+from chainward_shared.errors import ModelError, PrivacyError
+from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.models.private_ready import PerExampleGradients, check_private_ready
+from chainward_shared.privacy.accounting import spent
+from chainward_shared.recipes import LinkRecipe, PrivilegedRecipe
+
+RECIPE = LinkRecipe(
+    seed=3,
+    epochs=3,
+    batch_size=6,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    augmentation="none",
+    precision="fp32",
+    threads=1,
+    class_balance="none",
+    label_fraction=1.0,
+    start="warm",
+    distillation_weight=0.4,
+    temperature=2.0,
+    temperature_decay=0.5,
+    teacher_trust="label",
+)
+PLAN = PrivatePlan(
+    unit="image", delta=1e-5, noise_multiplier=1.0, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.05
+)
+
+
+def cases_of(n: int = 12, patients: list[str] | None = None) -> Cases:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    names = [f"patient-{i}" for i in range(n)] if patients is None else patients
+    return Cases(images, torch.arange(n) % 3, np.array(names))
+
+
+@pytest.fixture(scope="module")
+def architecture():
+    return resolve_architecture("test_vit", num_classes=3, in_chans=1, image_size=32, patch_size=8)
+
+
+class Projecting(Objective):
+    """Cross-entropy plus a term through a projector beside the model; `images` without label only through the model."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(2)
+        self.projector = nn.Linear(3, 4, bias=False)
+
+    def extra_parameters(self):
+        return list(self.projector.parameters())
+
+    def extra_modules(self):
+        return [self.projector]
+
+    def losses(self, model, batch):
+        logits = model(batch.view())
+        n = len(batch.labels)
+        loss = nn.functional.cross_entropy(logits[:n], batch.labels, reduction="none")
+        loss = loss + self.projector(logits[:n]).square().sum(dim=1)
+        return loss if len(logits) == n else torch.cat([loss, logits[n:].square().sum(dim=1)])
+
+
+def batch_of(images, labels, unlabelled=None):
+    return Batch(images, labels, torch.arange(len(labels)), unlabelled, "none", torch.Generator())
+
+
+def slow_reference(model, objective, cases, rows, unlabelled, clip):
+    """The clipped gradients of single examples, computed one by one, clipped and added up one by one."""
+    parameters = [*model.parameters(), *objective.extra_parameters()]
+    total = [torch.zeros_like(p) for p in parameters]
+    n = len(cases)
+    for row in rows:
+        for parameter in parameters:
+            parameter.grad = None
+        if row < n:
+            loss = objective.losses(model, batch_of(cases.images[[row]], cases.labels[[row]]))[0]
+        else:
+            loss = objective.losses(model, batch_of(cases.images[:0], cases.labels[:0], unlabelled[[row - n]]))[0]
+        loss.backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        length = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        for sum_of, gradient in zip(total, gradients, strict=True):
+            sum_of += gradient * min(1.0, clip / length)
+    for parameter in parameters:
+        parameter.grad = None
+    return total
+
+
+@pytest.mark.parametrize("together", [1, 3, 64])
+@pytest.mark.parametrize("clip", [0.05, 4.0, 1e6])
+def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_over_the_expected_batch(
+    architecture, together, clip
+):
+    cases, unlabelled = cases_of(), cases_of(5).images.flip(0)
+    model, objective = build_model(architecture, 1), Projecting()
+    chosen = [0, 2, 3, 7, 11, 12, 15]  # the last two are images without label
+    expected = slow_reference(model, objective, cases, chosen, unlabelled, clip)
+    private = PrivateTraining(
+        PLAN.model_copy(update={"clip": clip, "noise_multiplier": 0.0}),
+        "hooks",
+        unlabelled_patients=np.array(["u"] * 5),
+        together=together,
+    )
+    parameters = [*model.parameters(), *objective.extra_parameters()]
+    private.start(model, objective.extra_modules(), parameters, cases.patients)
+    for rows in private.parts(torch.tensor(chosen)):
+        mine, rest = rows[rows < 12], rows[rows >= 12] - 12
+        private.accumulate(
+            objective.losses(private.model, batch_of(cases.images[mine], cases.labels[mine], unlabelled[rest]))
+        )
+    private.finish_step()
+    for parameter, reference in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-4, atol=1e-6)
+
+
+def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_training(architecture):
+    cases = cases_of()
+    plain, private_model = build_model(architecture, 1), build_model(architecture, 1)
+    counts = class_counts(cases.labels, 3)
+    recipe = RECIPE.model_copy(update={"batch_size": 12})
+    train(plain, cases, recipe, LinkObjective(recipe, plain, None, counts), "link")
+    everyone = PLAN.model_copy(
+        update={"noise_multiplier": 0.0, "clip": 1e6, "sample_rate": 1.0, "expected_batch": 12.0, "steps": 3}
+    )
+    private = PrivateTraining(everyone, "hooks")
+    log = train(
+        private_model, cases, recipe, LinkObjective(recipe, private_model, None, counts), "link", private=private
+    )
+    start, mine, theirs = (
+        torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        for model in (build_model(architecture, 1), private_model, plain)
+    )
+    # Adam divides a gradient by its own size: where the true one is zero (a key's bias) it follows rounding errors
+    assert float((mine - theirs).norm()) < 0.02 * float((theirs - start).norm())
+    assert float((mine - theirs).abs().median()) < 1e-6
+    assert (log.steps, log.images, log.loss) == (3, 36, [])
+
+
+def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others():
+    gradients = [torch.tensor([[3.0, 4.0], [math.nan, 1.0], [math.inf, 0.0]]), torch.tensor([[0.0], [1.0], [1.0]])]
+    factors = private_module._clip_factors(gradients, 1.0)
+    total = torch.einsum("n,n...->...", factors, gradients[0])
+    torch.testing.assert_close(total, torch.tensor([0.6, 0.8]))
+
+
+def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
+    model, cases = build_model(architecture, 1), cases_of()
+    private = PrivateTraining(PLAN, check_private_ready(architecture))
+    train(model, cases, RECIPE, LinkObjective(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
+    assert not any(hasattr(p, "grad_sample") or p.grad is not None for p in model.parameters())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert private.spent.mechanism == private.spent.planned == PLAN.mechanism
+    assert not private.spent.seeded
+
+
+def test_what_was_spent_is_known_after_a_crash(architecture):
+    class Failing(LinkObjective):
+        def after_step(self, model):
+            raise RuntimeError("power cut")
+
+    model, cases = build_model(architecture, 1), cases_of()
+    private = PrivateTraining(PLAN, "hooks")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(model, cases, RECIPE, Failing(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
+    assert private.spent.mechanism.steps == 1
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_no_step_goes_beyond_the_plan(architecture):
+    private = PrivateTraining(PLAN.model_copy(update={"steps": 1}), "hooks")
+    model = build_model(architecture, 1)
+    private.start(model, [], list(model.parameters()), cases_of().patients)
+    private.finish_step()
+    with pytest.raises(PrivacyError, match="one more was not reserved"):
+        private.finish_step()
+
+
+def test_a_parameter_that_would_not_be_clipped_is_found(architecture):
+    class Forgetting(Projecting):
+        def extra_modules(self):
+            return []
+
+    model = build_model(architecture, 1)
+    with pytest.raises(ModelError, match="per-example gradients"):
+        train(model, cases_of(), RECIPE, Forgetting(), "x", private=PrivateTraining(PLAN, "hooks"))
+
+
+# --- randomness ---
+
+
+def test_two_private_trainings_with_one_seed_differ_and_two_with_a_seeded_entropy_are_marked(architecture):
+    def weights(entropy):
+        model, cases = build_model(architecture, 1), cases_of()
+        private = PrivateTraining(PLAN, "hooks", entropy=entropy)
+        recipe = RECIPE.model_copy(update={"augmentation": "upright"})
+        train(
+            model,
+            cases,
+            recipe,
+            LinkObjective(recipe, model, None, class_counts(cases.labels, 3)),
+            "x",
+            private=private,
+        )
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), private.spent.seeded
+
+    (one, seeded), (other, _) = weights(None), weights(None)
+    assert not torch.equal(one, other)
+    assert not seeded
+    (one, seeded), (other, _) = weights(SeededForTests(1)), weights(SeededForTests(1))
+    assert torch.equal(one, other)
+    assert seeded
+
+
+def test_the_run_seed_reaches_no_generator_of_a_private_training(architecture, monkeypatch):
+    """Whatever the loop derives from the run's seed could as well be another number."""
+    cases, ends = cases_of(), []
+    for seed in (3, 4):
+        model = build_model(architecture, 1)
+        recipe = RECIPE.model_copy(update={"seed": seed, "augmentation": "upright"})
+        private = PrivateTraining(PLAN, "hooks", entropy=SeededForTests(9))
+        train(
+            model,
+            cases,
+            recipe,
+            LinkObjective(recipe, model, None, class_counts(cases.labels, 3)),
+            "x",
+            private=private,
+        )
+        ends.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_torch_keeps_32_bits_of_a_seed_and_entropy_gives_its_generator_more():
+    seeded = [torch.Generator().manual_seed(5 + high * 2**32) for high in (0, 1)]
+    assert torch.equal(*(torch.randn(8, generator=g) for g in seeded))  # why there is a module `entropy`
+    state = OperatingSystem().generator().get_state()
+    words = state[24 : 24 + 8 * 624].view(torch.int64)
+    assert len(set(words.tolist())) > 600
+    assert 0.45 < np.unpackbits(words.numpy().astype(np.uint32).view(np.uint8)).mean() < 0.55
+    uniform = torch.rand(20_000, generator=OperatingSystem().generator())
+    assert abs(float(uniform.mean()) - 0.5) < 0.02
+    assert not torch.equal(uniform, torch.rand(20_000, generator=OperatingSystem().generator()))
+
+
+def test_the_systems_numbers_are_uniform_and_normal():
+    system = OperatingSystem()
+    counts = np.bincount((system.uniform(200_000) * 20).astype(int), minlength=20)
+    assert len(counts) == 20
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 75  # chi-square, 19 degrees of freedom: one in 10^8
+    (noise,) = system.normal([torch.Size([400, 500])], torch.device("cpu"))
+    assert noise.dtype == torch.float32
+    assert abs(float(noise.mean())) < 6 / math.sqrt(200_000)
+    assert abs(float(noise.square().mean()) - 1) < 6 * math.sqrt(2 / 200_000)
+    assert (noise.abs() > 3).float().mean().item() == pytest.approx(0.0027, abs=0.0008)
+
+
+def test_patients_are_sampled_at_the_planned_rate_and_give_one_image_each_of_theirs():
+    patients = ["a"] * 6 + ["b"] * 3 + ["c"]
+    private = PrivateTraining(PLAN.model_copy(update={"unit": "patient", "sample_rate": 0.3}), "hooks")
+    model = nn.Linear(2, 2)
+    private.start(model, [], list(model.parameters()), np.array(patients))
+    draws, images = 6000, np.zeros(10)
+    for _ in range(draws):
+        rows = private.sample().tolist()
+        assert len({patients[row] for row in rows}) == len(rows)
+        images[rows] += 1
+    expected = draws * 0.3 / np.array([6] * 6 + [3] * 3 + [1])
+    assert ((images - expected) ** 2 / expected).sum() < 60  # about chi-square with 10 degrees of freedom
+    private.close()
+
+
+# --- plans ---
+
+
+def test_the_plan_solves_the_noise_and_stays_within_the_budget():
+    found = plan(PrivacyRecipe(epsilon=3.0, delta=1e-5), units=1000, epochs=5, batch_size=50)
+    assert (found.sample_rate, found.expected_batch, found.steps) == (0.05, 50.0, 100)
+    assert 2.98 < spent([found.mechanism], 1e-5) <= 3.0
+
+
+def test_a_batch_larger_than_the_site_takes_everyone():
+    found = plan(PrivacyRecipe(noise_multiplier=2.0, delta=1e-5), units=20, epochs=5, batch_size=50)
+    assert (found.sample_rate, found.expected_batch, found.steps, found.noise_multiplier) == (1.0, 20.0, 5, 2.0)
+
+
+def test_a_plan_without_patients_or_with_a_delta_that_gives_one_away_is_refused():
+    recipe = PrivacyRecipe(noise_multiplier=2.0, delta=0.01)
+    with pytest.raises(PrivacyError, match="below 1 / 100"):
+        plan(recipe, units=100, epochs=1, batch_size=10)
+    with pytest.raises(PrivacyError, match="0 patients"):
+        plan(recipe, units=0, epochs=1, batch_size=10)
+    with pytest.raises(PrivacyError, match="exactly one"):
+        PrivacyRecipe(delta=1e-5)
+
+
+def test_the_number_of_patients_is_rounded_down():
+    assert [rounded_units(n) for n in (0, 1, 9, 10, 14, 15, 99, 149, 151, 1234)] == [
+        1,
+        1,
+        9,
+        10,
+        10,
+        15,
+        95,
+        100,
+        150,
+        1000,
+    ]
+
+
+# --- what is a function of one record ---
+
+
+@pytest.mark.parametrize("balance", ["site-prior", "weighted"])
+def test_counts_of_private_labels_are_refused_and_a_declared_prior_is_taken(architecture, balance):
+    recipe = RECIPE.model_copy(update={"class_balance": balance})
+    with pytest.raises(PrivacyError, match="declare the prior"):
+        PrivateTraining(PLAN, "hooks").check(recipe, 0)
+    PrivateTraining(PLAN, "hooks", declared_prior=True).check(recipe, 0)
+    assert declared_counts([0.5, 0.3, 0.2], multilabel=False).tolist() == [500_000, 300_000, 200_000]
+    assert declared_counts([0.5, 0.1], multilabel=True).tolist() == [[500_000, 500_000], [900_000, 100_000]]
+    with pytest.raises(PrivacyError, match="expected 1"):
+        declared_counts([0.5, 0.3], multilabel=False)
+
+
+def test_a_teacher_trained_without_privacy_is_refused():
+    taught = RECIPE.model_copy(
+        update={"privileged": PrivilegedRecipe(use="all", logit_weight=1, embedding_weight=0, temperature=2, epochs=1)}
+    )
+    with pytest.raises(PrivacyError, match="privileged teachers"):
+        PrivateTraining(PLAN, "hooks").check(taught, 0)
+    PrivateTraining(PLAN, "hooks", private_teachers=True).check(taught, 0)
+
+
+def test_images_without_label_need_patients_and_bf16_is_off():
+    with pytest.raises(PrivacyError, match="their patients"):
+        PrivateTraining(PLAN, "hooks").check(RECIPE, 4)
+    with pytest.raises(PrivacyError, match="bf16"):
+        PrivateTraining(PLAN, "hooks").check(RECIPE.model_copy(update={"precision": "bf16"}), 0)
+
+
+def test_an_image_without_patient_is_refused_where_patients_are_protected():
+    with pytest.raises(PrivacyError, match="image 1 has no patient"):
+        units_of(np.array(["a", " ", "b"]), "patient")
+    assert len(units_of(np.array(["a", " ", "b"]), "image")) == 3
+
+
+def test_whether_a_patient_keeps_its_labels_does_not_depend_on_the_others():
+    patients = np.array([f"p{i // 2}" for i in range(4000)])
+    kept = keeps_labels(patients, 0.3, 7, "oak")
+    assert 0.25 < len(kept) / 4000 < 0.35
+    without_some = patients[np.arange(4000) % 10 >= 2]
+    of_rest = {without_some[row] for row in keeps_labels(without_some, 0.3, 7, "oak")}
+    assert of_rest == {p for p in patients[kept] if p in set(without_some)}
+
+
+def test_a_link_with_predecessor_attention_and_images_without_label_trains_privately(architecture):
+    recipe = RECIPE.model_copy(update={"attention_weight": 0.5, "unlabelled_weight": 0.5})
+    model, predecessor, cases = build_model(architecture, 1), build_model(architecture, 2), cases_of()
+    before = [p.detach().clone() for p in model.parameters()]
+    private = PrivateTraining(PLAN, "hooks", unlabelled_patients=np.array(list("abcdefgh")))
+    objective = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
+    train(model, cases, recipe, objective, "x", unlabelled=cases_of(8).images, private=private)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# --- sabotage ---
+
+
+def test_the_honest_step_passes_every_check():
+    assert checks.mechanism_problems() == []
+
+
+def without_noise(monkeypatch):
+    monkeypatch.setattr(OperatingSystem, "normal", lambda self, shapes, device: [torch.zeros(s) for s in shapes])
+
+
+def with_half_the_noise(monkeypatch):
+    honest = OperatingSystem.normal
+    monkeypatch.setattr(
+        OperatingSystem, "normal", lambda self, shapes, device: [0.5 * n for n in honest(self, shapes, device)]
+    )
+
+
+def with_one_noise_for_all_weights(monkeypatch):
+    monkeypatch.setattr(
+        OperatingSystem, "normal", lambda self, shapes, device: [torch.randn(()).expand(s).clone() for s in shapes]
+    )
+
+
+def without_clipping(monkeypatch):
+    monkeypatch.setattr(private_module, "_clip_factors", lambda gradients, clip: torch.ones(len(gradients[0])))
+
+
+def clipping_each_layer_alone(monkeypatch):
+    honest = private_module._clip_factors
+    monkeypatch.setattr(private_module, "_clip_factors", lambda gradients, clip: honest(gradients[-1:], clip))
+
+
+def noise_from_torchs_global_generator(monkeypatch):
+    def normal(self, shapes, device):
+        return [torch.randn(shape) for shape in shapes]
+
+    monkeypatch.setattr(OperatingSystem, "normal", normal)
+    monkeypatch.setattr(PrivateTraining, "fresh_chance", lambda self, device: torch.Generator())
+
+
+def a_seeded_entropy(monkeypatch):
+    monkeypatch.setattr(private_module, "OperatingSystem", lambda: SeededForTests(3))
+
+
+def dividing_by_the_actual_batch(monkeypatch):
+    honest_accumulate, honest_finish = PrivateTraining.accumulate, PrivateTraining.finish_step
+
+    def accumulate(self, losses):
+        self.seen = getattr(self, "seen", 0) + len(losses)
+        honest_accumulate(self, losses)
+
+    def finish_step(self):
+        honest_finish(self)
+        for parameter in self._parameters:
+            parameter.grad *= self.plan.expected_batch / max(1, getattr(self, "seen", 0))
+        self.seen = 0
+
+    monkeypatch.setattr(PrivateTraining, "accumulate", accumulate)
+    monkeypatch.setattr(PrivateTraining, "finish_step", finish_step)
+
+
+def sampling_a_fixed_number(monkeypatch):
+    def uniform(self, n):
+        return np.random.default_rng().permutation(n) / n
+
+    monkeypatch.setattr(OperatingSystem, "uniform", uniform)
+
+
+def sampling_twice_as_often(monkeypatch):
+    honest = OperatingSystem.uniform
+    monkeypatch.setattr(OperatingSystem, "uniform", lambda self, n: honest(self, n) / 2)
+
+
+def every_image_a_unit(monkeypatch):
+    monkeypatch.setattr(
+        private_module, "units_of", lambda patients, unit: [np.array([i]) for i in range(len(patients))]
+    )
+
+
+def no_noise_on_an_empty_sample(monkeypatch):
+    honest_accumulate, honest_finish = PrivateTraining.accumulate, PrivateTraining.finish_step
+
+    def accumulate(self, losses):
+        self.seen = True
+        honest_accumulate(self, losses)
+
+    def finish_step(self):
+        if getattr(self, "seen", False):
+            honest_finish(self)
+        else:
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        self.seen = False
+
+    monkeypatch.setattr(PrivateTraining, "accumulate", accumulate)
+    monkeypatch.setattr(PrivateTraining, "finish_step", finish_step)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "said"),
+    [
+        (without_noise, "times the planned standard deviation"),
+        (with_half_the_noise, "times the planned standard deviation"),
+        (with_one_noise_for_all_weights, "times the planned|depend on one another"),
+        (without_clipping, "move the sum of gradients"),
+        (clipping_each_layer_alone, "move the sum of gradients"),
+        (noise_from_torchs_global_generator, "with one seed"),
+        (a_seeded_entropy, "seeded generator"),
+        (dividing_by_the_actual_batch, "expected batch|planned standard deviation"),
+        (sampling_a_fixed_number, "varies by"),
+        (sampling_twice_as_often, "more or less often"),
+        (every_image_a_unit, "two images of one patient"),
+        (no_noise_on_an_empty_sample, "empty|planned standard deviation"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_sabotage_is_caught(sabotage, said, monkeypatch):
+    sabotage(monkeypatch)
+    problems = checks.mechanism_problems()
+    assert any(any(part in problem for part in said.split("|")) for problem in problems), problems
+
+
+def test_the_modules_under_sabotage_are_those_that_train():
+    assert private_module.OperatingSystem is entropy_module.OperatingSystem
+    assert private_module.PerExampleGradients is PerExampleGradients

@@ -1,0 +1,75 @@
+"""Pictures of where a simulated run's models look, in its report and nowhere else."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+from typer.testing import CliRunner
+
+from chainward_server.report.from_folder import write_report
+from chainward_shared.errors import ConfigError, DataError, RunFolderError
+from chainward_simulations.cli import app
+from chainward_simulations.run_examples import draw_examples
+
+
+@pytest.fixture(scope="module")
+def phantom_settings(tmp_path_factory):
+    return {
+        "output.dir": str(tmp_path_factory.mktemp("runs")),
+        "federation.num-sites": 2,
+        "chain.backbone": "test_convnext",
+        "chain.epochs": 1,
+        "chain.compare-alone": False,
+        "chain.label-fraction": 0.2,
+        "student.rounds": 1,
+        "student.epochs": 1,
+        "student.finetune-rounds": 0,
+        "federation.deadline": 5.0,
+        "federation.threads": 1,
+    }
+
+
+def test_a_simulated_run_can_show_where_its_models_look(phantom_settings, coordinated):
+    folder, _ = coordinated(phantom_settings)
+    write_report(folder)
+    before = (folder.path / "report.html").read_text()
+    assert "data:image/png" not in before, "the coordinator alone has no images to show"
+
+    draw_examples(folder, count=2)
+    write_report(folder)
+    page = (folder.path / "report.html").read_text()
+    picture = (folder.path / "examples.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert base64.b64encode(picture).decode() in page
+    assert "these images lie on this machine" in " ".join(page.split())
+
+    with_teachers, _ = coordinated(phantom_settings | {"privileged.mode": "all", "privileged.epochs": 2})
+    out = CliRunner().invoke(
+        app,
+        ["examples", str(with_teachers.path), "--without", str(folder.path), "--count", "2"],
+    )
+    assert out.exit_code == 0, out.output
+    assert (with_teachers.path / "examples.png").read_bytes() != picture
+
+    with pytest.raises(ConfigError, match="has privileged teachers too"):
+        draw_examples(folder, without=with_teachers)
+
+    (folder.path / "examples.png").write_bytes(b"not a picture")
+    with pytest.raises(RunFolderError, match="examples.png: damaged"):
+        write_report(folder)
+
+
+def test_data_without_regions_has_nothing_to_show(settings, coordinated):
+    folder, _ = coordinated(settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False})
+    with pytest.raises(DataError, match="no test image has a region"):
+        draw_examples(folder)
+    assert not (folder.path / "examples.png").exists()
+
+
+def test_runs_on_other_data_are_not_compared(settings, coordinated):
+    quick = settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False}
+    one, _ = coordinated(quick)
+    other, _ = coordinated(quick | {"seed": 1})
+    with pytest.raises(ConfigError, match="seed is 1 there and 0 in"):
+        draw_examples(one, without=other)
