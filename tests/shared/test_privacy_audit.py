@@ -252,7 +252,7 @@ def test_heads_that_go_backwards_end_with_1(ledger):
 
 
 def test_a_stated_budget_that_is_exceeded_ends_with_1(ledger):
-    audit = audit_statements("r", [train(ledger, 300).to_json()])
+    audit = audit_statements("r", [train(ledger, 400).to_json()])
     assert audit.exit_code == 1
     assert whats(audit, "violation").count("is over the budget of") == 2
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from chainward_shared.errors import ModelError
 from chainward_shared.models.architecture import Architecture, build_model, count_parameters, skeleton
+from chainward_shared.models.taps import Taps
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooks
@@ -59,8 +60,9 @@ _MIXERS = (nn.modules.batchnorm._BatchNorm,)
 def check_private_ready(architecture: Architecture, device: str = "cpu") -> GradSampleMode:
     """Return the fastest mode whose per-example gradients are right for this architecture; remembered in the process.
 
-    The batch is three random images; weights are moved off their initial values, so that a layer that starts at zero
-    can't hide another's error. Buffers must be as before: what training writes into them is a function of many records.
+    The batch is three random images, and the loss reaches into the model as `Taps` do where it has any. Weights are moved
+    off their initial values, so that a layer that starts at zero can't hide another's error. Buffers must be as before:
+    what training writes into them is a function of many records.
 
     Raises
     ------
@@ -211,14 +213,18 @@ def _compare(architecture: Architecture, mode: GradSampleMode, device: str) -> f
     labels = (torch.arange(_EXAMPLES) % architecture.num_classes).to(device)
     model = model.to(device).train()
     before = [buffer.clone() for buffer in model.buffers()]
-    expected = [_gradients(model, images[i : i + 1], labels[i : i + 1]) for i in range(_EXAMPLES)]
+    taps = _taps(model)
+    expected = [_gradients(model, images[i : i + 1], labels[i : i + 1], taps) for i in range(_EXAMPLES)]
+    if taps is not None:
+        taps.close()  # Opacus copies layers, hooks included, but can't copy what those hold
+    taps = _taps(model)
     per_example = PerExampleGradients(model, mode)
     try:
         seconds = math.inf
         for _ in range(2):
             per_example.forget()
             started = time.perf_counter()
-            _loss(per_example.forward_of, images, labels).backward()
+            _loss(per_example.forward_of, images, labels, taps).backward()
             found = per_example.take(_EXAMPLES)
             seconds = min(seconds, time.perf_counter() - started)
     finally:
@@ -229,22 +235,35 @@ def _compare(architecture: Architecture, mode: GradSampleMode, device: str) -> f
     whole = max(math.sqrt(sum(float(g.square().sum()) for g in one)) for one in expected)
     for i, (name, mine) in enumerate(zip(names, found, strict=True)):
         theirs = torch.stack([one[i] for one in expected])
-        if not float((mine - theirs).norm()) <= _TOLERANCE * (float(theirs.norm()) + 1e-2 * whole):
+        if mine.shape != theirs.shape or not float((mine - theirs).norm()) <= _TOLERANCE * (
+            float(theirs.norm()) + 1e-2 * whole
+        ):
             return f"the gradients of single images that Opacus computes for '{name}' are wrong (mode {mode})"
     return seconds
 
 
-def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, taps: Taps | None) -> Tensor:
     logits = model(images)
     logits = logits[0] if isinstance(logits, tuple) else logits
-    if logits.shape[1] == 1:
-        return logits.sum()
-    return functional.cross_entropy(logits, labels, reduction="sum")
+    loss = logits.sum() if logits.shape[1] == 1 else functional.cross_entropy(logits, labels, reduction="sum")
+    if taps is not None:  # attention transfer and privileged teachers reach into the model
+        loss = loss + sum(
+            (functional.normalize(one, dim=1)[:, ::2].sum() for one in taps.attention), loss.new_zeros(())
+        )
+        loss = loss + functional.normalize(taps.embedding, dim=1)[:, ::2].sum()
+    return loss
 
 
-def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+def _taps(model: nn.Module) -> Taps | None:
+    try:
+        return Taps(model, attention=True, embedding=True)
+    except ModelError:  # nothing can look into this model, and nothing will
+        return None
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor, taps: Taps | None) -> list[Tensor]:
     model.zero_grad()
-    _loss(model, images, labels).backward()
+    _loss(model, images, labels, taps).backward()
     return [
         torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for parameter in model.parameters()
@@ -268,8 +287,17 @@ def _expanded_weights(model: nn.Module) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _hooks_class() -> type[GradSampleHooks]:
-    """Return Opacus' hooks with a right and quick formula for convolutions; Opacus is imported only where it is used."""
+    """Return Opacus' hooks, made right for this project's models; Opacus is imported only where it is used.
+
+    * The gradient of a layer's output is read from the tensor, not from a module's backward hook: that one misses what
+      reaches the output through a `Taps` (attention transfer on queries and keys), and forbids in-place residuals.
+    * A parameter with a leading 1 beside other layers (class token, position embedding) is expanded over the batch and
+      gets its gradients from that. Opacus hands its whole module, for a ViT the whole model, to functorch, which runs
+      everything twice and sees nothing but the module's output: attention transfer would be left out without a sign.
+    * Convolutions: see `_convolution`.
+    """
     from opacus.grad_sample import GradSampleHooks
+    from opacus.grad_sample.functorch import prepare_layer
 
     class Hooks(GradSampleHooks):  # type: ignore[misc]
         GRAD_SAMPLERS: dict[type[nn.Module], Callable[..., Any]] = {  # noqa: RUF012
@@ -277,7 +305,69 @@ def _hooks_class() -> type[GradSampleHooks]:
             nn.Conv2d: _convolution,
         }
 
+        def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
+            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            if own and not _expandable(module):
+                yield module
+                if type(module) not in self.GRAD_SAMPLERS:
+                    return
+            for child in module.children():
+                yield from self.iterate_submodules(child)
+
+        def add_hooks(self, *, loss_reduction: str, batch_first: bool, force_functorch: bool) -> None:
+            handles: list[Any] = []
+            self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = handles
+            for module in self.iterate_submodules(self._module):
+                if force_functorch or type(module) not in self.GRAD_SAMPLERS:
+                    prepare_layer(module, batch_first=batch_first)
+                handles.append(module.register_forward_hook(self._watch_output))
+            for module in self._module.modules():
+                if _expandable(module):
+                    handles.append(module.register_forward_pre_hook(self._expand))
+                    handles.append(module.register_forward_hook(_contract, always_call=True))
+            self.enable_hooks()
+
+        def _watch_output(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not (self.hooks_enabled and module.training and torch.is_grad_enabled() and output.requires_grad):
+                return
+            self.capture_activations_hook(module, list(inputs), output)
+
+            def on_gradient(gradient: Tensor) -> None:
+                self.capture_backprops_hook(
+                    module, None, (gradient,), loss_reduction=self.loss_reduction, batch_first=self.batch_first
+                )
+
+            output.register_hook(on_gradient)
+
+        def _expand(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not (self.hooks_enabled and module.training and torch.is_grad_enabled()):
+                return
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    expanded = parameter.expand(len(inputs[0]), *parameter.shape[1:])
+                    expanded.register_hook(_keeper(parameter))
+                    module.__dict__[name] = expanded  # found before the parameter, which stays registered
+
     return Hooks
+
+
+def _expandable(module: nn.Module) -> bool:
+    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    return bool(own) and any(True for _ in module.children()) and all(p.ndim > 1 and p.shape[0] == 1 for p in own)
+
+
+def _keeper(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    def keep(gradient: Tensor) -> None:
+        of_each = gradient.unsqueeze(1).clone()  # (n, 1, ...): the parameter's own leading 1 became the batch
+        found = getattr(parameter, "grad_sample", None)
+        parameter.grad_sample = of_each if found is None else [found, of_each]  # type: ignore[attr-defined]
+
+    return keep
+
+
+def _contract(module: nn.Module, *_: object) -> None:
+    for name, _parameter in module.named_parameters(recurse=False):
+        module.__dict__.pop(name, None)
 
 
 def _convolution(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:

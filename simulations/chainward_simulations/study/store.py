@@ -28,7 +28,7 @@ from chainward_simulations.study.settings import NOT_A_SETTING, PHANTOM
 
 DEFAULT_DIR = Path("~/.chainward/studies")
 _FILE = "study.json"
-_OWN = ("predictions", "chains", "results.json", "study.png", "tuning.log", "tuning.json", _FILE)
+_OWN = ("predictions", "chains", "results.json", "study.png", "examples.png", "tuning.log", "tuning.json", _FILE)
 
 
 def study_settings(config: RunConfig) -> dict[str, ConfigScalar]:

@@ -18,6 +18,7 @@ from chainward_shared.errors import StudyError, nearest
 from chainward_shared.models import build_model
 from chainward_shared.weights import write_atomically
 from chainward_simulations.study.arms import PlannedArm, plan_arms
+from chainward_simulations.study.looks import looks_picture
 from chainward_simulations.study.picture import study_picture
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.results import StudyResult, as_json, collect
@@ -90,6 +91,9 @@ def run_study(request: StudyRequest, console: Console) -> StudyReport:
         result = collect(folder, planned, request.seeds, reference, failures)
         if planned:
             write_outputs(folder, result, config)
+            picture = looks_picture(folder, planned, request.seeds[0], reference)
+            if picture is not None:
+                write_or_say(folder.path / "examples.png", lambda: picture)
     finally:
         folder.close()
     return StudyReport(result, folder, tuned)
