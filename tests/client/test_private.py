@@ -141,6 +141,26 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
         torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
+    """It leaves the model in its middle, where gradients taken at the model's output miss it."""
+    patch_size = 8 if name == "test_vit" else 0
+    found = resolve_architecture(name, num_classes=3, in_chans=1, image_size=32, patch_size=patch_size)
+    model, predecessor, cases = build_model(found, 1).train(), build_model(found, 2), cases_of(5)
+    recipe = RECIPE.model_copy(update={"attention_weight": 50.0})
+    objective = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
+    objective.start(torch.device("cpu"), 1)
+    expected = slow_reference(model, objective, cases, [0, 1, 4], None, 0.1)
+    fresh = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
+    private = PrivateTraining(PLAN.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}), "hooks")
+    private.start(model, [], list(model.parameters()), cases.patients)
+    chosen = torch.tensor([0, 1, 4])
+    private.accumulate(fresh.losses(private.model, batch_of(cases.images[chosen], cases.labels[chosen])))
+    private.finish_step()
+    for parameter, reference in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-3, atol=1e-6)
+
+
 def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_training(architecture):
     cases = cases_of()
     plain, private_model = build_model(architecture, 1), build_model(architecture, 1)

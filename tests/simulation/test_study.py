@@ -327,7 +327,7 @@ def test_the_command_trains_in_workers_what_this_process_trains(study, base, tmp
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # three processes that import everything, perhaps on a busy machine
         check=False,
     )
     assert typed.returncode == 0, typed.stderr
