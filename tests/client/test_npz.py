@@ -102,7 +102,10 @@ def test_missing_arrays_are_named(tmp_path: Path) -> None:
             {"val_labels": np.array([0, -1])},
             "1 label outside the classes; first: val_labels[1] is -1; expected 0 to 1",
         ),
-        ({"train_labels": np.zeros((6, 14), dtype=np.uint8)}, "train_labels has 14 columns, expected shape (n,) or (n, 1); if they are several"),
+        (
+            {"train_labels": np.zeros((6, 14), dtype=np.uint8)},
+            "train_labels has 14 columns, expected shape (n,) or (n, 1); if they are several",
+        ),
         ({"train_labels": np.zeros(6)}, "train_labels is float64 (6,); expected whole numbers"),
         ({"test_images": np.zeros((3, 8, 8))}, "test_images is float64 (3, 8, 8); expected uint8"),
         (

@@ -87,9 +87,7 @@ def test_a_class_that_the_site_has_never_seen_is_left_to_the_predecessor():
 def test_the_strength_of_the_prior_scales_its_logarithm_and_a_class_without_cases_drops_out_at_any(strength):
     found = classification_loss(LOGITS, SEEN, torch.tensor(COUNTS), "site-prior", strength)
     for row, label, loss in zip(LOGITS.tolist(), SEEN.tolist(), found.tolist(), strict=True):
-        powers = [
-            (n / sum(COUNTS)) ** strength * math.exp(z) if n else 0.0 for z, n in zip(row, COUNTS, strict=True)
-        ]
+        powers = [(n / sum(COUNTS)) ** strength * math.exp(z) if n else 0.0 for z, n in zip(row, COUNTS, strict=True)]
         assert loss == pytest.approx(-math.log(powers[label] / sum(powers)), rel=1e-5)
 
 

@@ -82,9 +82,7 @@ class LinkObjective(Objective):
         n = len(batch.labels)
         logits = model(view).float()
         recipe = self.recipe
-        loss = classification_loss(
-            logits[:n], batch.labels, self.counts, recipe.class_balance, recipe.prior_strength
-        )
+        loss = classification_loss(logits[:n], batch.labels, self.counts, recipe.class_balance, recipe.prior_strength)
         self.seen += n
         if self.predecessor is not None:
             weight = self.recipe.distillation_weight

@@ -50,7 +50,7 @@ READY = (
     "resnetv2_34",
     "resnetv2_50",
 )
-"""Backbones to name in a refusal, each checked by a test."""
+"""Backbones to name in a refusal. Whether one is ready is decided by running it, as for any other."""
 
 _EXAMPLES = 3
 _TOLERANCE = 1e-3
