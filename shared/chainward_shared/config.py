@@ -135,7 +135,7 @@ class ChainConfig(Table):
     )
     temperature: float = Field(4.0, ge=1, le=100, description="Temperature of the distillation in the first epoch")
     temperature_decay: float = Field(
-        0.9, gt=0, le=1, description="Factor on the temperature from epoch to epoch, down to 1"
+        1.0, gt=0, le=1, description="Factor on the temperature from epoch to epoch, down to 1. 1: no annealing"
     )
     attention_weight: float = Field(
         0.0,

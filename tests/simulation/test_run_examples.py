@@ -56,7 +56,7 @@ def test_a_simulated_run_can_show_where_its_models_look(phantom_settings, coordi
         draw_examples(folder, without=with_teachers)
 
     (folder.path / "examples.png").write_bytes(b"not a picture")
-    with pytest.raises(RunFolderError, match="examples.png: damaged"):
+    with pytest.raises(RunFolderError, match=r"examples\.png: damaged"):
         write_report(folder)
 
 

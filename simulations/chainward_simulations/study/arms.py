@@ -81,10 +81,13 @@ _TABLE = (
     _chain("chain-no-distillation", "without the predecessor's logits", chain__distillation_weight=0.0),
     _chain("chain-attention", "with attention transfer, weight 1", chain__attention_weight=1.0),
     _chain("chain-no-attention", "without attention transfer", chain__attention_weight=0.0),
+    _chain("chain-annealing", "temperature times 0.9 from epoch to epoch", chain__temperature_decay=0.9),
     _chain("chain-no-annealing", "one temperature in all epochs", chain__temperature_decay=1.0),
     _chain("chain-no-trust", "the predecessor counts the same where it is wrong", chain__teacher_trust="none"),
     _chain("chain-fresh", "every link starts from the run's initial weights", chain__start="fresh"),
     _chain("chain-reversed", "the sites in reverse order", chain__order="reversed"),
+    _chain("chain-weakest-next", "next the site where the model is weakest", chain__order="weakest-next"),
+    _chain("chain-guarded", "links that cost over 0.05 at earlier sites are refused", chain__max_forgetting=0.05),
     _chain("chain-shuffled", "the sites in an order drawn by the seed", chain__order="shuffled"),
     _chain(
         "chain-unlabelled", "with the images that the label fraction leaves, weight 1", chain__unlabelled_weight=1.0
