@@ -34,7 +34,9 @@ def test_every_arm_that_is_listed_can_be_planned_and_says_what_it_is(name):
     ("name", "expected"),
     [
         ("chain", {}),
-        ("chain-no-annealing", {"chain.temperature-decay": 1.0}),
+        ("chain-annealing", {"chain.temperature-decay": 0.9}),
+        ("chain-weakest-next", {"chain.order": "weakest-next"}),
+        ("chain-guarded", {"chain.max-forgetting": 0.05}),
         ("chain-fresh", {"chain.start": "fresh"}),
         ("chain-laps-2", {"chain.laps": 2, "chain.epochs": 6}),
         ("chain-laps-4", {"chain.laps": 4, "chain.epochs": 3}),
