@@ -102,7 +102,7 @@ def run_in_process(
             )
             on_step(f"alone {site}")
     if config.student.rounds:
-        _run_students(config, sites, outcome, on_step, state_dir)
+        run_students(config, sites, outcome, on_step, state_dir)
     return outcome
 
 
@@ -159,13 +159,14 @@ def _site_dir(state_dir: Path | None, site: str) -> Path | None:
     return None if state_dir is None else state_dir / site
 
 
-def _run_students(
+def run_students(
     config: RunConfig,
     sites: Mapping[str, SiteData],
     outcome: Outcome,
     on_step: Callable[[str], None],
     state_dir: Path | None,
 ) -> None:
+    """Train the students of a chain that `outcome` holds, and put student and architecture into it."""
     small = student_architecture(config.student, outcome.architecture)
     student, selected = initial_students(config.student, outcome.architecture, outcome.chain, config.seed)
     auxiliaries: dict[str, StateDict | None] = dict.fromkeys(sites, selected)

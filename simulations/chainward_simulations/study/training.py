@@ -71,7 +71,7 @@ def train_arm(
         if arm.trainer == "chain":
             return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
         outcome = dataclasses.replace(outcome, logs=dict(outcome.logs))
-        runner._run_students(config, sites, outcome, on_step, state_dir)
+        runner.run_students(config, sites, outcome, on_step, state_dir)
         assert outcome.student is not None
         assert outcome.student_architecture is not None
         return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
