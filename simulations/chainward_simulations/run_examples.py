@@ -38,7 +38,7 @@ def draw_examples(folder: RunFolder, *, without: RunFolder | None = None, count:
             raise RunFolderError(f"run {folder.state.run_id} has no finished chain yet; nothing can be drawn")
     else:
         _check_same_data(folder, without)
-        models = {"without": _model(without, "chain"), "with privileged teachers": _model(folder, "chain")}
+        models = {"without teachers": _model(without, "chain"), "with teachers": _model(folder, "chain")}
     picture = example_figure(models, open_sites(folder.config), count=count, seed=folder.config.seed)
     write_atomically(folder.path / EXAMPLES, picture)
 

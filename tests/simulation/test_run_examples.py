@@ -42,6 +42,7 @@ def test_a_simulated_run_can_show_where_its_models_look(phantom_settings, coordi
     picture = (folder.path / "examples.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert base64.b64encode(picture).decode() in page
+    assert "img-src data:" in page, "the page's own policy would hide the picture"
     assert "these images lie on this machine" in " ".join(page.split())
 
     with_teachers, _ = coordinated(phantom_settings | {"privileged.mode": "all", "privileged.epochs": 2})
