@@ -6,6 +6,7 @@ An audit ends with 0: fine, 1: over budget or inconsistent, 2: damaged or unread
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,12 @@ from rich.console import Console
 
 from chainward_client.keys import create_site_ledger, key_path, ledger_path
 from chainward_client.site import load_site_config
-from chainward_shared.errors import ChainwardError
+from chainward_shared.errors import ChainwardError, PrivacyError
 from chainward_shared.privacy.audit import Audit, Finding, audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
+from chainward_shared.privacy.empirical import Empirical
 from chainward_shared.privacy.ledger import named_key_and_site
+from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.signing import fingerprint, load_public_key, public_key_path
 from chainward_shared.privacy.statements import read_statements
 
@@ -62,10 +65,28 @@ def audit(
             "--told", help="privacy.json of a run: compare with what the coordinator was told. May be repeated."
         ),
     ] = None,
+    empirical: Annotated[
+        bool,
+        typer.Option("--empirical", help="Also try the private training that is installed here: checks and attack."),
+    ] = False,
+    sabotage: Annotated[
+        bool,
+        typer.Option("--sabotage", help="With --empirical: also try broken versions, to see that each is found out."),
+    ] = False,
+    epsilon: Annotated[
+        float | None, typer.Option(help="With --empirical: epsilon to attack at. Default: the policy's, at most 4.")
+    ] = None,
+    canaries: Annotated[
+        int | None, typer.Option(help="With --empirical: planted patients to attack, default 2000.", min=8, max=20_000)
+    ] = None,
 ) -> None:
     """Check the ledger's chain and signatures, recompute every epsilon, compare with the policy."""
+    if not empirical and (sabotage or epsilon is not None or canaries is not None):
+        raise PrivacyError("--sabotage, --epsilon and --canaries say how the training is tried; give --empirical too")
     statements = [statement for path in told or [] for statement in read_statements(path)]
-    audited = _audit(what, statements)
+    audited, terms = _audit(what, statements)
+    if empirical:
+        audited = audited.with_empirical(_tried(terms, epsilon, canaries, sabotage))
     if html is not None:
         write_page(audited, html)
     if as_json:
@@ -77,17 +98,28 @@ def audit(
     raise typer.Exit(audited.exit_code)
 
 
-def _audit(what: Path, told: list[object]) -> Audit:
+def _tried(terms: Terms | None, epsilon: float | None, canaries: int | None, sabotage: bool) -> Empirical:
+    from chainward_client.privacy_audit.one_run import CANARIES  # they load PyTorch, which takes seconds
+    from chainward_client.privacy_audit.trial import attacked_epsilon, try_training
+
+    attacked, delta, source = attacked_epsilon(terms)
+    if epsilon is not None:
+        attacked, source = epsilon, "as asked"
+    return try_training(
+        attacked, delta, source, canaries=canaries or CANARIES, sabotage=sabotage, say=partial(typer.echo, err=True)
+    )
+
+
+def _audit(what: Path, told: list[object]) -> tuple[Audit, Terms | None]:
     if what.suffix in (".yaml", ".yml"):
         config = load_site_config(what)
         state = config.state_dir(what)
         key = load_public_key(public_key_path(key_path(state)))
-        return audit_ledger(
-            ledger_path(state), key, config.site, terms=config.privacy.terms if config.privacy else None, told=told
-        )
+        terms = config.privacy.terms if config.privacy else None
+        return audit_ledger(ledger_path(state), key, config.site, terms=terms, told=told), terms
     public, site = named_key_and_site(what)
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
     found = (
         f"checked against the key that the ledger names itself, {fingerprint(public)}: compare it with the hospital's"
     )
-    return audit_ledger(what, key, site, told=told, remarks=[Finding("note", found, str(what))])
+    return audit_ledger(what, key, site, told=told, remarks=[Finding("note", found, str(what))]), None

@@ -10,59 +10,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
-
-from pydantic import Field, model_validator
 
 from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, largest_steps, spent
 from chainward_shared.privacy.entries import Unit
 from chainward_shared.privacy.ledger import Ledger, Reservation
-from chainward_shared.privacy.statements import Terms
+from chainward_shared.privacy.policy import PrivacyPolicy
 
 logger = logging.getLogger("chainward")
-
-
-class PrivacyPolicy(Terms):
-    """The `privacy` block of site.yaml.
-
-    Attributes
-    ----------
-    epsilon, delta : the budget of the site's lifetime, over all runs; delta below 1 over the number of units
-    required : whether a run without privacy is refused, default true
-    epsilon_per_run : cap on one run, default none but the lifetime's budget
-    unit : what is protected: "patient" with all images (default), or one "image"
-    metrics : what of scores and counts may leave: "withhold" (default), "noised", "exact"
-    metrics_epsilon : what one noised release costs; with ``metrics: noised`` only
-    privileged_teachers :
-        whether teachers that read reports or tables may train, privately and charged to the ledger; default false
-    """
-
-    required: bool = True
-    metrics_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    privileged_teachers: bool = False
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.epsilon_per_run is not None and self.epsilon_per_run > self.epsilon:
-            raise ValueError(
-                f"epsilon_per_run {self.epsilon_per_run:g} is above epsilon {self.epsilon:g}, the lifetime's budget"
-            )
-        if (self.metrics == "noised") != (self.metrics_epsilon is not None):
-            raise ValueError(
-                "metrics_epsilon says what a release with 'metrics: noised' costs; give both or neither "
-                f"(metrics is '{self.metrics}')"
-            )
-        return self
-
-    @property
-    def terms(self) -> Terms:
-        """What of the policy others may know; it goes into every statement."""
-        return Terms(**{name: getattr(self, name) for name in Terms.model_fields})
-
-    def metrics_mechanism(self) -> Mechanism | None:
-        """Return what one release of noised metrics is charged as; None where none is charged."""
-        return Mechanism("laplace", 1 / self.metrics_epsilon, 1.0, 1) if self.metrics_epsilon is not None else None
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site, simulated_site
-from chainward_client.policy import PrivacyPolicy
+from chainward_client.private_site import PrivateSite
 from chainward_shared.errors import DataError, ProtocolError, nearest
+from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import SimulatedSite
 
 SITE_CONFIG_KEY = "site-config"
@@ -48,10 +49,24 @@ class SiteConfig(BaseModel):
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site that is ready to work: its data, and where it keeps its state."""
+    """A site that is ready to work: its data, where it keeps its state, and its privacy policy, if it has one."""
 
     data: SiteData
     state_dir: Path
+    policy: PrivacyPolicy | None = None
+    simulated: bool = False
+
+    def open_privacy(self) -> PrivateSite | None:
+        """Return what the site's private work needs, its ledger verified; None without a policy.
+
+        Raises
+        ------
+        PrivacyError
+            Ledger or key are missing or damaged.
+        """
+        if self.policy is None:
+            return None
+        return PrivateSite.open(self.policy, self.state_dir, self.data.site, create=self.simulated)
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -118,7 +133,7 @@ def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -
             )
         base = Path(str(node_config[SITE_CONFIG_KEY])).parent
         data = _local_site((base / Path(config.data).expanduser()).resolve(), config.site)
-        return OpenSite(data, config.state_dir(Path(str(node_config[SITE_CONFIG_KEY]))))
+        return OpenSite(data, config.state_dir(Path(str(node_config[SITE_CONFIG_KEY]))), config.privacy)
     if simulated is None:
         raise ProtocolError(
             f"this node has no '{SITE_CONFIG_KEY}' in its node configuration and was not told which simulated site to be"
@@ -131,7 +146,7 @@ def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -
         simulated.seed,
         _stamp(simulated.source),
     )
-    return OpenSite(data, Path(simulated.state_dir) / data.site)
+    return OpenSite(data, Path(simulated.state_dir) / data.site, simulated.policy, simulated=True)
 
 
 def _stamp(source: str) -> float:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
-from chainward_shared.errors import ChainwardError
+from pydantic import ValidationError
+
+from chainward_shared.errors import StoreError, WeightsError
 from chainward_shared.models import Architecture
-from chainward_shared.weights import StateDict, load_file, save_file
+from chainward_shared.protocol import Body, EvaluateTask
+from chainward_shared.weights import StateDict, digest, load_file, save_file
+
+logger = logging.getLogger("chainward.client")
+
+B = TypeVar("B", bound=Body)
+
+
+def fingerprint(task: Body) -> str:
+    """Return the SHA-256 of all that decides the answer to a task: a request with the same one has the same answer."""
+    # not what comes along to be sure: an auxiliary teacher is sent again although the site has its own
+    deciding = task.model_dump_json(exclude={"simulated", "seen_head", "auxiliary_digest"})
+    return hashlib.sha256(f"{task.KIND} {deciding}".encode()).hexdigest()
 
 
 class SiteStore:
-    """The auxiliary teachers of one site in one run, by round.
+    """The finished work and the auxiliary teachers of one site in one run.
 
     Parameters
     ----------
@@ -22,34 +39,83 @@ class SiteStore:
     KEPT_ROUNDS = 2
     """A round may be asked for again (its reply was lost, the run was resumed): the round before it is kept as well."""
 
+    KEPT_ANSWERS: ClassVar[dict[str, int]] = {EvaluateTask.KIND: 256}
+    """The newest answers to each kind of task that are kept, default 3: a coordinator asks again for the last one, or the
+    one before it. Scores with noise are small, and dear."""
+
     def __init__(self, root: Path, run_id: str) -> None:
         # the id comes in a message: whatever it is, the folder lies directly in the site's own
         self.folder = root / (re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or "_")
+
+    def save_answer(self, task: Body, body: Body, state: StateDict) -> None:
+        """Keep the answer to a task, before it is sent.
+
+        Raises
+        ------
+        StoreError
+            The state folder can't be written.
+        """
+        metadata = {"body": body.model_dump_json(), "digest": digest(state)}
+        self._write(state, self._answer_path(task), metadata)
+        kept = sorted(self.folder.glob(f"{task.KIND}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for old in kept[: -self.KEPT_ANSWERS.get(task.KIND, 3)]:
+            old.unlink(missing_ok=True)
+
+    def load_answer(self, task: Body, expected: type[B]) -> tuple[B, StateDict] | None:
+        """Return the answer that was given to the same task before; None if there is none that can be used."""
+        path = self._answer_path(task)
+        if not path.exists():
+            return None
+        try:
+            state, metadata = load_file(path)
+            if metadata.get("digest") != digest(state):
+                raise WeightsError(f"{path}: not what was written")
+            body = expected.model_validate_json(metadata.get("body", ""))
+        except (WeightsError, ValidationError, OSError) as error:
+            logger.warning("%s: damaged (%s); the work is done again", path, str(error).splitlines()[0])
+            return None
+        logger.info("the same was asked before; the stored answer is sent again")
+        return body, state
 
     def save_auxiliary(self, state: StateDict, architecture: Architecture, after_round: int) -> None:
         """Keep the auxiliary teacher as it is after `after_round` (1-based; 0: as it was selected).
 
         Raises
         ------
-        ChainwardError
+        StoreError
             The state folder can't be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, self._path(after_round), architecture.to_metadata())
-        except OSError as error:
-            raise ChainwardError(
-                f"{self.folder}: can't be written ({error.strerror}); free space or fix its rights"
-            ) from error
+        self._write(state, self._path(after_round), architecture.to_metadata())
         for old in range(after_round - self.KEPT_ROUNDS + 1):
             self._path(old).unlink(missing_ok=True)
 
     def load_auxiliary(self, before_round: int) -> StateDict | None:
-        """Return the newest auxiliary teacher from before `before_round` (1-based), or None if there is none."""
+        """Return the newest auxiliary teacher from before `before_round` (1-based), or None if there is none.
+
+        Raises
+        ------
+        StoreError
+            Its file is damaged.
+        """
         for after_round in range(before_round - 1, -1, -1):
             if self._path(after_round).exists():
-                return load_file(self._path(after_round))[0]
+                try:
+                    return load_file(self._path(after_round))[0]
+                except WeightsError as error:
+                    raise StoreError(f"{error}; remove it, and a retry brings the teacher anew") from error
         return None
+
+    def _write(self, state: StateDict, path: Path, metadata: dict[str, str]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, path, metadata)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder}: can't be written ({error.strerror}); free space or fix its rights"
+            ) from error
+
+    def _answer_path(self, task: Body) -> Path:
+        return self.folder / f"{task.KIND}-{fingerprint(task)[:32]}.safetensors"
 
     def _path(self, after_round: int) -> Path:
         return self.folder / f"auxiliary-round-{after_round:04d}.safetensors"

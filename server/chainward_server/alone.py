@@ -18,10 +18,14 @@ logger = logging.getLogger("chainward")
 def run_alone(run: Run) -> None:
     """Train every site without the others, with the budget of its links, to compare the chain with.
 
-    A chain of one lap has trained its first site just so already: that link is taken as it is.
+    A chain of one lap has trained its first site just so already: that link is taken as it is. A private site is not asked:
+    it would pay for a comparison out of the budget that protects its patients.
     """
     laps = run.config.chain.laps
     missing = [site for site in run.consortium.sites if not run.folder.is_finished(f"alone-{site}")]
+    if private := [site for site in missing if run.privacy.is_private(site)]:
+        logger.info("not trained alone, which would cost them privacy: %s", ", ".join(private))
+        missing = [site for site in missing if site not in private]
     for link in run.results.links:
         if laps == 1 and link.predecessor is None and link.metrics and link.site in missing:
             missing.remove(link.site)
@@ -38,6 +42,7 @@ def run_alone(run: Run) -> None:
 
 def _alone_request(run: Run, site: str) -> Request:
     task = LinkTask(
+        run_id=run.folder.state.run_id,
         hop=f"alone-{site}",
         strand=0,
         lap=0,
@@ -55,7 +60,7 @@ def _record_alone(run: Run, site: str, reply: Reply[LinkResult] | Failure) -> No
     metrics, reason = None, reply.reason if isinstance(reply, Failure) else None
     if not isinstance(reply, Failure):
         try:
-            state = checked_model(reply, key, site, run.template)
+            state = checked_model(run, reply, key, site)
             metrics = link_metrics(run.score(run.architecture, state, ["val", "test"]))
         except ChainwardError as error:
             reason = f"site '{site}' alone: {error}"

@@ -29,6 +29,7 @@ from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError
 from chainward_shared.models import Architecture, resolve_architecture
+from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
@@ -105,8 +106,8 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
             image_size=card.image_size,
             patch_size=config.chain.patch_size,
         )
-        if config.student.rounds:
-            student_architecture(config.student, architecture)
+        small = student_architecture(config.student, architecture) if config.student.rounds else None
+        _check_privacy(config, consortium, [architecture, *([] if small is None else [small])])
         data = _data_summary(consortium, config)
         results = _continued(results, data, folder, config)
         results.timings = timings
@@ -136,7 +137,7 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         looks = {name: run.localise(*model) for name, model in final.items()}
         results.localization = {name: scores for name, scores in looks.items() if scores is not None}
     with _timed("report", folder, timings):
-        folder.write_privacy(list(consortium.cards))
+        run.privacy.write(results)
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
         folder.commit(results)
         folder.enter("done")
@@ -155,6 +156,47 @@ def _timed(phase: Phase, folder: RunFolder, timings: dict[str, float]) -> Iterat
         yield
     finally:
         timings[phase] = timings.get(phase, 0.0) + time.monotonic() - started
+
+
+def _check_privacy(config: RunConfig, consortium: Consortium, architectures: list[Architecture]) -> None:
+    """Say who trains privately, and refuse at once what no private site could train.
+
+    Raises
+    ------
+    ModelError
+        A backbone can't be trained privately.
+    """
+    policies = {site: card.privacy for site, card in consortium.cards.items() if card.privacy is not None}
+    if config.privacy.mode == "off":
+        if refusing := [site for site, policy in policies.items() if policy.required]:
+            logger.warning(
+                "%s: their policies require differential privacy and this run has none (privacy.mode = 'off'); they will "
+                "refuse to train",
+                ", ".join(refusing),
+            )
+        return
+    if policies:
+        for architecture in architectures:
+            check_private_ready(architecture)
+    for site in consortium.cards:
+        policy = policies.get(site)
+        if policy is None:
+            what = "will refuse" if config.privacy.mode == "dp-sgd" else "trains without privacy"
+            logger.info("%s: no privacy policy, %s", site, what)
+        else:
+            logger.info(
+                "%s: budget epsilon %g at delta %g per %s, scores: %s",
+                site,
+                policy.terms.epsilon,
+                policy.terms.delta,
+                policy.terms.unit,
+                policy.terms.metrics,
+            )
+    logger.info(
+        "each private site spends at most epsilon %g at delta %g in this run",
+        config.privacy.epsilon,
+        config.privacy.delta,
+    )
 
 
 def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
@@ -195,7 +237,10 @@ def _continued(results: Results | None, data: DataSummary, folder: RunFolder, co
 
 def _tell_about_data(data: DataSummary) -> None:
     for site in data.sites:
-        logger.info("%s: %d training, %d validation, %d test images", site.site, site.train, site.val, site.test)
+        if site.val is None or site.test is None:
+            logger.info("%s: about %d training cases; its policy withholds the numbers", site.site, site.train)
+        else:
+            logger.info("%s: %d training, %d validation, %d test images", site.site, site.train, site.val, site.test)
         for note in site.notes:
             logger.info("%s: %s", site.site, note)
     if data.synthetic:

@@ -157,12 +157,14 @@ def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: lis
 def _link_request(run: Run, hop: Hop, strand: Strand) -> Request:
     predecessor = strand.model
     task = LinkTask(
+        run_id=run.folder.state.run_id,
         hop=hop.key,
         strand=hop.strand,
         lap=hop.lap,
         architecture=run.architecture,
         recipe=run.config.link_recipe(),
         predecessor_digest=None if predecessor is None else digest(predecessor),
+        seen_head=run.privacy.seen_head(hop.site),
         simulated=run.consortium.exchange.members[hop.site].simulated,
     )
     return Request("train.link", task, {} if predecessor is None else {"predecessor": to_arrays(predecessor)})
@@ -176,28 +178,29 @@ def _take(run: Run, hop: Hop, reply: Reply[LinkResult] | Failure, outcome: _Atte
         return
     outcome.bytes_up += reply.bytes
     try:
-        outcome.model = checked_model(reply, hop.key, hop.site, run.template)
+        outcome.model = checked_model(run, reply, hop.key, hop.site)
         outcome.training = reply.body.training
     except ChainwardError as error:
         outcome.failure = Failure(f"site '{hop.site}' sent a model that can't be used: {error}", reply.seconds)
 
 
-def checked_model(reply: Reply[LinkResult], hop: str, site: str, template: StateDict) -> StateDict:
-    """Return the model in a reply after checking that it is the one that was asked for.
+def checked_model(run: Run, reply: Reply[LinkResult], hop: str, site: str) -> StateDict:
+    """Return the model in a reply after checking that it is the one that was asked for; keep the privacy statement.
 
     Raises
     ------
     ChainwardError
-        It is for another hop, from another site, incomplete, damaged, or not finite.
+        It is for another hop, from another site, incomplete, damaged, or not finite, or its privacy statement is.
     """
     body = reply.body
     if (body.hop, body.site) != (hop, site):
         raise ChainwardError(f"it answers hop '{body.hop}' of site '{body.site}'; expected '{hop}' of '{site}'")
     if "model" not in reply.arrays:
         raise ChainwardError("there are no arrays in it")
-    state = from_arrays(reply.arrays["model"], template)
+    state = from_arrays(reply.arrays["model"], run.template)
     if digest(state) != body.digest:
         raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
+    run.privacy.take(body.statement, site, hop)
     return state
 
 

@@ -1,22 +1,31 @@
-"""The coordinator's command, `chainward`. Progress and errors go to stderr; 0: fine, 2: bad input."""
+"""The coordinator's command, `chainward`. Progress and errors go to stderr; 0: fine, 1: a finding, 2: bad input."""
 
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import click
 import typer
 from flwr.common.config import parse_config_args
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
+from chainward_server.export import chosen_model, export_run
+from chainward_server.export.onnx_model import OnnxInput
+from chainward_server.report.formats import bytes_size, duration
 from chainward_server.report.from_folder import write_report
 from chainward_server.run_folder import RunFolder
+from chainward_server.run_list import list_runs
+from chainward_server.watch import find_run, watch
+from chainward_server.watch.display import QUIET
+from chainward_server.watch.watching import Output
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config_docs import configuration_markdown, flower_app_config
-from chainward_shared.errors import ChainwardError, ConfigError, RunFolderError, nearest
+from chainward_shared.errors import ChainwardError, ConfigError
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.statements import read_privacy_record
@@ -44,37 +53,99 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """List the runs, newest first: status, phase, figures of the models that came out."""
-    rows = [_summary(path.parent) for path in sorted(directory.expanduser().glob("*/run.json"), reverse=True)]
+    found = list_runs(directory)
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(json.dumps([row.to_json() for row in found], indent=1))
         return
-    if not rows:
+    if not found:
         console.print(f"no runs in {directory}", markup=False)
         return
-    table = Table("run", "status", "phase", "chain", "student", "reason")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    run_id, started = Column("run", no_wrap=True), Column("started", no_wrap=True)
+    headers = ("status", "time", "sites", "privacy", "chain", "student")
+    table = Table(run_id, started, *headers, box=None, padding=(0, 1, 0, 0))
+    for row in found:
+        status = f"{row.status}: {row.phase}" if row.status == "running" else row.status
+        if row.silent and row.silent > QUIET:
+            status += f", silent for {duration(row.silent)}"
+        began = f"{datetime.fromisoformat(row.started).astimezone():%m-%d %H:%M}" if row.started else ""
+        spent = duration(row.elapsed) if row.elapsed is not None else ""
+        cells = [row.run, began, status, spent, str(row.sites or ""), row.privacy, row.chain, row.student]
+        table.add_row(*(Text(cell or "") for cell in cells))
     console.print(table)
+    for row in found:
+        if row.reason:
+            console.print(f"{row.run}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
     console.print("chain, student: balanced accuracy on the pooled test images")
 
 
-def _summary(path: Path) -> dict[str, str | None]:
+@app.command("watch")
+def watch_run(
+    run: Annotated[
+        str | None, typer.Argument(help="Id of a run, or path of its folder. Default: the run that was last at work.")
+    ] = None,
+    directory: RunsDir = DEFAULT_DIR,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks at the run.")] = 2.0,
+    wait: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds to wait until the run is there. Without RUN: until one appears, or was at work a minute ago at most.",
+        ),
+    ] = 0.0,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Exit with 1 after so many seconds without a sign of life. 0: never.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for all that happens.")] = False,
+) -> None:
+    """Watch a run until it ends. 0: it finished, 1: it failed or gave no sign of life, 2: no such run, 130: Ctrl-C."""
+    output: Output = "json" if as_json else "live" if console.is_terminal else "lines"
     try:
-        folder = RunFolder.open(path)
-        results = folder.load_results()
-    except RunFolderError as error:
-        return {
-            "run": path.name,
-            "status": "damaged",
-            "phase": None,
-            "chain": None,
-            "student": None,
-            "reason": str(error),
-        }
-    scores = {name: final.pooled.balanced_accuracy for name, final in (results.final if results else {}).items()}
-    figures = {name: None if (value := scores.get(name)) is None else f"{value:.3f}" for name in ("chain", "student")}
-    state = folder.state
-    return {"run": state.run_id, "status": state.status, "phase": state.phase, **figures, "reason": state.reason}
+        path = find_run(run, directory, wait=wait)
+        code = watch(path, console, output, interval=interval, timeout=timeout, write=typer.echo)
+    except KeyboardInterrupt:
+        errors.print("no longer watching; the run goes on without it", markup=False)
+        code = 130
+    raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Id of a run, or path of its folder.")],
+    directory: RunsDir = DEFAULT_DIR,
+    model: Annotated[
+        Literal["student", "chain"] | None,
+        typer.Option(help="Which model. Default: the student; the chain's in a run that trains none."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The new folder. Default: RUN-MODEL in this folder.")] = None,
+    onnx: Annotated[bool, typer.Option(help="Also as ONNX, compared with PyTorch (extra `onnx`).")] = True,
+    onnx_input: Annotated[
+        OnnxInput,
+        typer.Option(help="What the ONNX model is given: pixels 0 to 255 (uint8), or images scaled already (float32)."),
+    ] = "pixels",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in that folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Write a run's model for others: safetensors, timm's config.json, ONNX, a model card, checksums. Print where."""
+    folder = open_run(run, directory)
+    chosen = chosen_model(folder, model)
+    target = to or Path(f"{folder.state.run_id}-{chosen}")
+    done = export_run(folder, target, model=chosen, onnx=onnx, onnx_input=onnx_input, force=force)
+    for warning in done.warnings:
+        errors.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(done.to_json(), indent=1))
+        return
+    for file in done.files:
+        errors.print(f"{bytes_size(file.bytes):>8}  {file.name}", markup=False, highlight=False)
+    if done.onnx:
+        errors.print(
+            f"ONNX and PyTorch agree on {done.onnx.images} images: logits within {done.onnx.logits:.1e}, probabilities within "
+            f"{done.onnx.probabilities:.1e}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    typer.echo(done.path)
 
 
 @app.command()
@@ -94,14 +165,7 @@ def open_run(run: str, directory: Path) -> RunFolder:
     RunFolderError
         There is none, or a file of it is damaged.
     """
-    base = directory.expanduser()
-    path = base / run
-    if not (path / "run.json").is_file():
-        known = [found.parent.name for found in base.glob("*/run.json")]
-        raise RunFolderError(
-            f"run {run!r}: no run.json in {path}{nearest(run, known)}; `chainward runs` lists the runs"
-        )
-    return RunFolder.open(path)
+    return RunFolder.open(find_run(run, directory))
 
 
 @app.command()

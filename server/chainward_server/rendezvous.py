@@ -32,6 +32,11 @@ class Consortium:
         return list(self.cards)
 
     @property
+    def simulated(self) -> bool:
+        """Whether the sites are simulated."""
+        return any(member.simulated is not None for member in self.exchange.members.values())
+
+    @property
     def any_card(self) -> SiteCard:
         """One card, for what all sites have in common: task, classes, image size, channels."""
         return next(iter(self.cards.values()))
@@ -147,6 +152,12 @@ def _simulated_members(config: RunConfig, known: dict[int, Hello], state_dir: Pa
         raise ChainwardError(
             f"federation.sites names '{unknown[0]}'{nearest(unknown[0], available)}; the data has {', '.join(available)}"
         )
+    budgets = [site for site in config.privacy.simulated_budgets() if site]
+    if unknown := [site for site in (*config.privacy.simulated_site_ids, *budgets) if site not in order]:
+        raise ChainwardError(
+            f"privacy.simulated-sites or privacy.simulated-budget names '{unknown[0]}'{nearest(unknown[0], order)}; the run "
+            f"has {', '.join(order)}"
+        )
     if config.chain.strands > len(order):
         raise ChainwardError(
             f"chain.strands = {config.chain.strands}, but there are {len(order)} sites, and no site holds two strands at once"
@@ -160,6 +171,7 @@ def _simulated_members(config: RunConfig, known: dict[int, Hello], state_dir: Pa
             label_skew=config.data.label_skew,
             seed=config.seed,
             state_dir=str(state_dir),
+            policy=config.privacy.simulated_policy(site),
         )
         members[site] = Member(site, nodes[position % len(nodes)], simulated)
     return members

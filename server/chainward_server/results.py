@@ -36,12 +36,13 @@ class SiteLocalisation(Record):
 
 class SiteSummary(Record):
     """What a site said of its data when it joined. `class_counts`: per split, in the order of the classes; multi-label: the
-    images with each finding."""
+    images with each finding. A site with a privacy policy that withholds them: `train` is what it declares, the others
+    None, and there are no counts."""
 
     site: str
     train: int
-    val: int
-    test: int
+    val: int | None
+    test: int | None
     class_counts: dict[str, list[int]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
 

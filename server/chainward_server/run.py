@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from chainward_server.privacy import RunPrivacy
 from chainward_server.progress import Progress
 from chainward_server.rendezvous import Consortium
 from chainward_server.results import Results, SiteLocalisation, SiteScores
@@ -26,6 +27,7 @@ class Run:
     ----------
     architecture : of the large model that travels along the chain
     template : its names, shapes and dtypes, without values
+    privacy : what the sites have signed
     """
 
     consortium: Consortium
@@ -35,8 +37,10 @@ class Run:
     results: Results
     progress: Progress = field(default_factory=lambda: Progress(0.0))
     template: StateDict = field(init=False)
+    privacy: RunPrivacy = field(init=False)
 
     def __post_init__(self) -> None:
+        self.privacy = RunPrivacy(self.folder, self.consortium)
         self.template = skeleton(self.architecture).state_dict()
 
     @property
@@ -49,14 +53,27 @@ class Run:
         """Return the scores of a model at all sites; see `score_everywhere`."""
         federation = self.config.federation
         return score_everywhere(
-            self.consortium, architecture, state, splits, threads=federation.threads, deadline=federation.hop_deadline
+            self.consortium,
+            self.privacy,
+            architecture,
+            state,
+            splits,
+            run_id=self.folder.state.run_id,
+            threads=federation.threads,
+            deadline=federation.hop_deadline,
         )
 
     def localise(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
         """Return where a model looks, at all sites; see `localise_everywhere`."""
         federation = self.config.federation
         return localise_everywhere(
-            self.consortium, architecture, state, threads=federation.threads, deadline=federation.hop_deadline
+            self.consortium,
+            self.privacy,
+            architecture,
+            state,
+            run_id=self.folder.state.run_id,
+            threads=federation.threads,
+            deadline=federation.hop_deadline,
         )
 
     def link_work(self, site: str) -> float:
@@ -77,7 +94,11 @@ class Run:
         work = config.chain.laps * config.chain.strands * sum(map(self.link_work, sites))
         work -= sum(self.link_work(link.site) for link in self.results.links)
         if config.chain.compare_alone:
-            work += sum(self.alone_work(site) for site in sites if not self.folder.is_finished(f"alone-{site}"))
+            work += sum(
+                self.alone_work(site)
+                for site in sites
+                if not self.folder.is_finished(f"alone-{site}") and not self.privacy.is_private(site)
+            )
         if config.student.rounds:
             rounds = config.student.rounds + config.student.finetune_rounds - len(self.results.student_rounds)
             work += rounds * sum(map(self.student_work, sites))

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import secrets
 import tomllib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +39,7 @@ class RunState(BaseModel):
 
     Attributes
     ----------
+    config : SHA-256 of config.toml: cut in the right place, the file would still be one; None in runs of earlier versions
     models : SHA-256 of each model file, by name without suffix
     finished : names of finished pieces of work: hops, sites trained alone, student rounds
     """
@@ -51,6 +54,7 @@ class RunState(BaseModel):
     started: str
     updated: str
     version: str = __version__
+    config: str | None = None
     models: dict[str, str] = Field(default_factory=dict)
     finished: list[str] = Field(default_factory=list)
 
@@ -80,7 +84,9 @@ class RunFolder:
             raise RunFolderError(
                 f"output.dir = {config.output.dir!r}: can't be written ({error.strerror}); name a folder you may write to"
             ) from error
-        folder._write("config.toml", tomli_w.dumps(config.tables()).encode())
+        settings = tomli_w.dumps(config.tables()).encode()
+        folder._write("config.toml", settings)
+        folder.state.config = hashlib.sha256(settings).hexdigest()
         folder._write_state()
         return folder
 
@@ -126,12 +132,15 @@ class RunFolder:
         """
         try:
             state = RunState.model_validate_json((path / "run.json").read_bytes())
-            config = RunConfig.model_validate(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+            settings = (path / "config.toml").read_bytes()
+            config = RunConfig.model_validate(tomllib.loads(settings.decode()))
         except OSError as error:
             raise RunFolderError(f"{error.filename}: can't be read ({error.strerror})") from error
         except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             name = "run.json" if isinstance(error, ValidationError) and error.title == "RunState" else "config.toml"
             raise RunFolderError(f"{path / name}: damaged ({_first_problem(error)})") from error
+        if state.config not in (None, hashlib.sha256(settings).hexdigest()):
+            raise RunFolderError(f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it")
         return cls(path, state, config)
 
     def load_results(self) -> Results | None:
@@ -235,9 +244,9 @@ class RunFolder:
         """Write metrics.json."""
         self._write("metrics.json", results.model_dump_json(by_alias=True, indent=1).encode())
 
-    def write_privacy(self, sites: list[str]) -> None:
-        """Write privacy.json: no site trains privately in this version, and the file says so."""
-        self._write("privacy.json", json.dumps(privacy_statement(sites), indent=1).encode())
+    def write_privacy(self, record: Mapping[str, Any]) -> None:
+        """Write privacy.json."""
+        self._write("privacy.json", json.dumps(record, indent=1).encode())
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run folder and return its path."""
@@ -263,19 +272,6 @@ class RunFolder:
                 load_file(self.model_path(name), sha256)
             except WeightsError as error:
                 raise RunFolderError(f"{error}; start anew, or restore the run folder") from error
-
-
-def privacy_statement(sites: list[str]) -> dict[str, object]:
-    """Return the content of privacy.json for a run without differential privacy."""
-    return {
-        "schema": 1,
-        "mode": "off",
-        "statement": (
-            "No site trained with differential privacy. Images, reports and tables stayed at the sites, but nothing bounds "
-            "what the models, the scores and the class counts that left them reveal about a patient."
-        ),
-        "sites": {site: {"mode": "off", "epsilon": None, "delta": None} for site in sites},
-    }
 
 
 FREE_ON_RESUME = re.compile(r"output\..*|federation\.(hop-)?deadline|chain\.(retries|on-failure)")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-from chainward_server.exchange import Failure, Request
+from chainward_server.exchange import Failure, Reply, Request
+from chainward_server.privacy import RunPrivacy
 from chainward_server.rendezvous import Consortium
 from chainward_server.results import LinkMetrics, SiteLocalisation, SiteScores
-from chainward_shared.errors import ChainwardError, ModelError, WeightsError
+from chainward_shared.errors import ChainwardError, ModelError, StatementError, WeightsError
 from chainward_shared.evaluation.attention_maps import check_mappable
 from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays, pool
 from chainward_shared.evaluation.localisation import pool_sums
@@ -21,53 +22,49 @@ logger = logging.getLogger("chainward")
 
 Split = Literal["val", "test"]
 
+NO_SCORES = Scores(n=0, accuracy=None, balanced_accuracy=None, macro_auc=None, ece=None)
+"""Of a model that no site scores for others to see."""
+
 
 def score_everywhere(
     consortium: Consortium,
+    privacy: RunPrivacy,
     architecture: Architecture,
     state: StateDict,
     splits: list[Split],
     *,
+    run_id: str,
     threads: int,
     deadline: float,
 ) -> dict[Split, SiteScores]:
     """Return the scores of a model on the images of every site, for each of `splits`.
 
-    A site that does not answer is left out, with a warning.
+    A site that does not answer is left out, with a warning; so is one whose policy withholds its scores. Where all do, the
+    pooled scores are of no images.
 
     Raises
     ------
     ChainwardError
         No site answered.
     """
-    arrays = {"model": to_arrays(state)}
-    checksum = digest(state)
-    requests = {
-        site: Request(
-            "evaluate",
-            EvaluateTask(
-                architecture=architecture,
-                splits=splits,
-                threads=threads,
-                digest=checksum,
-                simulated=consortium.exchange.members[site].simulated,
-            ),
-            arrays,
-        )
-        for site in consortium.sites
-    }
+    task = EvaluateTask(run_id=run_id, architecture=architecture, splits=splits, threads=threads, digest=digest(state))
     scores: dict[Split, dict[str, Scores]] = {split: {} for split in splits}
     counts: dict[Split, list[PredictionCounts]] = {split: [] for split in splits}
-    classes, task = architecture.num_classes, consortium.any_card.task
+    classes, kind = architecture.num_classes, consortium.any_card.task
     problems = []
-    for site, reply in consortium.exchange.ask(requests, EvaluateResult, deadline).items():
+    for site, reply in _ask_all(consortium, privacy, task, state, deadline).items():
         if isinstance(reply, Failure):
             problems.append(reply.reason)
             continue
+        if reply.body.release == "withhold":
+            logger.debug("site '%s' withholds its scores, as its policy says", site)
+            continue
         try:
-            received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, task) for split in splits}
+            if reply.body.release == "noised":
+                privacy.take(reply.body.statement, site, task.hop)
+            received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, kind) for split in splits}
             found = {split: reply.body.scores[split] for split in splits}
-        except (KeyError, WeightsError) as error:
+        except (KeyError, WeightsError, StatementError) as error:
             problems.append(f"site '{site}' sent scores that can't be used: {error}")
             continue
         for split in splits:
@@ -75,13 +72,23 @@ def score_everywhere(
             scores[split][site] = found[split]
     for problem in problems:
         logger.warning("scores are without a site: %s", problem)
-    if len(problems) == len(requests):
+    if len(problems) == len(consortium.sites):
         raise ChainwardError(f"no site scored the model: {problems[0]}")
-    return {split: SiteScores(sites=scores[split], pooled=pool(counts[split])) for split in splits}
+    return {
+        split: SiteScores(sites=scores[split], pooled=pool(counts[split]) if counts[split] else NO_SCORES)
+        for split in splits
+    }
 
 
 def localise_everywhere(
-    consortium: Consortium, architecture: Architecture, state: StateDict, *, threads: int, deadline: float
+    consortium: Consortium,
+    privacy: RunPrivacy,
+    architecture: Architecture,
+    state: StateDict,
+    *,
+    run_id: str,
+    threads: int,
+    deadline: float,
 ) -> SiteLocalisation | None:
     """Return how well a model's attention finds the regions of interest of every site's test images.
 
@@ -93,18 +100,11 @@ def localise_everywhere(
     except ModelError as error:
         logger.info("where the model looks is not scored: %s", error)
         return None
-    task = EvaluateTask(architecture=architecture, splits=[], localisation=True, threads=threads, digest=digest(state))
-    arrays = {"model": to_arrays(state)}
-    requests = {
-        site: Request(
-            "evaluate",
-            task.model_copy(update={"simulated": consortium.exchange.members[site].simulated}),
-            arrays,
-        )
-        for site in consortium.sites
-    }
+    task = EvaluateTask(
+        run_id=run_id, architecture=architecture, splits=[], localisation=True, threads=threads, digest=digest(state)
+    )
     sums = {}
-    for site, reply in consortium.exchange.ask(requests, EvaluateResult, deadline).items():
+    for site, reply in _ask_all(consortium, privacy, task, state, deadline).items():
         if isinstance(reply, Failure):
             logger.warning("where the model looks is scored without a site: %s", reply.reason)
         elif reply.body.localisation is not None and reply.body.localisation.n:
@@ -114,6 +114,26 @@ def localise_everywhere(
     return SiteLocalisation(
         sites={site: part.scores() for site, part in sums.items()}, pooled=pool_sums(sums.values()).scores()
     )
+
+
+def _ask_all(
+    consortium: Consortium, privacy: RunPrivacy, task: EvaluateTask, state: StateDict, deadline: float
+) -> dict[str, Reply[EvaluateResult] | Failure]:
+    arrays = {"model": to_arrays(state)}
+    requests = {
+        site: Request(
+            "evaluate",
+            task.model_copy(
+                update={
+                    "simulated": consortium.exchange.members[site].simulated,
+                    "seen_head": privacy.seen_head(site),
+                }
+            ),
+            arrays,
+        )
+        for site in consortium.sites
+    }
+    return consortium.exchange.ask(requests, EvaluateResult, deadline)
 
 
 def link_metrics(scores: dict[Split, SiteScores]) -> LinkMetrics:

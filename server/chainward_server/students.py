@@ -13,7 +13,7 @@ from chainward_server.results import StudentRound
 from chainward_server.run import Run
 from chainward_server.scoring import shown
 from chainward_shared.config import StudentConfig
-from chainward_shared.errors import ChainwardError
+from chainward_shared.errors import ChainwardError, StatementError
 from chainward_shared.models import (
     Architecture,
     Selection,
@@ -156,7 +156,7 @@ def _run_round(
         record.bytes_down += sum(request.bytes for request in requests.values())
         deadline = run.config.federation.hop_deadline * len(open_sites)
         for site, reply in run.consortium.exchange.stream(requests, StudentResult, deadline):
-            problem = reply.reason if isinstance(reply, Failure) else _problem(reply, site, number, template)
+            problem = reply.reason if isinstance(reply, Failure) else _problem(run, reply, site, number, template)
             if problem or isinstance(reply, Failure):
                 failed[site] = problem or ""
                 continue
@@ -207,6 +207,7 @@ def _student_request(
         auxiliary_digest=None if auxiliary is None else digest(auxiliary),
         large_architecture=run.architecture if large else None,
         large_digests=[digest(state) for state in large],
+        seen_head=run.privacy.seen_head(site),
         simulated=run.consortium.exchange.members[site].simulated,
     )
     arrays = {"student": to_arrays(student)}
@@ -216,7 +217,7 @@ def _student_request(
     return Request("train.student", task, arrays)
 
 
-def _problem(reply: Reply[StudentResult], site: str, number: int, template: StateDict) -> str | None:
+def _problem(run: Run, reply: Reply[StudentResult], site: str, number: int, template: StateDict) -> str | None:
     """Return in one line why a site's student can't be averaged, or None if it can."""
     body = reply.body
     if (body.site, body.round) != (site, number):
@@ -231,7 +232,13 @@ def _problem(reply: Reply[StudentResult], site: str, number: int, template: Stat
         state = from_arrays(reply.arrays["student"], template)
     except ChainwardError as error:
         return f"site '{site}' sent a student that can't be used: {error}"
-    return None if digest(state) == body.digest else f"site '{site}' sent a student with another digest than it states"
+    if digest(state) != body.digest:
+        return f"site '{site}' sent a student with another digest than it states"
+    try:
+        run.privacy.take(body.statement, site, f"student-round-{number}")
+    except StatementError as error:
+        return str(error)
+    return None
 
 
 def _average(replies: list[Reply[StudentResult]], template: StateDict, number: int) -> StateDict:

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from chainward_shared.errors import ConfigError, nearest
+from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy
 from chainward_shared.recipes import (
     MAX_ENSEMBLE,
+    PRIVILEGED_BATCH,
     Augmentation,
     AuxiliaryTeacher,
     ChannelSelection,
@@ -27,6 +29,9 @@ from chainward_shared.recipes import (
     LearningRateCycle,
     LinkRecipe,
     Precision,
+    PlannedTraining,
+    PrivacyRecipe,
+    PrivacyUnit,
     PrivilegedRecipe,
     SiteOrder,
     StrandMerge,
@@ -40,6 +45,10 @@ ConfigScalar = bool | int | float | str
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _ids(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class Table(BaseModel):
@@ -282,9 +291,89 @@ class StudentConfig(Table):
 
 
 class PrivacyConfig(Table):
-    """Differential privacy."""
+    """Differential privacy. Every site enforces its own policy; what is asked here can't go beyond it."""
 
-    mode: Literal["off"] = Field("off", description="Only off: private training is not part of this version")
+    mode: Literal["off", "by-policy", "dp-sgd"] = Field(
+        "off",
+        description="off: no site trains privately, and one whose policy requires it refuses; by-policy: sites with a "
+        "privacy policy train privately (DP-SGD), the others without; dp-sgd: all do, and one without a policy refuses",
+    )
+    epsilon: float = Field(
+        8.0,
+        gt=0,
+        le=1_000,
+        description="Epsilon that each private site may spend in this run, all its trainings together",
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="Delta of it; below 1 over the patients of every private site")
+    clip: float = Field(1.0, gt=0, le=1_000, description="Length to which the gradient of each example is clipped")
+    unit: PrivacyUnit = Field(
+        "patient",
+        description="Who is protected: a patient with all images, or one image. A site with another unit refuses",
+    )
+    batch_size: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="Patients (or images) expected in a step of a private training, instead of chain.batch-size and "
+        "student.batch-size. 0: those",
+    )
+    simulated_sites: str = Field(
+        "", description="Simulations only: the sites that have a privacy policy, comma-separated. Empty: all"
+    )
+    simulated_budget: str = Field(
+        "",
+        description="Simulations only: the lifetime budgets in the policies, one number for all, or by site "
+        "('site-1=8, site-3=0.5'). Empty: privacy.epsilon, with noised scores twice that",
+    )
+    simulated_metrics: MetricsRelease = Field(
+        "exact",
+        description="Simulations only: what of scores and counts the policies let out: withhold, noised or exact",
+    )
+    simulated_metrics_epsilon: float = Field(
+        0.5, gt=0, le=1_000, description="Simulations only: what one release of noised scores costs"
+    )
+
+    @property
+    def simulated_site_ids(self) -> tuple[str, ...]:
+        """The ids in ``simulated-sites``."""
+        return _ids(self.simulated_sites)
+
+    def simulated_budgets(self) -> dict[str, float]:
+        """Return the lifetime budgets of ``simulated-budget`` by site; "" is that of all others.
+
+        Raises
+        ------
+        ConfigError
+            It is neither a number nor a list of SITE=NUMBER.
+        """
+        budgets = {"": self.epsilon * (2 if self.simulated_metrics == "noised" else 1)}
+        for part in _ids(self.simulated_budget):
+            site, _, number = part.rpartition("=")
+            try:
+                budgets[site.strip()] = float(number)
+            except ValueError:
+                budgets[site.strip()] = 0.0
+            if not 0 < budgets[site.strip()] < float("inf"):
+                raise ConfigError(
+                    f"privacy.simulated-budget = {self.simulated_budget!r}: found {part!r}, expected an epsilon above 0, or "
+                    "SITE=EPSILON for some sites"
+                )
+        return budgets
+
+    def simulated_policy(self, site: str) -> PrivacyPolicy | None:
+        """Return the policy of a simulated site; None where it has none."""
+        if self.mode == "off" or (self.simulated_site_ids and site not in self.simulated_site_ids):
+            return None
+        budgets = self.simulated_budgets()
+        noised = self.simulated_metrics == "noised"
+        return PrivacyPolicy(
+            epsilon=budgets.get(site, budgets[""]),
+            delta=self.delta,
+            unit=self.unit,
+            metrics=self.simulated_metrics,
+            metrics_epsilon=self.simulated_metrics_epsilon if noised else None,
+            privileged_teachers=True,
+        )
 
 
 class OutputConfig(Table):
@@ -361,7 +450,7 @@ class RunConfig(Table):
     @property
     def expected_sites(self) -> tuple[str, ...]:
         """The ids in ``federation.sites``, in order."""
-        return tuple(part.strip() for part in self.federation.sites.split(",") if part.strip())
+        return _ids(self.federation.sites)
 
     def link_recipe(self, *, laps: int = 1) -> LinkRecipe:
         """Return how one link is trained; `laps` > 1 gives the budget of several laps (for a site alone)."""
@@ -388,6 +477,46 @@ class RunConfig(Table):
             unlabelled_weight=chain.unlabelled_weight,
             teacher_trust=chain.teacher_trust,
             privileged=self.privileged.recipe_for("links"),
+            privacy=self.privacy_recipe(),
+        )
+
+    def privacy_recipe(self) -> PrivacyRecipe | None:
+        """Return how private sites train: with one noise for all trainings that the run asks of each; None where none do."""
+        privacy, chain, student = self.privacy, self.chain, self.student
+        if privacy.mode == "off":
+            return None
+        trainings = [
+            PlannedTraining(
+                epochs=chain.epochs,
+                batch_size=privacy.batch_size or chain.batch_size,
+                times=chain.laps * chain.strands,
+            )
+        ]
+        if student.rounds:
+            trainings.append(
+                PlannedTraining(
+                    epochs=student.epochs,
+                    batch_size=privacy.batch_size or student.batch_size,
+                    times=student.rounds + student.finetune_rounds,
+                )
+            )
+        if self.privileged.mode != "off":
+            trainings.append(
+                PlannedTraining(
+                    epochs=self.privileged.epochs,
+                    batch_size=PRIVILEGED_BATCH,
+                    times=2 if self.privileged.mode == "all" else 1,
+                )
+            )
+        return PrivacyRecipe(
+            sites="all" if privacy.mode == "dp-sgd" else "by-policy",
+            unit=privacy.unit,
+            delta=privacy.delta,
+            epsilon=privacy.epsilon,
+            clip=privacy.clip,
+            batch_size=privacy.batch_size,
+            share=1.0 if chain.unlabelled_weight > 0 else chain.label_fraction,
+            run=tuple(trainings),
         )
 
     def student_recipe(self, stage: Literal["distil", "finetune"]) -> StudentRecipe:
@@ -407,6 +536,7 @@ class RunConfig(Table):
             prior_strength=self.chain.prior_strength,
             label_fraction=self.chain.label_fraction,
             privileged=None if finetune else self.privileged.recipe_for("students"),
+            privacy=self.privacy_recipe(),
             stage=stage,
             distillation_weight=0.0 if finetune else student.distillation_weight,
             large_weight=0.0 if finetune else student.large_weight,
@@ -463,6 +593,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"student.finetune-rounds = {student.finetune_rounds} contradicts student.rounds = 0, which trains no student"
         )
     yield from _contradictions_of_students(student)
+    yield from _privacy_contradictions(config)
     output = Path(config.output.dir)
     if not output.is_absolute() and not config.output.dir.startswith("~"):
         yield (
@@ -496,6 +627,31 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"privileged.mode = '{privileged.mode}' contradicts privileged.logit-weight = 0 and "
             "privileged.embedding-weight = 0: nothing would be learnt from the teachers; set one of them, or mode off"
+        )
+
+
+def _privacy_contradictions(config: RunConfig) -> Iterator[str]:
+    privacy, default = config.privacy, PrivacyConfig()
+    if privacy.mode == "off":
+        given = [name for name in PrivacyConfig.model_fields if getattr(privacy, name) != getattr(default, name)]
+        for name in given:
+            yield (
+                f"privacy.{_kebab(name)} = {getattr(privacy, name)!r} contradicts privacy.mode = 'off', under which nothing is "
+                "private; set privacy.mode to 'dp-sgd' or 'by-policy'"
+            )
+        return
+    if config.federation.precision == "bf16":
+        yield "federation.precision = 'bf16' is not verified for private training; set it to 'auto' or 'fp32'"
+    try:
+        budgets = privacy.simulated_budgets()
+    except ConfigError as error:
+        yield str(error)
+        return
+    private = privacy.simulated_site_ids
+    if private and (stray := [site for site in budgets if site and site not in private]):
+        yield (
+            f"privacy.simulated-budget names '{stray[0]}', which privacy.simulated-sites doesn't; a site without a policy "
+            "has no budget"
         )
 
 

@@ -30,8 +30,16 @@ class ProtocolError(ChainwardError):
     """A message lacks something, carries something it must not, or speaks another version."""
 
 
+class StoreError(ChainwardError):
+    """What a site keeps between messages can't be written, or is damaged."""
+
+
 class RunFolderError(ChainwardError):
     """A run folder can't be written, or is damaged."""
+
+
+class ExportError(ChainwardError):
+    """A model can't be exported, or what was exported does not compute what the model does."""
 
 
 class StudyError(ChainwardError):

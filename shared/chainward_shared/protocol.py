@@ -17,10 +17,14 @@ from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
+from chainward_shared.privacy.entries import Head
+from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy, Terms
+from chainward_shared.privacy.statements import Statement
 from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
 from chainward_shared.task import Task
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 EXAMPLES_KEY = "num-examples"
 """Name under which Flower's FedAvg finds a site's weight."""
@@ -47,6 +51,7 @@ class SimulatedSite(Body):
     label_skew: float
     seed: int
     state_dir: str
+    policy: PrivacyPolicy | None = None
 
 
 class HelloRequest(Body):
@@ -80,9 +85,21 @@ class CardRequest(Body):
     simulated: SimulatedSite | None = None
 
 
+class SitePrivacy(BaseModel):
+    """What a site says of its privacy policy: its terms, whether it refuses runs without privacy, and how far its ledger
+    goes; None where the ledger can't be read, which the site's own log explains."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    terms: Terms
+    required: bool
+    head: Head | None
+
+
 class SiteCard(Body):
     """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`; multi-label: the
-    images with each finding."""
+    images with each finding. A site with a privacy policy (`privacy`) whose metrics are not "exact" declares the units of
+    its training data in `train`, and nothing of the rest: None, no counts, no notes."""
 
     KIND: ClassVar[str] = "site-card"
 
@@ -92,19 +109,25 @@ class SiteCard(Body):
     image_size: int
     channels: int
     train: int
-    val: int
-    test: int
+    val: int | None
+    test: int | None
     class_counts: dict[str, list[int]]
     synthetic: bool
     notes: list[str]
+    privacy: SitePrivacy | None = None
 
 
 class LinkTask(Body):
-    """Train one link. `hop` names it; `trained_alone`: no predecessor, the comparison of a hospital on its own."""
+    """Train one link. `hop` names it; `trained_alone`: no predecessor, the comparison of a hospital on its own.
+
+    `seen_head` (also of other tasks): how far the coordinator has seen this site's ledger go, so that the site notices when
+    an older copy was put back.
+    """
 
     KIND: ClassVar[str] = "link-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"predecessor"})
 
+    run_id: str
     hop: str
     strand: int
     lap: int
@@ -112,6 +135,7 @@ class LinkTask(Body):
     architecture: Architecture
     recipe: LinkRecipe
     predecessor_digest: str | None = None
+    seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 
 
@@ -120,6 +144,8 @@ class TrainingLog(BaseModel):
 
     `images` counts labelled images times epochs; `unlabelled`: images without labels that were used beside them.
     `attention`, `unlabelled_loss`, `privileged`: the mean of that term of the loss, unweighted; empty where it is not used.
+    `privacy`: the plan of a private training, of which nothing else but `seconds` tells anything: the lists are empty and
+    `images` is what was planned. `notes`: what the site switched off, a line each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -136,6 +162,8 @@ class TrainingLog(BaseModel):
     privileged: list[float] = Field(default_factory=list)
     seconds: float
     precision: str
+    privacy: PrivatePlan | None = None
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
@@ -144,7 +172,7 @@ class TrainingLog(BaseModel):
 
 
 class LinkResult(Body):
-    """The refined model of a link."""
+    """The refined model of a link. `statement`: what the site has spent, signed; None where it trained without privacy."""
 
     KIND: ClassVar[str] = "link-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -153,6 +181,7 @@ class LinkResult(Body):
     site: str
     digest: str
     training: TrainingLog
+    statement: Statement | None = None
 
 
 class StudentTask(Body):
@@ -173,6 +202,7 @@ class StudentTask(Body):
     auxiliary_digest: str | None = None
     large_architecture: Architecture | None = None
     large_digests: list[str] = Field(default_factory=list, max_length=MAX_ENSEMBLE)
+    seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 
     @model_validator(mode="after")
@@ -188,7 +218,8 @@ class StudentTask(Body):
 
 class StudentResult(Body):
     """A site's student of one round. The auxiliary teacher stays at the site; `auxiliary_kept` tells what fraction of
-    its weights at the round's start the moving average has left in it (None in fine-tuning)."""
+    its weights at the round's start the moving average has left in it (None in fine-tuning). `examples`: the site's weight
+    in the average: its training images, or, trained privately, the units that it declares. `statement`: as of a link."""
 
     KIND: ClassVar[str] = "student-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student"})
@@ -199,6 +230,7 @@ class StudentResult(Body):
     training: TrainingLog
     auxiliary_kept: float | None
     examples: int
+    statement: Statement | None = None
 
 
 class EvaluateTask(Body):
@@ -207,16 +239,26 @@ class EvaluateTask(Body):
     KIND: ClassVar[str] = "evaluate-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
 
+    run_id: str
     architecture: Architecture
     splits: list[Literal["val", "test"]]
     localisation: bool = False
     threads: int
     digest: str
+    seen_head: Head | None = None
     simulated: SimulatedSite | None = None
+
+    @property
+    def hop(self) -> str:
+        """Name of this piece of work: the model, and what of it is asked."""
+        return f"scores-{'-'.join(self.splits) or 'looks'}-{self.digest[:16]}"
 
 
 class EvaluateResult(Body):
     """Scores of each split, and the counts from which scores over several sites follow (`counts_<split>` arrays).
+
+    `release`: as they are, with noise (then only what follows from the confusion matrix), or withheld: without any. With
+    noise that was charged to the site's budget comes its `statement`.
 
     `localisation`: how well the model's attention finds the regions of interest, summed over the test images; None where it
     was not asked for or the site has no regions. No map, mask or image's own value is sent."""
@@ -227,6 +269,8 @@ class EvaluateResult(Body):
     site: str
     scores: dict[str, Scores]
     localisation: LocalisationSums | None = None
+    release: MetricsRelease = "exact"
+    statement: Statement | None = None
 
 
 class Refusal(Body):

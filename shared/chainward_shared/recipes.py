@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from chainward_shared.errors import PrivacyError
 
 Augmentation = Literal["none", "upright", "all-orientations"]
 ClassBalance = Literal["site-prior", "weighted", "none"]
@@ -20,6 +22,8 @@ HeadSelection = Literal["whole", "mixed"]
 LayerSelection = Literal["first", "spread"]
 TeacherTrust = Literal["label", "none"]
 PrivilegedUse = Literal["text", "table", "all"]
+PrivateSites = Literal["all", "by-policy"]
+PrivacyUnit = Literal["patient", "image"]
 
 MAX_ENSEMBLE = 8
 """At most so many large models teach a student at once."""
@@ -44,6 +48,49 @@ class PrivilegedRecipe(BaseModel):
     blank_label_words: bool = False
 
 
+PRIVILEGED_BATCH = 64
+"""Examples in a step of a privileged teacher's training."""
+
+
+class PlannedTraining(BaseModel):
+    """A training that a run will ask of a site `times` times: its epochs, and the units expected in a step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    times: int = Field(1, ge=1)
+
+
+class PrivacyRecipe(BaseModel):
+    """What a private training is asked to be; travels with the recipe. The site's policy is above it.
+
+    `sites`: whether every site has to train privately, or those with a privacy policy of their own. `unit`: who is
+    protected. `epsilon`: at most so much for all that `run` lists together, of which the site computes the noise; without
+    a list, for this training. Or `noise_multiplier`: the noise itself. `clip`: each example's gradient is shortened to
+    this length. `batch_size`: units expected in a step of private training; 0: as the training's recipe says. `share`:
+    of the site's units that the trainings use, with or without their labels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sites: PrivateSites = "all"
+    unit: PrivacyUnit = "patient"
+    delta: float = Field(gt=0, lt=1)
+    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(0, ge=0)
+    share: float = Field(1.0, gt=0, le=1)
+    run: tuple[PlannedTraining, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> PrivacyRecipe:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise PrivacyError("a private training needs either epsilon or noise_multiplier; give exactly one of them")
+        return self
+
+
 class TrainingRecipe(BaseModel):
     """What every training has: budget, optimiser, data and arithmetic. The site checks the ranges again."""
 
@@ -61,6 +108,7 @@ class TrainingRecipe(BaseModel):
     prior_strength: float = Field(1.0, ge=0, le=1)
     label_fraction: float = Field(gt=0, le=1)
     privileged: PrivilegedRecipe | None = None
+    privacy: PrivacyRecipe | None = None
 
 
 class LinkRecipe(TrainingRecipe):

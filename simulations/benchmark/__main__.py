@@ -14,7 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:  # imported when something is measured, so that --help answers at once
     from chainward_simulations.benchmark.figures import Table
     from chainward_simulations.benchmark.flower_run import FlowerRun
-    from chainward_simulations.benchmark.training import TrainingPlan
+    from chainward_simulations.benchmark.training import Backbone, TrainingPlan
 
 SIX_SITES = Path(__file__).resolve().parent.parent / "six_sites"
 
@@ -29,6 +29,7 @@ class Part(StrEnum):
     ACCURACY = "accuracy"
     RUN = "run"
     MEMORY = "memory"
+    PRIVATE = "private"
 
 
 @cli.command()
@@ -37,7 +38,8 @@ def main(
         list[Part] | None,
         typer.Option(
             help="Measure only this; may be repeated. training: throughput beside plain PyTorch; accuracy: what bf16 "
-            "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone."
+            "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
+            "private: a private step beside a plain one, its time and memory."
         ),
     ] = None,
     quick: Annotated[
@@ -53,10 +55,12 @@ def main(
         typer.Option(
             metavar="NAME[:PATCH]",
             help="timm model to train, a ViT with its patch size; may be repeated. Accuracy is compared on the first. "
-            "Default: convnext_atto and vit_tiny_patch16_224:8.",
+            "Default: convnext_atto and vit_tiny_patch16_224:8; for private also resnetv2_18.",
         ),
     ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Measured trainings of each kind. Default: 5.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Measured trainings of each kind. Default: 5; 7 private steps.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a measured training. Default: 2.")] = None,
     accuracy_epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs of a link where accuracy is compared. Default: 12.")
@@ -100,6 +104,8 @@ def main(
         tables += _measure_training(parts, plan, measured)
     if parts & {Part.RUN, Part.MEMORY}:
         tables += _measure_runs(parts, app, quick, runs, threads, timeout, measured)
+    if Part.PRIVATE in parts:
+        tables.append(_measure_private(backbones, repeats, quick, threads, measured))
     progress.print(f"measured in {time.monotonic() - started:.0f} s")
 
     output = Console(highlight=False)
@@ -126,6 +132,22 @@ def _measure_training(parts: set[Part], plan: TrainingPlan, measured: dict[str, 
         measured["accuracy"] = accuracy.to_json()
         tables.append(training.accuracy_table(accuracy))
     return tables
+
+
+def _measure_private(
+    backbones: tuple[Backbone, ...], repeats: int | None, quick: bool, threads: int, measured: dict[str, object]
+) -> Table:
+    try:
+        from chainward_simulations.benchmark import private
+    except ModuleNotFoundError as error:
+        progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
+        raise typer.Exit(1) from error
+
+    plan = private.PrivateStepPlan.quick() if quick else private.PrivateStepPlan()
+    plan = private.with_choices(plan, backbones, repeats, threads)
+    costs = private.measure_private_steps(plan, progress.print)
+    measured["private"] = [cost.to_json() for cost in costs]
+    return private.private_table(costs, plan)
 
 
 def _measure_runs(

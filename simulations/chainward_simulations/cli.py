@@ -8,10 +8,12 @@ import typer
 
 from chainward_server.cli import DEFAULT_DIR, RunsDir, app, main, open_run
 from chainward_server.report.from_folder import write_report
+from chainward_simulations.attack import attack
 from chainward_simulations.run_examples import draw_examples
 from chainward_simulations.study.command import study
 
 app.command()(study)
+app.command()(attack)
 
 
 @app.command()

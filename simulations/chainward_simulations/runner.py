@@ -5,9 +5,11 @@ It is the reference that `flwr run` must equal bit for bit, and the base of stud
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from chainward_client.data.site_data import SiteData, SplitName
 from chainward_client.data.sources import simulated_site, simulated_site_ids
 from chainward_client.evaluation import class_probabilities, localisation_values
+from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
 from chainward_server.rules import best_strand, forgetting, weakest_site
@@ -27,6 +30,10 @@ from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict, weighted_average
+
+
+RUN = "in-process"
+"""What the ledgers of private sites call a run of this runner."""
 
 
 @dataclass
@@ -64,13 +71,17 @@ def run_in_process(
     on_step: Callable[[str], None] = lambda step: None,
     *,
     state_dir: Path | None = None,
+    students: bool = True,
 ) -> Outcome:
     """Run the chain, the sites alone and the students of `config` over `sites`.
+
+    Private sites have ledgers that last as long as this call, and are not trained alone.
 
     Parameters
     ----------
     on_step : called with a line of progress after each training
     state_dir : folder in which the sites keep their privileged teachers; None: trained anew whenever they are needed
+    students : False: without them, but with what they will cost in the plans of the private sites
     """
     some_site = next(iter(sites.values()))
     images = some_site.splits["train"].images
@@ -84,9 +95,45 @@ def run_in_process(
     outcome = Outcome(architecture)
     sizes = {site: len(data.splits["train"]) for site, data in sites.items()}
     order = site_order(list(sites), sizes, config.chain, config.seed)
-    _run_chain(config, sites, order, outcome, on_step, state_dir)
+    with private_sites(config, sites) as private:
+        _run_chain(config, sites, order, outcome, on_step, state_dir, private)
+        _run_alone(config, sites, order, outcome, on_step, state_dir, private)
+        if config.student.rounds and students:
+            run_students(config, sites, outcome, on_step, state_dir, private)
+    return outcome
+
+
+@contextmanager
+def private_sites(config: RunConfig, sites: Mapping[str, SiteData]) -> Iterator[dict[str, PrivateSite]]:
+    """Hand out the private sites of a configuration, with new ledgers in a folder that goes away again."""
+    with TemporaryDirectory(prefix="chainward-ledgers-") as folder:
+        private = {}
+        for site in sites:
+            policy = config.privacy.simulated_policy(site)
+            if policy is not None:
+                private[site] = PrivateSite.open(policy, Path(folder) / site, site, create=True)
+        yield private
+
+
+def work_at(private: Mapping[str, PrivateSite], site: str, hop: str) -> PrivateWork | None:
+    """Return what a piece of work at a site spends through; None where the site is not private."""
+    return private[site].work(RUN, hop) if site in private else None
+
+
+def _run_alone(
+    config: RunConfig,
+    sites: Mapping[str, SiteData],
+    order: Sequence[str],
+    outcome: Outcome,
+    on_step: Callable[[str], None],
+    state_dir: Path | None,
+    private: Mapping[str, PrivateSite],
+) -> None:
+    architecture = outcome.architecture
     if config.chain.compare_alone:
         for site, data in sites.items():
+            if site in private:
+                continue
             if config.chain.laps == 1 and site in order[: config.chain.strands]:
                 outcome.alone[site] = outcome.links[f"strand-{order.index(site)}-lap-0-step-0"]
                 continue
@@ -101,9 +148,6 @@ def run_in_process(
                 state_dir=_site_dir(state_dir, site),
             )
             on_step(f"alone {site}")
-    if config.student.rounds:
-        run_students(config, sites, outcome, on_step, state_dir)
-    return outcome
 
 
 def _run_chain(
@@ -113,6 +157,7 @@ def _run_chain(
     outcome: Outcome,
     on_step: Callable[[str], None],
     state_dir: Path | None,
+    private: Mapping[str, PrivateSite],
 ) -> None:
     chain, architecture = config.chain, outcome.architecture
     carried: list[StateDict | None] = [None] * chain.strands
@@ -135,6 +180,7 @@ def _run_chain(
                 strand=hop.strand,
                 lap=hop.lap,
                 state_dir=_site_dir(state_dir, site),
+                work=work_at(private, site, hop.key),
             )
             on_step(f"{hop.key} {site}")
             if scores_decide:
@@ -165,6 +211,7 @@ def run_students(
     outcome: Outcome,
     on_step: Callable[[str], None],
     state_dir: Path | None,
+    private: Mapping[str, PrivateSite],
 ) -> None:
     """Train the students of a chain that `outcome` holds, and put student and architecture into it."""
     small = student_architecture(config.student, outcome.architecture)
@@ -187,12 +234,16 @@ def run_students(
                 large=large,
                 large_architecture=outcome.architecture,
                 state_dir=_site_dir(state_dir, site),
+                work=work_at(private, site, f"student-round-{index + 1}"),
             )
             auxiliaries[site] = result.auxiliary
             outcome.logs[f"student-round-{index + 1}-{site}"] = result.log
             trained.append(result.student)
             on_step(f"student round {index + 1} {site}")
-        student = weighted_average(trained, [len(data.splits["train"]) for data in sites.values()])
+        weights = [
+            private[site].units(data) if site in private else len(data.splits["train"]) for site, data in sites.items()
+        ]
+        student = weighted_average(trained, weights)
     outcome.student_architecture, outcome.student = small, student
 
 

@@ -166,11 +166,11 @@ def test_all_wrong_keys_are_reported_together(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
-        ({"format": "dicom"}, "'dicom' is not supported yet"),
+        ({"format": "dicom"}, "key 'manifest' is missing"),
         ({"format": "phantom"}, "phantoms need no data file"),
-        ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv or npz"),
+        ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv, dicom or npz"),
         ({"formt": "csv"}, "key 'format' is missing (there is 'formt')"),
-        ({"format": ["csv"]}, "expected csv or npz"),
+        ({"format": ["csv"]}, "expected csv, dicom or npz"),
         ({"format": "npz", "images": "cases.npz", "manifest": "cases.csv"}, "unknown key 'manifest'"),
         (["format"], "expected a mapping ('format: csv', ...), found a list"),
         ("csv", "found 'csv'"),

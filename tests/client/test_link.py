@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.training.link import LinkObjective, labelled_cases, train_link, unlabelled_images
+from chainward_client.training.link import LinkObjective, labelled_cases, train_link, unlabelled_cases
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import distillation_loss
@@ -104,7 +104,7 @@ def test_unlabelled_images_are_used_where_they_have_a_weight_and_only_there(arch
     recipe = RECIPE.model_copy(update={"label_fraction": 0.25, "unlabelled_weight": 1.0})
     data, predecessor = site(), state(architecture, 9)
     one, log = train_link(data, architecture, recipe, predecessor, strand=0, lap=0)
-    assert log.unlabelled == len(unlabelled_images(data, recipe)) == 18
+    assert log.unlabelled == len(unlabelled_cases(data, recipe).images) == 18
     assert len(log.unlabelled_loss) == recipe.epochs
     without = recipe.model_copy(update={"unlabelled_weight": 0.0})
     two, log = train_link(data, architecture, without, predecessor, strand=0, lap=0)
@@ -120,10 +120,10 @@ def test_unlabelled_images_are_used_where_they_have_a_weight_and_only_there(arch
 
 def test_labelled_and_unlabelled_images_are_all_the_training_images_and_none_is_both():
     data, recipe = site(), RECIPE.model_copy(update={"label_fraction": 0.5})
-    parts = [labelled_cases(data, recipe).images, unlabelled_images(data, recipe)]
+    parts = [labelled_cases(data, recipe).images, unlabelled_cases(data, recipe).images]
     together = sorted(image.numpy().tobytes() for part in parts for image in part)
     assert together == sorted(image.numpy().tobytes() for image in data.splits["train"].images)
-    assert len(unlabelled_images(data, RECIPE)) == 0
+    assert len(unlabelled_cases(data, RECIPE).images) == 0
 
 
 def test_the_first_link_uses_no_unlabelled_images_for_nobody_could_label_them(architecture):

@@ -7,12 +7,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import binom
 
 from chainward_client.privacy_audit.one_run import audit_training, epsilon_lower_bound, p_value
-from chainward_client.training import private as private_module
-from chainward_client.training.entropy import OperatingSystem
+from chainward_client.privacy_audit.sabotage import without_clipping, without_noise
+from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import resolve_architecture
 from chainward_shared.privacy.accounting import solve_noise_multiplier
@@ -74,7 +73,7 @@ CANARIES, STEPS = 400, 12
 PLAN = PrivatePlan(
     unit="patient",
     delta=1e-5,
-    noise_multiplier=solve_noise_multiplier(1.0, 1e-5, 1.0, STEPS),
+    noise_multiplier=solve_noise_multiplier(1.0, 1e-5, [(1.0, STEPS)]),
     sample_rate=1.0,
     expected_batch=CANARIES / 2,
     steps=STEPS,
@@ -86,26 +85,39 @@ def test_honest_training_stays_below_its_claim():
     found = audit_training(PLAN, canaries=CANARIES)
     assert found.claimed == pytest.approx(1.0, abs=0.01)
     assert found.problem is None
-    assert found.measured < found.claimed
+    assert found.measured < found.claimed < found.ceiling
+    assert not found.blind
 
 
 def test_weak_privacy_is_measured_above_zero_and_below_its_claim():
-    loose = PLAN.model_copy(update={"noise_multiplier": solve_noise_multiplier(12.0, 1e-5, 1.0, STEPS)})
+    loose = PLAN.model_copy(update={"noise_multiplier": solve_noise_multiplier(12.0, 1e-5, [(1.0, STEPS)])})
     found = audit_training(loose, canaries=CANARIES)
-    assert 0.5 < found.measured < found.claimed
+    assert 1.0 < found.measured < found.claimed
+    assert found.blind, "so few guesses can't refute so large an epsilon, and the audit says so"
 
 
-def test_training_without_noise_is_found_out(monkeypatch):
-    monkeypatch.setattr(OperatingSystem, "normal", lambda self, shapes, device: [torch.zeros(s) for s in shapes])
-    found = audit_training(PLAN, canaries=CANARIES)
+@pytest.mark.parametrize("sabotage", [without_noise, without_clipping])
+def test_training_without_noise_or_clipping_betrays_every_canary(sabotage):
+    found = audit_training(PLAN, canaries=CANARIES, training=sabotage)
+    assert found.correct == found.guesses
+    assert found.measured == pytest.approx(found.ceiling)
     assert found.measured > 3 * found.claimed
-    assert "epsilon is at least" in str(found.problem)
+    assert "guesses 200 of 200 coins: epsilon is at least" in str(found.problem)
 
 
-def test_training_without_clipping_is_found_out(monkeypatch):
-    monkeypatch.setattr(private_module, "_clip_factors", lambda gradients, clip: torch.ones(len(gradients[0])))
-    found = audit_training(PLAN, canaries=CANARIES)
-    assert found.measured > 3 * found.claimed
+def test_noise_ten_times_too_small_is_found_out():
+    claimed = PLAN.model_copy(update={"noise_multiplier": PLAN.noise_multiplier / 10})
+
+    def weak(plan, mode):
+        return PrivateTraining(claimed, mode)
+
+    found = audit_training(PLAN, canaries=2000, training=weak)
+    assert found.measured > found.claimed
+
+
+def test_too_few_canaries_are_refused():
+    with pytest.raises(PrivacyError, match="an attack on 4 canaries says nothing"):
+        audit_training(PLAN, canaries=4)
 
 
 def test_a_backbone_is_attacked_too():

@@ -28,7 +28,7 @@ from chainward_client.training.private import (
 )
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError, PrivacyError
-from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.models import build_model, private_ready, resolve_architecture
 from chainward_shared.models.private_ready import PerExampleGradients, check_private_ready
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.recipes import LinkRecipe, PrivilegedRecipe
@@ -114,10 +114,11 @@ def slow_reference(model, objective, cases, rows, unlabelled, clip):
     return total
 
 
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("together", [1, 3, 64])
 @pytest.mark.parametrize("clip", [0.05, 4.0, 1e6])
 def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_over_the_expected_batch(
-    architecture, together, clip
+    architecture, together, clip, mode
 ):
     cases, unlabelled = cases_of(), cases_of(5).images.flip(0)
     model, objective = build_model(architecture, 1), Projecting()
@@ -125,7 +126,7 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
     expected = slow_reference(model, objective, cases, chosen, unlabelled, clip)
     private = PrivateTraining(
         PLAN.model_copy(update={"clip": clip, "noise_multiplier": 0.0}),
-        "hooks",
+        mode,
         unlabelled_patients=np.array(["u"] * 5),
         together=together,
     )
@@ -141,8 +142,9 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
         torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
+def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name, mode):
     """It leaves the model in its middle, where gradients taken at the model's output miss it."""
     patch_size = 8 if name == "test_vit" else 0
     found = resolve_architecture(name, num_classes=3, in_chans=1, image_size=32, patch_size=patch_size)
@@ -152,7 +154,7 @@ def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
     objective.start(torch.device("cpu"), 1)
     expected = slow_reference(model, objective, cases, [0, 1, 4], None, 0.1)
     fresh = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
-    private = PrivateTraining(PLAN.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}), "hooks")
+    private = PrivateTraining(PLAN.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}), mode)
     private.start(model, [], list(model.parameters()), cases.patients)
     chosen = torch.tensor([0, 1, 4])
     private.accumulate(fresh.losses(private.model, batch_of(cases.images[chosen], cases.labels[chosen])))
@@ -161,7 +163,8 @@ def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
         torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-3, atol=1e-6)
 
 
-def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_training(architecture):
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_training(architecture, mode):
     cases = cases_of()
     plain, private_model = build_model(architecture, 1), build_model(architecture, 1)
     counts = class_counts(cases.labels, 3)
@@ -170,7 +173,7 @@ def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_trai
     everyone = PLAN.model_copy(
         update={"noise_multiplier": 0.0, "clip": 1e6, "sample_rate": 1.0, "expected_batch": 12.0, "steps": 3}
     )
-    private = PrivateTraining(everyone, "hooks")
+    private = PrivateTraining(everyone, mode)
     log = train(
         private_model, cases, recipe, LinkObjective(recipe, private_model, None, counts), "link", private=private
     )
@@ -184,11 +187,29 @@ def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_trai
     assert (log.steps, log.images, log.loss) == (3, 36, [])
 
 
-def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others():
-    gradients = [torch.tensor([[3.0, 4.0], [math.nan, 1.0], [math.inf, 0.0]]), torch.tensor([[0.0], [1.0], [1.0]])]
-    factors = private_module._clip_factors(gradients, 1.0)
-    total = torch.einsum("n,n...->...", factors, gradients[0])
-    torch.testing.assert_close(total, torch.tensor([0.6, 0.8]))
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others(architecture, mode, bad):
+    cases, objective = cases_of(), Projecting()
+    images = cases.images[:4].float() / 255
+    images[2] = bad
+
+    def step(rows):
+        model = build_model(architecture, 1).train()
+        private = PrivateTraining(PLAN.model_copy(update={"noise_multiplier": 0.0}), mode)
+        private.start(
+            model, objective.extra_modules(), [*model.parameters(), *objective.extra_parameters()], cases.patients
+        )
+        logits = private.model(images[rows])
+        loss = nn.functional.cross_entropy(logits, cases.labels[rows], reduction="none")
+        private.accumulate(loss + objective.projector(logits).square().sum(dim=1))
+        private.finish_step()
+        gradients = [p.grad for p in (*model.parameters(), *objective.extra_parameters())]
+        private.close()
+        return gradients
+
+    for with_it, without in zip(step([0, 1, 2, 3]), step([0, 1, 3]), strict=True):
+        torch.testing.assert_close(with_it, without, rtol=1e-4, atol=1e-7)
 
 
 def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
@@ -201,13 +222,14 @@ def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
     assert not private.spent.seeded
 
 
-def test_what_was_spent_is_known_after_a_crash(architecture):
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_what_was_spent_is_known_after_a_crash(architecture, mode):
     class Failing(LinkObjective):
         def after_step(self, model):
             raise RuntimeError("power cut")
 
     model, cases = build_model(architecture, 1), cases_of()
-    private = PrivateTraining(PLAN, "hooks")
+    private = PrivateTraining(PLAN, mode)
     with pytest.raises(RuntimeError, match="power cut"):
         train(model, cases, RECIPE, Failing(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
     assert private.spent.mechanism.steps == 1
@@ -415,8 +437,13 @@ def test_a_link_with_predecessor_attention_and_images_without_label_trains_priva
 # --- sabotage ---
 
 
-def test_the_honest_step_passes_every_check():
-    assert checks.mechanism_problems() == []
+def with_mode(mode):
+    return lambda plan, _: PrivateTraining(plan, mode)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_the_honest_step_passes_every_check(mode):
+    assert checks.mechanism_problems(with_mode(mode)) == []
 
 
 def without_noise(monkeypatch):
@@ -437,12 +464,12 @@ def with_one_noise_for_all_weights(monkeypatch):
 
 
 def without_clipping(monkeypatch):
-    monkeypatch.setattr(private_module, "_clip_factors", lambda gradients, clip: torch.ones(len(gradients[0])))
+    monkeypatch.setattr(private_ready, "clip_factors", lambda squares, clip: torch.ones(squares.shape[1]))
 
 
 def clipping_each_layer_alone(monkeypatch):
-    honest = private_module._clip_factors
-    monkeypatch.setattr(private_module, "_clip_factors", lambda gradients, clip: honest(gradients[-1:], clip))
+    honest = private_ready.clip_factors
+    monkeypatch.setattr(private_ready, "clip_factors", lambda squares, clip: honest(squares[-1:], clip))
 
 
 def noise_from_torchs_global_generator(monkeypatch):
@@ -529,9 +556,10 @@ def no_noise_on_an_empty_sample(monkeypatch):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_sabotage_is_caught(sabotage, said, monkeypatch):
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_sabotage_is_caught(sabotage, said, mode, monkeypatch):
     sabotage(monkeypatch)
-    problems = checks.mechanism_problems()
+    problems = checks.mechanism_problems(with_mode(mode))
     assert any(any(part in problem for part in said.split("|")) for problem in problems), problems
 
 

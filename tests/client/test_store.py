@@ -10,7 +10,7 @@ import torch
 
 from chainward_client.store import SiteStore
 from chainward_shared import weights
-from chainward_shared.errors import ChainwardError, WeightsError
+from chainward_shared.errors import ChainwardError, StoreError
 from chainward_shared.models import Architecture
 
 ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
@@ -144,5 +144,5 @@ def test_a_damaged_file_is_refused(tmp_path):
     save(store, 0)
     path = next(store.folder.iterdir())
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+    with pytest.raises(StoreError, match="not a readable safetensors file"):
         store.load_auxiliary(before_round=1)

@@ -532,15 +532,23 @@ def test_privacy_off_is_said_plainly_beside_the_statement(page: Page) -> None:
     assert "Weights and metrics left the hospitals; images did not." in statement
 
 
-def test_statements_of_sites_are_listed() -> None:
+def test_what_each_site_spent_is_listed_with_its_budget() -> None:
+    facts = {"mode": "dp-sgd", "epsilon": 2.5, "delta": 1e-05, "unit": "patient", "epsilon_lifetime": 5.25}
     privacy = {
-        "mode": "dp",
+        "mode": "dp-sgd at some sites",
         "statement": "Bounded.",
-        "sites": {"rosendahl": {"epsilon": 2.5, "delta": 1e-05}},
+        "sites": {
+            "rosendahl": {**facts, "budget": 8.0, "left": 2.75, "metrics": "withhold", "seeded": False},
+            "vidir": {"mode": "off", "epsilon": None, "delta": None},
+            "vienna": {"mode": "no model", "epsilon": None, "delta": None},
+        },
     }
     text = Page(render(finished_run(), privacy=privacy)).text
-    assert "Differential privacy: dp." in text
-    assert "epsilon: 2.5; delta: 1e-05" in text
+    assert "Differential privacy: dp-sgd at some sites." in text
+    assert "rosendahl private (DP-SGD) patient 2.50 5.25 8.00 2.75 1e-05 withheld" in text
+    assert "vidir without privacy – – – – – – as they are" in text
+    assert "vienna no model came from it" in text
+    assert "All that left vidir: these hospitals trained without differential privacy." in text
 
 
 def test_settings_show_every_key_of_the_configuration(page: Page) -> None:

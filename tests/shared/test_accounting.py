@@ -149,7 +149,7 @@ def test_disagreement_is_said(rdp, prv, pld, word, monkeypatch):
 
 @pytest.mark.parametrize("before", [[], [REFERENCE, RELEASES]], ids=["alone", "after a ledger"])
 def test_the_solved_noise_multiplier_fits_and_a_little_less_does_not(before):
-    noise = solve_noise_multiplier(3.0, DELTA, 0.05, 200, before)
+    noise = solve_noise_multiplier(3.0, DELTA, [(0.05, 200)], before)
     assert spent([*before, Mechanism("dp-sgd", noise, 0.05, 200)], DELTA) <= 3.0
     assert spent([*before, Mechanism("dp-sgd", noise / 1.002, 0.05, 200)], DELTA) > 3.0
 
@@ -162,8 +162,8 @@ def test_the_largest_number_of_steps_fits_and_one_more_does_not():
 
 
 def test_a_spent_budget_has_no_noise_multiplier_and_the_error_says_what_was_spent():
-    with pytest.raises(PrivacyError, match=r"no noise keeps 100 steps .* 1\.828 of it is spent already"):
-        solve_noise_multiplier(1.5, DELTA, 0.1, 100, [REFERENCE])
+    with pytest.raises(PrivacyError, match=r"no noise keeps 100 private steps .* 1\.828 of it is spent already"):
+        solve_noise_multiplier(1.5, DELTA, [(0.1, 100)], [REFERENCE])
 
 
 @pytest.mark.parametrize(
@@ -194,4 +194,4 @@ def test_a_delta_out_of_range_is_refused_also_where_nothing_was_done(delta):
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, math.inf, math.nan])
 def test_a_budget_of_nothing_or_everything_is_refused(epsilon):
     with pytest.raises(PrivacyError, match="epsilon"):
-        solve_noise_multiplier(epsilon, DELTA, 0.1, 10)
+        solve_noise_multiplier(epsilon, DELTA, [(0.1, 10)])

@@ -17,7 +17,8 @@ from chainward_shared.privacy.audit import Audit, audit_ledger, audit_statements
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.report import render_audit
 from chainward_shared.privacy.signing import sign
-from chainward_shared.privacy.statements import Statement, Terms, sign_statement
+from chainward_shared.privacy.policy import Terms
+from chainward_shared.privacy.statements import Statement, sign_statement
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 TERMS = Terms(epsilon=4.0, delta=1e-5, epsilon_per_run=3.0)

@@ -64,6 +64,7 @@ MESSAGES: list[Body] = [
         notes=["no case of class 'b' in test"],
     ),
     LinkTask(
+        run_id="run",
         hop="0-1",
         strand=0,
         lap=1,
@@ -82,7 +83,7 @@ MESSAGES: list[Body] = [
         auxiliary_digest="cd",
     ),
     StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17, auxiliary_kept=0.25),
-    EvaluateTask(architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab"),
+    EvaluateTask(run_id="run", architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab"),
     EvaluateResult(
         site="oak",
         scores={"val": SCORES, "test": SCORES},

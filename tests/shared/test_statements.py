@@ -12,10 +12,10 @@ from chainward_shared.errors import StatementError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.signing import sign
+from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.statements import (
     Statement,
     Statements,
-    Terms,
     check_order,
     check_statement,
     parse_statement,

@@ -331,9 +331,64 @@ class NpzDescription(Block):
     image: OptionalImageShape = ImageShape()
 
 
-DataDescription = CsvDescription | NpzDescription
-_FORMATS: dict[str, type[CsvDescription] | type[NpzDescription]] = {
+class OwnWindow(Block):
+    """The values that become black (`center` - `width` / 2, and less) and white (`center` + `width` / 2, and more).
+
+    In the units of the modality: Hounsfield units in CT.
+    """
+
+    center: FiniteFloat
+    width: FiniteFloat = Field(gt=0)
+
+
+class DicomBlock(Block):
+    """How the pictures come out of DICOM files.
+
+    Attributes
+    ----------
+    window : values shown from black to white; default: each file's own window or VOI LUT, and where a file of more than
+        8 bits has none, from percentile 0.5 to 99.5 of its pixels
+    view : which of a file's several windows or VOI LUTs, from 1, default 1
+    frame : which frame of files with several, from 1; default: such files are refused
+    orientation : "stored" (default), or "standard": turned and mirrored so that right in the picture is the patient's left,
+        or posterior in a sagittal picture, and down is foot, or posterior in an axial picture
+    laterality : "stored" (default), or "left" or "right": images of the other side are mirrored
+    """
+
+    window: OwnWindow | None = None
+    view: int = Field(default=1, ge=1)
+    frame: int | None = Field(default=None, ge=1)
+    orientation: Literal["stored", "standard"] = "stored"
+    laterality: Literal["stored", "left", "right"] = "stored"
+
+    @model_validator(mode="after")
+    def _one_window(self) -> Self:
+        if self.window is not None and self.view != 1:
+            raise ValueError(
+                "both 'window' and 'view', which chooses among the files' own, are given; keep one of them"
+            )
+        return self
+
+
+class DicomDescription(CsvDescription):
+    """DICOM files in a folder or zip, and a CSV manifest with one row per image.
+
+    As `CsvDescription`, with these differences.
+
+    Attributes
+    ----------
+    columns : `image` holds file names or SOPInstanceUIDs; without `patient`, the files' PatientID says whose they are
+    dicom : how the pictures come out of the files
+    """
+
+    format: Literal["dicom"]  # type: ignore[assignment]
+    dicom: Annotated[DicomBlock, BeforeValidator(lambda block: {} if block is None else block)] = DicomBlock()
+
+
+DataDescription = CsvDescription | DicomDescription | NpzDescription
+_FORMATS: dict[str, type[CsvDescription] | type[DicomDescription] | type[NpzDescription]] = {
     "csv": CsvDescription,
+    "dicom": DicomDescription,
     "npz": NpzDescription,
 }
 
@@ -384,17 +439,15 @@ def parse_description(block: Any, origin: Path) -> DataDescription:
     raise DataError(" ".join(f"Data file {origin}: {problems}".split()))  # names may hold line breaks
 
 
-def _model_of(block: Mapping[str, Any]) -> type[CsvDescription] | type[NpzDescription]:
+def _model_of(block: Mapping[str, Any]) -> type[CsvDescription] | type[DicomDescription] | type[NpzDescription]:
     if "format" not in block:
-        raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; expected csv or npz")
+        raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; expected csv, dicom or npz")
     found = block["format"]
     if isinstance(found, str) and found in _FORMATS:
         return _FORMATS[found]
-    if found == "dicom":
-        raise ValueError("format 'dicom' is not supported yet; export the images to PNG and use format csv")
     if found == "phantom":
         raise ValueError('phantoms need no data file; set data.source to "phantom" in the run\'s configuration')
-    raise ValueError(f"key 'format': found {found!r}{nearest(str(found), _FORMATS)}; expected csv or npz")
+    raise ValueError(f"key 'format': found {found!r}{nearest(str(found), _FORMATS)}; expected csv, dicom or npz")
 
 
 def _misspelt_format(block: Mapping[str, Any]) -> str:

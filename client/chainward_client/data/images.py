@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -56,13 +56,18 @@ def _wrong_mode(mode: str) -> ImageProblem:
 class ImageStore:
     """The files of a folder (with its sub-folders) or of a zip, found by name.
 
+    Parameters
+    ----------
+    location : folder or zip
+    extensions : endings beside those of images that a name may leave out, ".dcm" say
+
     Raises
     ------
     DataError
         If `location` is neither a folder nor a zip.
     """
 
-    def __init__(self, location: Path) -> None:
+    def __init__(self, location: Path, extensions: Collection[str] = ()) -> None:
         self.location = location
         self._zip: zipfile.ZipFile | None = None
         if location.is_dir():
@@ -79,13 +84,13 @@ class ImageStore:
             members = [info.filename for info in self._zip.infolist() if not info.is_dir()]
         self._members = set(members)
         self._by_name: dict[str, list[str]] = {}
-        extensions = Image.registered_extensions()
+        endings = {*Image.registered_extensions(), *extensions}
         for member in sorted(self._members):
             path = PurePosixPath(member)
             for start in range(len(path.parts)):
                 ending = PurePosixPath(*path.parts[start:])
                 self._by_name.setdefault(str(ending), []).append(member)
-                if path.suffix.lower() in extensions:
+                if path.suffix.lower() in endings:
                     self._by_name.setdefault(str(ending.with_suffix("")), []).append(member)
 
     def __enter__(self) -> Self:
@@ -96,6 +101,11 @@ class ImageStore:
     ) -> None:
         if self._zip is not None:
             self._zip.close()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the paths of all files inside the store, sorted."""
+        return tuple(sorted(self._members))
 
     def find(self, name: str) -> str:
         """Return the path inside the store of the file called `name`; extension and folders may be left out.
@@ -269,6 +279,11 @@ def load_masks(
     rows: Sequence[int],
     sizes: Sequence[tuple[int, int]],
     shape: ImageShape,
+    *,
+    extensions: Collection[str] = (),
+    opened: Callable[[bytes], Image.Image] = open_image,
+    turned: Callable[[Image.Image, int], Image.Image] = lambda mask, _: mask,
+    quoted: bool = True,
 ) -> torch.Tensor:
     """Decode the masks called `names` and place them as their images are.
 
@@ -280,6 +295,10 @@ def load_masks(
     location, names, rows : as in `load_images`
     sizes : width and height of each original image in pixels
     shape : the images' shape; its channels play no role
+    extensions : as in `ImageStore`
+    opened : decodes a mask
+    turned : turns a mask of the original's size, and its position among `names`, as its image was turned
+    quoted : whether messages may name files
 
     Returns
     -------
@@ -293,7 +312,7 @@ def load_masks(
     present = [position for position, name in enumerate(names) if name is not None]
 
     def decode(data: bytes, index: int) -> np.ndarray:
-        mask = to_channels(open_image(data), 1)
+        mask = to_channels(opened(data), 1)
         width, height = sizes[present[index]]
         # Rounding may cost a mask of lower resolution one pixel per side.
         if abs(mask.width * height - mask.height * width) > max(width, height):
@@ -305,11 +324,14 @@ def load_masks(
         inside = Image.fromarray(((values > values.max() / 2) * 255).astype(np.uint8))
         if inside.size != (width, height):
             inside = inside.resize((width, height), Image.Resampling.NEAREST)
+        inside = turned(inside, present[index])
         fitted = fit_image(inside, shape.size, shape.fit, resample=Image.Resampling.NEAREST)
         return np.asarray(fitted) // np.uint8(255)
 
     named = [str(names[position]) for position in present]
-    decoded = _decode_all("mask", location, named, [rows[position] for position in present], decode)
+    decoded = _decode_all(
+        "mask", location, named, [rows[position] for position in present], decode, extensions, quoted=quoted
+    )
     masks = np.zeros((len(names), shape.size, shape.size), dtype=np.uint8)
     for position, array in zip(present, decoded, strict=True):
         masks[position] = array
@@ -390,33 +412,74 @@ def _decode_all(
     names: Sequence[str],
     rows: Sequence[int],
     decode: Callable[[bytes, int], _Decoded],
+    extensions: Collection[str] = (),
+    *,
+    quoted: bool = True,
 ) -> list[_Decoded]:
     """Return `decode(bytes, position)` of every named file, or raise a DataError that counts all failures."""
-    with ImageStore(location) as store:
+    with ImageStore(location, extensions) as store:
 
-        def attempt(position: int) -> _Decoded | ImageProblem:
+        def attempt(position: int) -> _Decoded:
             try:
                 member = store.find(names[position])
-                try:
-                    data = store.read(member)
-                except Exception as error:  # a bad checksum, an encrypted member, no permission
-                    raise _unreadable(getattr(error, "strerror", None) or str(error)) from None
-                return decode(data, position)
             except ImageProblem as problem:
-                return problem
+                raise problem if quoted else ImageProblem(problem.kind, "no file, or several, of this name") from None
+            try:
+                data = store.read(member)
+            except Exception as error:  # a bad checksum, an encrypted member, no permission
+                reason = getattr(error, "strerror", None) or (str(error) if quoted else type(error).__name__)
+                raise _unreadable(reason) from None
+            return decode(data, position)
 
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            results = list(pool.map(attempt, range(len(names))))
-        good: list[_Decoded] = []
-        problems: dict[str, list[str]] = {}
-        for position, result in enumerate(results):
-            if not isinstance(result, ImageProblem):
-                good.append(result)
-                continue
-            of_its_kind = problems.setdefault(result.kind, [])
+        def shown(position: int, problem: ImageProblem, first: bool) -> str:
+            if not quoted:
+                return f"row {rows[position]}: {problem}"
             name = names[position]
-            hint = store.suggestion(name) if not of_its_kind and result.kind == _NOT_FOUND else ""
-            of_its_kind.append(f"row {rows[position]}, '{name}': {result}{hint}")
+            hint = store.suggestion(name) if first and problem.kind == _NOT_FOUND else ""
+            return f"row {rows[position]}, '{name}': {problem}{hint}"
+
+        return attempt_all(what, location, len(names), attempt, shown)
+
+
+def attempt_all(
+    what: str,
+    location: Path,
+    count: int,
+    attempt: Callable[[int], _Decoded],
+    shown: Callable[[int, ImageProblem, bool], str],
+) -> list[_Decoded]:
+    """Return `attempt(position)` for all positions, several at a time.
+
+    Parameters
+    ----------
+    what : "image" or "mask"
+    location : folder or zip, for messages
+    count : number of positions
+    attempt : returns what a file becomes, or raises an ImageProblem
+    shown : what to say of a position, its problem, and whether it is the first of this kind
+
+    Raises
+    ------
+    DataError
+        One line that counts every kind of problem and names the first of each.
+    """
+
+    def tried(position: int) -> _Decoded | ImageProblem:
+        try:
+            return attempt(position)
+        except ImageProblem as problem:
+            return problem
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(tried, range(count)))
+    good: list[_Decoded] = []
+    problems: dict[str, list[str]] = {}
+    for position, result in enumerate(results):
+        if not isinstance(result, ImageProblem):
+            good.append(result)
+            continue
+        of_its_kind = problems.setdefault(result.kind, [])
+        of_its_kind.append(shown(position, result, not of_its_kind))
     if problems:
         clauses = "; ".join(
             counted(kind.format(what), kind.format(what + "s"), found) for kind, found in problems.items()

@@ -85,6 +85,10 @@ class Manifest:
                 masks = box_masks(self.boxes[indices], rows, sizes, shape)
             except DataError as error:
                 raise DataError(f"{self.description.manifest.name}: {error}") from None
+        return self._with_labels(indices, images, masks)
+
+    def _with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
+        """Return the cases of decoded images and masks."""
         privileged = PrivilegedCases(
             texts=None if self.texts is None else tuple(self.texts[index] for index in indices),
             table=None
@@ -95,8 +99,13 @@ class Manifest:
         return Cases(images, torch.from_numpy(self.labels[indices]), self.patients[indices], privileged)
 
 
-def read_manifest(description: CsvDescription) -> Manifest:
+def read_manifest(description: CsvDescription, *, quoted: bool = True) -> Manifest:
     """Read and check the whole manifest of `description`; no image is opened.
+
+    Parameters
+    ----------
+    description : the data file
+    quoted : whether messages may name images and patients
 
     Raises
     ------
@@ -122,9 +131,9 @@ def read_manifest(description: CsvDescription) -> Manifest:
     table = {name: check.tabular(name, column) for name, column in columns.tabular.items()}
     masks = None if columns.mask is None else check.file_names(columns.mask)
     boxes = None if columns.box is None else check.boxes(columns.box)
-    check.no_repeats(columns.image, images)
+    check.no_repeats(columns.image, images, quoted=quoted)
     if columns.patient is not None and splits is not None:
-        check.patients_in_one_split(columns.patient, patients, splits)
+        check.patients_in_one_split(columns.patient, patients, splits, quoted=quoted)
     if check.problems:
         raise _refusal(path, "; ".join(check.problems))
 
@@ -398,17 +407,19 @@ class _Checks:
             self._report(", ".join(columns), "box without all four edges", "boxes without all four edges", partial)
         return edges
 
-    def no_repeats(self, column: str, images: np.ndarray) -> None:
+    def no_repeats(self, column: str, images: np.ndarray, *, quoted: bool = True) -> None:
         """An image in two rows may have two labels, or be in train and in test."""
         rows_of = _positions(images)
         repeated = [
-            f"'{image}' in rows {', '.join(str(self.rows[index]) for index in found)}"
+            (f"'{image}' in " if quoted else "") + f"rows {', '.join(str(self.rows[index]) for index in found)}"
             for image, found in rows_of.items()
             if len(found) > 1 and image not in _MISSING
         ]
         self._report(column, "image in more than one row", "images in more than one row", repeated)
 
-    def patients_in_one_split(self, column: str, patients: np.ndarray, splits: np.ndarray) -> None:
+    def patients_in_one_split(
+        self, column: str, patients: np.ndarray, splits: np.ndarray, *, quoted: bool = True
+    ) -> None:
         """A patient in train and in test makes the test worthless."""
         torn: list[str] = []
         for patient, found in _positions(patients).items():
@@ -418,7 +429,8 @@ class _Checks:
             first_row = {split: row for split, row in first_row.items() if split in SPLITS}
             if len(first_row) > 1 and patient not in _MISSING:
                 where = " and ".join(f"{split} (row {row})" for split, row in first_row.items())
-                torn.append(f"'{patient}' in {where}; put all rows of a patient into one split")
+                who = f"'{patient}' in " if quoted else ""
+                torn.append(f"{who}{where}; put all rows of a patient into one split")
         self._report(column, "patient in more than one split", "patients in more than one split", torn)
 
     def _numbers(self, column: str, declared: NumberColumn) -> tuple[float | None, ...]:

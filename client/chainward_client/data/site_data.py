@@ -99,6 +99,7 @@ class SiteData:
     synthetic : True for phantoms; shown wherever results are shown
     notes : one line each, things a person should know about this site's data (a class without cases, say)
     privileged : how its privileged teachers read its reports and table
+    has_patient_ids : whether the data say which images are of one patient; else each image counts as a patient
     """
 
     site: str
@@ -108,6 +109,7 @@ class SiteData:
     notes: tuple[str, ...] = ()
     task: Task = "single"
     privileged: PrivilegedSetup = field(default_factory=PrivilegedSetup)
+    has_patient_ids: bool = True
 
     def class_counts(self, split: SplitName) -> list[int]:
         """Return the number of cases of each class (multi-label: with each finding) in `split`, in the order of `classes`."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from chainward_client.data.description import CsvDescription, DataDescription, load_description
-from chainward_client.data.manifest import Manifest, read_manifest, split_by_patient
+from chainward_client.data.description import CsvDescription, DataDescription, DicomDescription, load_description
+from chainward_client.data.dicom import DicomManifest, read_dicom
+from chainward_client.data.manifest import NO_PATIENTS, Manifest, read_manifest, split_by_patient
 from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.partition import partition_by_label_skew, partition_by_site
 from chainward_client.data.phantoms import phantom_site, phantom_site_ids
@@ -160,7 +161,11 @@ def _site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *,
             f"Site '{site}' has {_number_of(len(rows), 'case')} but none for training; check its split column"
         )
     # Decoded together, so that one message counts all unusable images of the site.
-    cases = table.cases(np.concatenate(by_split))
+    if isinstance(table, DicomManifest):
+        cases, found = table.cases_with_notes(np.concatenate(by_split))
+        notes += found
+    else:
+        cases = table.cases(np.concatenate(by_split))
     ends = np.cumsum([len(part) for part in by_split]).tolist()
     data = {
         split: _between(cases, end - len(part), end) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
@@ -169,7 +174,14 @@ def _site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *,
     if isinstance(table, Manifest):
         privileged = _privileged_setup(table.description)
         notes += _lost_regions(table, np.concatenate(by_split), cases)
-    site_data = SiteData(site, table.classes, data, task=table.description.task, privileged=privileged)
+    site_data = SiteData(
+        site,
+        table.classes,
+        data,
+        task=table.description.task,
+        privileged=privileged,
+        has_patient_ids=NO_PATIENTS not in table.notes,
+    )
     return replace(site_data, notes=notes + _findings(site_data) + privileged_notes(site_data))
 
 
@@ -255,4 +267,6 @@ def _cached_table(path: Path, stamp: _Stamp, _: _Stamp) -> Table:
 
 
 def _read_described(description: DataDescription) -> Table:
+    if isinstance(description, DicomDescription):
+        return read_dicom(description)
     return read_manifest(description) if isinstance(description, CsvDescription) else read_npz(description)

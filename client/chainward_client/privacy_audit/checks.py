@@ -7,17 +7,26 @@ false-alarm rate is below one in a million each.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.private import PrivateTraining
+from chainward_shared.errors import PrivacyError
+from chainward_shared.models.private_ready import GradSampleMode
+from chainward_shared.privacy.accounting import Mechanism, spent
+from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.plan import PrivatePlan
-from chainward_shared.recipes import TrainingRecipe
+from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
+
+MakeTraining = Callable[[PrivatePlan, GradSampleMode], PrivateTraining]
 
 _SIDE = 16
 _CLASSES = 8
@@ -47,24 +56,23 @@ class _Squares(Objective):
         return 100.0 * nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
-def mechanism_problems() -> list[str]:
-    """Return what is wrong with the private step as it runs here, one sentence each; none if all is well."""
-    checks: tuple[Callable[[], str], ...] = (
-        noise_problem,
-        clipping_problem,
-        normalisation_problem,
-        sampling_problem,
-        entropy_problem,
-        empty_batch_problem,
-        buffers_problem,
-    )
-    return [problem for check in checks if (problem := check())]
+def mechanism_problems(training: MakeTraining = PrivateTraining, ledger: type[Ledger] = Ledger) -> list[str]:
+    """Return what is wrong with the private step as it runs here, one sentence each; none if all is well.
+
+    Parameters
+    ----------
+    training, ledger : what is checked, by default what is installed; see `sabotage`
+    """
+    problems = [check(training) for check in _STEP_CHECKS]
+    return [problem for problem in [*problems, accounting_problem(ledger)] if problem]
 
 
-def noise_problem() -> str:
+def noise_problem(training: MakeTraining = PrivateTraining) -> str:
     """The noise of a step without any image has the standard deviation that the plan says, and no structure."""
     scaled = (
-        torch.cat([_step(_PLAN, []) for _ in range(8)]) * _PLAN.expected_batch / (_PLAN.noise_multiplier * _PLAN.clip)
+        torch.cat([_step(_PLAN, [], training) for _ in range(8)])
+        * _PLAN.expected_batch
+        / (_PLAN.noise_multiplier * _PLAN.clip)
     )
     n = len(scaled)
     apart = (float(scaled.square().mean()) - 1) / math.sqrt(2 / n)
@@ -79,28 +87,29 @@ def noise_problem() -> str:
     return ""
 
 
-def clipping_problem() -> str:
+def clipping_problem(training: MakeTraining = PrivateTraining) -> str:
     """Without noise, one image moves the sum by the clipping norm and not more, and n images by at most n times that."""
     plan = _PLAN.model_copy(update={"noise_multiplier": 0.0})
     for rows in ([0], [1], [0, 1, 2, 3]):
-        length = float(_step(plan, rows).norm()) * plan.expected_batch
+        length = float(_step(plan, rows, training).norm()) * plan.expected_batch
         if not length <= len(rows) * plan.clip * 1.001:
-            return f"{len(rows)} images move the sum of gradients by {length:.3f}; clipped they can by {len(rows) * plan.clip:g}"
+            who = "1 image" if len(rows) == 1 else f"{len(rows)} images"
+            return f"{who} can move the sum of gradients by {length:.3f}; clipped by {len(rows) * plan.clip:g} at most"
     return ""
 
 
-def normalisation_problem() -> str:
+def normalisation_problem(training: MakeTraining = PrivateTraining) -> str:
     """The same image yields the same gradient in a step alone as its share in a step of many: the divisor is fixed."""
     plan = _PLAN.model_copy(update={"noise_multiplier": 0.0})
-    apart = _step(plan, [0]) + _step(plan, [1]) - _step(plan, [0, 1])
+    apart = _step(plan, [0], training) + _step(plan, [1], training) - _step(plan, [0, 1], training)
     if not float(apart.norm()) <= 1e-3 * plan.clip / plan.expected_batch:
         return "the sum of gradients is not divided by the expected batch but by something that depends on the sample"
     return ""
 
 
-def sampling_problem() -> str:
+def sampling_problem(training: MakeTraining = PrivateTraining) -> str:
     """Every patient is sampled with the planned probability, independently, and yields one image."""
-    private = PrivateTraining(_PLAN, "hooks")
+    private = training(_PLAN, "hooks")
     cases = _cases()
     _begin(private, _model(), cases)
     draws = 3000
@@ -124,12 +133,12 @@ def sampling_problem() -> str:
     return ""
 
 
-def entropy_problem() -> str:
+def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
     """Two trainings with the same run seed end with different weights: the seed reaches neither noise nor sampling."""
     ends, firsts = [], []
     for _ in range(2):
         model = _model()
-        private = PrivateTraining(_PLAN, "hooks")
+        private = training(_PLAN, "hooks")
         train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
         if private.spent.seeded:
             return "the noise comes from a seeded generator, which is for tests only"
@@ -137,16 +146,16 @@ def entropy_problem() -> str:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             np.random.seed(0)  # noqa: NPY002
-            firsts.append(_step(_PLAN, []))
+            firsts.append(_step(_PLAN, [], training))
     if torch.equal(*ends) or torch.equal(*firsts):
         return "two trainings with one seed draw the same noise: whoever knows the seed can take it off again"
     return ""
 
 
-def empty_batch_problem() -> str:
+def empty_batch_problem(training: MakeTraining = PrivateTraining) -> str:
     """A step whose sample is empty still adds noise, is counted, and changes the weights."""
     plan = _PLAN.model_copy(update={"sample_rate": 1e-9, "steps": 2})
-    model, private = _model(), PrivateTraining(plan, "hooks")
+    model, private = _model(), training(plan, "hooks")
     before = _flat([p.detach().clone() for p in model.parameters()])
     train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
     if private.spent.mechanism.steps != 2:
@@ -156,19 +165,66 @@ def empty_batch_problem() -> str:
     return ""
 
 
-def buffers_problem() -> str:
+def buffers_problem(training: MakeTraining = PrivateTraining) -> str:
     """Training leaves buffers untouched."""
     model = _model()
     model.register_buffer("note", torch.ones(3))
-    train(model, _cases(), _RECIPE, _Squares(), "audit", private=PrivateTraining(_PLAN, "hooks"))
+    train(model, _cases(), _RECIPE, _Squares(), "audit", private=training(_PLAN, "hooks"))
     if not torch.equal(dict(model.named_buffers())["note"], torch.ones(3)):
         return "training changes buffers, which are neither clipped nor noised"
     return ""
 
 
-def _step(plan: PrivatePlan, rows: list[int]) -> Tensor:
+def teachers_problem(training: MakeTraining = PrivateTraining) -> str:
+    """A privileged teacher is not let in unless it was said to be trained privately: it has seen every patient."""
+    teacher = PrivilegedRecipe(use="all", logit_weight=1.0, embedding_weight=0.0, temperature=2.0, epochs=1)
+    taught = _RECIPE.model_copy(update={"privileged": teacher})
+    try:
+        train(_model(), _cases(), taught, _Squares(), "audit", private=training(_PLAN, "hooks"))
+    except PrivacyError:
+        return ""
+    return "a privileged teacher that was trained without privacy is let in"
+
+
+def accounting_problem(ledger: type[Ledger] = Ledger) -> str:
+    """Ten rounds cost what their steps cost together, also when the ledger is opened anew for each of them."""
+    rounds, steps, delta = 10, 10, 1e-5
+    key = Ed25519PrivateKey.generate()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.jsonl"
+        Ledger.create(path, "audit", key)
+        for turn in range(rounds):
+            opened = ledger.open(path, key, "audit")
+            mechanism = Mechanism("dp-sgd", 1.0, 0.1, steps)
+            reservation = opened.reserve(
+                mechanism, run="audit", phase="link", hop=f"round-{turn}", unit="patient", delta=delta
+            )
+            reservation.begin()
+            opened.commit(reservation, steps)
+        stated = spent(ledger.open(path, key, "audit").mechanisms(), delta)
+    true = spent([Mechanism("dp-sgd", 1.0, 0.1, rounds * steps)], delta)
+    if math.isclose(stated, true, rel_tol=1e-6):
+        return ""
+    return f"{rounds} rounds are accounted as epsilon {stated:.2f}; together they cost {true:.2f}"
+
+
+_STEP_CHECKS: tuple[Callable[[MakeTraining], str], ...] = (
+    noise_problem,
+    clipping_problem,
+    normalisation_problem,
+    sampling_problem,
+    entropy_problem,
+    empty_batch_problem,
+    buffers_problem,
+    teachers_problem,
+)
+CHECKS = len(_STEP_CHECKS) + 1
+"""How many properties `mechanism_problems` checks."""
+
+
+def _step(plan: PrivatePlan, rows: list[int], training: MakeTraining) -> Tensor:
     """Return the gradient, all parameters in one vector, that a private step of exactly these images yields."""
-    model, private, cases = _model(), PrivateTraining(plan, "hooks"), _cases()
+    model, private, cases = _model(), training(plan, "hooks"), _cases()
     _begin(private, model, cases)
     for part in private.parts(torch.tensor(rows, dtype=torch.int64)):
         batch = Batch(cases.images[part], cases.labels[part], part, None, "none", torch.Generator())

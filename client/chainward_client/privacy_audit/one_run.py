@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from chainward_client.data.site_data import Cases
+from chainward_client.privacy_audit.checks import MakeTraining
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
@@ -25,41 +25,16 @@ from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import GradSampleMode, check_private_ready
 from chainward_shared.pixels import to_float
 from chainward_shared.privacy.accounting import spent
+from chainward_shared.privacy.empirical import Attack
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import TrainingRecipe
 
 CONFIDENCE = 0.95
-_SIDE = 32
-_CLASSES = 8
-
-
-@dataclass(frozen=True)
-class EmpiricalAudit:
-    """What the attack found.
-
-    Attributes
-    ----------
-    claimed : epsilon of the plan at its delta, as accounted
-    measured : lower bound on epsilon at `confidence`
-    canaries, guesses, correct : how many there were, how many coins were guessed, how many of them rightly
-    """
-
-    claimed: float
-    measured: float
-    confidence: float
-    canaries: int
-    guesses: int
-    correct: int
-
-    @property
-    def problem(self) -> str | None:
-        """One sentence where the measured bound is above the claim, else None."""
-        if self.measured <= self.claimed:
-            return None
-        return (
-            f"an attack on the trained model guesses {self.correct} of {self.guesses} coins: epsilon is at least "
-            f"{self.measured:.2f} at {self.confidence:.0%} confidence, claimed is {self.claimed:.2f}"
-        )
+CANARIES = 2000
+_CLASSES = 2
+_FEWEST = 8
+_GREY = 128
+_GRADIENT_LENGTH = 100.0  # far above every clipping norm, so that clipping matters
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
@@ -113,37 +88,52 @@ def epsilon_lower_bound(
 
 
 def audit_training(
-    plan: PrivatePlan, *, canaries: int = 400, architecture: Architecture | None = None, epochs: int = 1
-) -> EmpiricalAudit:
+    plan: PrivatePlan,
+    *,
+    canaries: int = CANARIES,
+    architecture: Architecture | None = None,
+    epochs: int = 1,
+    training: MakeTraining = PrivateTraining,
+) -> Attack:
     """Train once by `plan` on random canaries and return what the trained model betrays of them.
 
-    A canary is a patient with one image of random black and white pixels and a random label. The attacker knows them all
-    and the initial weights, and sees the trained model: the further a canary's loss fell, the surer it was trained on.
-    Of the canaries, a quarter is guessed to be in, a quarter to be out. The coins come from the operating system.
+    A canary is a patient with one image and a random label. The attacker knows them all and the initial weights, and sees
+    the trained model: the further a canary's loss fell, the surer it was trained on. Of the canaries, a quarter is guessed
+    to be in, a quarter to be out. The coins come from the operating system.
 
     Parameters
     ----------
     plan : about `canaries` / 2 units take part, so its ``expected_batch`` should be ``sample_rate * canaries / 2``
-    architecture : the model under attack; None, the default, a linear one, which remembers random images as well as any
-        model can, in a second. With classes and channels of its own
+    canaries : at least 8
+    architecture : the model under attack, whose canaries are random black and white pixels; None, the default: a linear
+        model, and canaries that are grey but for one white pixel, each another. Every canary has weights of its own then,
+        which hides none behind the others: the strongest attack, in a second
+    training : what is attacked, by default what is installed; see `sabotage`
 
     Raises
     ------
     ModelError
         The backbone can't be trained privately.
+    PrivacyError
+        Too few canaries.
     """
-    classes = _CLASSES if architecture is None else architecture.num_classes
-    channels, side = (1, _SIDE) if architecture is None else (architecture.in_chans, architecture.image_size)
+    if canaries < _FEWEST:
+        raise PrivacyError(f"an attack on {canaries} canaries says nothing; expected at least {_FEWEST}")
     generator = np.random.default_rng(secrets.randbits(128))
-    pixels = generator.integers(0, 2, (canaries, channels, side, side), dtype=np.uint8) * 255
-    images = torch.from_numpy(pixels)
+    mode: GradSampleMode = "hooks"
+    if architecture is None:
+        images, model = _single_pixels(canaries), _linear(canaries)
+        classes, scale = _CLASSES, _GRADIENT_LENGTH
+    else:
+        shape = (canaries, architecture.in_chans, architecture.image_size, architecture.image_size)
+        images = torch.from_numpy(generator.integers(0, 2, shape, dtype=np.uint8) * 255)
+        model, classes, scale = build_model(architecture, seed=0), architecture.num_classes, 1.0
+        mode = check_private_ready(architecture)
     labels = torch.from_numpy(generator.integers(0, classes, canaries))
     inside = generator.random(canaries) < 0.5
-    model, mode = _model(architecture, channels * side * side, classes)
     before = _losses(model, images, labels)
     rows = np.flatnonzero(inside)
-    patients = np.array([f"canary-{row}" for row in rows])
-    cases = Cases(images[rows], labels[rows], patients)
+    cases = Cases(images[rows], labels[rows], np.array([f"canary-{row}" for row in rows]))
     recipe = TrainingRecipe(
         seed=0,
         epochs=epochs,
@@ -156,15 +146,15 @@ def audit_training(
         class_balance="none",
         label_fraction=1.0,
     )
-    private = PrivateTraining(plan, mode)
-    train(model, cases, recipe, _CrossEntropy(), "audit", private=private)
+    train(model, cases, recipe, _CrossEntropy(scale), "audit", private=training(plan, mode))
     fell = (before - _losses(model, images, labels)).numpy()
     order = np.argsort(-fell, kind="stable")
     quarter = canaries // 4
     correct = int(inside[order[:quarter]].sum() + (~inside[order[-quarter:]]).sum())
-    return EmpiricalAudit(
+    return Attack(
         claimed=spent([plan.mechanism], plan.delta),
         measured=epsilon_lower_bound(canaries, 2 * quarter, correct, plan.delta),
+        ceiling=epsilon_lower_bound(canaries, 2 * quarter, 2 * quarter, plan.delta),
         confidence=CONFIDENCE,
         canaries=canaries,
         guesses=2 * quarter,
@@ -173,17 +163,31 @@ def audit_training(
 
 
 class _CrossEntropy(Objective):
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return functional.cross_entropy(model(batch.view()).float(), batch.labels, reduction="none")
+        logits = model(batch.view()).float()
+        return self.scale * functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
-def _model(architecture: Architecture | None, inputs: int, classes: int) -> tuple[nn.Module, GradSampleMode]:
-    if architecture is not None:
-        return build_model(architecture, seed=0), check_private_ready(architecture)
-    linear = nn.Linear(inputs, classes)
+def _side(canaries: int) -> int:
+    return math.ceil(math.sqrt(canaries))
+
+
+def _single_pixels(canaries: int) -> Tensor:
+    """Return uint8 (n, 1, h, w): image i is grey, and white at pixel i."""
+    side = _side(canaries)
+    pixels = np.full((canaries, side * side), _GREY, dtype=np.uint8)
+    pixels[np.arange(canaries), np.arange(canaries)] = 255
+    return torch.from_numpy(pixels.reshape(canaries, 1, side, side))
+
+
+def _linear(canaries: int) -> nn.Module:
+    """Return a linear model that sees grey as nothing: no pixel value is exactly 0, and Adam makes any sum of rests large."""
+    linear = nn.Linear(_side(canaries) ** 2, _CLASSES, bias=False)
     nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.Flatten(), linear), "hooks"
+    return nn.Sequential(nn.Flatten(), nn.Hardshrink(0.5), linear)
 
 
 @torch.no_grad()

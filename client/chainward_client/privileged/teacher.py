@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from chainward_client.training.precision import training_environment
+from chainward_client.training.private import PrivateTraining
 from chainward_shared.distillation.losses import class_counts, classification_loss
+from chainward_shared.errors import ModelError
+from chainward_shared.models.private_ready import GradSampleMode
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed, torch_generator
 
@@ -19,6 +23,9 @@ STEPS_PER_EPOCH = 16
 """At most; a site with more cases has larger batches, not a training of minutes."""
 
 DROPOUT = 0.5
+
+PRIVATE_MODE: GradSampleMode = "hooks"
+"""How a teacher's per-example gradients are computed: two linear layers, which Opacus has the formula of."""
 
 
 class PrivilegedTeacher(nn.Module):
@@ -88,4 +95,68 @@ def train_teacher(
                 losses.mean().backward()
                 optimizer.step()
                 schedule.step()
+    return teacher.eval()
+
+
+def train_teacher_privately(
+    vectors: Tensor,
+    available: Tensor,
+    labels: Tensor,
+    patients: np.ndarray,
+    classes: int,
+    recipe: PrivilegedRecipe,
+    training: TrainingRecipe,
+    counts: Tensor,
+    private: PrivateTraining,
+    *names: str | int,
+) -> PrivilegedTeacher:
+    """Return a teacher trained by the plan of `private`, on the CPU and in evaluation mode.
+
+    All units are sampled alike. A case without the modality has the loss 0, and so no gradient: nobody sees from the
+    number of steps, the batches or the noise how many there are.
+
+    Parameters
+    ----------
+    vectors : float32 (n, inputs), of all cases, each a function of its own record
+    available : bool (n,), which cases have the modality
+    labels : int64 (n,), or multi-label float32 (n, classes)
+    patients : str (n,)
+    recipe : hidden units; epochs and batch size are the plan's
+    training : seed, threads and class balance, as `PrivateWork.prepared` returns it
+    counts : declared, in the form of `class_counts`
+    names : name the training; the initial weights derive from the seed by them, nothing else does
+
+    Raises
+    ------
+    ModelError
+        A weight is not finite at the end.
+    PrivacyError
+        The recipe asks for something that is not a function of one record; the plan is spent.
+    """
+    private.check(training.model_copy(update={"privileged": None}), 0)  # this training has no teachers of its own
+    with training_environment(training.threads, derive_seed(training.seed, *names, "torch")):
+        teacher = PrivilegedTeacher(vectors.shape[1], recipe.hidden, classes).train()
+        parameters = list(teacher.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=private.plan.steps)
+
+        def losses(rows: Tensor) -> Tensor:
+            of_each = classification_loss(
+                private.model(vectors[rows]), labels[rows], counts, training.class_balance, training.prior_strength
+            )
+            return torch.where(available[rows], of_each, 0.0)
+
+        private.start(teacher, [], parameters, patients)
+        private.fresh_chance(vectors.device)
+        try:
+            for _ in range(private.plan.steps):
+                private.step(losses)
+                optimizer.step()
+                schedule.step()
+        finally:
+            private.close()
+        if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+            raise ModelError(
+                "a privileged teacher's weight is not finite after a private training; raise privacy.epsilon"
+            )
     return teacher.eval()

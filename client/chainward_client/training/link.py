@@ -3,6 +3,8 @@ teachers as teachers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 
 from chainward_client.data.partition import keep_label_fraction
 from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.private_site import PrivateWork
 from chainward_client.privileged import privileged_targets
 from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.precision import best_device
+from chainward_client.training.private import PrivateTraining, keeps_labels
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import (
@@ -23,6 +28,7 @@ from chainward_shared.distillation.losses import (
 )
 from chainward_shared.distillation.schedules import annealed_temperature
 from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.taps import Taps, embedding_size
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe, TrainingRecipe
@@ -73,6 +79,9 @@ class LinkObjective(Objective):
     def extra_parameters(self) -> list[nn.Parameter]:
         return [] if self.privileged is None else list(self.privileged.parameters())
 
+    def extra_modules(self) -> list[nn.Module]:
+        return [] if self.privileged is None else [self.privileged]
+
     def start_epoch(self, epoch: int) -> None:
         self.temperature = annealed_temperature(epoch, self.recipe.temperature, self.recipe.temperature_decay)
         self.sums, self.seen, self.seen_unlabelled = {}, 0, 0
@@ -120,30 +129,40 @@ class LinkObjective(Objective):
         return means if self.predecessor is None else {"temperature": self.temperature, **means}
 
 
-def labelled_rows(data: SiteData, recipe: TrainingRecipe) -> np.ndarray:
-    """Return which training cases keep their labels under the recipe's label fraction, ascending."""
-    labels = data.splits["train"].labels
-    if recipe.label_fraction == 1.0:
-        return np.arange(len(labels))
-    return keep_label_fraction(labels.numpy(), recipe.label_fraction, recipe.seed, data.site)
+def labelled_rows(data: SiteData, recipe: TrainingRecipe, *, private: bool = False) -> np.ndarray:
+    """Return which training cases keep their labels under the recipe's label fraction, ascending.
 
-
-def labelled_cases(data: SiteData, recipe: TrainingRecipe) -> Cases:
-    """Return the training cases that the recipe's label fraction leaves."""
+    `private`: each patient's by a hash of the patient alone, instead of a fraction of each class.
+    """
     cases = data.splits["train"]
-    return cases if recipe.label_fraction == 1.0 else cases.take(labelled_rows(data, recipe))
+    if recipe.label_fraction == 1.0:
+        return np.arange(len(cases))
+    if private:
+        return keeps_labels(cases.patients, recipe.label_fraction, recipe.seed, data.site)
+    return keep_label_fraction(cases.labels.numpy(), recipe.label_fraction, recipe.seed, data.site)
 
 
-def unlabelled_images(data: SiteData, recipe: TrainingRecipe) -> Tensor:
-    """Return the training images whose labels the recipe's label fraction leaves out, uint8 (m, c, h, w)."""
-    images = data.splits["train"].images
-    rest = torch.ones(len(images), dtype=torch.bool)
-    rest[torch.from_numpy(labelled_rows(data, recipe))] = False
-    return images[rest]
+def labelled_cases(data: SiteData, recipe: TrainingRecipe, *, private: bool = False) -> Cases:
+    """Return the training cases that the recipe's label fraction leaves; `private` as in `labelled_rows`."""
+    cases = data.splits["train"]
+    return cases if recipe.label_fraction == 1.0 else cases.take(labelled_rows(data, recipe, private=private))
+
+
+def unlabelled_cases(data: SiteData, recipe: TrainingRecipe, *, private: bool = False) -> Cases:
+    """Return the training cases whose labels the recipe's label fraction leaves out; their labels must not be used."""
+    cases = data.splits["train"]
+    rest = np.setdiff1d(np.arange(len(cases)), labelled_rows(data, recipe, private=private))
+    return cases.take(rest)
 
 
 def privileged_term(
-    data: SiteData, cases: Cases, recipe: TrainingRecipe, model: nn.Module, state_dir: Path | None, *names: str | int
+    data: SiteData,
+    cases: Cases,
+    recipe: TrainingRecipe,
+    model: nn.Module,
+    state_dir: Path | None,
+    *names: str | int,
+    work: PrivateWork | None = None,
 ) -> PrivilegedTerm | None:
     """Return the privileged teachers' part of a training on `cases`; None without teachers at this site.
 
@@ -151,14 +170,54 @@ def privileged_term(
     ----------
     state_dir : folder in which the site keeps its teachers; None: trained anew
     names : name the training, for the projector's initial weights
+    work : the teachers train privately, and this is what they spend through; None: they don't
     """
     if recipe.privileged is None:
         return None
-    targets = privileged_targets(data, cases, recipe.privileged, recipe, state_dir)
+    targets = privileged_targets(data, cases, recipe.privileged, recipe, state_dir, work=work)
     if targets is None:
         return None
     seed = derive_seed(recipe.seed, *names, "projector")
     return PrivilegedTerm(targets, recipe.privileged, embedding_size(model), seed)
+
+
+@contextmanager
+def training_privately(
+    work: PrivateWork | None,
+    recipe: TrainingRecipe,
+    data: SiteData,
+    architecture: Architecture,
+    *,
+    phase: str,
+    guide: PrivilegedTerm | None = None,
+    declared_prior: bool = False,
+    unlabelled_patients: np.ndarray | None = None,
+) -> Iterator[PrivateTraining | None]:
+    """Hand out the private training that `work` pays for; None where the site trains without privacy (`work` is None).
+
+    `guide`: the privileged teachers' part of it, None where there is none.
+
+    Raises
+    ------
+    ModelError
+        The backbone can't be trained privately.
+    PrivacyError
+        Policy, budget or ledger don't allow it.
+    """
+    if work is None:
+        yield None
+        return
+    mode = check_private_ready(architecture, best_device().type)
+    with work.training(
+        recipe,
+        data,
+        mode,
+        phase=phase,
+        declared_prior=declared_prior,
+        unlabelled_patients=unlabelled_patients,
+        private_teachers=guide is None or guide.private,
+    ) as private:
+        yield private
 
 
 def train_link(
@@ -171,6 +230,7 @@ def train_link(
     lap: int,
     alone: bool = False,
     state_dir: Path | None = None,
+    work: PrivateWork | None = None,
 ) -> tuple[StateDict, TrainingLog]:
     """Train one link at a site and return the refined weights and how it went.
 
@@ -180,22 +240,48 @@ def train_link(
     strand, lap : 0-based; with the site they name the random choices of this link
     alone : name them otherwise, so that a hospital alone is not the chain's first link in disguise
     state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each link
+    work : what a private training spends through; None: the site trains without privacy
+
+    Raises
+    ------
+    ModelError
+        The training fails, or the backbone can't be trained privately.
+    PrivacyError
+        Policy, budget or ledger don't allow a private training.
     """
-    cases = labelled_cases(data, recipe)
+    private = work is not None
+    cases = labelled_cases(data, recipe, private=private)
+    counts, declared, notes = class_counts(cases.labels, len(data.classes)), False, list[str]()
+    if work is not None:
+        prepared = work.prepared(recipe, data)
+        recipe, counts, declared, notes = prepared.recipe, prepared.counts, prepared.declared, prepared.notes
+        check_private_ready(architecture, best_device().type)  # before the privileged teachers spend anything
     model = build_model(architecture, recipe.seed)
     teacher = None
-    unlabelled = None
+    others = None
     if predecessor is not None:
         teacher = build_model(architecture, recipe.seed)
         teacher.load_state_dict(predecessor)
         if recipe.start == "warm":
             model.load_state_dict(predecessor)
         if recipe.unlabelled_weight > 0:
-            unlabelled = unlabelled_images(data, recipe)
+            others = unlabelled_cases(data, recipe, private=private)
     names = ("alone" if alone else "link", data.site, "strand", strand, "lap", lap)
-    counts = class_counts(cases.labels, len(data.classes))
-    guide = privileged_term(data, cases, recipe, model, state_dir, *names)
+    guide = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
     objective = LinkObjective(recipe, model, teacher, counts, guide)
     part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
-    log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled, part=part)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}, log
+    patients = None if others is None else others.patients
+    with training_privately(
+        work,
+        recipe,
+        data,
+        architecture,
+        phase="alone" if alone else "link",
+        guide=guide,
+        declared_prior=declared,
+        unlabelled_patients=patients,
+    ) as privately:
+        unlabelled = None if others is None else others.images
+        log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled, part=part, private=privately)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return state, log.model_copy(update={"notes": notes})

@@ -215,16 +215,18 @@ def _train_privately(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     private.start(model, objective.extra_modules(), parameters, cases.patients)
     views = private.fresh_chance(device)
+
+    def losses(rows: Tensor) -> Tensor:
+        chosen = rows[rows < n].to(device)
+        beside = None if others is None or len(chosen) == len(rows) else others[rows[rows >= n] - n]
+        batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
+        return objective.losses(private.model, batch)
+
     try:
         for epoch in range(recipe.epochs):
             objective.start_epoch(epoch)
             for _ in range(steps * epoch // recipe.epochs, steps * (epoch + 1) // recipe.epochs):
-                for rows in private.parts(private.sample()):
-                    chosen = rows[rows < n].to(device)
-                    beside = None if others is None or len(chosen) == len(rows) else others[rows[rows >= n] - n]
-                    batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
-                    private.accumulate(objective.losses(private.model, batch))
-                private.finish_step()
+                private.step(losses)
                 optimizer.step()
                 schedule.step()
                 objective.after_step(model)
@@ -247,6 +249,7 @@ def _private_log(recipe: TrainingRecipe, private: PrivateTraining, started: floa
         loss=[],
         seconds=time.monotonic() - started,
         precision="fp32",
+        privacy=plan,
     )
 
 

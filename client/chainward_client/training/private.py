@@ -30,7 +30,7 @@ bf16                                  off: clipping has been verified in fp32 on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.training.entropy import Entropy, OperatingSystem
-from chainward_shared.errors import ModelError, PrivacyError
+from chainward_shared.errors import ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models.private_ready import GradSampleMode, PerExampleGradients
 from chainward_shared.privacy.accounting import Mechanism
-from chainward_shared.privacy.plan import PrivacyRecipe, PrivatePlan, Unit, plan, rounded_units
-from chainward_shared.recipes import TrainingRecipe
+from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
+from chainward_shared.recipes import PrivacyRecipe, PrivacyUnit, TrainingRecipe
 from chainward_shared.seeds import derive_seed
 
 __all__ = [
@@ -50,16 +50,11 @@ __all__ = [
     "PrivacySpent",
     "PrivatePlan",
     "PrivateTraining",
-    "Unit",
     "declared_counts",
     "keeps_labels",
     "plan",
     "rounded_units",
 ]
-
-GRADIENT_BYTES = 2**29
-"""Per-example gradients in memory at once, about; decides how many examples are computed together."""
-MOST_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,9 @@ class PrivateTraining:
     unlabelled_patients : str (m,), the patient of each image without label; needed where there are such images
     declared_prior : the objective's class counts are declared, not counted (`declared_counts`)
     private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
-    together : examples computed at once; 0, the default: as many as `GRADIENT_BYTES` allow. Changes no result
+    together : examples computed at once; 0, the default: as many as fit into memory in this mode. Changes no result
     entropy : the operating system, unless a test wants to repeat itself
+    begin : called once, before the first noisy step: from then on the plan counts as spent
     """
 
     def __init__(
@@ -102,11 +98,13 @@ class PrivateTraining:
         private_teachers: bool = False,
         together: int = 0,
         entropy: Entropy | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.mode, self.together = plan, mode, together
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
+        self.begin = begin
         self.steps_done = 0
         self._units: list[np.ndarray] = []
         self._gradients: PerExampleGradients | None = None
@@ -132,27 +130,27 @@ class PrivateTraining:
 
         Raises
         ------
-        PrivacyError
+        PolicyRefusal
             Names the setting and what to do.
         """
         if recipe.class_balance != "none" and not self.declared_prior:
-            raise PrivacyError(
+            raise PolicyRefusal(
                 f"class-balance '{recipe.class_balance}' counts this site's labels, which is not allowed under privacy: "
                 "declare the prior in site.yaml or set class-balance to 'none'"
             )
         if recipe.privileged is not None and not self.private_teachers:
-            raise PrivacyError(
+            raise PolicyRefusal(
                 "privileged teachers trained without privacy have seen every patient, and what they teach breaks the "
                 "guarantee: train them privately or switch them off"
             )
         if unlabelled and (self.unlabelled_patients is None or len(self.unlabelled_patients) != unlabelled):
             found = 0 if self.unlabelled_patients is None else len(self.unlabelled_patients)
-            raise PrivacyError(
+            raise PolicyRefusal(
                 f"{unlabelled} images without label need their patients under privacy, found {found}; give them or set "
                 "unlabelled-weight to 0"
             )
         if recipe.precision == "bf16":
-            raise PrivacyError("precision 'bf16' is not verified for private training; set it to 'fp32' or 'auto'")
+            raise PolicyRefusal("precision 'bf16' is not verified for private training; set it to 'fp32' or 'auto'")
 
     def start(
         self, model: nn.Module, others: Sequence[nn.Module], parameters: Sequence[nn.Parameter], patients: np.ndarray
@@ -178,11 +176,11 @@ class PrivateTraining:
                 "the optimiser's parameters are not those with per-example gradients; that is a fault here"
             )
         if not self.together:
-            each = 4 * sum(p.numel() for p in self._parameters)
-            self.together = max(1, min(MOST_TOGETHER, GRADIENT_BYTES // max(1, each)))
+            self.together = self._gradients.most_together()
         beside = np.array([], dtype=str) if self.unlabelled_patients is None else self.unlabelled_patients
         self._units = units_of(np.concatenate([patients, beside]), self.plan.unit)
-        self._forget_sums()
+        self._sums = []
+        self.begin()
 
     def fresh_chance(self, device: torch.device) -> torch.Generator:
         """Draw the state of PyTorch's own generators (dropout) anew and return a generator for augmentations."""
@@ -206,11 +204,15 @@ class PrivateTraining:
     def accumulate(self, losses: Tensor) -> None:
         """Add the clipped gradient of each example's loss, (n,), to the step's sum."""
         assert self._gradients is not None
+        for parameter in self._parameters:
+            parameter.grad = None  # the noisy one of the step before
         losses.sum().backward()
-        gradients = self._gradients.take(len(losses))
-        factors = _clip_factors(gradients, self.plan.clip)
-        for total, of_each in zip(self._sums, gradients, strict=True):
-            total += torch.einsum("n,n...->...", factors, of_each)
+        clipped = self._gradients.clipped_sum(len(losses), self.plan.clip)
+        if not self._sums:
+            self._sums = clipped
+            return
+        for total, more in zip(self._sums, clipped, strict=True):
+            total += more
 
     def finish_step(self) -> None:
         """Set each parameter's ``grad`` to the noisy mean: (sum + noise) / expected batch. Also after an empty sample."""
@@ -219,9 +221,23 @@ class PrivateTraining:
         self.steps_done += 1
         std = self.plan.noise_multiplier * self.plan.clip
         noises = self.entropy.normal([p.shape for p in self._parameters], self._parameters[0].device)
-        for parameter, total, noise in zip(self._parameters, self._sums, noises, strict=True):
-            parameter.grad = (total + std * noise) / self.plan.expected_batch
-        self._forget_sums()
+        for i, (parameter, noise) in enumerate(zip(self._parameters, noises, strict=True)):
+            noise.mul_(std)  # in place: three passes over new memory cost as much as a third of a small model's step
+            if self._sums:
+                noise.add_(self._sums[i])
+            parameter.grad = noise.div_(self.plan.expected_batch)
+        self._sums = []
+
+    def step(self, losses: Callable[[Tensor], Tensor]) -> None:
+        """Do one step up to the optimiser's: a Poisson sample, in parts that fit into memory, and one draw of noise.
+
+        Parameters
+        ----------
+        losses : the loss of each example of some rows, (n,), by `model`; a row without a loss of its own has 0
+        """
+        for rows in self.parts(self.sample()):
+            self.accumulate(losses(rows))
+        self.finish_step()
 
     def close(self) -> None:
         """Leave the model without any trace of single examples."""
@@ -229,11 +245,8 @@ class PrivateTraining:
             self._gradients.close()
         self._gradients, self._parameters, self._sums = None, [], []
 
-    def _forget_sums(self) -> None:
-        self._sums = [torch.zeros_like(p) for p in self._parameters]
 
-
-def units_of(patients: np.ndarray, unit: Unit) -> list[np.ndarray]:
+def units_of(patients: np.ndarray, unit: PrivacyUnit) -> list[np.ndarray]:
     """Return the rows of each unit: of each patient, in the order of first appearance, or each row alone.
 
     Raises
@@ -286,19 +299,3 @@ def declared_counts(prior: Sequence[float], *, multilabel: bool) -> Tensor:
     if abs(float(shares.sum()) - 1) > 1e-3:
         raise PrivacyError(f"the declared prior {list(prior)} adds up to {float(shares.sum()):g}, expected 1")
     return shares.mul(1e6).round().long()
-
-
-def _clip_factors(gradients: Sequence[Tensor], clip: float) -> Tensor:
-    """Return by what each example's gradient is multiplied to be no longer than `clip`, (n,).
-
-    An example whose gradient is not finite drops out, and its gradient is set to zero in place: a function of that example
-    alone, as clipping is.
-    """
-    n = len(gradients[0])
-    squares = torch.stack([g.reshape(n, -1).square().sum(dim=1) for g in gradients]).sum(dim=0)
-    broken = ~squares.isfinite()
-    if bool(broken.any()):
-        for gradient in gradients:
-            gradient[broken] = 0.0
-        squares = torch.where(broken, torch.zeros_like(squares), squares)
-    return clip / squares.sqrt().clamp(min=clip)

@@ -31,7 +31,7 @@ class PrivilegedTerm(nn.Module):
 
     def __init__(self, targets: PrivilegedTargets, recipe: PrivilegedRecipe, embedding_size: int, seed: int) -> None:
         super().__init__()
-        self.recipe, self.multilabel = recipe, targets.multilabel
+        self.recipe, self.multilabel, self.private = recipe, targets.multilabel, targets.private
         for name in ("logits", "taught", "embeddings", "present"):
             self.register_buffer(name, getattr(targets, name), persistent=False)
         self.projector: nn.Linear | None = None

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import SiteData
-from chainward_client.training.link import labelled_cases, privileged_term
+from chainward_client.private_site import PrivateWork
+from chainward_client.training.link import labelled_cases, privileged_term, training_privately
 from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.precision import best_device
 from chainward_shared.distillation.losses import (
     class_counts,
     classification_loss,
@@ -22,6 +24,7 @@ from chainward_shared.distillation.losses import (
 from chainward_shared.distillation.schedules import ema_decay
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.taps import Taps
 from chainward_shared.pixels import resized
 from chainward_shared.protocol import TrainingLog
@@ -76,6 +79,9 @@ class StudentObjective(Objective):
 
     def extra_parameters(self) -> list[nn.Parameter]:
         return [] if self.privileged is None else list(self.privileged[0].parameters())
+
+    def extra_modules(self) -> list[nn.Module]:
+        return [] if self.privileged is None else [self.privileged[0]]
 
     def start_epoch(self, epoch: int) -> None:
         self.epoch = self.round_index * self.recipe.epochs + epoch
@@ -147,6 +153,7 @@ def train_student(
     large: Sequence[StateDict] = (),
     large_architecture: Architecture | None = None,
     state_dir: Path | None = None,
+    work: PrivateWork | None = None,
 ) -> TrainedStudent:
     """Train the student for one round at a site, on images of its own size.
 
@@ -158,13 +165,21 @@ def train_student(
     large, large_architecture : weights of the chain's large models, and what they are; needed where the recipe gives
         them weight
     state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each round
+    work : what a private training spends through; None: the site trains without privacy
 
     Raises
     ------
     ModelError
-        The recipe gives large models weight, and there are none.
+        The recipe gives large models weight, and there are none; or the student can't be trained privately.
+    PrivacyError
+        Policy, budget or ledger don't allow a private training.
     """
-    cases = labelled_cases(data, recipe)
+    cases = labelled_cases(data, recipe, private=work is not None)
+    counts, declared, notes = class_counts(cases.labels, len(data.classes)), False, list[str]()
+    if work is not None:
+        prepared = work.prepared(recipe, data)
+        recipe, counts, declared, notes = prepared.recipe, prepared.counts, prepared.declared, prepared.notes
+        check_private_ready(architecture, best_device().type)  # before the privileged teachers spend anything
     model = _loaded(architecture, recipe, student)
     teacher = None if auxiliary is None else _loaded(architecture, recipe, auxiliary)
     large_models: list[nn.Module] = []
@@ -179,14 +194,18 @@ def train_student(
     names = ("student", recipe.stage, data.site, "round", round_index)
     privileged = None
     if recipe.stage == "distil":
-        term = privileged_term(data, cases, recipe, model, state_dir, *names)
+        term = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
         privileged = None if term is None else (term, Taps(model, embedding=True))
-    counts = class_counts(cases.labels, len(data.classes))
     objective = StudentObjective(
         recipe, teacher, counts, round_index, large=large_models, large_size=large_size, privileged=privileged
     )
     seen = replace(cases, images=resized(cases.images, architecture.image_size))
-    log = train(model, seen, recipe, objective, *names)
+    guide = None if privileged is None else privileged[0]
+    with training_privately(
+        work, recipe, data, architecture, phase="student", guide=guide, declared_prior=declared
+    ) as privately:
+        log = train(model, seen, recipe, objective, *names, private=privately)
+    log = log.model_copy(update={"notes": notes})
     state = dict(model.state_dict())
     if teacher is None:
         return TrainedStudent(state, None, log, None)

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from chainward_server.report.page import render_report
-from chainward_server.run_folder import RunFolder, privacy_statement
+from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import RunFolderError
+from chainward_shared.privacy.statements import Statements, privacy_record
 
 EXAMPLES = "examples.png"
 """Picture of test images and where the models look in them: in a run folder only where the images are on this machine."""
@@ -32,7 +33,7 @@ def write_report(folder: RunFolder) -> Path:
         privacy = (
             json.loads(privacy_file.read_text(encoding="utf-8"))
             if privacy_file.exists()
-            else privacy_statement([site.site for site in results.data.sites])
+            else privacy_record(Statements(), [site.site for site in results.data.sites])
         )
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{privacy_file}: damaged ({error})") from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from chainward_server.report import formats, plots, tables, verdict
+from chainward_server.report import privacy as privacy_page
 from chainward_server.results import Results
 
 _FILTERS = (
@@ -52,6 +53,7 @@ def render_report(
     comparison = tables.comparison_rows(results)
     alone = tables.alone_summary(results)
     sites = tables.site_names(results)
+    rows = privacy_page.privacy_rows(privacy)
     return (
         _environment()
         .get_template("template.html.jinja")
@@ -60,6 +62,10 @@ def render_report(
             status=status,
             config=config,
             privacy=privacy,
+            privacy_rows=rows,
+            private=[row for row in rows if row.private],
+            outside=privacy_page.outside_the_guarantee(rows, results),
+            privacy_notes=privacy_page.notes(results),
             started=started,
             finished=finished,
             elapsed=formats.elapsed(started, finished),

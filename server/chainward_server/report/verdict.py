@@ -58,11 +58,13 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
     if tables.multilabel(results):
         classifier += f" of {len(results.data.classes)} findings"
         metric = "mean balanced accuracy of the findings"
+    if value is None and chain.pooled.n == 0 and any(site.test is None for site in results.data.sites):
+        return f"{who} trained {classifier}. Their privacy policies withhold all scores; how good it is, only they can say."
     if value is None:
         return f"{who} trained {classifier}. Without test images its balanced accuracy is unknown."
     images = f"{count(chain.pooled.n)} test images of {'all hospitals' if len(everyone) > 1 else 'that hospital'}"
     sentences = [f"{who} trained {classifier}: {metric} {score(value)} on {images}."]
-    sentences += _chain_against_alone(value, tables.alone_summary(results))
+    sentences += _chain_against_alone(value, tables.alone_summary(results), private=_private(results))
     sentences += _student_against_chain(results, value)
     return " ".join(sentences)
 
@@ -213,7 +215,11 @@ def _planned_links(results: Results, config: Mapping[str, Mapping[str, object]])
     return planned if planned >= len(results.links) else None
 
 
-def _chain_against_alone(value: float, alone: tables.Alone | None) -> list[str]:
+def _chain_against_alone(value: float, alone: tables.Alone | None, *, private: bool) -> list[str]:
+    if alone is None and private:
+        return [
+            "No hospital trained alone: that comparison would have been paid for with the privacy of its patients."
+        ]
     if alone is None:
         return ["No hospital trained alone, so there is nothing to compare it with."]
     if alone.sites == 1:
@@ -255,6 +261,10 @@ def _compared(value: float, reference: float) -> str:
     if abs(difference) < SAME:
         return "about the same as"
     return "better than" if difference > 0 else "worse than"
+
+
+def _private(results: Results) -> bool:
+    return any(link.training and link.training.privacy for link in results.links)
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -134,14 +134,15 @@ def pool(counts: Iterable[PredictionCounts]) -> Scores:
     # Of a finding that every case has, or none, half of the balanced accuracy is undefined.
     judged = per_class > 0 if confusion.ndim == 2 else (per_class > 0).all(axis=1)
     recalls = correct[judged] / per_class[judged]
-    gaps = np.abs(calibration[:, 2] - calibration[:, 1]).sum() / decisions
+    calibrated = calibration[:, 0].sum()  # a site that adds noise sends its confusion matrix alone
+    gaps = np.abs(calibration[:, 2] - calibration[:, 1]).sum() / max(calibrated, 1)
     areas = [area for area in map(_binned_auc, histograms) if not math.isnan(area)]
     return Scores(
         n=decisions if confusion.ndim == 2 else decisions // len(confusion),
         accuracy=float(correct.sum() / decisions),
         balanced_accuracy=float(recalls.mean()) if recalls.size else None,
         macro_auc=float(np.mean(areas)) if areas else None,
-        ece=float(gaps),
+        ece=float(gaps) if calibrated else None,
     )
 
 
@@ -155,12 +156,17 @@ def _binned_auc(histogram: np.ndarray) -> float:
     return float((positives * (below + negatives / 2)).sum() / pairs)
 
 
-_COUNT_FIELDS = ("confusion", "calibration", "histograms")
+COUNT_FIELDS = ("confusion", "calibration", "histograms")
+
+
+def counts_to_state(counts: PredictionCounts) -> dict[str, torch.Tensor]:
+    """Return the counts as tensors by name."""
+    return {name: torch.from_numpy(getattr(counts, name)) for name in COUNT_FIELDS}
 
 
 def counts_to_arrays(counts: PredictionCounts) -> ArrayRecord:
     """Return the counts as Flower arrays."""
-    return ArrayRecord({name: Array(getattr(counts, name)) for name in _COUNT_FIELDS})
+    return ArrayRecord({name: Array(getattr(counts, name)) for name in COUNT_FIELDS})
 
 
 def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single") -> PredictionCounts:
@@ -177,7 +183,7 @@ def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single")
         "histograms": (classes, 2, SCORE_BINS),
     }
     dtypes = {"confusion": torch.int64, "calibration": torch.float64, "histograms": torch.int64}
-    template = {name: torch.empty(shapes[name], dtype=dtypes[name]) for name in _COUNT_FIELDS}
+    template = {name: torch.empty(shapes[name], dtype=dtypes[name]) for name in COUNT_FIELDS}
     values = {name: tensor.numpy() for name, tensor in from_arrays(arrays, template).items()}
     if any((array < 0).any() for array in values.values()):
         raise WeightsError("counts of predictions: a count is negative")

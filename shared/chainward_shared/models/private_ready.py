@@ -26,15 +26,17 @@ from torch.nn import functional
 
 from chainward_shared.errors import ModelError
 from chainward_shared.models.architecture import Architecture, build_model, count_parameters, skeleton
+from chainward_shared.models.ghost import GhostClipping, expandable, padded
 from chainward_shared.models.taps import Taps
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooks
 
-GradSampleMode = Literal["hooks", "functorch", "ew"]
-"""hooks: Opacus' formula of each kind of layer (with a repair for convolutions). functorch: every layer through `vmap`.
+GradSampleMode = Literal["ghost", "hooks", "functorch", "ew"]
+"""ghost: lengths and clipped sums without the gradients of single examples, see `models.ghost`. The others compute those:
+hooks: Opacus' formula of each kind of layer (with a repair for convolutions). functorch: every layer through `vmap`.
 ew: PyTorch's expanded weights."""
-MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ew")
+MODES: tuple[GradSampleMode, ...] = ("ghost", "hooks", "functorch", "ew")
 
 READY = (
     "vit_tiny_patch16_224",
@@ -52,7 +54,13 @@ READY = (
 )
 """Backbones to name in a refusal. Whether one is ready is decided by running it, as for any other."""
 
+GRADIENT_BYTES = 2**29
+"""Gradients of single examples in memory at once, about; decides how many examples are computed together."""
+MOST_TOGETHER = 64
+
 _EXAMPLES = 3
+_TIMED_EXAMPLES = 16
+_TIMED_SECONDS = 0.5
 _TOLERANCE = 1e-3
 _MIXERS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -60,9 +68,11 @@ _MIXERS = (nn.modules.batchnorm._BatchNorm,)
 def check_private_ready(architecture: Architecture, device: str = "cpu") -> GradSampleMode:
     """Return the fastest mode whose per-example gradients are right for this architecture; remembered in the process.
 
-    The batch is three random images, and the loss reaches into the model as `Taps` do where it has any. Weights are moved
-    off their initial values, so that a layer that starts at zero can't hide another's error. Buffers must be as before:
-    what training writes into them is a function of many records.
+    The batch is three random images: their gradients, and their sums with all of them clipped, some, and none, are compared
+    with those computed one by one. The loss reaches into the model as `Taps` do where it has any. Weights are moved off
+    their initial values, so that a layer that starts at zero can't hide another's error. Buffers must be as before: what
+    training writes into them is a function of many records. Time is taken on up to 16 images, as many as are computed
+    together in training.
 
     Raises
     ------
@@ -73,28 +83,32 @@ def check_private_ready(architecture: Architecture, device: str = "cpu") -> Grad
 
 
 def right_modes(architecture: Architecture, device: str = "cpu") -> dict[GradSampleMode, float | str]:
-    """Return for each mode the seconds of a forward and backward pass where it is right, else what is wrong with it."""
+    """Return for each mode its seconds per image, forward, backward and clipping, where it is right, else what is wrong."""
     return {mode: _seconds_or_problem(architecture, mode, device) for mode in MODES}
 
 
 class PerExampleGradients:
-    """Puts the gradient of every example into each parameter's ``grad_sample``, (n, *shape), at a backward pass.
+    """Clips the gradient of every example of a backward pass and adds them up.
 
     Parameters
     ----------
     model : its trainable parameters get per-example gradients; call `forward_of` instead of it
     mode : see `GradSampleMode`
-    others : further modules, a projector say; always by hooks
+    others : further modules, a projector say; by hooks unless the mode is ghost
 
-    Losses are to be added up over the examples, not averaged, before the backward pass.
+    Losses are to be added up over the examples, not averaged, before the backward pass. Every mode but ghost puts the
+    gradient of every example into each parameter's ``grad_sample``, (n, *shape).
     """
 
     def __init__(self, model: nn.Module, mode: GradSampleMode, others: Iterable[nn.Module] = ()) -> None:
         self.modules = [model, *others]
         self.forward_of: nn.Module = model
         self._hooks: list[GradSampleHooks] = []
+        self._ghost: GhostClipping | None = None
         hooked = list(others)
-        if mode == "ew":
+        if mode == "ghost":
+            self._ghost, hooked = GhostClipping(self.modules), []
+        elif mode == "ew":
             self.forward_of = _expanded_weights(model)
         else:
             hooked.append(model)
@@ -107,6 +121,42 @@ class PerExampleGradients:
         """Return the trainable parameters of all modules."""
         return [p for module in self.modules for p in module.parameters() if p.requires_grad]
 
+    def most_together(self) -> int:
+        """Return how many examples fit into memory together: `GRADIENT_BYTES` of gradients, at most `MOST_TOGETHER`.
+
+        In mode ghost only the gradients of layers without a formula count; what else it keeps is about as large as what a
+        backward pass keeps anyway.
+        """
+        of_layers = self.modules if self._ghost is None else self._ghost.slow
+        values = sum(p.numel() for layer in of_layers for p in layer.parameters() if p.requires_grad)
+        return max(1, min(MOST_TOGETHER, GRADIENT_BYTES // max(1, 4 * values)))
+
+    def clipped_sum(self, examples: int, clip: float) -> list[Tensor]:
+        """Return the sum of the gradients of the last backward pass, each clipped to `clip`, and forget them.
+
+        The length of an example's gradient is that over all of `parameters` together. An example whose gradient is not
+        finite drops out.
+
+        Returns
+        -------
+        One tensor for each of `parameters`, in its shape.
+
+        Raises
+        ------
+        ModelError
+            As `take`; in mode ghost also where a parameter is used outside of its own layer.
+        """
+        parameters = self.parameters()
+        if self._ghost is not None:
+            return self._ghost.clipped_sum(parameters, examples, clip, clip_factors)
+        gradients = self.take(examples)
+        factors = clip_factors(torch.stack([g.reshape(examples, -1).square().sum(dim=1) for g in gradients]), clip)
+        dropped = factors == 0
+        if bool(dropped.any()):  # zero times infinity is no zero
+            for gradient in gradients:
+                gradient[dropped] = 0.0
+        return [torch.einsum("n,n...->...", factors, gradient) for gradient in gradients]
+
     def take(self, examples: int) -> list[Tensor]:
         """Return the gradients of the last backward pass, (examples, *shape) for each of `parameters`, and forget them.
 
@@ -118,6 +168,8 @@ class PerExampleGradients:
         ModelError
             A parameter has a gradient but no per-example gradients, or more of them than there are examples.
         """
+        if self._ghost is not None:
+            return self._ghost.of_each(self.parameters(), examples)
         taken = []
         for parameter in self.parameters():
             found = getattr(parameter, "grad_sample", None)
@@ -140,6 +192,8 @@ class PerExampleGradients:
 
     def forget(self) -> None:
         """Drop gradients, per example and summed."""
+        if self._ghost is not None:
+            self._ghost.forget()
         for parameter in self.parameters():
             parameter.grad = None
             if hasattr(parameter, "grad_sample"):
@@ -148,6 +202,8 @@ class PerExampleGradients:
     def close(self) -> None:
         """Leave the modules as they were."""
         self.forget()
+        if self._ghost is not None:
+            self._ghost.close()
         for hooks in self._hooks:
             hooks.cleanup()
         self._hooks = []
@@ -155,6 +211,19 @@ class PerExampleGradients:
             for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
                 if hasattr(parameter, name):
                     delattr(parameter, name)
+
+
+def clip_factors(squares: Tensor, clip: float) -> Tensor:
+    """Return by what each example's gradient is multiplied to be no longer than `clip`, (n,).
+
+    Parameters
+    ----------
+    squares : the squared lengths of the gradients with respect to each of p parameters, (p, n)
+
+    An example whose gradient is not finite drops out, with the factor 0: a function of that example alone, as clipping is.
+    """
+    lengths = squares.sum(dim=0).sqrt()
+    return torch.where(lengths.isfinite(), clip / lengths.clamp(min=clip), torch.zeros_like(lengths))
 
 
 @lru_cache(maxsize=64)
@@ -208,9 +277,9 @@ def _compare(architecture: Architecture, mode: GradSampleMode, device: str) -> f
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     _without_chance(model)
-    shape = (_EXAMPLES, architecture.in_chans, architecture.image_size, architecture.image_size)
+    shape = (_TIMED_EXAMPLES, architecture.in_chans, architecture.image_size, architecture.image_size)
     images = torch.randn(shape, generator=generator).to(device)
-    labels = (torch.arange(_EXAMPLES) % architecture.num_classes).to(device)
+    labels = (torch.arange(_TIMED_EXAMPLES) % architecture.num_classes).to(device)
     model = model.to(device).train()
     before = [buffer.clone() for buffer in model.buffers()]
     taps = _taps(model)
@@ -219,27 +288,54 @@ def _compare(architecture: Architecture, mode: GradSampleMode, device: str) -> f
         taps.close()  # Opacus copies layers, hooks included, but can't copy what those hold
     taps = _taps(model)
     per_example = PerExampleGradients(model, mode)
+
+    def backward(n: int) -> None:
+        per_example.forget()
+        _loss(per_example.forward_of, images[:n], labels[:n], taps).backward()
+
     try:
-        seconds = math.inf
-        for _ in range(2):
-            per_example.forget()
+        if problem := _problem(model, per_example, lambda: backward(_EXAMPLES), expected):
+            return f"{problem} (mode {mode})"
+        if any(not torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
+            return "training writes into its buffers, which then hold something of every image"
+        seconds, n = math.inf, _EXAMPLES
+        for _ in range(3):
             started = time.perf_counter()
-            _loss(per_example.forward_of, images, labels, taps).backward()
-            found = per_example.take(_EXAMPLES)
-            seconds = min(seconds, time.perf_counter() - started)
+            backward(n)
+            per_example.clipped_sum(n, 1.0)
+            seconds = min(seconds, (time.perf_counter() - started) / n)
+            n = max(1, min(_TIMED_EXAMPLES, per_example.most_together(), int(_TIMED_SECONDS / seconds)))
+        return seconds
     finally:
         per_example.close()
-    if any(not torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
-        return "training writes into its buffers, which then hold something of every image"
+        if taps is not None:
+            taps.close()
+
+
+def _problem(
+    model: nn.Module, per_example: PerExampleGradients, backward: Callable[[], None], expected: list[list[Tensor]]
+) -> str:
+    """Return what is wrong with the gradients of single examples, or with their clipped sums; empty if all is right."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    whole = max(math.sqrt(sum(float(g.square().sum()) for g in one)) for one in expected)
-    for i, (name, mine) in enumerate(zip(names, found, strict=True)):
-        theirs = torch.stack([one[i] for one in expected])
-        if mine.shape != theirs.shape or not float((mine - theirs).norm()) <= _TOLERANCE * (
-            float(theirs.norm()) + 1e-2 * whole
-        ):
-            return f"the gradients of single images that Opacus computes for '{name}' are wrong (mode {mode})"
-    return seconds
+    lengths = [math.sqrt(sum(float(g.square().sum()) for g in one)) for one in expected]
+    whole = max(lengths)
+
+    def apart(mine: Tensor, theirs: Tensor, scale: float) -> bool:
+        near = _TOLERANCE * (float(theirs.norm()) + 1e-2 * scale)
+        return mine.shape != theirs.shape or not float((mine - theirs).norm()) <= near
+
+    backward()
+    for i, (name, mine) in enumerate(zip(names, per_example.take(_EXAMPLES), strict=True)):
+        if apart(mine, torch.stack([one[i] for one in expected]), whole):
+            return f"the gradients of single images for '{name}' are wrong"
+    for clip in (0.5 * min(lengths), math.sqrt(min(lengths) * whole), 2 * whole):
+        backward()
+        factors = [min(1.0, clip / length) for length in lengths]
+        for i, (name, mine) in enumerate(zip(names, per_example.clipped_sum(_EXAMPLES, clip), strict=True)):
+            theirs = torch.stack([f * one[i] for f, one in zip(factors, expected, strict=True)]).sum(dim=0)
+            if apart(mine, theirs, min(clip, whole)):
+                return f"the sum of clipped gradients for '{name}' is wrong"
+    return ""
 
 
 def _loss(model: nn.Module, images: Tensor, labels: Tensor, taps: Taps | None) -> Tensor:
@@ -307,7 +403,7 @@ def _hooks_class() -> type[GradSampleHooks]:
 
         def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
             own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-            if own and not _expandable(module):
+            if own and not expandable(module):
                 yield module
                 if type(module) not in self.GRAD_SAMPLERS:
                     return
@@ -322,7 +418,7 @@ def _hooks_class() -> type[GradSampleHooks]:
                     prepare_layer(module, batch_first=batch_first)
                 handles.append(module.register_forward_hook(self._watch_output))
             for module in self._module.modules():
-                if _expandable(module):
+                if expandable(module):
                     handles.append(module.register_forward_pre_hook(self._expand))
                     handles.append(module.register_forward_hook(_contract, always_call=True))
             self.enable_hooks()
@@ -351,11 +447,6 @@ def _hooks_class() -> type[GradSampleHooks]:
     return Hooks
 
 
-def _expandable(module: nn.Module) -> bool:
-    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-    return bool(own) and any(True for _ in module.children()) and all(p.ndim > 1 and p.shape[0] == 1 for p in own)
-
-
 def _keeper(parameter: nn.Parameter) -> Callable[[Tensor], None]:
     def keep(gradient: Tensor) -> None:
         of_each = gradient.unsqueeze(1).clone()  # (n, 1, ...): the parameter's own leading 1 became the batch
@@ -382,16 +473,7 @@ def _convolution(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor)
         gradients[layer.bias] = backprops.sum(dim=(2, 3))
     if not layer.weight.requires_grad:
         return gradients
-    images = activations[0].to(backprops.dtype)
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        images = functional.pad(
-            images,
-            layer._reversed_padding_repeated_twice,
-            mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode,
-        )
-        padding: Any = 0
-    else:
-        padding = layer.padding
+    images, padding = padded(layer, activations[0].to(backprops.dtype))
     patches = functional.unfold(images, layer.kernel_size, layer.dilation, padding, layer.stride)
     n, groups = len(images), layer.groups
     patches = patches.reshape(n, groups, -1, patches.shape[-1])

@@ -166,10 +166,14 @@ def largest_steps(
 
 
 def solve_noise_multiplier(
-    epsilon: float, delta: float, sample_rate: float, steps: int, before: Sequence[Mechanism] = ()
+    epsilon: float, delta: float, trainings: Sequence[tuple[float, int]], before: Sequence[Mechanism] = ()
 ) -> float:
-    """Return the smallest noise multiplier, to 0.1 % and rounded up, with which `steps` of DP-SGD after `before` stay
-    within `epsilon`.
+    """Return the smallest noise multiplier, to 0.1 % and rounded up, with which `trainings` with DP-SGD after `before`
+    stay within `epsilon` together.
+
+    Parameters
+    ----------
+    trainings : sample rate and steps of each; at least one
 
     Raises
     ------
@@ -177,12 +181,13 @@ def solve_noise_multiplier(
         A number is out of its range, or what was spent before leaves nothing: no noise is enough.
     """
     _check_budget(epsilon, delta)
-    if steps < 1:
+    steps = sum(of_one for _, of_one in trainings)
+    if not trainings or min(of_one for _, of_one in trainings) < 1:
         raise PrivacyError(f"a private training of {steps} steps has no noise multiplier; give at least 1 step")
     already = spent(before, delta)
 
     def cost(noise: float, *, rough: bool = False) -> float:
-        mechanisms = [*before, Mechanism("dp-sgd", noise, sample_rate, steps)]
+        mechanisms = [*before, *(Mechanism("dp-sgd", noise, rate, of_one) for rate, of_one in trainings)]
         return _rdp_epsilon(_merged(mechanisms), delta) if rough else spent(mechanisms, delta)
 
     enough = 1.0
@@ -191,7 +196,7 @@ def solve_noise_multiplier(
     if enough >= MOST_NOISE:
         if cost(MOST_NOISE) > epsilon:
             raise PrivacyError(
-                f"no noise keeps {steps} steps at sample rate {sample_rate:g} within epsilon {epsilon:g} at delta "
+                f"no noise keeps {steps} private steps within epsilon {epsilon:g} at delta "
                 f"{delta:g}: {already:.4g} of it is spent already; raise the budget or train less"
             )
         enough = MOST_NOISE

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from chainward_shared.errors import LedgerError, StatementError
 from chainward_shared.privacy.accounting import Epsilons, epsilons
+from chainward_shared.privacy.empirical import Empirical
 from chainward_shared.privacy.entries import Entry, Head, MechanismRecord, Unit
 from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.policy import MetricsRelease, Terms
 from chainward_shared.privacy.signing import fingerprint
 from chainward_shared.privacy.statements import (
     TOLERANCE,
-    MetricsRelease,
     Statement,
-    Terms,
     check_order,
     check_statement,
     parse_statement,
@@ -33,6 +33,7 @@ Severity = Literal["note", "violation", "damage"]
 """note: worth knowing, nothing is wrong. violation: over budget, or two things that must agree don't. damage: can't be
 trusted or read at all."""
 
+_TRIAL = "private training, tried here"
 _EXIT_CODES: dict[Severity, int] = {"note": 0, "violation": 1, "damage": 2}
 
 
@@ -112,6 +113,7 @@ class Audit:
     sites : one for a ledger, all of a run's otherwise
     findings : the worst first
     time : when it was made, UTC
+    empirical : how the private training here stood trial; None where it was not asked for
     """
 
     kind: Literal["ledger", "run"]
@@ -119,6 +121,7 @@ class Audit:
     sites: tuple[SiteAudit, ...]
     findings: tuple[Finding, ...]
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    empirical: Empirical | None = None
 
     @property
     def exit_code(self) -> int:
@@ -141,7 +144,14 @@ class Audit:
             "exit_code": self.exit_code,
             "findings": [asdict(finding) for finding in self.findings],
             "sites": [_site_json(site) for site in self.sites],
+            "empirical": self.empirical.to_json() if self.empirical else None,
         }
+
+    def with_empirical(self, empirical: Empirical) -> Audit:
+        """Return the audit with the trials of the private training, whose problems are violations."""
+        found = [Finding("violation", problem, _TRIAL) for problem in empirical.problems]
+        noted = [Finding("note", remark, _TRIAL) for remark in empirical.remarks]
+        return replace(self, empirical=empirical, findings=_worst_first([*self.findings, *found, *noted]))
 
 
 def audit_ledger(
@@ -168,7 +178,8 @@ def audit_ledger(
     try:
         ledger = Ledger.open(path, key, site)
     except LedgerError as error:
-        return _outcome("ledger", site, [], [*findings, Finding("damage", str(error), str(path))])
+        what = str(error).removeprefix(f"{path}: ")
+        return _outcome("ledger", site, [], [*findings, Finding("damage", what, str(path))])
     findings += _entry_findings(ledger)
     unit, delta = _unit_and_delta(ledger, terms, findings)
     runs = list(dict.fromkeys(spending.reserved.run for spending in ledger.spendings()))
@@ -348,8 +359,11 @@ def _told_findings(ledger: Ledger, content: object) -> list[Finding]:
 def _outcome(
     kind: Literal["ledger", "run"], subject: str, sites: Sequence[SiteAudit], findings: Sequence[Finding]
 ) -> Audit:
-    worst_first = sorted(findings, key=lambda finding: -_EXIT_CODES[finding.severity])
-    return Audit(kind, subject, tuple(sites), tuple(worst_first))
+    return Audit(kind, subject, tuple(sites), _worst_first(findings))
+
+
+def _worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda finding: -_EXIT_CODES[finding.severity]))
 
 
 def _site_json(site: SiteAudit) -> dict[str, Any]:

@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from functools import lru_cache
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier
-
-Unit = Literal["patient", "image"]
-
-
-class PrivacyRecipe(BaseModel):
-    """What a private training is asked to be; travels with the recipe. The site's policy is above it.
-
-    `unit`: who is protected. `epsilon`: at most so much for this training, of which the site computes the noise; or
-    `noise_multiplier`: the noise itself. `clip`: each example's gradient is shortened to this length.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    unit: Unit = "patient"
-    delta: float = Field(gt=0, lt=1)
-    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
-    noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
-    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> PrivacyRecipe:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise PrivacyError("a private training needs either epsilon or noise_multiplier; give exactly one of them")
-        return self
+from chainward_shared.recipes import PlannedTraining, PrivacyRecipe, PrivacyUnit
 
 
 class PrivatePlan(BaseModel):
@@ -45,7 +22,7 @@ class PrivatePlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    unit: Unit
+    unit: PrivacyUnit
     delta: float = Field(gt=0, lt=1)
     noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
     sample_rate: float = Field(gt=0, le=1)
@@ -64,13 +41,14 @@ def plan(
 ) -> PrivatePlan:
     """Return how a site with `units` patients (or images) trains for `epochs` at an expected batch of `batch_size`.
 
-    With an epsilon the noise is the least with which this training alone stays within it; with `before`, within it
-    after what was spent before.
+    With an epsilon the noise is the least with which this training alone (or, where the recipe lists the trainings of the
+    run, all of them together) stays within it; with `before`, within it after what was spent before.
 
     Parameters
     ----------
     units : taken as public. Use a declared or a rounded number, see `rounded_units`; the guarantee does not rest on its
         being right
+    before : what else is or will be spent: before this training, or, for a run, beside its trainings
 
     Raises
     ------
@@ -84,12 +62,13 @@ def plan(
             f"delta {recipe.delta:g} is not below 1 / {units}, one over the {recipe.unit}s of this site: at that delta a "
             "mechanism may publish one of them; choose a smaller one"
         )
-    sample_rate = min(1.0, batch_size / units)
-    steps = max(1, round(epochs / sample_rate))
+    sample_rate, steps = _rate_and_steps(units, epochs, batch_size)
     noise = recipe.noise_multiplier
     if noise is None:
         assert recipe.epsilon is not None
-        noise = solve_noise_multiplier(recipe.epsilon, recipe.delta, sample_rate, steps, before)
+        trainings = recipe.run or (PlannedTraining(epochs=epochs, batch_size=batch_size),)
+        shapes = [(*_rate_and_steps(units, one.epochs, one.batch_size), one.times) for one in trainings]
+        noise = _noise(recipe.epsilon, recipe.delta, tuple(shapes), tuple(before))
     return PrivatePlan(
         unit=recipe.unit,
         delta=recipe.delta,
@@ -99,6 +78,39 @@ def plan(
         steps=steps,
         clip=recipe.clip,
     )
+
+
+def run_mechanisms(recipe: PrivacyRecipe, *, units: int, before: Sequence[Mechanism] = ()) -> list[Mechanism]:
+    """Return what all trainings that the recipe lists cost together at a site, and `before`.
+
+    Raises
+    ------
+    PrivacyError
+        As `plan`.
+    """
+    plans = [
+        (plan(recipe, units=units, epochs=one.epochs, batch_size=one.batch_size, before=before), one.times)
+        for one in recipe.run
+    ]
+    trainings = [
+        Mechanism("dp-sgd", planned.noise_multiplier, planned.sample_rate, planned.steps * times)
+        for planned, times in plans
+    ]
+    return [*before, *trainings]
+
+
+def _rate_and_steps(units: int, epochs: int, batch_size: int) -> tuple[float, int]:
+    sample_rate = min(1.0, batch_size / units)
+    return sample_rate, max(1, round(epochs / sample_rate))
+
+
+@lru_cache(maxsize=256)
+def _noise(
+    epsilon: float, delta: float, shapes: tuple[tuple[float, int, int], ...], before: tuple[Mechanism, ...]
+) -> float:
+    """Return the noise with which all trainings, (sample rate, steps, times) each, stay within epsilon; seconds."""
+    trainings = [(sample_rate, steps * times) for sample_rate, steps, times in shapes]
+    return solve_noise_multiplier(epsilon, delta, trainings, before)
 
 
 def rounded_units(count: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -30,7 +31,7 @@ def render_audit(audit: Audit) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(epsilon=epsilon_text, mechanism=mechanism_text, count=count_text, odds=odds_text)
+    environment.filters.update(epsilon=epsilon_text, mechanism=mechanism_text, count=count_text, surest=surest_text)
     private = [site for site in audit.sites if site.private]
     return environment.get_template("audit.html.jinja").render(
         audit=audit,
@@ -47,22 +48,37 @@ def render_audit(audit: Audit) -> str:
 def verdict(audit: Audit) -> str:
     """Return the outcome in one or two sentences."""
     if audit.exit_code == 2:
-        return "The record of what was spent can't be trusted or read. Nothing below may be relied on until it is restored."
+        return (
+            "The record of what was spent can't be trusted or read: it was damaged or changed after it was signed. No figure "
+            "of it may be relied on, and nothing should be trained, until it is restored from a copy that is whole."
+        )
     if audit.exit_code == 1:
-        return "Something is over budget, or two things that must agree do not. The guarantee does not hold as it was promised."
+        first = next(finding for finding in audit.findings if finding.severity == "violation")
+        return f"The guarantee does not hold as it was promised: {first.what} ({first.where})."
     private = [site for site in audit.sites if site.private]
     if not private:
         return "No hospital trained with differential privacy: nothing bounds what the models reveal about a patient."
     if audit.kind == "ledger":
         site = private[0]
         if site.lifetime is None or site.lifetime.budget is None:
-            return "The record is complete and its signatures are right. No policy was given to compare it with."
+            spent = epsilon_text(_enforced(site.lifetime)) if site.lifetime else MISSING
+            return (
+                f"The record is complete and its signatures are right: epsilon {spent} spent in the site's lifetime. No policy "
+                "was given to compare it with."
+            )
         return (
             f"{site.site} kept within its budget: epsilon {epsilon_text(_enforced(site.lifetime))} of "
             f"{site.lifetime.budget:g} spent in its lifetime, {epsilon_text(site.lifetime.left)} left."
         )
-    of_all = "The hospital" if len(private) == 1 else f"All {len(private)} hospitals"
-    return f"{of_all} that trained privately kept within {'its' if len(private) == 1 else 'their'} budget, as signed."
+    of_all = {1: "The one hospital", 2: "Both hospitals"}.get(len(private), f"All {len(private)} hospitals")
+    kept = f"{of_all} that trained privately kept within {'its' if len(private) == 1 else 'their'} budget, as signed."
+    if others := [site.site for site in audit.sites if not site.private]:
+        kept += f" Nothing bounds what left {_listed(others)}, which trained without privacy."
+    return kept
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def outside(audit: Audit) -> list[Outside]:
@@ -124,24 +140,31 @@ def epsilon_text(value: float | None) -> str:
     return "unbounded" if math.isinf(value) else f"{value:.3f}"
 
 
-def odds_text(value: float | None) -> str:
-    """Return what an epsilon means: how many times more likely a patient's presence can make any outcome."""
+def surest_text(value: float | None) -> str:
+    """Return what an epsilon means: how sure, in percent, an even guess whether a patient took part can become at most.
+
+    By Bayes' rule an even guess becomes at most ``e^epsilon / (1 + e^epsilon)``.
+    """
     if value is None or not math.isfinite(value):
         return MISSING
-    factor = math.exp(min(value, 700))
-    if factor < 10:
-        return f"{factor:.1f}×"
-    return f"{factor:,.0f}×".replace(",", "\u202f") if factor < 1e6 else "over a million×"
+    percent = 100 / (1 + math.exp(-value))
+    if percent < 99:
+        return f"{percent:.0f} %"
+    return "over 99.99 %" if percent > 99.99 else f"{percent:.2f} %"
 
 
 def mechanism_text(record: MechanismRecord) -> str:
     """Return a mechanism in words."""
     if record.kind == "laplace":
         releases = "release" if record.steps == 1 else "releases"
-        return f"{count_text(record.steps)} {releases} of scores, Laplace noise of scale {record.noise_multiplier:g}"
+        return (
+            f"{count_text(record.steps)} {releases} of scores with Laplace noise, epsilon {1 / record.noise_multiplier:g} each"
+            if record.noise_multiplier
+            else f"{count_text(record.steps)} {releases} of scores without noise"
+        )
     clip = "" if record.clip_norm is None else f", clipped to {record.clip_norm:g}"
     return (
-        f"{count_text(record.steps)} steps of DP-SGD, noise multiplier {record.noise_multiplier:g}, "
+        f"{count_text(record.steps)} steps of training with noise (DP-SGD): noise multiplier {record.noise_multiplier:g}, "
         f"sample rate {record.sample_rate:g}{clip}"
     )
 

@@ -14,37 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_shared.errors import StatementError
 from chainward_shared.privacy.accounting import spent
-from chainward_shared.privacy.entries import Head, MechanismRecord, Unit, merged
+from chainward_shared.privacy.entries import Head, MechanismRecord, merged
 from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, public_text, sign
 
-MetricsRelease = Literal["withhold", "noised", "exact"]
 _PURPOSE = "privacy statement"
 
 TOLERANCE = 1e-3
 """Share by which a recomputed epsilon may differ: versions of the accountant round differently."""
-
-
-class Terms(BaseModel):
-    """What of a site's policy others may know.
-
-    Attributes
-    ----------
-    epsilon : budget of the site's lifetime
-    delta : at which every epsilon is meant
-    epsilon_per_run : cap on one run; None: only the lifetime's budget
-    unit : what is protected: "patient" with all images, or one "image"
-    metrics : what of scores and counts may leave: nothing ("withhold"), with Laplace noise that is charged to the ledger
-        ("noised"), or as they are ("exact"), which no guarantee covers
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epsilon: float = Field(gt=0, allow_inf_nan=False)
-    delta: float = Field(gt=0, lt=1)
-    epsilon_per_run: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    unit: Unit = "patient"
-    metrics: MetricsRelease = "withhold"
 
 
 class Statement(BaseModel):
@@ -273,12 +251,27 @@ def check_order(earlier: Statement, later: Statement) -> None:
 
 
 class Statements:
-    """The statements that the coordinator has accepted, by site, in the order in which they came."""
+    """The statements of a run that the coordinator has accepted, by site, in the order in which they came.
 
-    def __init__(self, statements: Iterable[Statement] = ()) -> None:
+    Parameters
+    ----------
+    statements : those that were accepted before
+    known : the newest of each site from earlier runs; the first of this run must be able to follow it
+    """
+
+    def __init__(self, statements: Iterable[Statement] = (), known: Mapping[str, Statement] | None = None) -> None:
+        self._known = dict(known or {})
         self._by_site: dict[str, list[Statement]] = {}
         for statement in statements:
-            self._by_site.setdefault(statement.site, []).append(statement)
+            self.add(statement)
+
+    def add(self, statement: Statement) -> None:
+        """Keep a statement that was accepted before."""
+        self._by_site.setdefault(statement.site, []).append(statement)
+
+    def known(self, site: str) -> Statement | None:
+        """Return a site's newest statement from earlier runs."""
+        return self._known.get(site)
 
     def accept(self, statement: Statement, *, site: str, run: str, hop: str) -> None:
         """Check what came with a site's result, and keep it.
@@ -290,13 +283,13 @@ class Statements:
         StatementError
             As `check_statement` and `check_order`; the result that it came with must not be used.
         """
-        earlier = self._by_site.get(site, [])
-        if statement in earlier and statement.hop == hop:
+        if statement in self.of(site) and statement.hop == hop:
             return
-        check_statement(statement, site=site, run=run, hop=hop, public_key=earlier[-1].public_key if earlier else None)
+        earlier = self.last(site) or self.known(site)
+        check_statement(statement, site=site, run=run, hop=hop, public_key=earlier.public_key if earlier else None)
         if earlier:
-            check_order(earlier[-1], statement)
-        self._by_site.setdefault(site, []).append(statement)
+            check_order(earlier, statement)
+        self.add(statement)
 
     def of(self, site: str) -> Sequence[Statement]:
         """Return a site's statements, oldest first."""
@@ -312,27 +305,38 @@ class Statements:
         return [statement for statements in self._by_site.values() for statement in statements]
 
 
-def privacy_record(statements: Statements, sites: Sequence[str]) -> dict[str, Any]:
+def privacy_record(
+    statements: Statements, sites: Sequence[str], *, trained: Iterable[str] | None = None
+) -> dict[str, Any]:
     """Return the content of a run's privacy.json.
 
     Parameters
     ----------
     statements : what the sites have signed
-    sites : all sites of the run; one without a statement trained without privacy
+    sites : all sites of the run; one without a statement trained without privacy, or not at all
+    trained : those from which a model came; None: unknown, all of them
     """
+    came = set(sites) if trained is None else set(trained)
     private = [site for site in sites if statements.last(site) is not None]
-    if not private:
-        raise ValueError("a run without statements has no private site")
-    others = [site for site in sites if site not in private]
-    said = f"{len(private)} of {len(sites)} sites trained with differential privacy."
-    if others:
-        said += f" Nothing bounds what left {', '.join(others)}."
+    others = [site for site in sites if site not in private and site in came]
+    absent = [site for site in sites if site not in private and site not in came]
+    if private:
+        said = f"{len(private)} of {len(sites)} sites trained with differential privacy."
+        if others:
+            said += f" Nothing bounds what left {', '.join(others)}."
+    else:
+        said = (
+            "No site trained with differential privacy. Images, reports and tables stayed at the sites, but nothing bounds "
+            "what the models, the scores and the class counts that left them reveal about a patient."
+        )
+    if absent:
+        said += f" No model came from {', '.join(absent)}."
     if exact := [site for site in private if _last(statements, site).terms.metrics == "exact"]:
         said += f" Scores and counts of {', '.join(exact)} left as they are: they are outside of the guarantee."
     facts: dict[str, dict[str, object]] = {}
     for site in sites:
-        if site in others:
-            facts[site] = {"mode": "off", "epsilon": None, "delta": None}
+        if site not in private:
+            facts[site] = {"mode": "off" if site in others else "no model", "epsilon": None, "delta": None}
             continue
         last = _last(statements, site)
         facts[site] = {
@@ -346,9 +350,10 @@ def privacy_record(statements: Statements, sites: Sequence[str]) -> dict[str, An
             "metrics": last.terms.metrics,
             "seeded": last.seeded,
         }
+    mode = "off" if not private else "dp-sgd" if not others else "dp-sgd at some sites"
     return {
         "schema": 1,
-        "mode": "dp-sgd" if not others else "dp-sgd at some sites",
+        "mode": mode,
         "statement": said,
         "sites": facts,
         "statements": [statement.to_json() for statement in statements.all],

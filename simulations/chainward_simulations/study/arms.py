@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from chainward_shared.config import ConfigScalar, RunConfig, StudentConfig
+from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import ConfigError, StudyError, nearest
 from chainward_shared.recipes import LinkRecipe
 from chainward_simulations.study.settings import parse_assignments, typed
 
 Trainer = Literal["alone", "alone-long", "union", "federated", "cyclic", "chain", "student"]
+
+PRIVATE_TRAINERS: tuple[Trainer, ...] = ("alone", "alone-long", "chain", "student")
 
 ROUNDS = 4
 """Rounds of FedAvg, as nearly as the epochs allow."""
@@ -259,11 +261,8 @@ class PlannedArm:
 
     @property
     def chain_config(self) -> RunConfig:
-        """The configuration of the chain alone: no students, no sites alone."""
-        without = StudentConfig(rounds=0)
-        return self.config.model_copy(
-            update={"student": without, "chain": self.config.chain.model_copy(update={"compare_alone": False})}
-        )
+        """The configuration of the chain without the sites alone; students are only in the plans of private sites."""
+        return self.config.model_copy(update={"chain": self.config.chain.model_copy(update={"compare_alone": False})})
 
     @property
     def plain_recipe(self) -> LinkRecipe:
@@ -383,6 +382,10 @@ def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedAr
         config = RunConfig.from_flat(flat)
     except ConfigError as error:
         raise StudyError(f"arm '{arm.name}': {error}") from None
+    if config.privacy.mode != "off" and arm.trainer not in PRIVATE_TRAINERS:
+        raise StudyError(
+            f"arm '{arm.name}' can't be trained privately; arms that can: alone, chain..., student..., or set privacy.mode=off"
+        )
     rounds = _rounds(arm, config.chain.epochs * config.chain.laps) if arm.trainer == "federated" else 0
     return PlannedArm(arm, config, rounds)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
+from chainward_client.private_site import PrivateSite
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_shared.distillation.losses import class_counts
@@ -16,6 +17,7 @@ from chainward_shared.models import Architecture, build_model
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, weighted_average
+from chainward_simulations.runner import work_at
 
 OnStep = Callable[[str], None]
 Sites = Mapping[str, SiteData]
@@ -65,12 +67,14 @@ def train_alone(
     on_step: OnStep,
     *,
     steps: int | None = None,
+    private: Mapping[str, PrivateSite] | None = None,
 ) -> tuple[dict[str, StateDict], list[TrainingLog]]:
     """Train one model at each site, on its own labelled images.
 
     Parameters
     ----------
     steps : steps of the optimiser at each site, as nearly as whole epochs allow; None: the recipe's epochs
+    private : the sites that train privately; they spend all the epsilon that is asked for on this one training
     """
     models, logs = {}, []
     for site, data in sites.items():
@@ -78,7 +82,10 @@ def train_alone(
         if steps is not None:
             per_epoch = steps_per_epoch(len(labelled_cases(data, recipe)), recipe.batch_size)
             its = recipe.model_copy(update={"epochs": max(1, round(steps / per_epoch))})
-        models[site], log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True)
+        work = work_at(private or {}, site, f"alone-{site}")
+        if its.privacy is not None:
+            its = its.model_copy(update={"privacy": its.privacy.model_copy(update={"run": ()})})
+        models[site], log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, work=work)
         logs.append(log)
         on_step(f"alone {site}")
     return models, logs

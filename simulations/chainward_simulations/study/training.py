@@ -46,7 +46,7 @@ def train_chain(
     planned: PlannedArm, sites: Mapping[str, SiteData], on_step: OnStep, state_dir: Path | None = None
 ) -> Outcome:
     """Return what the chain of an arm comes to, without students and sites alone."""
-    return runner.run_in_process(planned.chain_config, sites, on_step, state_dir=state_dir)
+    return runner.run_in_process(planned.chain_config, sites, on_step, state_dir=state_dir, students=False)
 
 
 def train_arm(
@@ -71,14 +71,16 @@ def train_arm(
         if arm.trainer == "chain":
             return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
         outcome = dataclasses.replace(outcome, logs=dict(outcome.logs))
-        runner.run_students(config, sites, outcome, on_step, state_dir)
+        with runner.private_sites(config, sites) as private:
+            runner.run_students(config, sites, outcome, on_step, state_dir, private)
         assert outcome.student is not None
         assert outcome.student_architecture is not None
         return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
     architecture = architecture_of(planned, sites)
     if arm.trainer in ("alone", "alone-long"):
         steps = baselines.chain_steps(sites, recipe) if arm.trainer == "alone-long" else None
-        models, logs = baselines.train_alone(sites, architecture, recipe, on_step, steps=steps)
+        with runner.private_sites(config, sites) as private:
+            models, logs = baselines.train_alone(sites, architecture, recipe, on_step, steps=steps, private=private)
         return Trained(architecture, models, logs, shared=False)
     if arm.trainer == "union":
         state, logs = baselines.train_union(sites, architecture, recipe, on_step)

@@ -92,7 +92,9 @@ class TrialUnit:
 
         try:
             with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
-                outcome = runner.run_in_process(self.planned.chain_config, sites, on_step, state_dir=Path(state_dir))
+                outcome = runner.run_in_process(
+                    self.planned.chain_config, sites, on_step, state_dir=Path(state_dir), students=False
+                )
             _, pooled = runner.score(outcome.chain, outcome.architecture, sites, config, "val")
         except ChainwardError as error:
             report(Tried(self.number, None, str(error)))

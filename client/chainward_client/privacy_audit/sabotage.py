@@ -1,0 +1,78 @@
+"""Private training that is broken on purpose, so that an audit can show that it would have found it out.
+
+Each is made of settings that no recipe, message or site.yaml reaches. None of them is marked as broken: the checks have to
+find it out by themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chainward_client.privacy_audit.checks import MakeTraining
+from chainward_client.training.entropy import OperatingSystem, SeededForTests
+from chainward_client.training.private import PrivateTraining
+from chainward_shared.models.private_ready import GradSampleMode
+from chainward_shared.privacy.entries import MechanismRecord
+from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.plan import PrivatePlan
+
+_BEYOND_CLIPPING = 1e9
+
+
+class _Silence(OperatingSystem):
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        return [torch.zeros(shape, device=device) for shape in shapes]
+
+
+class _HiddenSeed(SeededForTests):
+    seeded = False
+
+
+class ForgetfulLedger(Ledger):
+    """A ledger whose accountant starts anew with every reservation."""
+
+    def records(self, run: str | None = None, upto: int | None = None) -> tuple[MechanismRecord, ...]:
+        spent = [spending.counted for spending in self.spendings(upto) if run in (None, spending.reserved.run)]
+        return tuple(record for record in spent[-1:] if record is not None)
+
+
+def without_noise(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+    """Every step's noise is zero."""
+    return PrivateTraining(plan, mode, entropy=_Silence())
+
+
+def without_clipping(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+    """The noise is as planned, and no gradient is shortened."""
+    loose = {"clip": plan.clip * _BEYOND_CLIPPING, "noise_multiplier": plan.noise_multiplier / _BEYOND_CLIPPING}
+    return PrivateTraining(plan.model_copy(update=loose), mode)
+
+
+def noise_from_a_seed(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+    """Noise and sampling can be replayed by whoever knows the seed."""
+    return PrivateTraining(plan, mode, entropy=_HiddenSeed(3))
+
+
+def any_teacher(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+    """Privileged teachers that were trained without privacy are let in."""
+    return PrivateTraining(plan, mode, private_teachers=True)
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """One way to break private training: its name, how a training is made, and which ledger counts."""
+
+    name: str
+    training: MakeTraining = PrivateTraining
+    ledger: type[Ledger] = Ledger
+
+
+SABOTAGES = (
+    Sabotage("without noise", without_noise),
+    Sabotage("without clipping", without_clipping),
+    Sabotage("with noise from a seed", noise_from_a_seed),
+    Sabotage("with teachers trained without privacy", any_teacher),
+    Sabotage("with an accountant that is reset each round", ledger=ForgetfulLedger),
+)

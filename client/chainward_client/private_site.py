@@ -1,0 +1,278 @@
+"""A site that trains privately: its policy, its ledger, and the work that the two of them allow.
+
+The order, for every piece of work that costs privacy: the policy checks what is asked (`check`), the plan is reserved on
+disk, the first noisy step begins, the last one commits, the work is stored, and only then it leaves, with a statement of
+the ledger. What fails before the first noisy step is released; what fails later stays spent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
+
+from chainward_client.data.site_data import SiteData
+from chainward_client.keys import create_site_ledger, open_site_ledger
+from chainward_client.policy import Planned, check_request, check_units, reserve
+from chainward_client.training.entropy import Entropy, OperatingSystem
+from chainward_client.training.private import PrivateTraining, declared_counts
+from chainward_shared.errors import PolicyRefusal, PrivacyError
+from chainward_shared.models.private_ready import GradSampleMode
+from chainward_shared.privacy.accounting import Mechanism, spent
+from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units, run_mechanisms
+from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_shared.privacy.statements import Statement, sign_statement
+from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
+
+logger = logging.getLogger("chainward.client")
+
+_ROUNDING = 1 + 1e-6
+NO_CLASS_SHARES = "class-balance off: the counts of this site's labels are private, and it declares no class shares"
+
+
+@dataclass(frozen=True)
+class PrivateSite:
+    """What a site's private work needs.
+
+    Attributes
+    ----------
+    policy, ledger, key : the site's own
+    entropy : where noise and sampling come from; a test may repeat itself, and the ledger then says so
+    """
+
+    policy: PrivacyPolicy
+    ledger: Ledger
+    key: Ed25519PrivateKey
+    entropy: Entropy
+
+    @classmethod
+    def open(cls, policy: PrivacyPolicy, state_dir: Path, site: str, *, create: bool = False) -> PrivateSite:
+        """Open a site's ledger, or, in a simulation (`create`), make it.
+
+        Raises
+        ------
+        PrivacyError
+            Ledger or key are missing or damaged, or the folder can't be written.
+        """
+        if create:
+            create_site_ledger(state_dir, site)
+        ledger, key = open_site_ledger(state_dir, site)
+        return cls(policy, ledger, key, OperatingSystem())
+
+    def work(self, run: str, hop: str) -> PrivateWork:
+        """Return what a piece of work of a run spends through."""
+        return PrivateWork(self, run, hop)
+
+    def units(self, data: SiteData) -> int:
+        """Return the number of patients (or images) with training data that others may know."""
+        return declared_units(self.policy, data)
+
+    def check_data(self, data: SiteData) -> None:
+        """Check the policy against the training data.
+
+        Raises
+        ------
+        PolicyRefusal
+            Delta is not below 1 / units, or patients can't be told apart.
+        """
+        check_units(self.policy, _true_units(self.policy, data), has_patient_ids=data.has_patient_ids)
+
+
+def declared_units(policy: PrivacyPolicy, data: SiteData) -> int:
+    """Return the number of patients (or images) with training data that others may know: declared, or rounded down."""
+    return policy.units or rounded_units(_true_units(policy, data))
+
+
+def _true_units(policy: PrivacyPolicy, data: SiteData) -> int:
+    patients = data.splits["train"].patients
+    return len(np.unique(patients)) if policy.unit == "patient" else len(patients)
+
+
+R = TypeVar("R", bound=TrainingRecipe)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[R]):
+    """A recipe as a private training can follow it.
+
+    Attributes
+    ----------
+    counts : in the form of `losses.class_counts`, declared by the site; ones where it declares none
+    declared : whether it does
+    notes : a line on each thing that is switched off
+    """
+
+    recipe: R
+    counts: Tensor
+    declared: bool
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class PrivateWork:
+    """One piece of work of a run at a private site, which may hold several private trainings and releases."""
+
+    site: PrivateSite
+    run: str
+    hop: str
+
+    def prepared(self, recipe: R, data: SiteData) -> Prepared[R]:
+        """Return the recipe as a private training can follow it.
+
+        Raises
+        ------
+        PolicyRefusal
+            The classes that the site declares shares of are not those of the data.
+        """
+        declared = self._declared_counts(data)
+        if declared is not None:
+            return Prepared(recipe, declared, True, [])
+        nothing = torch.ones(len(data.classes), dtype=torch.int64)
+        if recipe.class_balance == "none":
+            return Prepared(recipe, nothing, False, [])
+        return Prepared(recipe.model_copy(update={"class_balance": "none"}), nothing, False, [NO_CLASS_SHARES])
+
+    def _declared_counts(self, data: SiteData) -> Tensor | None:
+        shares = self.site.policy.class_shares
+        if shares is None:
+            return None
+        if set(shares) != set(data.classes):
+            named = ", ".join(sorted(set(shares) ^ set(data.classes)))
+            raise PolicyRefusal(
+                f"privacy.class_shares and the data's classes differ: {named}; give each class its share"
+            )
+        return declared_counts([shares[name] for name in data.classes], multilabel=data.task == "multilabel")
+
+    def plan(self, recipe: TrainingRecipe, data: SiteData, *, epochs: int, batch_size: int) -> PrivatePlan:
+        """Return the plan of a training: its noise is that of all the run's trainings together.
+
+        Raises
+        ------
+        PolicyRefusal
+            The policy doesn't fit the data, or no noise is enough.
+        """
+        self.site.check_data(data)
+        try:
+            return plan(self._asked(recipe), units=self._units(recipe, data), epochs=epochs, batch_size=batch_size)
+        except PrivacyError as error:
+            raise PolicyRefusal(str(error)) from error
+
+    @contextmanager
+    def training(
+        self,
+        recipe: TrainingRecipe,
+        data: SiteData,
+        mode: GradSampleMode,
+        *,
+        phase: str,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        unlabelled_patients: np.ndarray | None = None,
+        declared_prior: bool = False,
+        private_teachers: bool = False,
+    ) -> Iterator[PrivateTraining]:
+        """Reserve one private training, hand it out, and note in the ledger what became of it.
+
+        Parameters
+        ----------
+        phase : "link", "alone", "student" or "teacher-text", for the ledger
+        epochs, batch_size : default those of the recipe, or the batch size of its privacy
+        mode, unlabelled_patients, declared_prior, private_teachers : see `PrivateTraining`
+
+        Raises
+        ------
+        PolicyRefusal
+            It doesn't fit into the site's budget, or into what the run said it would spend. Nothing was spent.
+        LedgerError
+            The ledger can't be written; nothing was trained.
+        """
+        asked = self._asked(recipe)
+        planned = self.plan(
+            recipe, data, epochs=epochs or recipe.epochs, batch_size=batch_size or asked.batch_size or recipe.batch_size
+        )
+        self._check_run(asked, self._units(recipe, data), planned.mechanism)
+        policy, ledger = self.site.policy, self.site.ledger
+        work = [Planned(planned.mechanism, phase, self.hop, planned.clip)]
+        (reservation,) = reserve(policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
+        private = PrivateTraining(
+            planned,
+            mode,
+            unlabelled_patients=unlabelled_patients,
+            declared_prior=declared_prior,
+            private_teachers=private_teachers,
+            entropy=self.site.entropy,
+            begin=reservation.begin,
+        )
+        try:
+            yield private
+        finally:
+            if not reservation.begun:
+                ledger.release(reservation)
+            elif steps := private.spent.mechanism.steps:
+                ledger.commit(reservation, steps)
+
+    def release(self) -> bool:
+        """Charge one release of noised scores; False where the budget has nothing left for it.
+
+        Raises
+        ------
+        LedgerError
+            The ledger can't be written.
+        """
+        mechanism = self.site.policy.metrics_mechanism()
+        assert mechanism is not None
+        try:
+            (reservation,) = reserve(
+                self.site.policy,
+                self.site.ledger,
+                [Planned(mechanism, "scores", self.hop)],
+                self.run,
+                seeded=self.site.entropy.seeded,
+            )
+        except PolicyRefusal as refusal:
+            logger.warning("scores are withheld: %s", refusal)
+            return False
+        reservation.begin()
+        self.site.ledger.commit(reservation, 1)
+        return True
+
+    def statement(self) -> Statement:
+        """Return the signed statement that leaves with this piece of work."""
+        ledger = self.site.ledger
+        ledger.reload()
+        return sign_statement(ledger, self.site.key, self.run, self.hop, self.site.policy.terms)
+
+    def _asked(self, recipe: TrainingRecipe) -> PrivacyRecipe:
+        """What the run asks, at the policy's delta where that is smaller: the guarantee holds for both."""
+        assert recipe.privacy is not None
+        delta = min(recipe.privacy.delta, self.site.policy.delta)
+        return recipe.privacy.model_copy(update={"delta": delta})
+
+    def _units(self, recipe: TrainingRecipe, data: SiteData) -> int:
+        assert recipe.privacy is not None
+        return max(1, round(self.site.units(data) * recipe.privacy.share))
+
+    def _check_run(self, asked: PrivacyRecipe, units: int, training: Mechanism) -> None:
+        """Refuse at once a run that can't be carried out to its end, and what goes beyond what a run asked for."""
+        policy, ledger = self.site.policy, self.site.ledger
+        ledger.reload()
+        done = [mechanism for mechanism in ledger.mechanisms(self.run) if mechanism.kind == "dp-sgd"]
+        if not done and asked.run:
+            check_request(policy, ledger, run_mechanisms(asked, units=units), self.run)
+        if asked.epsilon is None:
+            return
+        if spent([*done, training], asked.delta) > asked.epsilon * _ROUNDING:
+            raise PolicyRefusal(
+                f"over what the run asks for: epsilon {spent([training], asked.delta):.4g} more after "
+                f"{spent(done, asked.delta):.4g} of {asked.epsilon:.4g} (privacy.epsilon); work that failed or was repeated "
+                "has used the rest"
+            )

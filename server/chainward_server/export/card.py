@@ -1,0 +1,299 @@
+"""The model card: what a model is, what it was trained on, how good, how private, and what it must not be used for.
+
+Markdown with YAML front matter, as Hugging Face's model cards are. Text that comes from sites (names of sites and classes,
+reasons) is escaped: a card is opened in browsers.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from chainward_server.measure import described
+from chainward_server.report import formats, tables
+from chainward_server.results import LinkRecord, Results, SiteScores, SiteSummary
+from chainward_server.run_folder import RunFolder
+from chainward_shared import __version__
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import Architecture
+from chainward_shared.pixels import PIXEL_MEAN, PIXEL_SCALE
+from chainward_shared.privacy.audit import Audit
+from chainward_shared.privacy.report import epsilon_text, outside
+
+if TYPE_CHECKING:
+    from chainward_server.export.onnx_model import OnnxCheck
+
+MODEL_LABELS = {"chain": "The chain's model", "student": "The compact student"}
+_SETTINGS_SHOWN = ("federation", "data", "chain", "privileged", "student", "privacy")
+_SPECIAL = re.compile(r"([\\`*_\[\]#|~])")
+_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
+
+
+@dataclass(frozen=True)
+class CardFile:
+    """One file of the export."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """The model on the test images of one site, or of all."""
+
+    label: str
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """What the model is compared with, on the same pooled test images."""
+
+    label: str
+    balanced_accuracy: float | None
+    macro_auc: float | None
+
+
+def model_card(
+    folder: RunFolder,
+    name: str,
+    results: Results,
+    *,
+    architecture: Architecture,
+    parameters: int,
+    privacy: Mapping[str, Any] | None,
+    audit: Audit | None,
+    files: list[CardFile],
+    onnx: OnnxCheck | None,
+    onnx_input: str,
+) -> str:
+    """Return the card of a run's model.
+
+    Parameters
+    ----------
+    name : "chain" or "student"
+    parameters : how many the model has
+    privacy : content of privacy.json; None where the run has none (yet)
+    audit : of the statements in it; None where there are none
+    files : the other files of the export
+    onnx : how ONNX compares with PyTorch; None without ONNX
+    onnx_input : "pixels" or "scaled"; see `OnnxInput`
+    """
+    scores = results.final.get(name)
+    multilabel = tables.multilabel(results)
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            front_matter=Markup(_front_matter(folder, name, results, onnx is not None)),
+            label=MODEL_LABELS[name],
+            name=name,
+            run=folder.state,
+            results=results,
+            architecture=architecture,
+            described=described(architecture),
+            parameters=parameters,
+            measured=results.models.get(name),
+            multilabel=multilabel,
+            activation="sigmoid" if multilabel else "softmax",
+            mean=PIXEL_MEAN,
+            scale=PIXEL_SCALE,
+            simulated=(folder.path / "simulated-sites").is_dir(),
+            sites=results.data.sites,
+            train_mix=next((mix for mix in tables.class_mixes(results) if mix.split == "train"), None),
+            without_training_mix=_silent(results.data.sites),
+            hops=[link.record for links in tables.strands(results) for link in links],
+            dropped=[link for link in results.links if link.status not in ("done", "retried")],
+            config=folder.config,
+            settings=Markup(_settings(folder)),
+            scores=score_rows(results, scores),
+            pooled=_pooled(scores),
+            missing_sites=_missing_sites(results, scores),
+            withheld=scores is not None and _pooled(scores) is None,
+            noised=[site.site for site in audit.sites if site.metrics == "noised"] if audit else [],
+            others=_others(name, results),
+            chance=tables.chance(results),
+            margin=margin(results, scores),
+            looks=results.localization.get(name),
+            privacy=privacy,
+            audit=audit,
+            outside=outside(audit) if audit else [],
+            files=files,
+            onnx=onnx,
+            onnx_input=onnx_input,
+            versions=_versions(folder, onnx),
+            exported=__version__,
+        )
+    )
+
+
+def score_rows(results: Results, scores: SiteScores | None) -> list[ScoreRow]:
+    """Return the model on every site's own test images, then on all; a site that gave no scores has none."""
+    if scores is None:
+        return []
+    names = list(dict.fromkeys([*tables.site_names(results), *scores.sites]))
+    rows = [ScoreRow(site, scores.sites.get(site)) for site in names]
+    return [*rows, ScoreRow("All sites, pooled", _pooled(scores))]
+
+
+def margin(results: Results, scores: SiteScores | None) -> float | None:
+    """Return half the width of a 95 % interval of the pooled balanced accuracy: normal approximation, classes independent.
+
+    None where the test images of a class are unknown, or nothing was scored.
+    """
+    pooled, counts = _pooled(scores), tables.test_counts(results)
+    value = pooled.balanced_accuracy if pooled else None
+    if value is None or not counts or _missing_sites(results, scores):
+        return None
+    return 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
+
+
+def plain(value: object) -> object:
+    """Return text with what Markdown and HTML would read as more than text escaped, on one line; anything else as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    one_line = _BREAKS.sub(" ", value)
+    one_line = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(_SPECIAL.sub(r"\\\1", one_line))
+
+
+def code(value: object) -> Markup:
+    """Return a value as a code span."""
+    return Markup(f"`{' '.join(str(value).replace('`', chr(39)).split()).replace('|', '/')}`")
+
+
+def _front_matter(folder: RunFolder, name: str, results: Results, onnx: bool) -> str:
+    pooled = _pooled(results.final.get(name))
+    tags = ["chainward", "federated-learning", "medical-imaging", "timm", "safetensors"]
+    tags += ["onnx"] if onnx else []
+    tags += ["multi-label"] if tables.multilabel(results) else []
+    tags += ["synthetic-data"] if results.data.synthetic else []
+    front: dict[str, Any] = {
+        "license": "unknown",
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": tags,
+    }
+    measured = [
+        {"type": kind, "name": label, "value": round(value, 4)}
+        for kind, label, value in (
+            (
+                "balanced_accuracy",
+                "Balanced accuracy, pooled over the sites",
+                pooled.balanced_accuracy if pooled else None,
+            ),
+            ("roc_auc", "Macro AUC, pooled over the sites", pooled.macro_auc if pooled else None),
+            ("accuracy", "Accuracy, pooled over the sites", pooled.accuracy if pooled else None),
+            ("ece", "Expected calibration error, 15 bins", pooled.ece if pooled else None),
+        )
+        if value is not None
+    ]
+    if measured:
+        dataset = "Synthetic phantoms" if results.data.synthetic else "Test images of the training sites"
+        front["model-index"] = [
+            {
+                "name": f"chainward-{folder.state.run_id}-{name}",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"type": "private", "name": dataset, "split": "test"},
+                        "metrics": measured,
+                    }
+                ],
+            }
+        ]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _settings(folder: RunFolder) -> str:
+    """Return what decides the training as TOML; without paths of the coordinator's machine."""
+    given = folder.config.tables()
+    shown = {"seed": given["seed"], **{table: dict(given[table]) for table in _SETTINGS_SHOWN if table in given}}
+    shown.get("data", {}).pop("source", None)
+    return tomli_w.dumps(shown)
+
+
+def _pooled(scores: SiteScores | None) -> Scores | None:
+    """Return the scores on the images of all sites together; None where no site let any out."""
+    pooled = scores.pooled if scores else None
+    return pooled if pooled and pooled.n else None
+
+
+def _missing_sites(results: Results, scores: SiteScores | None) -> list[str]:
+    """Return the sites whose test images are not in the scores."""
+    return [site for site in tables.site_names(results) if scores is not None and site not in scores.sites]
+
+
+def _silent(sites: list[SiteSummary]) -> list[str]:
+    return [site.site for site in sites if not site.class_counts.get("train")]
+
+
+def _others(name: str, results: Results) -> list[OtherModel]:
+    found = []
+    for other, label in MODEL_LABELS.items():
+        if other != name and (pooled := _pooled(results.final.get(other))):
+            found.append(OtherModel(label, pooled.balanced_accuracy, pooled.macro_auc))
+    if accuracy := tables.alone_summary(results):
+        auc = tables.alone_summary(results, "macro_auc")
+        found.append(OtherModel(f"A site alone, mean of {accuracy.sites}", accuracy.mean, auc.mean if auc else None))
+        found.append(
+            OtherModel(f"The best site alone ({accuracy.best_site})", accuracy.best, auc.best if auc else None)
+        )
+    return found
+
+
+def _versions(folder: RunFolder, onnx: OnnxCheck | None) -> dict[str, str]:
+    names = ["torch", "timm", "flwr", "safetensors"] + (["onnx", "onnxruntime", "onnxscript"] if onnx else [])
+    return {
+        "chainward (run)": folder.state.version,
+        "chainward (export)": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def _validation(link: LinkRecord) -> float | None:
+    validation = link.metrics.validation if link.metrics else None
+    return validation.balanced_accuracy if validation else None
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("chainward_server.export", "."),
+        autoescape=False,  # Markdown: `plain` escapes for both
+        finalize=plain,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        {
+            function.__name__: function
+            for function in (
+                formats.score,
+                formats.factor,
+                formats.interval,
+                formats.count,
+                formats.bytes_size,
+                formats.duration,
+                formats.moment,
+                code,
+            )
+        },
+        epsilon=epsilon_text,
+        validation=_validation,
+        setting=formats.setting,
+    )
+    return environment

@@ -1,0 +1,270 @@
+"""The export of one model of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from chainward_server.export.card import CardFile, model_card
+from chainward_server.export.new_folder import check_target, new_folder
+from chainward_server.export.onnx_model import OnnxCheck, OnnxInput, onnx_bytes, require_onnx
+from chainward_server.results import Results
+from chainward_server.run_folder import RunFolder
+from chainward_shared import __version__
+from chainward_shared.errors import ExportError
+from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.pixels import PIXEL_MEAN, PIXEL_SCALE, preprocessing_metadata
+from chainward_shared.privacy.audit import Audit, audit_statements
+from chainward_shared.privacy.statements import read_privacy_record
+from chainward_shared.task import Task
+from chainward_shared.weights import check_state, load_file, write_atomically
+
+ModelName = Literal["student", "chain"]
+
+CARD, CONFIG, WEIGHTS, ONNX, SUMS = "README.md", "config.json", "model.safetensors", "model.onnx", "SHA256SUMS"
+EXPORT_FILES = (CARD, CONFIG, WEIGHTS, ONNX, SUMS)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported.
+
+    Attributes
+    ----------
+    path : the folder, absolute
+    files : bytes and SHA-256 of every file but SHA256SUMS
+    onnx : how ONNX compares with PyTorch; None without ONNX
+    warnings : what whoever passes the folder on must know, one line each
+    """
+
+    path: Path
+    run: str
+    model: ModelName
+    files: tuple[CardFile, ...]
+    onnx: OnnxCheck | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {"schema": 1, **asdict(self), "path": str(self.path)}
+
+
+def export_run(
+    folder: RunFolder,
+    target: Path,
+    *,
+    model: ModelName | None = None,
+    onnx: bool = True,
+    onnx_input: OnnxInput = "pixels",
+    force: bool = False,
+) -> Export:
+    """Write a folder with a run's model: safetensors, timm's config.json, ONNX, a model card, and checksums.
+
+    The weights are the run's file, byte for byte, checked against the digest that the run recorded.
+
+    Parameters
+    ----------
+    model : "student" or "chain"; None: the student, or the chain's model of a run that trains no students
+    onnx_input : what the ONNX file is given; see `OnnxInput`
+    force : whether an earlier export at `target` is replaced
+
+    Raises
+    ------
+    ExportError
+        The run has no such model (yet), `target` must not be replaced or can't be written, or ONNX can't be made or
+        contradicts PyTorch.
+    ChainwardError
+        A file of the run folder is damaged.
+    """
+    target = target.expanduser().resolve()
+    check_target(target, EXPORT_FILES, force=force)
+    if onnx:
+        require_onnx()
+    name = chosen_model(folder, model)
+    sha256 = _recorded_digest(folder, name)
+    results = folder.load_results()
+    if results is None:
+        raise ExportError(f"run {folder.state.run_id}: no metrics.json, so nothing is known of the model's data")
+    privacy, audit = _privacy(folder)
+    with new_folder(target, EXPORT_FILES, force=force) as staging:
+        weights = staging / WEIGHTS
+        write_atomically(weights, _checked_bytes(folder, name, sha256))
+        classifier, architecture, metadata = _read_model(weights, sha256, results)
+        task: Task = results.data.task
+        check = None
+        if onnx:
+            contents, check = onnx_bytes(
+                classifier,
+                architecture,
+                task,
+                _onnx_metadata(folder, name, results, architecture, metadata, onnx_input, sha256),
+                onnx_input,
+            )
+            write_atomically(staging / ONNX, contents)
+        write_atomically(staging / CONFIG, _timm_config(classifier, architecture, results).encode())
+        files = [_described(staging / file) for file in (WEIGHTS, ONNX, CONFIG) if (staging / file).exists()]
+        card = model_card(
+            folder,
+            name,
+            results,
+            architecture=architecture,
+            parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+            privacy=privacy,
+            audit=audit,
+            files=files,
+            onnx=check,
+            onnx_input=onnx_input,
+        )
+        write_atomically(staging / CARD, card.encode())
+        files.insert(0, _described(staging / CARD))
+        write_atomically(staging / SUMS, "".join(f"{file.sha256}  {file.name}\n" for file in files).encode())
+    return Export(
+        target, folder.state.run_id, name, tuple(files), check, tuple(_warnings(folder, name, results, audit))
+    )
+
+
+def chosen_model(folder: RunFolder, model: ModelName | None) -> ModelName:
+    """Return `model`, or the one that is exported by default."""
+    return model or ("student" if folder.config.student.rounds else "chain")
+
+
+def _recorded_digest(folder: RunFolder, name: str) -> str:
+    state = folder.state
+    if name in state.models:
+        return state.models[name]
+    there = [other for other in ("chain", "student") if other in state.models]
+    if name == "student" and not folder.config.student.rounds:
+        advice = "it trains none (student.rounds = 0); export --model chain"
+    elif there:
+        advice = f"it has the model of the {there[0]}: --model {there[0]}"
+    elif state.status == "failed":
+        advice = f"resume it with output.resume={state.run_id!r}"
+    else:
+        advice = "wait for it: `chainward watch`"
+    raise ExportError(f"run {state.run_id} ({state.status}, phase {state.phase}) has no model '{name}'; {advice}")
+
+
+def _checked_bytes(folder: RunFolder, name: str, sha256: str) -> bytes:
+    path = folder.model_path(name)
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise ExportError(f"{path}: can't be read ({error.strerror}); restore the run folder") from error
+    if hashlib.sha256(contents).hexdigest() != sha256:
+        raise ExportError(
+            f"{path}: its SHA-256 is not the one in run.json; the file is damaged, restore the run folder"
+        )
+    return contents
+
+
+def _read_model(weights: Path, sha256: str, results: Results) -> tuple[nn.Module, Architecture, dict[str, str]]:
+    """Return the model built anew from the copy that is exported, in evaluation mode."""
+    state, metadata = load_file(weights, sha256)
+    architecture = Architecture.from_metadata(metadata)
+    try:
+        classes = json.loads(metadata.get("chainward.classes", "null"))
+    except ValueError:
+        classes = None
+    if classes != results.data.classes or metadata.get("chainward.task", "single") != results.data.task:
+        raise ExportError(
+            f"the model is of the classes {classes}, metrics.json of {results.data.classes}: one is of another run"
+        )
+    check_state(state, skeleton(architecture).state_dict())
+    model = build_model(architecture, seed=0).eval()
+    model.load_state_dict(state)
+    return model, architecture, metadata
+
+
+def _onnx_metadata(
+    folder: RunFolder,
+    name: str,
+    results: Results,
+    architecture: Architecture,
+    metadata: Mapping[str, str],
+    takes: OnnxInput,
+    sha256: str,
+) -> dict[str, str]:
+    shape = f"[batch, {architecture.in_chans}, {architecture.image_size}, {architecture.image_size}]"
+    given = (
+        f"pixels: uint8 {shape}, 0 to 255; the scaling is part of the graph"
+        if takes == "pixels"
+        else f"images: float32 {shape}, (pixels / 255 - {PIXEL_MEAN}) / {PIXEL_SCALE}"
+    )
+    activation = "sigmoid of each" if results.data.task == "multilabel" else "softmax"
+    return {
+        **{key: value for key, value in sorted(metadata.items()) if key.startswith(("chainward.", "timm."))},
+        **preprocessing_metadata(),
+        "chainward.input": given,
+        "chainward.outputs": f"logits, probabilities ({activation}): float32 [batch, {architecture.num_classes}]",
+        "chainward.channels": str(architecture.in_chans),
+        "chainward.image_size": str(architecture.image_size),
+        "chainward.classes": json.dumps(results.data.classes),
+        "chainward.task": results.data.task,
+        "chainward.run": folder.state.run_id,
+        "chainward.model": name,
+        "chainward.safetensors_sha256": sha256,
+        "chainward.export_version": __version__,
+        "chainward.synthetic_data": str(results.data.synthetic).lower(),
+        "chainward.use": "research only; not a medical device",
+    }
+
+
+def _timm_config(model: nn.Module, architecture: Architecture, results: Results) -> str:
+    """Return the config.json with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the weights."""
+    channels = architecture.in_chans
+    arguments = {key: value for key, value in architecture.timm_kwargs().items() if key != "num_classes"}
+    config = {
+        "architecture": architecture.name,
+        "num_classes": architecture.num_classes,
+        "num_features": int(getattr(model, "num_features", 0)),
+        "label_names": results.data.classes,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": architecture.num_classes,
+            "input_size": [channels, architecture.image_size, architecture.image_size],
+            "fixed_input_size": "img_size" in arguments,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": [PIXEL_MEAN] * channels,
+            "std": [PIXEL_SCALE] * channels,
+        },
+    }
+    return json.dumps(config, indent=1) + "\n"
+
+
+def _privacy(folder: RunFolder) -> tuple[dict[str, Any] | None, Audit | None]:
+    """Return what privacy.json says, None where there is none yet, and the audit of the statements in it, if any."""
+    path = folder.path / "privacy.json"
+    if not path.exists():
+        return None, None
+    record = read_privacy_record(path)
+    statements = record.get("statements", [])
+    if not statements:
+        return record, None
+    trained = [site for site, facts in record.get("sites", {}).items() if facts.get("mode") != "no model"]
+    return record, audit_statements(folder.state.run_id, statements, trained)
+
+
+def _described(path: Path) -> CardFile:
+    contents = path.read_bytes()
+    return CardFile(path.name, len(contents), hashlib.sha256(contents).hexdigest())
+
+
+def _warnings(folder: RunFolder, name: str, results: Results, audit: Audit | None) -> list[str]:
+    found = []
+    if folder.state.status != "finished":
+        found.append(f"the run has not finished (it is {folder.state.status}): see the card for what is missing")
+    if name not in results.final:
+        found.append("the model has not been scored on the test images")
+    if results.data.synthetic:
+        found.append("trained on synthetic phantoms: it knows nothing about real images")
+    if audit is not None and audit.exit_code:
+        worst = next(finding for finding in audit.findings if finding.severity != "note")
+        found.append(f"the privacy audit of the run is {audit.verdict}: {worst.where}: {worst.what}")
+    return found

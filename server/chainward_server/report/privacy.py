@@ -1,0 +1,95 @@
+"""What the report says of privacy: a row for each hospital, and what is outside the guarantee, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from chainward_server.results import Results
+
+_RELEASES = {
+    "withhold": "withheld",
+    "noised": "with noise, charged",
+    "exact": "as they are",
+}
+
+
+@dataclass(frozen=True)
+class PrivacyRow:
+    """One hospital. `mode`: what it did, in words; the rest is None where it did not train privately."""
+
+    site: str
+    mode: str
+    private: bool
+    unit: str | None = None
+    epsilon: float | None = None
+    lifetime: float | None = None
+    budget: float | None = None
+    left: float | None = None
+    delta: float | None = None
+    scores: str | None = None
+    seeded: bool = False
+
+
+def privacy_rows(record: Mapping[str, Any]) -> list[PrivacyRow]:
+    """Return a row for each hospital that privacy.json knows."""
+    rows = []
+    for site, facts in (record.get("sites") or {}).items():
+        mode = facts.get("mode", "off") if isinstance(facts, Mapping) else "off"
+        if mode != "dp-sgd":
+            rows.append(PrivacyRow(site, "no model came from it" if mode == "no model" else "without privacy", False))
+            continue
+        rows.append(
+            PrivacyRow(
+                site,
+                "private (DP-SGD)",
+                True,
+                facts.get("unit"),
+                facts.get("epsilon"),
+                facts.get("epsilon_lifetime"),
+                facts.get("budget"),
+                facts.get("left"),
+                facts.get("delta"),
+                _RELEASES.get(str(facts.get("metrics"))),
+                bool(facts.get("seeded")),
+            )
+        )
+    return rows
+
+
+def outside_the_guarantee(rows: list[PrivacyRow], results: Results) -> list[str]:
+    """Return what the guarantee does not cover in this run, a sentence each; empty where no hospital has one."""
+    private = [row for row in rows if row.private]
+    if not private:
+        return []
+    found = []
+    if open_sites := [row.site for row in rows if row.mode == "without privacy"]:
+        found.append(f"All that left {_named(open_sites)}: these hospitals trained without differential privacy.")
+    if exact := [row.site for row in private if row.scores == _RELEASES["exact"]]:
+        found.append(
+            f"Scores, counts of cases and notes of {_named(exact)}: their policies let them leave as they are. Figures over "
+            "few cases, and choices made on them (which strand, which link is refused), can betray single cases."
+        )
+    if declared := [row.site for row in private if row.scores != _RELEASES["exact"]]:
+        found.append(
+            f"The numbers of training cases that {_named(declared)} declared or rounded; they are taken as public."
+        )
+    if seeded := [row.site for row in private if row.seeded]:
+        found.append(f"Everything of {_named(seeded)}: noise came from a seed, which is for tests only.")
+    if any(link.training and link.training.privacy for link in results.links):
+        found.append("The time that trainings took, side channels, and software that a hospital did not install.")
+    return found
+
+
+def notes(results: Results) -> list[str]:
+    """Return what hospitals switched off because their data are private, a line each."""
+    lines: dict[str, list[str]] = {}
+    for link in results.links:
+        for note in link.training.notes if link.training else []:
+            lines.setdefault(note, []).append(link.site)
+    return [f"{_named(list(dict.fromkeys(sites)))}: {note}." for note, sites in lines.items()]
+
+
+def _named(sites: list[str]) -> str:
+    return sites[0] if len(sites) == 1 else f"{', '.join(sites[:-1])} and {sites[-1]}"

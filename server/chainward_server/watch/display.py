@@ -1,0 +1,174 @@
+"""A snapshot as a picture on a terminal, as lines of text, and as JSON."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from chainward_server.report.formats import duration, score
+from chainward_server.results import LinkRecord
+from chainward_server.watch.estimate import expected_end
+from chainward_server.watch.snapshot import Snapshot, before, validation
+
+ROWS = 12
+"""Hops, and incidents, that a terminal shows; the last ones."""
+
+QUIET = 60.0
+"""Seconds without a sign of life from which on it is said. A hop gives none until it has finished."""
+
+
+def headline(run: Snapshot) -> str:
+    """Return where the run is: status, phase, piece of work, time so far, expected end."""
+    if run.ended:
+        return f"run {run.run} {run.status} after {duration(run.elapsed)}"
+    place = run.place
+    words = [f"run {run.run}", f"{run.phase}" + (f": {place}" if place else ""), f"{duration(run.elapsed)} so far"]
+    return "; ".join([*words, end_in_words(run)])
+
+
+def end_in_words(run: Snapshot) -> str:
+    """Return e.g. ``"expected end 14:07:30, in 2 min 10 s"``, in local time."""
+    end = expected_end(run)
+    if end is None:
+        return "expected end unknown"
+    left = max(0.0, (end - run.time).total_seconds())
+    local = end.astimezone()
+    day = "" if local.date() == run.time.astimezone().date() else f"{local:%Y-%m-%d} "
+    return f"expected end {day}{local:%H:%M:%S}, in {duration(left)}"
+
+
+def silence(run: Snapshot) -> str | None:
+    """Return how long there was no sign of life, and what that may mean; None where there was one lately."""
+    if run.silent < QUIET:
+        return None
+    patience = run.config.federation.hop_deadline
+    if run.silent <= patience:
+        return (
+            f"no sign of life for {duration(run.silent)}; a piece of work may take up to {duration(patience)} "
+            "(federation.hop-deadline)"
+        )
+    return (
+        f"no sign of life for {duration(run.silent)}, longer than federation.hop-deadline ({duration(patience)}): the "
+        f"coordinator may have died; to go on: output.resume={run.run!r}"
+    )
+
+
+def outcome(run: Snapshot) -> list[str]:
+    """Return how a run ended, in lines."""
+    lines = [headline(run) + (f": {run.reason or 'no reason was recorded'}" if run.status != "finished" else "")]
+    lines += [
+        f"{name}: balanced accuracy {score(scores.balanced_accuracy)}, macro AUC {score(scores.macro_auc)}, "
+        f"{scores.n} pooled test images"
+        for name, scores in run.final.items()
+    ]
+    report = run.path / "report.html"
+    lines += [f"report: {report}"] if report.is_file() else []
+    if run.status != "finished":
+        lines.append(f"to go on from the last finished hop: --run-config 'output.resume=\"{run.run}\"'")
+    return lines
+
+
+def news(old: Snapshot | None, run: Snapshot) -> list[str]:
+    """Return a line for everything that has happened since `old`; None: since the start."""
+    lines = []
+    numbers = {link.key: number for number, link in enumerate(run.links, 1)}
+    seen = {link.key for link in old.links} if old else set()
+    total = (run.sites or 0) * run.config.chain.laps * run.config.chain.strands
+    for link in run.links:
+        if link.key not in seen:
+            lines.append(f"hop {numbers[link.key]}" + (f" of {total}" if total else "") + f"  {_link_line(run, link)}")
+    for record in run.alone[len(old.alone) if old else 0 :]:
+        own = record.metrics.validation if record.metrics else None
+        figure = f": validation balanced accuracy {score(own.balanced_accuracy)}" if own else ""
+        lines.append(f"{record.site} alone  {record.status}{figure}" + (f". {record.reason}" if record.reason else ""))
+    for round_ in run.rounds[len(old.rounds) if old else 0 :]:
+        lines.append(
+            f"student round {round_.round} of {run.total_rounds}  {len(round_.sites)} sites, validation balanced accuracy "
+            f"{score(validation(round_))}, {duration(round_.seconds)}"
+        )
+        lines += [f"student round {round_.round} went on without {site}: {why}" for site, why in round_.failed.items()]
+    if not run.ended and (old is None or lines or old.phase != run.phase):
+        lines.append(headline(run))
+    return lines
+
+
+def _link_line(run: Snapshot, link: LinkRecord) -> str:
+    site = link.site if run.config.chain.strands == 1 else f"{link.site} (strand {link.strand})"
+    attempts = f", attempt {link.attempts}" if link.attempts > 1 else ""
+    figure = ""
+    if link.metrics:
+        change = f"{score(before(link, run.links))} -> {score(validation(link))}"
+        figure = f", validation balanced accuracy {change}"
+    why = f". {link.reason}" if link.reason else ""
+    return f"{site}: {link.status}, {duration(link.seconds)}{attempts}{figure}{why}"
+
+
+def as_json(run: Snapshot, event: str) -> dict[str, Any]:
+    """Return a snapshot as plain JSON values; times in UTC, durations in seconds."""
+    place, last, end = run.place, run.links[-1] if run.links else None, expected_end(run)
+    return {
+        "schema": 1,
+        "event": event,
+        "time": _iso(run.time),
+        "run": run.run,
+        "path": str(run.path),
+        "status": run.status,
+        "phase": run.phase,
+        "reason": run.reason,
+        "place": place and {"what": place.what, "number": place.number, "of": place.total, "sites": list(place.sites)},
+        "last_hop": last
+        and {
+            "key": last.key,
+            "site": last.site,
+            "status": last.status,
+            "attempts": last.attempts,
+            "seconds": last.seconds,
+            "validation_balanced_accuracy": validation(last),
+        },
+        "hops": len(run.links),
+        "student_rounds": len(run.rounds),
+        "incidents": [{"what": what.what, "status": what.status, "reason": what.reason} for what in run.incidents],
+        "elapsed": round(run.elapsed, 1),
+        "expected_end": end and _iso(end),
+        "silent": round(run.silent, 1),
+        "final": {name: scores.model_dump() for name, scores in run.final.items()},
+    }
+
+
+def picture(run: Snapshot) -> RenderableType:
+    """Return what a terminal shows: where the run is, the last hops and rounds, and what went wrong."""
+    parts: list[RenderableType] = [Text(headline(run), style="bold")]
+    if warning := silence(run):
+        parts.append(Text(warning, style="yellow"))
+    if run.links:
+        table = Table("hop", "site", "status", "attempts", "time", "validation balanced accuracy")
+        for number, link in list(enumerate(run.links, 1))[-ROWS:]:
+            style = None if link.status in ("done", "retried") else "red"
+            figures = f"{score(before(link, run.links))} → {score(validation(link))}" if link.metrics else ""
+            table.add_row(
+                str(number),
+                Text(link.site),
+                Text(link.status, style=style or ""),
+                str(link.attempts),
+                duration(link.seconds),
+                figures,
+            )
+        parts.append(table)
+    if run.rounds:
+        table = Table("student round", "sites", "time", "validation balanced accuracy")
+        for round_ in run.rounds[-ROWS:]:
+            which, took = f"{round_.round} of {run.total_rounds}", duration(round_.seconds)
+            table.add_row(which, str(len(round_.sites)), took, score(validation(round_)))
+        parts.append(table)
+    for incident in run.incidents[-ROWS:]:
+        why = f". {incident.reason}" if incident.reason else ""
+        parts.append(Text(f"{incident.what}: {incident.status}{why}", style="red"))
+    return Group(*parts)
+
+
+def _iso(time: datetime) -> str:
+    return time.isoformat(timespec="seconds")

@@ -1,0 +1,87 @@
+"""When a run is expected to end, from the pieces of work that it has finished."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from statistics import fmean
+
+from chainward_server.run import ALONE_WORK, LINK_WORK, STUDENT_WORK
+from chainward_server.schedule import Hop
+from chainward_server.watch.snapshot import Snapshot
+
+SLOWEST_PACE = 2.0
+"""Most that the time between the pieces (scoring, handing over) is taken to add, as a factor; the time for which a stopped run
+lay still counts there too, and must not decide."""
+
+
+def expected_end(run: Snapshot) -> datetime | None:
+    """Return when the run is expected to end; None before the first finished hop, and after the end.
+
+    A hop is expected to take as long per image as those before it, a hospital alone and a student round in proportion until
+    there are some to go by. A piece that takes longer than expected moves the end.
+    """
+    pieces = remaining_pieces(run)
+    if pieces is None:
+        return None
+    pace = _pace(run)
+    as_expected = run.updated + timedelta(seconds=pace * sum(pieces))
+    return max(as_expected, run.time + timedelta(seconds=pace * sum(pieces[1:])))
+
+
+def remaining_pieces(run: Snapshot) -> list[float] | None:
+    """Return the seconds that each piece of work still to come is expected to take, the one under way first.
+
+    Hops of one turn run at the same time and are one piece, and so are all hospitals alone. None before the first hop.
+    """
+    if run.ended or run.results is None:
+        return None
+    work = {site.site: float(site.train or 1) for site in run.results.data.sites}
+    trained = [link for link in run.links if link.metrics] or run.links
+    spent = sum(link.seconds for link in trained)
+    images = sum(work.get(link.site, fmean(work.values())) for link in trained)
+    if not spent or not images:
+        return None
+    config = run.config
+    per_image = spent / images / (LINK_WORK * config.chain.epochs)  # of one epoch without a teacher
+    # simulated hospitals share one machine, others all work at once
+    together = sum if (run.path / "simulated-sites").is_dir() else max
+    pieces = []
+    if run.phase in ("rendezvous", "chain"):
+        pieces += [per_image * LINK_WORK * config.chain.epochs * images for images in _turns_left(run, work)]
+    if config.chain.compare_alone and run.phase in ("rendezvous", "chain", "alone"):
+        # with one lap, the first link of a strand is its site alone
+        trained_already = {link.site for link in run.links if link.predecessor is None and config.chain.laps == 1}
+        to_train = {site: images for site, images in work.items() if site not in trained_already | run.private}
+        if to_train and len(run.alone) < len(work) - len(run.private):
+            total = per_image * ALONE_WORK * config.chain.epochs * config.chain.laps * together(to_train.values())
+            pieces.append(max(0.0, total - max((a.seconds for a in run.alone if a.site in to_train), default=0.0)))
+    guessed = per_image * STUDENT_WORK * config.student.epochs * together(work.values())
+    stages = ["distil"] * config.student.rounds + ["finetune"] * (run.total_rounds - config.student.rounds)
+    for stage in stages[len(run.rounds) :] if run.total_rounds else []:
+        same = [round_.seconds for round_ in run.rounds if round_.stage == stage]
+        known = same or [round_.seconds for round_ in run.rounds]
+        pieces.append(fmean(known) if known else guessed)
+    return pieces
+
+
+def _turns_left(run: Snapshot, work: dict[str, float]) -> list[float]:
+    """Return the images of each turn that is left, those of the largest site where several sites train at once."""
+    chain, mean = run.config.chain, fmean(work.values())
+    done = {link.key for link in run.links}
+    turns = run.turns
+    if turns is None:  # which site is next is not known
+        return [mean] * (chain.laps * len(work) - len(done) // chain.strands)
+    left: list[list[Hop]] = [[hop for hop in turn if hop.key not in done] for turn in turns]
+    return [max(work.get(hop.site, mean) for hop in turn) for turn in left if turn]
+
+
+def _pace(run: Snapshot) -> float:
+    """Return how much longer the run has taken than its pieces of work, between 1 and `SLOWEST_PACE`."""
+    turns: dict[tuple[int, int], float] = {}
+    for link in run.links:
+        turns[link.lap, link.step] = max(turns.get((link.lap, link.step), 0.0), link.seconds)
+    pieces = sum(turns.values()) + sum(round_.seconds for round_ in run.rounds)
+    pieces += max((record.seconds for record in run.alone), default=0.0)
+    rendezvous = run.results.timings.get("rendezvous", 0.0) if run.results else 0.0
+    taken = (run.updated - run.started).total_seconds() - rendezvous
+    return min(SLOWEST_PACE, max(1.0, taken / pieces)) if pieces else 1.0

@@ -1,0 +1,226 @@
+"""What a run's folder says at one moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from chainward_server.report import tables
+from chainward_server.report.tables import Incident
+from chainward_server.results import AloneRecord, LinkRecord, Results, StudentRound
+from chainward_server.run_folder import RunFolder
+from chainward_server.schedule import Hop, plan, site_order
+from chainward_shared.config import RunConfig
+from chainward_shared.evaluation.scores import Scores
+
+REPORT_GRACE = 60.0
+"""Seconds that a finished run gets to write its report; a run whose report can't be written turns out to have failed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is in its phase.
+
+    Attributes
+    ----------
+    what : "hop", "hospital alone" or "student round"
+    number : of the piece of work under way, counted from 1
+    total : how many there are; None while the sites are not known
+    sites : where it is being trained; empty where that is not known
+    """
+
+    what: str
+    number: int
+    total: int | None
+    sites: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.what} {self.number}" + (f" of {self.total}" if self.total else "")
+        return f"{text}, at {', '.join(self.sites)}" if self.sites else text
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment.
+
+    Attributes
+    ----------
+    time : when it was looked at
+    ended : whether nothing more will come: it failed, or finished and wrote its report
+    results : what it has measured; None before the first finished piece of work
+    private : the sites that have signed for private training; they don't train alone
+    """
+
+    path: Path
+    run: str
+    status: str
+    phase: str
+    reason: str | None
+    started: datetime
+    updated: datetime
+    time: datetime
+    ended: bool
+    config: RunConfig
+    results: Results | None
+    private: frozenset[str] = frozenset()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run was first started, until now or until it ended."""
+        return max(0.0, ((self.updated if self.ended else self.time) - self.started).total_seconds())
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the run last wrote something down; 0 once it has ended."""
+        return 0.0 if self.ended else max(0.0, (self.time - self.updated).total_seconds())
+
+    @property
+    def links(self) -> list[LinkRecord]:
+        """The finished hops, in the order in which they were written down."""
+        return self.results.links if self.results else []
+
+    @property
+    def alone(self) -> list[AloneRecord]:
+        """The sites that have trained alone."""
+        return self.results.alone if self.results else []
+
+    @property
+    def rounds(self) -> list[StudentRound]:
+        """The finished rounds of the students."""
+        return self.results.student_rounds if self.results else []
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """All that was retried, skipped, refused or failed so far, with the reasons."""
+        return tables.incidents(self.results) if self.results else []
+
+    @property
+    def final(self) -> dict[str, Scores]:
+        """Scores of the final models on the pooled test images, as far as there are any."""
+        final = self.results.final if self.results else {}
+        return {name: scores.pooled for name, scores in final.items() if scores.pooled and scores.pooled.n}
+
+    @property
+    def total_rounds(self) -> int:
+        """How many student rounds there will be."""
+        student = self.config.student
+        return student.rounds + student.finetune_rounds if student.rounds else 0
+
+    @property
+    def sites(self) -> int | None:
+        """How many sites take part; None while that is not known."""
+        if self.results:
+            return len(self.results.data.sites)
+        return len(self.config.expected_sites) or self.config.federation.num_sites or None
+
+    @property
+    def turns(self) -> list[list[Hop]] | None:
+        """The chain as it is planned; None while the sites, or their order, are not known.
+
+        Also None once a hop was at another site than planned: then the plan says nothing of what comes.
+        """
+        chain = self.config.chain
+        if self.results is None or chain.order == "weakest-next":
+            return None
+        sizes = {site.site: site.train or 0 for site in self.results.data.sites}
+        turns = plan(site_order(list(sizes), sizes, chain, self.config.seed), chain.laps, chain.strands)
+        sites = {hop.key: hop.site for turn in turns for hop in turn}
+        return turns if all(sites.get(link.key) == link.site for link in self.links) else None
+
+    @property
+    def place(self) -> Place | None:
+        """Where the run is in its phase; None in a phase without pieces, and after the end."""
+        if self.ended:
+            return None
+        if self.phase == "chain":
+            chain, sites = self.config.chain, self.sites
+            total = chain.laps * chain.strands * sites if sites else None
+            done = {link.key for link in self.links}
+            pending = next(
+                (left for turn in self.turns or [] if (left := [hop for hop in turn if hop.key not in done])), []
+            )
+            number = len(done) + 1
+            return Place("hop", min(number, total or number), total, tuple(hop.site for hop in pending))
+        if self.phase == "alone":
+            number, total = len(self.alone) + 1, self.sites and self.sites - len(self.private)
+            return Place("hospital alone", min(number, total or number), total)
+        if self.phase == "students":
+            return Place("student round", min(len(self.rounds) + 1, self.total_rounds), self.total_rounds)
+        return None
+
+
+def look(path: Path, now: datetime | None = None) -> Snapshot:
+    """Return what a run's folder says now.
+
+    Raises
+    ------
+    RunFolderError
+        There is no run folder, or a file of it is damaged.
+    """
+    folder = RunFolder.open(path)
+    state = folder.state
+    results = folder.load_results()
+    time = now or datetime.now(UTC)
+    updated = moment(state.updated, time)
+    running = state.status == "running"
+    if state.status == "finished" and (time - updated).total_seconds() < REPORT_GRACE:
+        running = not _written_since(path / "report.html", updated)
+    return Snapshot(
+        path=path,
+        run=state.run_id,
+        status=state.status,
+        phase=state.phase,
+        reason=state.reason,
+        started=moment(state.started, time),
+        updated=updated,
+        time=time,
+        ended=not running,
+        config=folder.config,
+        results=results,
+        private=_private_sites(path / "privacy.json"),
+    )
+
+
+def validation(record: LinkRecord | StudentRound) -> float | None:
+    """Return the pooled validation balanced accuracy of a hop's or a round's model, if there is one."""
+    scores = record.validation if isinstance(record, StudentRound) else None
+    if isinstance(record, LinkRecord) and record.metrics:
+        scores = record.metrics.validation
+    return scores.balanced_accuracy if scores else None
+
+
+def before(link: LinkRecord, links: list[LinkRecord]) -> float | None:
+    """Return the same of the model that a hop started from."""
+    earlier: Mapping[str, float | None] = {
+        other.site: validation(other)
+        for other in links[: links.index(link)]
+        if other.strand == link.strand and other.metrics
+    }
+    return earlier.get(link.predecessor or "")
+
+
+def moment(text: str, otherwise: datetime) -> datetime:
+    """Return the time that an ISO 8601 text names, UTC where it names no zone; `otherwise` for any other text."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return otherwise
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _private_sites(file: Path) -> frozenset[str]:
+    try:
+        sites = json.loads(file.read_bytes())["sites"]
+        return frozenset(site for site, facts in sites.items() if facts["epsilon"] is not None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return frozenset()  # none yet; whether it is damaged is the audit's to say
+
+
+def _written_since(file: Path, time: datetime) -> bool:
+    try:
+        return file.stat().st_mtime >= time.timestamp()
+    except OSError:
+        return False

@@ -1,0 +1,85 @@
+"""A site's own rules on privacy, as data. Enforced by the site (`chainward_client.policy`); nothing a message can change."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from chainward_shared.privacy.accounting import Mechanism
+from chainward_shared.privacy.entries import Unit
+
+MetricsRelease = Literal["withhold", "noised", "exact"]
+
+
+class Terms(BaseModel):
+    """What of a site's policy others may know.
+
+    Attributes
+    ----------
+    epsilon : budget of the site's lifetime
+    delta : at which every epsilon is meant
+    epsilon_per_run : cap on one run; None: only the lifetime's budget
+    unit : what is protected: "patient" with all images, or one "image"
+    metrics : what of scores and counts may leave: nothing ("withhold"), with Laplace noise that is charged to the ledger
+        ("noised"), or as they are ("exact"), which no guarantee covers
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epsilon: float = Field(gt=0, allow_inf_nan=False)
+    delta: float = Field(gt=0, lt=1)
+    epsilon_per_run: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    unit: Unit = "patient"
+    metrics: MetricsRelease = "withhold"
+
+
+class PrivacyPolicy(Terms):
+    """The `privacy` block of site.yaml.
+
+    Attributes
+    ----------
+    epsilon, delta : the budget of the site's lifetime, over all runs; delta below 1 over the number of units
+    required : whether a run without privacy is refused, default true
+    epsilon_per_run : cap on one run, default none but the lifetime's budget
+    unit : what is protected: "patient" with all images (default), or one "image"
+    metrics : what of scores and counts may leave: "withhold" (default), "noised", "exact"
+    metrics_epsilon : what one noised release costs; with ``metrics: noised`` only
+    privileged_teachers :
+        whether teachers that read reports or tables may train, privately and charged to the ledger; default false
+    units : number of patients (or images) with training data that the site declares; not secret, and it need not be exact.
+        Sampling rates and the site's weight in averages come from it. Default: the true number, rounded down to a digit
+        and a half
+    class_shares : share of each class that the site declares, by name; not secret. Default: none, and nothing is adjusted
+        by the classes' frequencies. Multi-label: share of the images with each finding
+    """
+
+    required: bool = True
+    metrics_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    privileged_teachers: bool = False
+    units: int | None = Field(default=None, ge=1)
+    class_shares: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epsilon_per_run is not None and self.epsilon_per_run > self.epsilon:
+            raise ValueError(
+                f"epsilon_per_run {self.epsilon_per_run:g} is above epsilon {self.epsilon:g}, the lifetime's budget"
+            )
+        if (self.metrics == "noised") != (self.metrics_epsilon is not None):
+            raise ValueError(
+                "metrics_epsilon says what a release with 'metrics: noised' costs; give both or neither "
+                f"(metrics is '{self.metrics}')"
+            )
+        if self.units is not None and self.delta >= 1 / self.units:
+            raise ValueError(f"delta {self.delta:g} is not below 1 / {self.units}, the declared number of {self.unit}s")
+        return self
+
+    @property
+    def terms(self) -> Terms:
+        """What of the policy others may know; it goes into every statement."""
+        return Terms(**{name: getattr(self, name) for name in Terms.model_fields})
+
+    def metrics_mechanism(self) -> Mechanism | None:
+        """Return what one release of noised metrics is charged as; None where none is charged."""
+        return Mechanism("laplace", 1 / self.metrics_epsilon, 1.0, 1) if self.metrics_epsilon is not None else None

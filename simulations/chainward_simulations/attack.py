@@ -1,0 +1,295 @@
+"""The membership-inference attack on a finished simulated run: on the models that it released.
+
+Members are each site's training cases whose labels were used, outsiders its validation and test cases. In a simulation
+all of them lie on this machine; a real coordinator has neither.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.privacy_audit.membership import (
+    FALSE_POSITIVE_RATES,
+    MembershipAttack,
+    attack_membership,
+    calibrated,
+    case_losses,
+)
+from chainward_client.training.link import LinkObjective, labelled_cases
+from chainward_client.training.loop import train
+from chainward_server.cli import DEFAULT_DIR, RunsDir, open_run
+from chainward_server.run_folder import RunFolder
+from chainward_shared.config import RunConfig
+from chainward_shared.distillation.losses import class_counts
+from chainward_shared.errors import DataError, RunFolderError
+from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.architecture import METADATA_KEY
+from chainward_shared.pixels import resized
+from chainward_shared.seeds import numpy_generator
+from chainward_shared.weights import StateDict, load_file
+from chainward_simulations.runner import open_sites
+
+MODELS = ("student", "chain")
+ALL_SITES = "all"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One line of the outcome: which model, whose patients ("all": of every site), and the attack by the loss alone or
+    by the loss against that of reference models."""
+
+    model: str
+    site: str
+    kind: str
+    attack: MembershipAttack
+
+
+def attack_run(
+    config: RunConfig,
+    models: Mapping[str, tuple[Architecture, StateDict]],
+    sites: Mapping[str, SiteData],
+    *,
+    calibrate: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Attacked]:
+    """Attack `models` with the patients of each site and of all sites together.
+
+    Parameters
+    ----------
+    config : the run's; decides which labels were used
+    models : what was released, by name
+    calibrate : also compare each loss with that of a reference model that has not seen the patient, which finds more: two
+        are trained for each model, each on half of the outsiders
+    say : called with a line of progress
+
+    Raises
+    ------
+    DataError
+        A site, or all of them, has no members or no outsiders.
+    """
+    members = {
+        site: labelled_cases(data, config.link_recipe(), private=_is_private(config, site))
+        for site, data in sites.items()
+    }
+    trained_on = {str(patient) for data in sites.values() for patient in data.splits["train"].patients}
+    outsiders = {site: _outside(data, trained_on) for site, data in sites.items()}
+    threads, found = config.federation.threads, []
+    for name, (architecture, state) in models.items():
+        model = _model(architecture, state)
+        inside = {
+            site: case_losses(model, cases, threads, image_size=architecture.image_size)
+            for site, cases in members.items()
+        }
+        outside = {
+            site: case_losses(model, cases, threads, image_size=architecture.image_size)
+            for site, cases in outsiders.items()
+        }
+        found += _lines(name, "loss", config.seed, members, inside, outsiders, outside)
+        if calibrate:
+            say(f"attack: training two reference models for the {name}")
+            references = _references(config, architecture, outsiders, sites)
+            inside, outside = _against(references, config, architecture, members, inside, outsiders, outside)
+            found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
+    return found
+
+
+def attack(
+    run: Annotated[str, typer.Argument(help="Id of a simulated run, or path of its folder.")],
+    directory: RunsDir = DEFAULT_DIR,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Also compare with two reference models, trained here: minutes, and stronger."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Guess from a simulated run's released models whom they were trained on, and print how well that works."""
+    folder = open_run(run, directory)
+    models = {name: _stored(folder, name) for name in MODELS if name in folder.state.models}
+    if not models:
+        raise RunFolderError(f"run {folder.state.run_id} has released no model yet; let it finish first")
+    found = attack_run(
+        folder.config,
+        models,
+        open_sites(folder.config),
+        calibrate=calibrate,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    if as_json:
+        lines = [{"model": one.model, "site": one.site, "kind": one.kind, **asdict(one.attack)} for one in found]
+        rates = list(FALSE_POSITIVE_RATES)
+        content = {"schema": 1, "run": folder.state.run_id, "privacy": folder.config.privacy.mode, "attacks": lines}
+        typer.echo(json.dumps(content | {"false_positive_rates": rates}, indent=1, allow_nan=False))
+        return
+    console = Console()
+    console.print(_table(found))
+    console.print(
+        f"run {folder.state.run_id}, privacy {folder.config.privacy.mode}: AUC 0.5 is a coin; the last three columns are "
+        "shares of the members. By patient, intervals of 95 % by bootstrap over patients.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(found: list[Attacked]) -> Table:
+    rates = [f"found at {100 * rate:g} % false" for rate in FALSE_POSITIVE_RATES]
+    table = Table("model", "attack", "patients of", "members", "outsiders", "AUC", *rates, "advantage")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for one in found:
+        result = one.attack
+        table.add_row(
+            one.model,
+            one.kind,
+            Text(one.site),
+            str(result.members),
+            str(result.outsiders),
+            f"{result.auc:.3f} ({result.low:.3f} to {result.high:.3f})",
+            *("–" if share is None else f"{100 * share:.1f} %" for share in result.found),
+            f"{result.advantage:.3f}",
+            style="bold" if one.site == ALL_SITES else None,
+        )
+    return table
+
+
+def _lines(
+    model: str,
+    kind: str,
+    seed: int,
+    members: Mapping[str, Cases],
+    inside: Mapping[str, np.ndarray],
+    outsiders: Mapping[str, Cases],
+    outside: Mapping[str, np.ndarray],
+) -> list[Attacked]:
+    groups = {ALL_SITES: list(members)} | {site: [site] for site in members if len(members) > 1}
+    return [
+        Attacked(
+            model,
+            name,
+            kind,
+            attack_membership(
+                np.concatenate([inside[site] for site in group]),
+                np.concatenate([members[site].patients for site in group]),
+                np.concatenate([outside[site] for site in group]),
+                np.concatenate([outsiders[site].patients for site in group]),
+                seed=seed,
+            ),
+        )
+        for name, group in groups.items()
+        if all(len(members[site]) and len(outsiders[site]) for site in group) or name == ALL_SITES
+    ]
+
+
+def _outside(data: SiteData, trained_on: set[str]) -> Cases:
+    """The validation and test cases of patients on whom no site trained."""
+    parts = []
+    for split in ("val", "test"):
+        cases = data.splits[split]
+        parts.append(cases.take([row for row, patient in enumerate(cases.patients) if str(patient) not in trained_on]))
+    return _joined(parts)
+
+
+def _joined(parts: list[Cases]) -> Cases:
+    return Cases(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        np.concatenate([part.patients for part in parts]),
+    )
+
+
+def _half(config: RunConfig, patients: np.ndarray) -> np.ndarray:
+    """Return in which half each case's patient is, 0 or 1: a fair coin for each patient."""
+    names, which = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    return np.asarray(numpy_generator(config.seed, "membership", "halves").integers(0, 2, len(names))[which])
+
+
+def _references(
+    config: RunConfig, architecture: Architecture, outsiders: Mapping[str, Cases], sites: Mapping[str, SiteData]
+) -> list[nn.Module]:
+    """Train a model on each half of the outsiders of all sites, as a hospital alone would train it."""
+    everyone = _joined(list(outsiders.values()))
+    half = _half(config, everyone.patients)
+    recipe = config.link_recipe(laps=config.chain.laps).model_copy(
+        update={"privileged": None, "privacy": None, "label_fraction": 1.0}
+    )
+    references = []
+    for index in (0, 1):
+        cases = everyone.take(np.flatnonzero(half == index))
+        if len(cases) < recipe.batch_size // 4 or len(cases) < 2:
+            raise DataError(
+                f"{len(cases)} held-out images are too few to train a reference model on; attack without it"
+            )
+        cases = Cases(resized(cases.images, architecture.image_size), cases.labels, cases.patients)
+        model = build_model(architecture, config.seed)
+        counts = class_counts(cases.labels, len(next(iter(sites.values())).classes))
+        train(model, cases, recipe, LinkObjective(recipe, model, None, counts), "membership", "reference", index)
+        references.append(model)
+    return references
+
+
+def _against(
+    references: list[nn.Module],
+    config: RunConfig,
+    architecture: Architecture,
+    members: Mapping[str, Cases],
+    inside: Mapping[str, np.ndarray],
+    outsiders: Mapping[str, Cases],
+    outside: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return all losses less that of a reference that has not seen the patient.
+
+    Of members neither has; one is taken by lot nevertheless, so that both sides are compared with one reference each.
+    """
+    everyone = _joined(list(outsiders.values()))
+    trained = dict(zip(map(str, everyone.patients), _half(config, everyone.patients), strict=True))
+
+    def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+        of = np.stack(
+            [
+                case_losses(one, cases, config.federation.threads, image_size=architecture.image_size)
+                for one in references
+            ]
+        ).reshape(len(references), len(cases))
+        of[left_out, np.arange(len(cases))] = np.nan
+        return calibrated(losses, of)
+
+    return (
+        {site: less(cases, inside[site], _half(config, cases.patients)) for site, cases in members.items()},
+        {
+            site: less(cases, outside[site], np.array([trained[str(one)] for one in cases.patients], dtype=np.int64))
+            for site, cases in outsiders.items()
+        },
+    )
+
+
+def _is_private(config: RunConfig, site: str) -> bool:
+    return config.privacy.simulated_policy(site) is not None
+
+
+def _model(architecture: Architecture, state: StateDict) -> nn.Module:
+    model = build_model(architecture, seed=0)
+    model.load_state_dict(state)
+    return model
+
+
+def _stored(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:
+    path: Path = folder.model_path(name)
+    state, metadata = load_file(path, folder.state.models[name])
+    if METADATA_KEY not in metadata:
+        raise RunFolderError(f"{path}: has no '{METADATA_KEY}'; it was not written by Chainward")
+    return Architecture.from_metadata(metadata), state

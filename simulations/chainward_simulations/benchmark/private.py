@@ -1,0 +1,288 @@
+"""What privacy costs: one private step beside a plain one, for each way in which gradients of single images are clipped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from chainward_client.training.precision import training_environment
+from chainward_client.training.private import PrivateTraining
+from chainward_server.students import student_architecture
+from chainward_shared.config import StudentConfig
+from chainward_shared.models import Architecture, build_model, resolve_architecture
+from chainward_shared.models.private_ready import GradSampleMode, right_modes
+from chainward_shared.privacy.plan import PrivatePlan
+from chainward_simulations.benchmark.figures import Aim, Measured, Table
+from chainward_simulations.benchmark.training import Backbone
+
+StepKind = Literal["plain"] | GradSampleMode
+
+PRIVATE_AIM = Aim("at most", 1.5)
+CLASSES, CHANNELS = 4, 1
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class PrivateStepPlan:
+    """What to measure.
+
+    Parameters
+    ----------
+    backbones : the default student of the first is measured too
+    image_size : pixels
+    batch : images of a step; the private one is of exactly as many, not of a sample
+    threads : CPU threads of a step, one after the other
+    repeats : measured steps of each kind; one more comes first and isn't counted
+    """
+
+    backbones: tuple[Backbone, ...] = (
+        Backbone("convnext_atto"),
+        Backbone("vit_tiny_patch16_224", 8),
+        Backbone("resnetv2_18"),
+    )
+    image_size: int = 64
+    batch: int = 32
+    threads: tuple[int, ...] = (1, 2)
+    repeats: int = 7
+
+    @classmethod
+    def quick(cls) -> PrivateStepPlan:
+        """Return a plan of a few seconds that exercises everything; its figures say nothing."""
+        return cls((Backbone("test_convnext"),), image_size=32, batch=4, threads=(1,), repeats=2)
+
+    def models(self) -> dict[str, Architecture]:
+        """Return what is measured, by name."""
+        found = {str(one): self._resolved(one) for one in self.backbones}
+        student = student_architecture(StudentConfig(), self._resolved(self.backbones[0]))
+        return {**found, f"student of {self.backbones[0]}": student}
+
+    def _resolved(self, backbone: Backbone) -> Architecture:
+        return resolve_architecture(
+            backbone.name,
+            num_classes=CLASSES,
+            in_chans=CHANNELS,
+            image_size=self.image_size,
+            patch_size=backbone.patch_size,
+        )
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One model's steps with one number of threads.
+
+    Attributes
+    ----------
+    seconds : of a whole step, forward, backward, noise and optimiser, by kind
+    noise_seconds : of these in a private step for noise and division, by mode
+    wrong : modes whose gradients are not right for this model, and why
+    chosen : the mode that private training takes
+    peak_bytes : largest resident memory of a fresh process during two steps, less that of the model before the first
+    """
+
+    model: str
+    parameters: int
+    threads: int
+    seconds: dict[StepKind, Measured]
+    noise_seconds: dict[GradSampleMode, Measured]
+    wrong: dict[GradSampleMode, str]
+    chosen: GradSampleMode
+    peak_bytes: dict[StepKind, int]
+
+    def ratio(self, kind: StepKind) -> Measured:
+        """Return the ratio of the seconds to those of a plain step, repeat by repeat."""
+        return self.seconds[kind].ratio_to(self.seconds["plain"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every measurement, and the median ratios to a plain step."""
+        return {**asdict(self), "ratio_to_plain": {kind: self.ratio(kind).median for kind in self.seconds}}
+
+
+class _Steps:
+    """One model and its optimiser, ready to do steps of one kind on one batch."""
+
+    def __init__(self, architecture: Architecture, kind: StepKind, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, architecture.in_chans, architecture.image_size, architecture.image_size)
+        self.images = torch.randn(shape, generator=generator)
+        self.labels = torch.arange(batch) % architecture.num_classes
+        self.model = build_model(architecture, seed=0).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.noise_seconds = 0.0
+        self.private: PrivateTraining | None = None
+        if kind != "plain":
+            plan = PrivatePlan(
+                unit="image",
+                delta=1e-5,
+                noise_multiplier=1.0,
+                sample_rate=1.0,
+                expected_batch=float(batch),
+                steps=10**6,
+                clip=1.0,
+            )
+            self.private = PrivateTraining(plan, kind)
+            patients = np.array([str(row) for row in range(batch)])
+            self.private.start(self.model, [], list(self.model.parameters()), patients)
+
+    def step(self) -> float:
+        """Do a step and return its seconds."""
+        started = time.perf_counter()
+        if self.private is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            functional.cross_entropy(self.model(self.images), self.labels).backward()
+        else:
+            for rows in self.private.parts(torch.arange(len(self.images))):
+                self.private.accumulate(self._losses(self.private, rows))
+            before = time.perf_counter()
+            self.private.finish_step()
+            self.noise_seconds = time.perf_counter() - before
+        self.optimizer.step()
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        if self.private is not None:
+            self.private.close()
+
+    def _losses(self, private: PrivateTraining, rows: Tensor) -> Tensor:
+        return functional.cross_entropy(private.model(self.images[rows]), self.labels[rows], reduction="none")
+
+
+def measure_private_steps(plan: PrivateStepPlan, on_step: Callable[[str], None] = lambda step: None) -> list[StepCost]:
+    """Return the cost of a private step in every mode that is right, for each model and number of threads of the plan.
+
+    In each repeat every kind does one step; the order rotates, so that a machine that slows down does so for all of them.
+    """
+    measured = []
+    for name, architecture in plan.models().items():
+        found = right_modes(architecture)
+        seconds = {mode: value for mode, value in found.items() if isinstance(value, float)}
+        wrong = {mode: value for mode, value in found.items() if isinstance(value, str)}
+        kinds: list[StepKind] = ["plain", *seconds]
+        peaks = {kind: peak_bytes(architecture, kind, plan.batch) for kind in kinds}
+        on_step(f"memory of a step of {name}")
+        for threads in plan.threads:
+            with training_environment(threads, 0), _all_of(architecture, kinds, plan.batch) as steps:
+                times: dict[StepKind, list[float]] = {kind: [] for kind in kinds}
+                noises: dict[GradSampleMode, list[float]] = {mode: [] for mode in seconds}
+                for repeat in range(-1, plan.repeats):
+                    turn = repeat % len(kinds)
+                    for kind in kinds[turn:] + kinds[:turn]:
+                        taken = steps[kind].step()
+                        if repeat >= 0:
+                            times[kind].append(taken)
+                            if kind != "plain":
+                                noises[kind].append(steps[kind].noise_seconds)
+                    on_step(f"steps of {name}, {threads} thread(s): {repeat + 1} of {plan.repeats}")
+            measured.append(
+                StepCost(
+                    model=name,
+                    parameters=sum(p.numel() for p in steps["plain"].model.parameters()),
+                    threads=threads,
+                    seconds={kind: Measured(tuple(values)) for kind, values in times.items()},
+                    noise_seconds={mode: Measured(tuple(values)) for mode, values in noises.items()},
+                    wrong=wrong,
+                    chosen=min(seconds, key=lambda mode: seconds[mode]),
+                    peak_bytes=peaks,
+                )
+            )
+    return measured
+
+
+@contextmanager
+def _all_of(architecture: Architecture, kinds: Sequence[StepKind], batch: int) -> Iterator[dict[StepKind, _Steps]]:
+    steps = {kind: _Steps(architecture, kind, batch) for kind in kinds}
+    try:
+        yield steps
+    finally:
+        for one in steps.values():
+            one.close()
+
+
+def peak_bytes(architecture: Architecture, kind: StepKind, batch: int) -> int:
+    """Return by how much resident memory grows during two steps, at its largest, in a process of its own, one thread."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_growth, architecture.model_dump_json(), kind, batch).result()
+
+
+def _growth(architecture_json: str, kind: StepKind, batch: int) -> int:
+    with training_environment(1, 0):
+        steps = _Steps(Architecture.model_validate_json(architecture_json), kind, batch)
+        before = psutil.Process().memory_info().rss
+        steps.step()
+        steps.step()
+        return _largest_resident() - before
+
+
+def _largest_resident() -> int:
+    """Return the largest resident memory of this process: on Linux since it started its program, not its parent's."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def private_table(measured: Sequence[StepCost], plan: PrivateStepPlan) -> Table:
+    """Return the table of private steps beside plain ones."""
+    table = Table(
+        "Cost of privacy, one step",
+        ("model", "threads", "step", "ms", "ratio to plain", "of it noise, ms", "aim", "memory, MiB"),
+        notes=[
+            f"Median (smallest to largest) of {plan.repeats} steps of {plan.batch} images of {plan.image_size} pixels, fp32, "
+            "all kinds in one process in turn: forward, backward, clipping, noise, AdamW. Ratios are taken within a repeat. "
+            "Memory: by how much a fresh process grows at most during two steps, beyond the model. Chosen: the mode that "
+            "private training takes by itself, the fastest right one when it was checked."
+        ],
+    )
+    for cost in measured:
+        for kind, seconds in cost.seconds.items():
+            plain = kind == "plain"
+            ratio = cost.ratio(kind)
+            chosen = kind == cost.chosen
+            table.rows.append(
+                (
+                    f"{cost.model} ({cost.parameters / 1e6:.1f} M)",
+                    str(cost.threads),
+                    f"{kind} (chosen)" if chosen else kind,
+                    _milliseconds(seconds),
+                    "-" if plain else ratio.text(2),
+                    "-" if kind == "plain" else f"{1e3 * cost.noise_seconds[kind].median:.1f}",
+                    PRIVATE_AIM.text(ratio.median) if chosen else "-",
+                    f"{cost.peak_bytes[kind] / MIB:.0f}",
+                )
+            )
+    for cost in measured:
+        if cost.threads == plan.threads[0]:
+            table.notes += [f"Wrong for {cost.model}: {mode}, {reason}." for mode, reason in cost.wrong.items()]
+    return table
+
+
+def _milliseconds(seconds: Measured) -> str:
+    return Measured(tuple(1e3 * value for value in seconds.values)).text(1)
+
+
+def with_choices(
+    plan: PrivateStepPlan, backbones: tuple[Backbone, ...], repeats: int | None, threads: int
+) -> PrivateStepPlan:
+    """Return the plan with what the command line chose; steps are measured with one thread and with `threads`."""
+    return replace(
+        plan,
+        backbones=backbones or plan.backbones,
+        repeats=repeats or plan.repeats,
+        threads=tuple(sorted({*plan.threads[:1], threads})) if len(plan.threads) > 1 else plan.threads,
+    )

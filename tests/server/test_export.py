@@ -1,0 +1,433 @@
+"""A run's model as a folder for others: the same answers in timm and in ONNX, a card that says what it is, whole or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from chainward_server.cli import app
+from chainward_server.export import export_run
+from chainward_server.export import onnx_model as onnx_module
+from chainward_server.export.card import plain
+from chainward_server.export.onnx_model import compare, onnx_bytes
+from chainward_server.results import (
+    AloneRecord,
+    DataSummary,
+    LinkMetrics,
+    LinkRecord,
+    Results,
+    SiteScores,
+    SiteSummary,
+)
+from chainward_server.run_folder import RunFolder
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ExportError, WeightsError
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import build_model, compact_architecture, resolve_architecture
+
+CLASSES = ["clear", "mass", "fluid"]
+FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "SHA256SUMS"}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def scores(value: float | None, n: int = 40) -> Scores:
+    return Scores(n=n, accuracy=value, balanced_accuracy=value, macro_auc=value, ece=value and value / 10)
+
+
+def everywhere(value: float, sites=("ash", "birch")) -> SiteScores:
+    return SiteScores(sites={site: scores(value, 20) for site in sites}, pooled=scores(value))
+
+
+def results_of(folder: RunFolder, *, task="single", synthetic=False, sites=("ash", "birch")) -> Results:
+    """What a run of two sites measured; nothing was trained for it."""
+    data = DataSummary(
+        source="data.yaml",
+        synthetic=synthetic,
+        task=task,
+        classes=CLASSES,
+        image_size=32,
+        channels=1,
+        sites=[
+            SiteSummary(site=site, train=90, val=20, test=20, class_counts={"train": [50, 30, 10], "test": [10, 6, 4]})
+            for site in sites
+        ],
+    )
+    results = Results(run_id=folder.state.run_id, seed=3, data=data)
+    metrics = LinkMetrics(test=everywhere(0.6), validation=scores(0.61))
+    for step, site in enumerate(sites):
+        results.links.append(
+            LinkRecord(
+                strand=0,
+                lap=0,
+                step=step,
+                site=site,
+                predecessor=sites[step - 1] if step else None,
+                status="done",
+                attempts=1,
+                seconds=2.0,
+                bytes_down=0,
+                bytes_up=1,
+                metrics=metrics,
+            )
+        )
+        results.alone.append(AloneRecord(site=site, status="done", seconds=2.0, metrics=metrics))
+    results.final = {"chain": everywhere(0.7), "student": everywhere(0.65)}
+    return results
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Make the folder of a run whose models have the weights with which they were built."""
+
+    def make(backbone="test_convnext", *, task="single", models=("chain", "student"), status="finished", **more):
+        folder = RunFolder.create(RunConfig.from_flat({"output.dir": str(tmp_path / "runs"), "seed": 3}))
+        large = resolve_architecture(
+            backbone, num_classes=3, in_chans=1, image_size=32, patch_size=8 if "vit" in backbone else 0
+        )
+        for name, architecture in (("chain", large), ("student", compact_architecture(large))):
+            if name in models:
+                state = build_model(architecture, seed=1).state_dict()
+                folder.save_model(name, state, architecture, CLASSES, task)
+        results = results_of(folder, task=task, **more)
+        folder.commit(results, *(piece.key for piece in [*results.links, *results.alone]))
+        if status == "finished":
+            folder.enter("done")
+        folder.end(status, None if status == "finished" else "the disk is full")
+        return RunFolder.open(folder.path)
+
+    return make
+
+
+def pixels(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 256, (batch, 1, 32, 32), dtype=np.uint8)
+
+
+def loaded_by_timm(path: Path) -> torch.nn.Module:
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+def expected_logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model((torch.from_numpy(images).double().float() / 255 - 0.5) / 0.25).numpy()
+
+
+# --- what others compute with it ---
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_vit", "resnetv2_18"])
+@pytest.mark.parametrize("name", ["chain", "student"])
+def test_timm_and_onnx_answer_alike_for_any_batch(make_run, tmp_path, backbone, name):
+    done = export_run(make_run(backbone), tmp_path / "out", model=name)
+    model = loaded_by_timm(done.path)
+    session = onnxruntime.InferenceSession(done.path / "model.onnx")
+    for batch in (1, 3, 5):
+        logits, probabilities = session.run(None, {"pixels": pixels(batch)})
+        expected = expected_logits(model, pixels(batch))
+        assert logits.shape == (batch, 3)
+        assert np.abs(logits - expected).max() < 1e-5
+        powers = np.exp(expected - expected.max(axis=1, keepdims=True))
+        assert np.abs(probabilities - powers / powers.sum(axis=1, keepdims=True)).max() < 1e-6
+
+
+def test_the_weights_are_the_runs_own_file_and_timm_loads_them(make_run, tmp_path):
+    folder = make_run()
+    done = export_run(folder, tmp_path / "out", model="chain")
+    exported = done.path / "model.safetensors"
+    assert exported.read_bytes() == folder.model_path("chain").read_bytes()
+    template = loaded_by_timm(done.path).state_dict()
+    state = folder.load_model("chain", template)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in template.items())
+
+
+def test_several_findings_are_sigmoids(make_run, tmp_path):
+    done = export_run(make_run(task="multilabel"), tmp_path / "out")
+    session = onnxruntime.InferenceSession(done.path / "model.onnx")
+    logits, probabilities = session.run(None, {"pixels": pixels(3)})
+    assert np.abs(probabilities - 1 / (1 + np.exp(-logits))).max() < 1e-6
+    assert session.get_modelmeta().custom_metadata_map["chainward.task"] == "multilabel"
+    card = (done.path / "README.md").read_text()
+    assert "a sigmoid for each finding" in card
+    assert "multi-label" in yaml.safe_load(card.split("---")[1])["tags"]
+
+
+def test_onnx_can_be_given_images_that_are_scaled_already(make_run, tmp_path):
+    done = export_run(make_run(), tmp_path / "out", onnx_input="scaled")
+    session = onnxruntime.InferenceSession(done.path / "model.onnx")
+    images = (pixels(3).astype(np.float32) / 255 - 0.5) / 0.25
+    logits, _ = session.run(None, {"images": images})
+    assert np.abs(logits - expected_logits(loaded_by_timm(done.path), pixels(3))).max() < 1e-5
+
+
+def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(make_run, tmp_path):
+    folder = make_run()
+    done = export_run(folder, tmp_path / "out")
+    proto = onnx.load(done.path / "model.onnx")
+    said = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(said["chainward.classes"]) == CLASSES
+    assert json.loads(said["chainward.pixels"]) == {"divide_by": 255, "mean": 0.5, "std": 0.25}
+    assert (said["chainward.image_size"], said["chainward.channels"]) == ("32", "1")
+    assert said["chainward.run"] == folder.state.run_id
+    assert said["chainward.safetensors_sha256"] == folder.state.models["student"]
+    for file in done.path.iterdir():
+        contents = file.read_bytes()
+        for machine in (str(tmp_path), str(Path.home()), timm.__file__, "site-packages", "chainward_server"):
+            assert machine.encode() not in contents, f"{file.name} names {machine}"
+
+
+def test_an_onnx_graph_that_computes_something_else_is_refused():
+    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
+    model, other = build_model(architecture, seed=1), build_model(architecture, seed=1)
+    with torch.no_grad():
+        other.get_classifier().bias[2] += 1e-3
+    contents, check = onnx_bytes(model, architecture, "single", {})
+    assert check.logits < 1e-5
+    assert set(check.batches) >= {1, 3}
+    with pytest.raises(ExportError, match=r"ONNX contradicts PyTorch on a batch of 1: logits differ by up to 0\.001"):
+        compare(contents, other.eval(), architecture, "single", "pixels", opset=check.opset)
+    with pytest.raises(ExportError, match="probabilities"):
+        compare(contents, model.eval(), architecture, "multilabel", "pixels", opset=check.opset)
+
+
+def test_a_graph_whose_batch_is_fixed_is_refused():
+    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
+    model = build_model(architecture, seed=1).eval()
+    contents, check = onnx_bytes(model, architecture, "single", {})
+    proto = onnx.load_from_string(contents)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    with pytest.raises(ExportError, match="onnxruntime can't run the ONNX file"):
+        compare(proto.SerializeToString(), model, architecture, "single", "pixels", opset=check.opset)
+
+
+# --- whole or nothing ---
+
+
+def test_the_checksums_are_those_of_the_files(make_run, tmp_path):
+    done = export_run(make_run(), tmp_path / "out")
+    assert {file.name for file in done.path.iterdir()} == FILES
+    sums = dict(reversed(line.split("  ")) for line in (done.path / "SHA256SUMS").read_text().splitlines())
+    assert set(sums) == FILES - {"SHA256SUMS"}
+    for name, sha256 in sums.items():
+        assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == sha256
+    card = (done.path / "README.md").read_text()
+    assert all(sha256 in card for name, sha256 in sums.items() if name != "README.md")
+
+
+def test_a_damaged_weight_file_is_refused_and_nothing_is_left(make_run, tmp_path):
+    folder = make_run()
+    contents = bytearray(folder.model_path("student").read_bytes())
+    contents[-1] ^= 1
+    folder.model_path("student").write_bytes(contents)
+    with pytest.raises(ExportError, match=r"its SHA-256 is not the one in run\.json"):
+        export_run(folder, tmp_path / "place" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_pickle_in_place_of_the_weights_is_not_opened(make_run, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    folder = make_run()
+    contents = pickle.dumps(Trap())
+    folder.model_path("student").write_bytes(contents)
+    folder.state.models["student"] = hashlib.sha256(contents).hexdigest()
+    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+        export_run(folder, tmp_path / "out", onnx=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_failure_half_way_leaves_nothing_and_what_was_there_stays(make_run, tmp_path, monkeypatch):
+    folder = make_run()
+    first = export_run(folder, tmp_path / "out", onnx=False)
+    before = {file.name: file.read_bytes() for file in first.path.iterdir()}
+
+    def broken(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("chainward_server.export.run_export.model_card", broken)
+    with pytest.raises(ExportError, match="No space left on device"):
+        export_run(folder, tmp_path / "out", onnx=False, force=True)
+    assert {file.name: file.read_bytes() for file in first.path.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
+
+
+def test_an_earlier_export_is_replaced_with_force_only(make_run, tmp_path):
+    folder = make_run()
+    export_run(folder, tmp_path / "out")
+    with pytest.raises(ExportError, match="not empty"):
+        export_run(folder, tmp_path / "out")
+    export_run(folder, tmp_path / "out", onnx=False, force=True)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES - {"model.onnx"}
+
+
+def test_force_does_not_replace_a_folder_that_is_no_export(make_run, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "README.md").write_text("mine")
+    (tmp_path / "thesis" / "chapter.tex").write_text("mine")
+    with pytest.raises(ExportError, match=r"'chapter\.tex', which no export writes"):
+        export_run(make_run(), tmp_path / "thesis", force=True)
+    assert (tmp_path / "thesis" / "README.md").read_text() == "mine"
+
+
+def test_an_empty_folder_and_one_whose_parents_are_missing_are_taken(make_run, tmp_path):
+    folder = make_run()
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "a" / "b"):
+        export_run(folder, target, onnx=False)
+        assert (target / "SHA256SUMS").is_file()
+
+
+# --- runs that lack something ---
+
+
+def test_a_run_without_the_model_is_refused_with_what_it_has(make_run, tmp_path):
+    half = make_run(models=("chain",), status="failed")
+    with pytest.raises(ExportError, match=r"\(failed, .*\) has no model 'student'; it has the model of the chain"):
+        export_run(half, tmp_path / "out")
+    none = make_run(models=(), status="failed")
+    with pytest.raises(ExportError, match="has no model 'chain'; resume it"):
+        export_run(none, tmp_path / "out", model="chain")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_of_a_failed_run_is_exported_and_its_card_says_so(make_run, tmp_path):
+    half = make_run(models=("chain",), status="failed")
+    done = export_run(half, tmp_path / "out", model="chain", onnx=False)
+    card = (done.path / "README.md").read_text()
+    assert "**The run has not finished** (failed" in card
+    assert "the disk is full" in card
+    assert "**Not recorded.** The run has left no privacy.json" in card
+    assert any("has not finished" in warning for warning in done.warnings)
+
+
+def test_without_the_extra_the_export_says_what_to_install(make_run, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        onnx_module.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name)
+    )
+    with pytest.raises(ExportError, match=r"ONNX needs onnxscript, not installed: .*chainward\[onnx\].*--no-onnx"):
+        export_run(make_run(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the card ---
+
+
+def card_of(folder: RunFolder, target: Path, **more) -> str:
+    return (export_run(folder, target, onnx=False, **more).path / "README.md").read_text()
+
+
+def test_the_card_has_every_score_with_its_number_of_images(make_run, tmp_path):
+    card = card_of(make_run(), tmp_path / "out")
+    assert "| ash | 20 | 0.650 | 0.650 | 0.650 | 0.065 |" in card
+    assert "| **All sites, pooled** | 40 | 0.650 | 0.650 | 0.650 | 0.065 |" in card
+    assert "| The chain's model | 0.700 | 0.700 |" in card
+    assert "| A site alone, mean of 2 | 0.600 | 0.600 |" in card
+    assert "| 2 | birch | ash | done | 1 | 2.0 s | 0.610 |" in card
+    front = yaml.safe_load(card.split("---")[1])
+    values = {entry["type"]: entry["value"] for entry in front["model-index"][0]["results"][0]["metrics"]}
+    assert values == {"balanced_accuracy": 0.65, "roc_auc": 0.65, "accuracy": 0.65, "ece": 0.065}
+    assert front["pipeline_tag"] == "image-classification"
+
+
+def test_the_uncertainty_is_that_of_the_mean_of_the_classes_recalls(make_run, tmp_path):
+    card = card_of(make_run(), tmp_path / "out")
+    by_hand = 1.96 * (sum(0.65 * 0.35 / n for n in (20, 12, 8)) ** 0.5) / 3
+    assert f"uncertain by about ±{by_hand:.3f}" in card
+    assert "Guessing would reach a balanced accuracy of 0.333" in card
+
+
+def test_synthetic_data_is_said_first(make_run, tmp_path):
+    card = card_of(make_run(synthetic=True), tmp_path / "out")
+    assert card.index("**Synthetic data.**") < card.index("## Intended use")
+    assert "synthetic-data" in yaml.safe_load(card.split("---")[1])["tags"]
+    assert "Synthetic" not in card_of(make_run(), tmp_path / "real")
+
+
+def test_a_card_without_privacy_says_that_nothing_is_guaranteed(make_run, tmp_path):
+    folder = make_run()
+    (folder.path / "privacy.json").write_text(
+        json.dumps({"schema": 1, "mode": "off", "statement": "Nothing bounds it.", "sites": {}})
+    )
+    card = card_of(folder, tmp_path / "out")
+    assert "**Differential privacy: off.** Nothing bounds it." in card
+    assert "Outside of the guarantee" not in card
+
+
+def test_scores_that_sites_withhold_are_dashes(make_run, tmp_path):
+    folder = make_run()
+    results = folder.load_results()
+    results.final["student"] = SiteScores(sites={"ash": scores(0.65, 20)}, pooled=scores(0.65, 20))
+    results.data.sites[1].class_counts = {}
+    folder.write_results(results)
+    card = card_of(folder, tmp_path / "out")
+    assert "| birch | – | – | – | – | – |" in card
+    assert "Without birch: no scores came from there" in card
+    assert "uncertain by about" not in card  # the interval would be of other images
+    results.final["student"] = SiteScores(sites={}, pooled=scores(None, 0))
+    folder.write_results(results)
+    card = card_of(folder, tmp_path / "none")
+    assert "No site let its scores out" in card
+    assert "model-index" not in card
+
+
+def test_names_from_sites_can_neither_break_a_table_nor_bring_html(make_run, tmp_path):
+    card = card_of(make_run(sites=("ash|oak", "<img src=x onerror=alert(1)>")), tmp_path / "out")
+    assert "<img" not in card
+    assert "ash\\|oak" in card
+    assert plain("a\n\n# b <i>|`c`[d](e)") == "a \\# b &lt;i&gt;\\|\\`c\\`\\[d\\](e)"
+
+
+def test_the_card_holds_settings_but_no_path_of_the_coordinator(make_run, tmp_path):
+    card = card_of(make_run(), tmp_path / "out")
+    assert 'class-balance = "site-prior"' in card
+    assert "all classes are equally frequent" in card
+    assert str(tmp_path) not in card
+
+
+# --- as it is typed ---
+
+
+def typed(*words: str):
+    return CliRunner().invoke(app, list(words))
+
+
+def test_the_command_prints_the_folder_or_json(make_run, tmp_path):
+    folder = make_run()
+    run, base = folder.state.run_id, str(folder.path.parent)
+    printed = typed("export", run, "--dir", base, "--to", str(tmp_path / "one"), "--no-onnx")
+    assert (printed.exit_code, printed.stdout) == (0, f"{tmp_path / 'one'}\n")
+    printed = typed("export", run, "--dir", base, "--to", str(tmp_path / "two"), "--model", "chain", "--json")
+    told = json.loads(printed.stdout)
+    assert (told["model"], told["path"]) == ("chain", str(tmp_path / "two"))
+    assert told["onnx"]["logits"] < 1e-5
+    assert {file["name"] for file in told["files"]} == FILES - {"SHA256SUMS"}
+
+
+def test_a_real_run_is_exported_from_end_to_end(settings, coordinated, tmp_path):
+    folder, results = coordinated(settings | {"chain.epochs": 1, "student.rounds": 1, "student.finetune-rounds": 0})
+    done = export_run(folder, tmp_path / "out")
+    with safe_open(done.path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["chainward.classes"]) == ["a", "b", "c"]
+    card = (done.path / "README.md").read_text()
+    pooled = results.final["student"].pooled
+    assert f"| **All sites, pooled** | {pooled.n} | {pooled.balanced_accuracy:.3f} |" in card
+    assert "simulated on one machine" in card
+    assert "**Differential privacy: off.**" in card
