@@ -7,7 +7,7 @@ in `ARRAYS` for a kind can't be packed, and is refused on arrival: no tensor of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,10 @@ PROTOCOL_VERSION = 2
 
 EXAMPLES_KEY = "num-examples"
 """Name under which Flower's FedAvg finds a site's weight."""
+
+
+RunId = Annotated[str, Field(min_length=1, max_length=128)]
+HopKey = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Body(BaseModel):
@@ -127,8 +131,8 @@ class LinkTask(Body):
     KIND: ClassVar[str] = "link-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"predecessor"})
 
-    run_id: str
-    hop: str
+    run_id: RunId
+    hop: HopKey
     strand: int
     lap: int
     trained_alone: bool = False
@@ -194,7 +198,7 @@ class StudentTask(Body):
     KIND: ClassVar[str] = "student-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student", "auxiliary", *map("large_{}".format, range(MAX_ENSEMBLE))})
 
-    run_id: str
+    run_id: RunId
     round: int
     architecture: Architecture
     recipe: StudentRecipe
@@ -239,7 +243,7 @@ class EvaluateTask(Body):
     KIND: ClassVar[str] = "evaluate-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
 
-    run_id: str
+    run_id: RunId
     architecture: Architecture
     splits: list[Literal["val", "test"]]
     localisation: bool = False

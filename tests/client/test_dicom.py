@@ -388,6 +388,19 @@ def test_a_wrong_box_is_shown_as_it_stands_in_the_manifest(dicom: Write, tmp_pat
     assert "row 2: 4, 1, 70, 3, the image is 8x8" in message
 
 
+def test_a_box_a_pixel_beyond_an_oblong_image_is_tolerated_and_a_case_may_have_none(
+    dicom: Write, tmp_path: Path
+) -> None:
+    save(tmp_path / "a", dicom(marked()[0], PatientID="P1", PixelSpacing=[3, 1]))
+    save(tmp_path / "b", dicom(marked()[0], PatientID="P2", PixelSpacing=[3, 1]))
+    lines = ["image,dx,l,t,r,b", "a,ill,0,4,8.5,8.9", "b,ill,,,,"]
+    manifest = read(tmp_path, lines, columns={"box": ["l", "t", "r", "b"]}, image={"size": 24, "channels": 1})
+    masks = manifest.cases(np.arange(2)).privileged.masks
+    assert masks is not None
+    assert masks[0].sum() == 8 * 12
+    assert masks[1].sum() == 0
+
+
 def test_a_mask_that_is_missing_is_refused_without_its_name(dicom: Write, tmp_path: Path) -> None:
     save(tmp_path / "a", dicom())
     message = refusal(tmp_path, ["image,dx,mask", "a,ill,meier"], columns={"mask": "mask"})
@@ -421,3 +434,23 @@ def test_colour_and_grey_become_the_channels_that_are_asked_for(dicom: Write, tm
     three = read(tmp_path, lines, image={"size": 8, "channels": 3}).cases(np.arange(2)).images[:, :, 0, 0]
     assert three.tolist() == [[200, 0, 0], [90, 90, 90]]
     assert read(tmp_path, lines).cases(np.arange(2)).images[:, :, 0, 0].tolist() == [[60], [90]]
+
+
+# --- the example ---
+
+
+def test_the_example_of_the_documentation_reads_such_a_hospital(dicom: Write, tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "docs" / "examples" / "dicom.yaml"
+    (tmp_path / "dicom.yaml").write_text(example.read_text(encoding="utf-8"), encoding="utf-8")
+    lines = ["image,finding"]
+    for index in range(12):
+        data = dicom(
+            filled(index), PatientID=f"P{index}", SOPInstanceUID=f"1.2.826.{index}", PatientOrientation=["L", "F"]
+        )
+        save(tmp_path / "export" / f"IM{index:04d}", data)
+        name = f"1.2.826.{index}" if index % 2 else f"IM{index:04d}"
+        lines.append(f"{name},{('normal', 'effusion', 'pneumothorax')[index % 3]}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    site = local_site(tmp_path / "dicom.yaml", "north", 0)
+    assert site.splits["train"].images.shape[1:] == (1, 224, 224)
+    assert site.classes == ("normal", "effusion", "pneumothorax")

@@ -158,6 +158,7 @@ def test_the_first_of_several_windows_is_taken_or_the_one_that_is_asked_for(dico
     assert np.array_equal(array(data, view=2), each(pixels, lambda value: linear(value, 3000, 1000)))
     kind, reason = refusal(data, view=3)
     assert (kind, reason) == ("{} without the view asked for", "2 in the file; dicom.view is 3")
+    assert refusal(dicom(pixels, bits=12), view=2)[1] == "0 in the file; dicom.view is 2"
 
 
 def test_the_data_files_window_goes_before_the_files(dicom: Write) -> None:

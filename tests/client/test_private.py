@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from chainward_client.data.site_data import Cases
@@ -310,6 +311,18 @@ def test_torch_keeps_32_bits_of_a_seed_and_entropy_gives_its_generator_more():
     uniform = torch.rand(20_000, generator=OperatingSystem().generator())
     assert abs(float(uniform.mean()) - 0.5) < 0.02
     assert not torch.equal(uniform, torch.rand(20_000, generator=OperatingSystem().generator()))
+
+
+def test_the_noise_is_normal_to_its_tails_secret_and_new_each_time():
+    numbers = OperatingSystem().normal([torch.Size([1000, 999]), torch.Size([]), torch.Size([3])], torch.device("cpu"))
+    assert [tuple(part.shape) for part in numbers] == [(1000, 999), (), (3,)]
+    assert stats.kstest(numbers[0].double().flatten().numpy(), "norm").pvalue > 1e-6
+    beyond_four = float((numbers[0].abs() > 4).double().mean())
+    assert beyond_four == pytest.approx(2 * stats.norm.sf(4), rel=0.8)
+    torch.manual_seed(0)
+    first = OperatingSystem().normal([torch.Size([100])], torch.device("cpu"))[0]
+    torch.manual_seed(0)
+    assert not torch.equal(first, OperatingSystem().normal([torch.Size([100])], torch.device("cpu"))[0])
 
 
 def test_the_systems_numbers_are_uniform_and_normal():

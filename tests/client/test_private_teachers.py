@@ -30,7 +30,10 @@ from chainward_client.training.student import train_student
 from chainward_shared.distillation.losses import classification_loss
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal
 from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.privacy import plan as plan_module
+from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.plan import run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import (
     LinkRecipe,
@@ -140,14 +143,13 @@ def slow_reference(
 ) -> PrivilegedTeacher:
     """Every patient asked alone whether it is in, its image drawn, its gradient computed and clipped, one after another."""
     with training_environment(1, derive_seed(training.seed, "x", "torch")):
-        model = PrivilegedTeacher(vectors.shape[1], 8, 3)
+        model = PrivilegedTeacher(vectors.shape[1], 8, 3, dropout=0.0).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=teacher_module.LEARNING_RATE, weight_decay=teacher_module.WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, teacher_module.LEARNING_RATE, total_steps=PLAN.steps)
     of = {
         patient: [row for row, other in enumerate(patients) if other == patient] for patient in dict.fromkeys(patients)
     }
-    entropy.generator(), entropy.generator()  # for dropout and augmentation, of which there is none
     for _ in range(PLAN.steps):
         inside = [p for p, u in zip(of, entropy.uniform(len(of)), strict=True) if u < PLAN.sample_rate]
         rows = [of[p][int(u * len(of[p]))] for p, u in zip(inside, entropy.uniform(len(inside)), strict=True)]
@@ -172,8 +174,7 @@ def slow_reference(
 
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("balance", ["none", "site-prior", "weighted"])
-def test_a_teacher_is_what_gradients_clipped_and_added_one_by_one_make_of_it(monkeypatch, multilabel, balance):
-    monkeypatch.setattr(teacher_module, "DROPOUT", 0.0)
+def test_a_teacher_is_what_gradients_clipped_and_added_one_by_one_make_of_it(multilabel, balance):
     vectors, available = vectors_of()
     labels = torch.arange(14) % 3
     if multilabel:
@@ -217,8 +218,7 @@ def first_gradient(keep: np.ndarray, available: Tensor, labels: Tensor, clip: fl
     return torch.cat(found)
 
 
-def test_one_patient_moves_a_step_by_the_clipping_norm_over_the_expected_batch_at_most(monkeypatch):
-    monkeypatch.setattr(teacher_module, "DROPOUT", 0.0)
+def test_one_patient_moves_a_step_by_the_clipping_norm_over_the_expected_batch_at_most():
     all_rows, available, labels = np.arange(14), torch.ones(14, dtype=torch.bool), torch.arange(14) % 3
     for clip in (1e-3, 0.1, 1e6):
         whole = first_gradient(all_rows, available, labels, clip)
@@ -230,8 +230,7 @@ def test_one_patient_moves_a_step_by_the_clipping_norm_over_the_expected_batch_a
             assert min(moved) > 0.1 / 14  # without clipping the bound is far
 
 
-def test_a_case_without_the_modality_moves_nothing_whatever_its_label_and_vector(monkeypatch):
-    monkeypatch.setattr(teacher_module, "DROPOUT", 0.0)
+def test_a_case_without_the_modality_moves_nothing_whatever_its_label_and_vector():
     rows, labels = np.arange(14), torch.arange(14) % 3
     available = torch.ones(14, dtype=torch.bool)
     available[5] = False
@@ -243,7 +242,7 @@ def test_a_case_without_the_modality_moves_nothing_whatever_its_label_and_vector
     assert not torch.allclose(missing, first_gradient(rows, torch.ones(14, dtype=torch.bool), labels, 0.1))
 
 
-def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns(phantoms):
+def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
     """Whatever privacy costs is the noise and the clipping: nothing else is broken."""
     data = phantom_site(0, 0, image_size=32)
     texts, available = targets.text_vectors(data.splits["train"].privileged.texts, 256)
@@ -308,15 +307,20 @@ def test_each_modality_is_charged_once_at_the_plan_and_found_again_for_nothing(p
     assert again.report == first.report
 
 
-def test_what_a_run_lists_is_enough_for_its_teachers_and_its_link(phantoms, site, tmp_path):
-    """At an epsilon the site solves one noise for all; teachers, link and the rest of the run fit in, and nothing more."""
+def test_what_a_run_lists_is_enough_for_its_teachers_and_its_link_and_for_nothing_more(
+    phantoms, site, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plan_module, "_noise", lambda *_: 1.0)  # solving takes half a minute
     trainings = (PlannedTraining(epochs=2, batch_size=64), PlannedTraining(epochs=3, batch_size=64, times=2))
-    privacy = PrivacyRecipe(delta=1e-5, epsilon=20.0, batch_size=64, run=trainings)
+    listed = PrivacyRecipe(delta=1e-5, noise_multiplier=1.0, batch_size=64, run=trainings)
+    cost = spent(run_mechanisms(listed, units=site.units(phantoms)), 1e-5)
+    privacy = listed.model_copy(update={"noise_multiplier": None, "epsilon": cost})
     recipe = RECIPE.model_copy(update={"privacy": privacy})
     work = site.work("run", "hop")
     architecture = resolve_architecture("test_convnext", num_classes=5, in_chans=1, image_size=32)
     train_link(phantoms, architecture, recipe, None, strand=0, lap=0, state_dir=tmp_path, work=work)
     assert phases(work) == ["teacher-text", "teacher-table", "link"]
+    assert spent(site.ledger.mechanisms("run"), 1e-5) == pytest.approx(cost)
     with pytest.raises(PolicyRefusal, match="over what the run asks for"):
         answered(phantoms, work, None, recipe)  # without a cache it would be paid again
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from chainward_client import private_site
 from chainward_client.app import SHAREABLE
 from chainward_client.keys import key_path, ledger_path
+from chainward_client.policy import reserve
 from chainward_client.training.private import PrivateTraining
 from chainward_server.report.from_folder import write_report
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, DataError, LedgerError, PolicyRefusal, StoreError
+from chainward_shared.privacy import ledger as ledger_module
 from chainward_shared.privacy.audit import audit_ledger, audit_statements
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.signing import load_public_key, public_key_path
@@ -131,9 +136,24 @@ def test_two_private_runs_with_one_seed_yield_two_models(one_private, coordinate
 
 
 def test_a_strand_that_comes_back_composes_with_its_first_visit(one_private, coordinated):
-    folder, _ = coordinated(one_private | {"chain.laps": 2})
+    folder, _ = coordinated(one_private | {"chain.laps": 2, "chain.cycle": "laps"})
     hops = [one.reserved.hop for one in ledger_of(folder, "birch").spendings()]
     assert hops == ["strand-0-lap-0-step-1", "strand-0-lap-1-step-1"]
+    assert 7.9 < record_of(folder)["sites"]["birch"]["epsilon"] <= 8.0
+
+
+def test_images_without_labels_and_all_teachers_of_a_link_stay_within_the_same_epsilon(one_private, coordinated):
+    folder, results = coordinated(
+        one_private
+        | {
+            "chain.label-fraction": 0.5,
+            "chain.unlabelled-weight": 1.0,
+            "chain.attention-weight": 1.0,
+            "chain.epochs": 2,
+        }
+    )
+    plan = results.links[1].training.privacy
+    assert plan.sample_rate == 16 / 20, "of all patients, with and without labels"
     assert 7.9 < record_of(folder)["sites"]["birch"]["epsilon"] <= 8.0
 
 
@@ -252,6 +272,42 @@ def test_a_delta_above_one_over_the_patients_is_refused_before_anything_is_spent
 def test_a_backbone_with_batch_norm_is_refused_at_the_start_with_one_that_can(private, coordinated):
     with pytest.raises(ChainwardError, match=r"'test_resnet' can't be trained privately: .*; use a backbone that can"):
         coordinated(private | {"chain.backbone": "test_resnet", "student.rounds": 0})
+
+
+def test_nothing_is_trained_while_the_ledger_cant_be_written(one_private, coordinated, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def reserve_on_a_full_disk(*args, **kwargs):
+        monkeypatch.setattr(ledger_module.os, "fsync", full)
+        try:
+            return reserve(*args, **kwargs)
+        finally:
+            monkeypatch.undo()
+
+    trained = []
+    monkeypatch.setattr(private_site, "reserve", reserve_on_a_full_disk)
+    monkeypatch.setattr(PrivateTraining, "start", lambda self, *args: trained.append(self))
+    _, results = coordinated(one_private | {"chain.retries": 0})
+    assert results.links[1].status == "refused"
+    assert (
+        "the privacy ledger can't be written (No space left on device); nothing is trained" in results.links[1].reason
+    )
+    assert trained == []
+
+
+def test_patients_that_cant_be_told_apart_are_refused_and_images_are_not(
+    one_private, coordinated, small_consortium, tmp_path
+):
+    data = yaml.safe_load(small_consortium.read_text())
+    del data["columns"]["patient"]
+    data |= {name: str(small_consortium.parent / data[name]) for name in ("manifest", "images")}
+    path = tmp_path / "without.yaml"
+    path.write_text(yaml.safe_dump(data))
+    _, results = coordinated(one_private | {"data.source": str(path)})
+    assert "the data have no patient ids" in results.links[1].reason
+    _, results = coordinated(one_private | {"data.source": str(path), "privacy.unit": "image"})
+    assert results.links[1].status == "done"
 
 
 # -- retries, repeats and crashes

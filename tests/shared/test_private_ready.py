@@ -20,8 +20,9 @@ def architecture_of(name: str, size: int = 32) -> Architecture:
     ("name", "size"),
     [("test_vit", 32), ("deit_tiny_patch16_224", 32), ("test_convnext", 32), ("convnext_atto", 64)],
 )
-def test_attention_and_convnext_train_privately_through_hooks(name, size):
+def test_attention_and_convnext_train_privately_through_ghost_clipping_and_hooks(name, size):
     found = right_modes(architecture_of(name, size))
+    assert isinstance(found["ghost"], float)
     assert isinstance(found["hooks"], float)
     assert isinstance(found["ew"], str)
 
@@ -33,6 +34,24 @@ def test_resnetv2_with_group_norm_trains_privately_in_every_mode():
         }
     )
     assert all(isinstance(seconds, float) for seconds in right_modes(small).values())
+
+
+def test_the_fastest_right_mode_is_chosen(monkeypatch):
+    found = {"ghost": "wrong", "hooks": 0.3, "functorch": 0.2, "ew": "wrong"}
+    monkeypatch.setattr(private_ready, "right_modes", lambda architecture, device: found)
+    private_ready._checked.cache_clear()
+    try:
+        assert check_private_ready(architecture_of("test_vit")) == "functorch"
+    finally:
+        private_ready._checked.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_as_many_images_are_computed_together_as_their_gradients_fit_into_memory(mode):
+    model = nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.Linear(4096, 3, bias=False))  # 64 MiB
+    per_example = PerExampleGradients(model, mode)
+    assert per_example.most_together() == {"ghost": 64, "hooks": 7}[mode]
+    per_example.close()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,37 @@ def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
     torch.testing.assert_close(dict(plain), dict(chainward), rtol=0, atol=moved / 100)
 
 
+def test_a_private_step_is_measured_in_every_right_mode_and_costs_more_than_a_plain_one(monkeypatch):
+    private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
+    monkeypatch.setattr(private, "peak_bytes", lambda architecture, kind, batch: 1)  # a new process each takes seconds
+    plan = replace(private.PrivateStepPlan.quick(), batch=16)
+    cost, student = private.measure_private_steps(plan)
+    assert set(cost.seconds) == {"plain", "ghost", "hooks", "functorch"}
+    assert set(cost.wrong) == {"ew"}
+    assert student.parameters < cost.parameters
+    for kind, seconds in cost.seconds.items():
+        assert len(seconds.values) == plan.repeats
+        assert cost.peak_bytes[kind] == 1
+    for mode, noise in cost.noise_seconds.items():
+        assert cost.ratio(mode).median > 1
+        assert all(0 < n < s for n, s in zip(noise.values, cost.seconds[mode].values, strict=True))
+    assert len(private.private_table([cost, student], plan).rows) == len(cost.seconds) + len(student.seconds)
+
+
+def test_memory_is_that_of_a_fresh_process_and_grows_with_the_batch():
+    private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
+    (architecture, _) = private.PrivateStepPlan.quick().models().values()
+    few, many = (private.peak_bytes(architecture, "plain", batch) for batch in (4, 256))
+    assert many - few > 20 * 2**20
+
+
+def test_the_chosen_threads_are_measured_beside_one():
+    private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
+    plan = private.PrivateStepPlan()
+    assert private.with_choices(plan, (), None, 2) == plan
+    assert private.with_choices(plan, (), 3, 8) == replace(plan, repeats=3, threads=(1, 8))
+
+
 def test_figures_are_medians_with_their_spread_and_aims_say_whether_they_are_met():
     fast, slow = Measured((4.0, 9.0, 5.0)), Measured((2.0, 3.0, 1.0))
     assert fast.ratio_to(slow).text(1) == "3.0 (2.0 to 5.0)"
@@ -102,5 +133,5 @@ def test_a_run_is_known_by_its_flwr_home_and_its_processes_are_stopped(tmp_path)
 
 def test_help_names_what_can_be_measured():
     shown = subprocess.run([sys.executable, str(BENCHMARK), "--help"], capture_output=True, text=True, check=True)
-    for word in ("training", "accuracy", "memory", "--quick", "--json", "--markdown"):
+    for word in ("training", "accuracy", "memory", "private", "--quick", "--json", "--markdown"):
         assert word in shown.stdout

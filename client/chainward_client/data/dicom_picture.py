@@ -71,7 +71,7 @@ class Geometry:
         return image
 
     def box(self, box: np.ndarray) -> np.ndarray:
-        """Return float (4,), x0, y0, x1, y1 in the picture, of a box in stored pixels."""
+        """Return float (4,), x0, y0, x1, y1 in the picture, of a box in stored pixels; NaN stays NaN."""
         scale_x, scale_y = (new / old for new, old in zip(self.square, self.stored, strict=True))
         x0, y0, x1, y1 = (float(edge) for edge in box * np.array([scale_x, scale_y, scale_x, scale_y]))
         if self.transpose:
@@ -81,7 +81,8 @@ class Geometry:
             x0, x1 = width - x1, width - x0
         if self.flip:
             y0, y1 = height - y1, height - y0
-        return np.array([x0, y0, x1, y1])
+        # What reaches a pixel beyond the image, which is tolerated, may be several once pixels are square.
+        return np.clip([x0, y0, x1, y1], 0, [width, height, width, height])
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _grey(header: Header, stored: np.ndarray, photometric: str, block: DicomBloc
     if block.window is not None:
         grey = _windowed(values, block.window.center, block.window.width, "LINEAR_EXACT")
         contrast = "own window"
-    elif views:
+    elif views or block.view > 1:
         if block.view > views:
             raise ImageProblem("{} without the view asked for", f"{views} in the file; dicom.view is {block.view}")
         if tables:

@@ -248,8 +248,7 @@ def _private_modality(
     if path is not None and _paid(work, phase, planned):
         kept = _load(path, key, cases, data, private=True)
         if kept is not None:
-            answered = kept.available
-            return _Answers(name, kept.logits, kept.taught, kept.embeddings, answered, kept.report[name])
+            return _Answers(name, kept.logits, kept.taught, kept.embeddings, kept.available, kept.report[name])
     started = time.monotonic()
     vectors, available = read()
     purpose = (data.site, "privileged", name, "private")

@@ -36,6 +36,8 @@ def end_in_words(run: Snapshot) -> str:
     if end is None:
         return "expected end unknown"
     left = max(0.0, (end - run.time).total_seconds())
+    if left < 1:
+        return "expected to end any moment"
     local = end.astimezone()
     day = "" if local.date() == run.time.astimezone().date() else f"{local:%Y-%m-%d} "
     return f"expected end {day}{local:%H:%M:%S}, in {duration(left)}"

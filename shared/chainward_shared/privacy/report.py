@@ -42,6 +42,7 @@ def render_audit(audit: Audit) -> str:
         verdict=verdict(audit),
         bars={site.site: bar(site) for site in private},
         ledger=audit.kind == "ledger",
+        over_in_a_run={site.site for site in private if any(map(_over, site.runs))},
     )
 
 
@@ -176,3 +177,7 @@ def count_text(value: int) -> str:
 
 def _enforced(spent: Spent) -> float | None:
     return spent.epsilons.enforced if spent.epsilons else None
+
+
+def _over(spent: Spent) -> bool:
+    return spent.budget is not None and spent.epsilons is not None and spent.epsilons.enforced > spent.budget

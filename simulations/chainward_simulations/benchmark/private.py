@@ -218,7 +218,7 @@ def peak_bytes(architecture: Architecture, kind: StepKind, batch: int) -> int:
 def _growth(architecture_json: str, kind: StepKind, batch: int) -> int:
     with training_environment(1, 0):
         steps = _Steps(Architecture.model_validate_json(architecture_json), kind, batch)
-        before = psutil.Process().memory_info().rss
+        before = int(psutil.Process().memory_info().rss)
         steps.step()
         steps.step()
         return _largest_resident() - before
