@@ -215,6 +215,7 @@ def link(content: RecordDict, context: Context) -> RecordDict:
             alone=task.trained_alone,
             state_dir=site.state_dir,
             work=work,
+            checkpoint=store.checkpoint(task),
         )
         answer = LinkResult(hop=task.hop, site=site.data.site, digest=digest(state), training=log), state
         store.save_answer(task, *answer)
@@ -255,6 +256,7 @@ def student(content: RecordDict, context: Context) -> RecordDict:
             large_architecture=task.large_architecture,
             state_dir=site.state_dir,
             work=work,
+            checkpoint=store.checkpoint(task),
         )
         if trained.auxiliary is not None:
             store.save_auxiliary(trained.auxiliary, task.architecture, after_round=task.round)

@@ -22,12 +22,13 @@ from torch import Tensor
 from chainward_client.data.site_data import SiteData
 from chainward_client.keys import create_site_ledger, open_site_ledger
 from chainward_client.policy import Planned, check_request, check_units, reserve
+from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.entropy import Entropy, OperatingSystem
 from chainward_client.training.private import PrivateTraining, declared_counts
 from chainward_shared.errors import PolicyRefusal, PrivacyError
 from chainward_shared.models.private_ready import GradSampleMode
 from chainward_shared.privacy.accounting import Mechanism, spent
-from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units, run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.statements import Statement, sign_statement
@@ -179,6 +180,7 @@ class PrivateWork:
         unlabelled_patients: np.ndarray | None = None,
         declared_prior: bool = False,
         private_teachers: bool = False,
+        checkpoint: Checkpoint | None = None,
     ) -> Iterator[PrivateTraining]:
         """Reserve one private training, hand it out, and note in the ledger what became of it.
 
@@ -187,6 +189,7 @@ class PrivateWork:
         phase : "link", "alone", "student" or "teacher-text", for the ledger
         epochs, batch_size : default those of the recipe, or the batch size of its privacy
         mode, unlabelled_patients, declared_prior, private_teachers : see `PrivateTraining`
+        checkpoint : what an interrupted training left: it goes on inside its reservation, which pays for it already
 
         Raises
         ------
@@ -199,10 +202,14 @@ class PrivateWork:
         planned = self.plan(
             recipe, data, epochs=epochs or recipe.epochs, batch_size=batch_size or asked.batch_size or recipe.batch_size
         )
-        self._check_run(asked, self._units(recipe, data), planned.mechanism)
-        policy, ledger = self.site.policy, self.site.ledger
-        work = [Planned(planned.mechanism, phase, self.hop, planned.clip)]
-        (reservation,) = reserve(policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
+        ledger = self.site.ledger
+        reservation = None if checkpoint is None else self._resumed(checkpoint, phase, planned)
+        if reservation is None:
+            self._check_run(asked, self._units(recipe, data), planned.mechanism)
+            work = [Planned(planned.mechanism, phase, self.hop, planned.clip)]
+            (reservation,) = reserve(self.site.policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
+        if checkpoint is not None:
+            checkpoint.reservation = reservation.entry.sequence
         private = PrivateTraining(
             planned,
             mode,
@@ -219,6 +226,21 @@ class PrivateWork:
                 ledger.release(reservation)
             elif steps := private.spent.mechanism.steps:
                 ledger.commit(reservation, steps)
+
+    def _resumed(self, checkpoint: Checkpoint, phase: str, planned: PrivatePlan) -> Reservation | None:
+        """Return the open reservation in which a training began that left this checkpoint; else forget the checkpoint."""
+        saved = checkpoint.load()
+        if saved is None:
+            return None
+        reservation = self.site.ledger.resume(self.run, phase, self.hop)
+        if (
+            reservation is None
+            or reservation.entry.sequence != saved.reservation
+            or reservation.mechanism != planned.mechanism
+        ):
+            checkpoint.remove()
+            return None
+        return reservation
 
     def release(self) -> bool:
         """Charge one release of noised scores; False where the budget has nothing left for it.

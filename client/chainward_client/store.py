@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
+from chainward_client.training.checkpoint import Checkpoint
 from chainward_shared.errors import StoreError, WeightsError
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import Body, EvaluateTask
@@ -60,6 +61,7 @@ class SiteStore:
         kept = sorted(self.folder.glob(f"{task.KIND}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
         for old in kept[: -self.KEPT_ANSWERS.get(task.KIND, 3)]:
             old.unlink(missing_ok=True)
+        self.checkpoint(task).remove()
 
     def load_answer(self, task: Body, expected: type[B]) -> tuple[B, StateDict] | None:
         """Return the answer that was given to the same task before; None if there is none that can be used."""
@@ -76,6 +78,11 @@ class SiteStore:
             return None
         logger.info("the same was asked before; the stored answer is sent again")
         return body, state
+
+    def checkpoint(self, task: Body) -> Checkpoint:
+        """Return where the training of a task writes itself down."""
+        key = fingerprint(task)
+        return Checkpoint(self.folder / f"half-{key[:32]}.safetensors", key)
 
     def save_auxiliary(self, state: StateDict, architecture: Architecture, after_round: int) -> None:
         """Keep the auxiliary teacher as it is after `after_round` (1-based; 0: as it was selected).

@@ -202,7 +202,7 @@ def _check_privacy(config: RunConfig, consortium: Consortium, architectures: lis
 def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
     card = consortium.any_card
     return DataSummary(
-        source="phantoms" if config.data.source == "phantom" else Path(config.data.source).name,
+        source=_source(consortium, config),
         synthetic=any(card.synthetic for card in consortium.cards.values()),
         task=card.task,
         classes=card.classes,
@@ -220,6 +220,12 @@ def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
             for site, card in consortium.cards.items()
         ],
     )
+
+
+def _source(consortium: Consortium, config: RunConfig) -> str:
+    if not consortium.simulated:
+        return "the sites' own data"
+    return "phantoms" if config.data.source == "phantom" else Path(config.data.source).name
 
 
 def _continued(results: Results | None, data: DataSummary, folder: RunFolder, config: RunConfig) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 
 from chainward_server.exchange import Failure, Reply, Request
@@ -13,6 +14,7 @@ from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
 from chainward_shared.errors import ChainwardError
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import build_model
 from chainward_shared.protocol import LinkResult, LinkTask, TrainingLog
 from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays, weighted_average
 
@@ -86,7 +88,22 @@ def run_chain(run: Run) -> ChainOutcome:
                 pending.append((number, hop))
         if pending:
             _run_turn(run, pending, total, strands)
+        if index + 1 == len(turns) or turns[index + 1][0].lap > turn[0].lap:
+            for hop in _to_revisit(run, turn[0].lap, len(order)):
+                number, total = number + 1, total + 1
+                if run.folder.is_finished(hop.key):
+                    _restore(run, hop, strands[hop.strand])
+                else:
+                    _run_turn(run, [(number, hop)], total, strands)
     return _merged(run)
+
+
+def _to_revisit(run: Run, lap: int, steps: int) -> list[Hop]:
+    """Return a further hop for each of this lap that was skipped at a site that is to be tried again; a site that refused
+    has said no. They follow the lap's `steps`, so that a resumed run finds the same."""
+    skipped = [link for link in run.results.links if link.lap == lap and link.step < steps and link.status == "skipped"]
+    again = [link for link in skipped if run.config.chain.on_failure_of(link.site) == "revisit"]
+    return [Hop(link.strand, lap, steps + number, link.site) for number, link in enumerate(again)]
 
 
 def _weakest_next(run: Run, hop: Hop, lap_so_far: list[list[Hop]], order: list[str], strand: Strand) -> Hop:
@@ -139,12 +156,15 @@ def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: lis
         if not open_hops:
             break
         requests = {site: _link_request(run, hop, strands[hop.strand]) for site, hop in open_hops.items()}
-        replies = run.consortium.exchange.stream(requests, LinkResult, run.config.federation.hop_deadline)
+        federation = run.config.federation
+        replies = run.consortium.exchange.stream(
+            requests, LinkResult, federation.hop_deadline, patience=federation.patience
+        )
         for site, reply in replies:
             hop, outcome = open_hops[site], outcomes[open_hops[site].key]
             outcome.attempts = attempt + 1
             outcome.bytes_down += requests[site].bytes
-            _take(run, hop, reply, outcome)
+            _take(run, hop, reply, outcome, strands[hop.strand].model)
             if outcome.model is not None:
                 data = run.results.data
                 run.folder.save_model(hop.key, outcome.model, run.architecture, data.classes, data.task)
@@ -170,18 +190,40 @@ def _link_request(run: Run, hop: Hop, strand: Strand) -> Request:
     return Request("train.link", task, {} if predecessor is None else {"predecessor": to_arrays(predecessor)})
 
 
-def _take(run: Run, hop: Hop, reply: Reply[LinkResult] | Failure, outcome: _Attempted) -> None:
-    """Check a reply and note the model, or why there is none."""
+def _take(run: Run, hop: Hop, reply: Reply[LinkResult] | Failure, outcome: _Attempted, start: StateDict | None) -> None:
+    """Check a reply and note the model, or why there is none. `start`: what the link started from; None: the first one."""
     outcome.seconds += reply.seconds
     if isinstance(reply, Failure):
         outcome.failure = reply
         return
     outcome.bytes_up += reply.bytes
     try:
-        outcome.model = checked_model(run, reply, hop.key, hop.site)
+        model = checked_model(run, reply, hop.key, hop.site)
+        _check_drift(run, model, start)
+        outcome.model = model
         outcome.training = reply.body.training
     except ChainwardError as error:
         outcome.failure = Failure(f"site '{hop.site}' sent a model that can't be used: {error}", reply.seconds)
+
+
+def _check_drift(run: Run, model: StateDict, start: StateDict | None) -> None:
+    """Refuse weights that are implausibly far from those that the link started with.
+
+    Raises
+    ------
+    ChainwardError
+        They are further than ``chain.max-drift`` times the length of the latter.
+    """
+    if run.config.chain.start == "fresh" or start is None:
+        start = dict(build_model(run.architecture, run.config.seed).state_dict())
+    names = [name for name, tensor in start.items() if tensor.is_floating_point()]
+    moved = math.sqrt(sum(float((model[name].double() - start[name].double()).square().sum()) for name in names))
+    length = math.sqrt(sum(float(start[name].double().square().sum()) for name in names))
+    if moved > run.config.chain.max_drift * length:
+        raise ChainwardError(
+            f"its weights are {moved / length:.3g} times their former length away from where it started; "
+            f"chain.max-drift allows {run.config.chain.max_drift:g}"
+        )
 
 
 def checked_model(run: Run, reply: Reply[LinkResult], hop: str, site: str) -> StateDict:
@@ -220,7 +262,7 @@ def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str
         step=hop.step,
         site=hop.site,
         predecessor=strand.site,
-        status=_status(run, outcome),
+        status=_status(run, hop.site, outcome),
         attempts=outcome.attempts,
         seconds=outcome.seconds,
         bytes_down=outcome.bytes_down,
@@ -232,7 +274,7 @@ def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str
         run.results.links.append(record)
         if record.status == "failed":
             run.folder.write_results(run.results)
-            raise ChainwardError(f"{number}: {record.reason} (chain.on-failure = 'stop')")
+            raise ChainwardError(f"{number}: {record.reason} (chain.on-failure = 'stop' at this site)")
         run.folder.commit(run.results, hop.key)
         logger.warning("%s  %s: %s; the chain goes on without it. %s", number, hop.site, record.status, record.reason)
         return
@@ -266,9 +308,9 @@ def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str
     )
 
 
-def _status(run: Run, outcome: _Attempted) -> LinkStatus:
+def _status(run: Run, site: str, outcome: _Attempted) -> LinkStatus:
     if outcome.model is not None:
         return "done" if outcome.attempts == 1 else "retried"
-    if run.config.chain.on_failure == "stop":
+    if run.config.chain.on_failure_of(site) == "stop":
         return "failed"
     return "refused" if outcome.failure and outcome.failure.refused else "skipped"

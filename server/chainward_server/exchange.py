@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from chainward_shared.errors import ChainwardError
-from chainward_shared.protocol import Body, SimulatedSite, SiteRefusal, pack, unpack
+from chainward_shared.protocol import Body, Hello, HelloRequest, SimulatedSite, SiteRefusal, pack, unpack
 from chainward_shared.weights import byte_count
 
+logger = logging.getLogger("chainward")
+
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 0.5
+"""Between two looks at which nodes are connected."""
+TELL_SECONDS = 30.0
+HELLO_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -70,53 +78,96 @@ class Exchange:
     ----------
     grid : Flower's grid
     members : the sites, by id
+    hello : asks a node that is not known yet who it is: a deployed site may come back as another node. None: none will
     """
 
-    def __init__(self, grid: Grid, members: Mapping[str, Member]) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, members: Mapping[str, Member], hello: HelloRequest | None = None) -> None:
+        self.grid, self.hello = grid, hello
         self.members = dict(members)
+        self._strangers: set[int] = set()
 
-    def ask(self, requests: Mapping[str, Request], expected: type[B], deadline: float) -> dict[str, Reply[B] | Failure]:
+    def ask(
+        self, requests: Mapping[str, Request], expected: type[B], deadline: float, *, patience: float = 0.0
+    ) -> dict[str, Reply[B] | Failure]:
         """Send every request at once, wait for all, and return what came back in the order of `requests`."""
-        outcome = dict(self.stream(requests, expected, deadline))
+        outcome = dict(self.stream(requests, expected, deadline, patience=patience))
         return {site: outcome[site] for site in requests}
 
     def stream(
-        self, requests: Mapping[str, Request], expected: type[B], deadline: float
+        self, requests: Mapping[str, Request], expected: type[B], deadline: float, *, patience: float = 0.0
     ) -> Iterator[tuple[str, Reply[B] | Failure]]:
-        """Send every request at once and yield each site's outcome as it arrives.
+        """Send every request as soon as its site is connected and yield each site's outcome as it arrives.
 
         Parameters
         ----------
         expected : the kind of answer that counts as one
-        deadline : seconds to wait for the slowest; sites that have not answered by then have failed
+        deadline : seconds to wait for an answer, from sending on; sites that have not answered by then have failed
+        patience : seconds to wait for a site that is not connected; default: it has failed at once
         """
-        connected = set(self.grid.get_node_ids())
         started = time.monotonic()
-        waiting: dict[str, str] = {}
-        for site, request in requests.items():
-            node = self.members[site].node_id
-            if node not in connected:
-                yield site, Failure(f"site '{site}' is not connected", 0.0)
-                continue
-            content = pack(request.body, request.arrays)
-            # A message that was not delivered by the deadline must not start work afterwards.
-            message = Message(content, dst_node_id=node, message_type=request.message_type, ttl=deadline)
-            ids = list(self.grid.push_messages([message]))
-            if ids:
-                waiting[ids[0]] = site
-            else:
-                yield site, Failure(f"site '{site}': Flower did not take the message", 0.0)
-        while waiting:
-            for message in self.grid.pull_messages(list(waiting)):
+        unsent, waiting, sent = dict(requests), dict[str, str](), dict[str, float]()
+        looked = told = -math.inf
+        while unsent or waiting:
+            now = time.monotonic()
+            if unsent and now - looked > LOOK_SECONDS:
+                looked = now
+                for site in self._connected(unsent):
+                    message_id = self._push(site, unsent.pop(site), deadline)
+                    if message_id is None:
+                        yield site, Failure(f"site '{site}': Flower did not take the message", 0.0)
+                    else:
+                        waiting[message_id], sent[site] = site, time.monotonic()
+                if now - started >= patience:
+                    for site in unsent:
+                        waited = f" (waited {now - started:.0f} s, federation.patience)" if patience else ""
+                        yield site, Failure(f"site '{site}' is not connected{waited}", now - started)
+                    unsent.clear()
+                elif unsent and now - told > TELL_SECONDS:
+                    told = now
+                    left = patience - (now - started)
+                    logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(unsent))
+            for message in self.grid.pull_messages(list(waiting)) if waiting else ():
                 site = waiting.pop(message.metadata.reply_to_message_id)
-                yield site, _read(site, message, expected, time.monotonic() - started)
-            if time.monotonic() - started > deadline:
-                break
-            if waiting:
+                yield site, _read(site, message, expected, time.monotonic() - sent[site])
+            for message_id, site in list(waiting.items()):
+                if time.monotonic() - sent[site] > deadline:
+                    del waiting[message_id]
+                    seconds = time.monotonic() - sent[site]
+                    yield site, Failure(f"site '{site}' did not answer within {deadline:g} s", seconds)
+            if unsent or waiting:
                 time.sleep(POLL_SECONDS)
-        for site in waiting.values():
-            yield site, Failure(f"site '{site}' did not answer within {deadline:g} s", time.monotonic() - started)
+
+    def _push(self, site: str, request: Request, deadline: float) -> str | None:
+        content = pack(request.body, request.arrays)
+        # A message that was not delivered by the deadline must not start work afterwards.
+        node = self.members[site].node_id
+        message = Message(content, dst_node_id=node, message_type=request.message_type, ttl=deadline)
+        return next(iter(self.grid.push_messages([message])), None)
+
+    def _connected(self, sites: Iterable[str]) -> list[str]:
+        """Return those of `sites` that are connected, perhaps as another node than before."""
+        nodes = set(self.grid.get_node_ids())
+        absent = [site for site in sites if self.members[site].node_id not in nodes]
+        known = {member.node_id for member in self.members.values()}
+        new = nodes - known - self._strangers
+        if absent and new and self.hello is not None:
+            self._recognise(new)
+        return [site for site in sites if self.members[site].node_id in nodes]
+
+    def _recognise(self, nodes: set[int]) -> None:
+        """Ask nodes who they are, and note those that are a member again."""
+        asked = Exchange(self.grid, {str(node): Member(str(node), node) for node in nodes})
+        hello = Request("query", self.hello) if self.hello is not None else None
+        assert hello is not None
+        for name, answer in asked.ask(dict.fromkeys(asked.members, hello), Hello, deadline=HELLO_SECONDS).items():
+            if isinstance(answer, Failure):
+                continue  # asked again when it is looked for the next time
+            site = answer.body.site
+            if site not in self.members:
+                self._strangers.add(int(name))
+                continue
+            logger.info("site '%s' is back, as node %s", site, name)
+            self.members[site] = replace(self.members[site], node_id=int(name))
 
 
 def _read(site: str, message: Message, expected: type[B], seconds: float) -> Reply[B] | Failure:

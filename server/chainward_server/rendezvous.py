@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from chainward_server.exchange import Exchange, Failure, Member, Request
+from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, nearest
 from chainward_shared.protocol import CardRequest, Hello, HelloRequest, SimulatedSite, SiteCard
@@ -55,13 +56,14 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     Raises
     ------
     ChainwardError
-        An expected site is missing at the deadline, two nodes claim one site, a site's data can't be used, or the sites
-        don't agree on task, classes and images.
+        An expected site is missing at the deadline, two nodes claim one site, a site runs another version, a site's data
+        can't be used, or the sites don't agree on task, classes and images.
     """
     started = time.monotonic()
     deadline = config.federation.deadline
     members = _members(grid, config, state_dir, started)
-    exchange = Exchange(grid, members)
+    deployed = all(member.simulated is None for member in members.values())
+    exchange = Exchange(grid, members, _hello(config) if deployed else None)
     logger.info("sites: %s", ", ".join(members))
     requests = {site: Request("query", CardRequest(simulated=member.simulated)) for site, member in members.items()}
     answers = exchange.ask(requests, SiteCard, deadline=max(1.0, deadline - (time.monotonic() - started)))
@@ -76,9 +78,7 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
 
 def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float) -> dict[str, Member]:
     """Return the members in chain order, waiting until all expected ones are there."""
-    hello = HelloRequest(
-        source=config.data.source, num_sites=_simulated_count(config), label_skew=config.data.label_skew
-    )
+    hello = _hello(config)
     known: dict[int, Hello] = {}
     failures: dict[int, str] = {}
     reported = 0.0
@@ -93,6 +93,7 @@ def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float) -> 
             else:
                 known[node] = answer.body
                 failures.pop(node, None)
+        _check_versions(config, known)
         simulated = [node for node, body in known.items() if body.site is None]
         if simulated and len(simulated) < len(known):
             raise ChainwardError(
@@ -118,6 +119,29 @@ def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float) -> 
                 "waiting for %s (%.0f s of %.0f s)", missing or "the first site", waited, config.federation.deadline
             )
         time.sleep(POLL_SECONDS)
+
+
+def _check_versions(config: RunConfig, known: dict[int, Hello]) -> None:
+    """Refuse sites whose client is of another minor version: what a recipe means may differ between minor versions."""
+    for node, body in known.items():
+        takes_part = body.site is None or not config.expected_sites or body.site in config.expected_sites
+        if takes_part and _minor(body.version) != _minor(__version__):
+            name = f"node {node}" if body.site is None else f"site '{body.site}'"
+            raise ChainwardError(
+                f"{name} runs chainward {body.version[:40]!r}, the coordinator {__version__!r}; install the same minor version, "
+                f"{_minor(__version__)}, on both sides"
+            )
+
+
+def _minor(version: str) -> str:
+    """Return major and minor version: "0.1" of "0.1.3"."""
+    return ".".join(version.split(".")[:2])
+
+
+def _hello(config: RunConfig) -> HelloRequest:
+    return HelloRequest(
+        source=config.data.source, num_sites=_simulated_count(config), label_skew=config.data.label_skew
+    )
 
 
 def _missing(config: RunConfig, deployed: dict[str, Member]) -> str:

@@ -140,7 +140,9 @@ class RunFolder:
             name = "run.json" if isinstance(error, ValidationError) and error.title == "RunState" else "config.toml"
             raise RunFolderError(f"{path / name}: damaged ({_first_problem(error)})") from error
         if state.config not in (None, hashlib.sha256(settings).hexdigest()):
-            raise RunFolderError(f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it")
+            raise RunFolderError(
+                f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it"
+            )
         return cls(path, state, config)
 
     def load_results(self) -> Results | None:
@@ -274,7 +276,9 @@ class RunFolder:
                 raise RunFolderError(f"{error}; start anew, or restore the run folder") from error
 
 
-FREE_ON_RESUME = re.compile(r"output\..*|federation\.(hop-)?deadline|chain\.(retries|on-failure)")
+FREE_ON_RESUME = re.compile(
+    r"output\..*|federation\.(hop-deadline|deadline|patience)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
+)
 """Keys that may differ between a run and its continuation: they don't decide what is trained."""
 
 

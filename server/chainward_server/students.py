@@ -155,7 +155,8 @@ def _run_round(
         }
         record.bytes_down += sum(request.bytes for request in requests.values())
         deadline = run.config.federation.hop_deadline * len(open_sites)
-        for site, reply in run.consortium.exchange.stream(requests, StudentResult, deadline):
+        patience = run.config.federation.patience
+        for site, reply in run.consortium.exchange.stream(requests, StudentResult, deadline, patience=patience):
             problem = reply.reason if isinstance(reply, Failure) else _problem(run, reply, site, number, template)
             if problem or isinstance(reply, Failure):
                 failed[site] = problem or ""
@@ -166,6 +167,11 @@ def _run_round(
     if not replies:
         raise ChainwardError(
             f"student round {number}: no site finished it; {next(iter(failed.values()), 'no reason given')}"
+        )
+    if len(replies) < run.config.student.quorum:
+        raise ChainwardError(
+            f"student round {number}: {len(replies)} of {len(run.consortium.sites)} sites finished it, student.quorum is "
+            f"{run.config.student.quorum}; {next(iter(failed.values()), 'no reason given')}. Resume the run when they are back"
         )
     for site in run.consortium.sites:
         run.progress.add(run.student_work(site))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -41,6 +41,7 @@ from chainward_shared.recipes import (
 )
 
 ConfigScalar = bool | int | float | str
+OnFailure = Literal["skip", "revisit", "stop"]
 
 
 def _kebab(name: str) -> str:
@@ -71,6 +72,12 @@ class FederationConfig(Table):
     )
     hop_deadline: float = Field(
         7_200.0, gt=0, le=604_800, description="Seconds to wait for one site's training before it counts as failed"
+    )
+    patience: float = Field(
+        300.0,
+        ge=0,
+        le=604_800,
+        description="Seconds to wait for a site that is not connected, before an attempt to train there counts as failed",
     )
     precision: Precision = Field(
         "auto", description="Arithmetic of training: auto takes bf16 where the hardware computes it, fp32 elsewhere"
@@ -175,13 +182,54 @@ class ChainConfig(Table):
         description="A link after which the validation balanced accuracy, mean over the sites before it, is lower by more "
         "than this is refused, and the chain goes on from its predecessor. 1: no link is refused",
     )
-    on_failure: Literal["skip", "stop"] = Field(
-        "skip", description="What follows when a link has failed for good: go on with the next site, or stop the run"
+    max_drift: float = Field(
+        10.0,
+        gt=0,
+        le=1e6,
+        description="A link whose weights are further from those it started with than this, in lengths of the latter, is "
+        "refused: an honest one moves by less than one",
+    )
+    on_failure: OnFailure = Field(
+        "skip",
+        description="What follows when a link has failed for good. skip: go on with the next site; revisit: that too, and try "
+        "again at the end of the lap; stop: stop the run, which can be resumed",
+    )
+    on_failure_at: str = Field(
+        "", description="The same for single sites, where it differs: 'site-a=stop, site-b=revisit'"
     )
     retries: int = Field(1, ge=0, le=100, description="Further attempts after a link has failed")
     compare_alone: bool = Field(
         True, description="Also train each site alone, with the same budget, to compare the chain with"
     )
+
+    def on_failure_of(self, site: str) -> OnFailure:
+        """Return what follows when a link at `site` has failed for good.
+
+        Raises
+        ------
+        ConfigError
+            ``on-failure-at`` is not a list of SITE=WHAT.
+        """
+        return self.failures_at().get(site, self.on_failure)
+
+    def failures_at(self) -> dict[str, OnFailure]:
+        """Return ``on-failure-at`` by site.
+
+        Raises
+        ------
+        ConfigError
+            It is not a list of SITE=WHAT.
+        """
+        found: dict[str, OnFailure] = {}
+        for part in _ids(self.on_failure_at):
+            site, _, what = (word.strip() for word in part.rpartition("="))
+            if not site or set(site) & set("= ") or what not in get_args(OnFailure):
+                raise ConfigError(
+                    f"chain.on-failure-at = {self.on_failure_at!r}: found {part!r}, expected SITE=skip, SITE=revisit or "
+                    "SITE=stop"
+                )
+            found[site] = cast(OnFailure, what)
+        return found
 
 
 class PrivilegedConfig(Table):
@@ -284,6 +332,9 @@ class StudentConfig(Table):
     )
     ema_decay: float = Field(
         0.996, ge=0, lt=1, description="Decay of the auxiliary teacher's moving average (at the start, if it rises)"
+    )
+    quorum: int = Field(
+        1, ge=1, le=512, description="Sites that a round needs; with fewer the run stops, and can be resumed"
     )
     frozen_epochs: int = Field(
         1, ge=0, le=10_000, description="First epochs in which the auxiliary teacher stays as it was selected"
@@ -604,6 +655,15 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
 
 def _chain_contradictions(config: RunConfig) -> Iterator[str]:
     chain, privileged = config.chain, config.privileged
+    sites, count = config.expected_sites, config.federation.num_sites or len(config.expected_sites)
+    try:
+        stray = [site for site in chain.failures_at() if site not in sites]
+        if sites and stray:
+            yield f"chain.on-failure-at names '{stray[0]}'{nearest(stray[0], sites)}, which federation.sites does not"
+    except ConfigError as error:
+        yield str(error)
+    if count and config.student.rounds and config.student.quorum > count:
+        yield f"student.quorum = {config.student.quorum} contradicts the number of sites, {count}; allowed: at most that"
     if chain.unlabelled_weight > 0 and chain.label_fraction == 1:
         yield (
             f"chain.unlabelled-weight = {chain.unlabelled_weight} contradicts chain.label-fraction = 1.0, which leaves no "

@@ -6,6 +6,7 @@ import pytest
 from flwr.app import Error, Message
 
 from chainward_server.rendezvous import meet
+from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.protocol import CardRequest, Hello, HelloRequest, SiteCard, kind_of, pack, unpack
@@ -17,7 +18,8 @@ def hospitals(*names, **changes):
     def interfere(message, answer):
         node = message.metadata.dst_node_id - 101
         if kind_of(message.content) == HelloRequest.KIND:
-            return Message(pack(Hello(site=names[node])), reply_to=message)
+            version = changes.get(names[node], {}).get("version", __version__)
+            return Message(pack(Hello(site=names[node], version=version)), reply_to=message)
         assert unpack(message.content, CardRequest)[0].simulated is None, "a deployed site is never told who it is"
         card = {
             "site": names[node],
@@ -31,7 +33,8 @@ def hospitals(*names, **changes):
             "synthetic": False,
             "notes": [],
         }
-        return Message(pack(SiteCard(**(card | changes.get(names[node], {})))), reply_to=message)
+        of_the_card = {key: value for key, value in changes.get(names[node], {}).items() if key != "version"}
+        return Message(pack(SiteCard(**(card | of_the_card))), reply_to=message)
 
     return interfere
 
@@ -87,6 +90,42 @@ def test_a_late_site_is_waited_for(loopback, tmp_path, monkeypatch):
 def test_sites_that_do_not_agree_on_the_data_are_named(loopback, tmp_path, change, words):
     with pytest.raises(ChainwardError, match=rf"site 'south' has {words}.*site 'north'"):
         meet(loopback(2, hospitals("north", "south", south=change)), settings(), tmp_path)
+
+
+MAJOR, MINOR = (int(part) for part in __version__.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    "version", [f"{MAJOR}.{MINOR + 1}.0", f"{MAJOR + 1}.{MINOR}.0", f"{MAJOR}.{MINOR}0.0", "", "x" * 9999]
+)
+def test_a_site_of_another_version_is_refused_by_name(loopback, tmp_path, version):
+    grid = loopback(2, hospitals("north", "south", south={"version": version}))
+    with pytest.raises(ChainwardError, match=rf"site 'south' runs chainward .*{MAJOR}\.{MINOR}") as refusal:
+        meet(grid, settings(), tmp_path)
+    assert version[:40] in str(refusal.value)
+    assert len(str(refusal.value)) < 250
+
+
+def test_another_patch_version_takes_part(loopback, tmp_path):
+    grid = loopback(2, hospitals("north", "south", south={"version": f"{MAJOR}.{MINOR}.9"}))
+    assert meet(grid, settings(), tmp_path).sites == ["north", "south"]
+
+
+def test_the_version_of_a_site_that_takes_no_part_does_not_matter(loopback, tmp_path):
+    grid = loopback(3, hospitals("north", "south", "old", old={"version": f"{MAJOR + 1}.0.0"}))
+    assert meet(grid, settings(**{"federation.sites": "north,south"}), tmp_path).sites == ["north", "south"]
+
+
+def test_a_simulated_node_of_another_version_is_refused(loopback, tmp_path):
+    def outdated(message, answer):
+        if kind_of(message.content) == HelloRequest.KIND and message.metadata.dst_node_id == 102:
+            return Message(
+                pack(Hello(site=None, simulated_sites=["a"], version=f"{MAJOR}.{MINOR + 1}.0")), reply_to=message
+            )
+        return answer()
+
+    with pytest.raises(ChainwardError, match="node 102 runs chainward"):
+        meet(loopback(2, outdated), settings(), tmp_path)
 
 
 def test_simulated_and_deployed_nodes_do_not_mix(loopback, tmp_path):

@@ -217,8 +217,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Secrets:
             secrets.add_tensor("teacher weights", tensor)
         return teacher
 
-    def watched_targets(*arguments: Any) -> Any:
-        found = privileged_targets(*arguments)
+    def watched_targets(*arguments: Any, **named: Any) -> Any:
+        found = privileged_targets(*arguments, **named)
         assert found is not None
         secrets.add_tensor("embeddings", found.embeddings)
         secrets.add_tensor("logits", found.logits)

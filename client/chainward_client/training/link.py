@@ -15,6 +15,7 @@ from chainward_client.data.partition import keep_label_fraction
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.private_site import PrivateWork
 from chainward_client.privileged import privileged_targets
+from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.precision import best_device
 from chainward_client.training.private import PrivateTraining, keeps_labels
@@ -192,10 +193,12 @@ def training_privately(
     guide: PrivilegedTerm | None = None,
     declared_prior: bool = False,
     unlabelled_patients: np.ndarray | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[PrivateTraining | None]:
     """Hand out the private training that `work` pays for; None where the site trains without privacy (`work` is None).
 
-    `guide`: the privileged teachers' part of it, None where there is none.
+    `guide`: the privileged teachers' part of it, None where there is none. `checkpoint`: what an interrupted training left; it
+    goes on inside its reservation.
 
     Raises
     ------
@@ -216,6 +219,7 @@ def training_privately(
         declared_prior=declared_prior,
         unlabelled_patients=unlabelled_patients,
         private_teachers=guide is None or guide.private,
+        checkpoint=checkpoint,
     ) as private:
         yield private
 
@@ -231,6 +235,7 @@ def train_link(
     alone: bool = False,
     state_dir: Path | None = None,
     work: PrivateWork | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[StateDict, TrainingLog]:
     """Train one link at a site and return the refined weights and how it went.
 
@@ -241,6 +246,7 @@ def train_link(
     alone : name them otherwise, so that a hospital alone is not the chain's first link in disguise
     state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each link
     work : what a private training spends through; None: the site trains without privacy
+    checkpoint : where the training writes itself down
 
     Raises
     ------
@@ -280,8 +286,19 @@ def train_link(
         guide=guide,
         declared_prior=declared,
         unlabelled_patients=patients,
+        checkpoint=checkpoint,
     ) as privately:
         unlabelled = None if others is None else others.images
-        log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled, part=part, private=privately)
+        log = train(
+            model,
+            cases,
+            recipe,
+            objective,
+            *names,
+            unlabelled=unlabelled,
+            part=part,
+            private=privately,
+            checkpoint=checkpoint,
+        )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return state, log.model_copy(update={"notes": notes})

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases
 from chainward_client.training.augmentation import augmented
+from chainward_client.training.checkpoint import Checkpoint, restore_training, training_state
 from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.errors import ModelError
 from chainward_shared.protocol import TrainingLog
@@ -83,6 +85,13 @@ class Objective:
         """Return what to note of the epoch that ended, by the names of `TrainingLog`'s lists."""
         return {}
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what the objective has learnt by the end of an epoch, but for `extra_parameters`: a moving average, say."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+
 
 def train(
     model: nn.Module,
@@ -93,6 +102,7 @@ def train(
     unlabelled: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
     private: PrivateTraining | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainingLog:
     """Train `model` in place on `cases` and return how it went.
 
@@ -106,6 +116,8 @@ def train(
     part : (index, of): this training is part `index`, 0-based, of `of` equal ones under one learning-rate schedule
     private : train privately by its plan, which then decides steps and batches; holds what was spent, also after an
         error. The log says nothing of the data then: no losses, and the plan's number of images
+    checkpoint : where the training writes itself down from epoch to epoch, and goes on from if it was interrupted: without
+        privacy to the same model, bit for bit
 
     Raises
     ------
@@ -136,7 +148,7 @@ def train(
         )
         if private is not None:
             schedule = _one_cycle(optimizer, recipe.learning_rate, private.plan.steps, part)
-            _train_privately(model, cases, recipe, objective, unlabelled, private, optimizer, schedule)
+            _train_privately(model, cases, recipe, objective, unlabelled, private, optimizer, schedule, checkpoint)
             return _private_log(recipe, private, started)
         schedule = _one_cycle(optimizer, recipe.learning_rate, recipe.epochs * steps_per_epoch, part)
         order = torch_generator(recipe.seed, *names, "batches")
@@ -145,8 +157,17 @@ def train(
         if unlabelled is not None and len(unlabelled):
             others = _Unlabelled(unlabelled.to(device), torch_generator(recipe.seed, *names, "unlabelled"))
         log: dict[str, list[float]] = {"loss": []}
+        generators = {"order": order, "views": views, **({} if others is None else {"unlabelled": others.generator})}
+        first = 0
+        if checkpoint is not None and (saved := checkpoint.load()) is not None:
+            objective.load_state(restore_training(saved.tensors, model, optimizer, generators))
+            if others is not None:
+                others.left = saved.tensors["unlabelled.left"]
+            first, log = saved.epoch, saved.log
+            _forward(schedule, first * steps_per_epoch)
+            logger.info("%s: goes on after epoch %d of %d", " ".join(map(str, names)), first, recipe.epochs)
         reported = started
-        for epoch in range(recipe.epochs):
+        for epoch in range(first, recipe.epochs):
             objective.start_epoch(epoch)
             total = torch.zeros((), device=device)
             # Batches of nearly one size: a remainder of one image would be too few for batch norm, and too loud.
@@ -170,6 +191,10 @@ def train(
                 )
             for name, value in objective.epoch_log().items():
                 log.setdefault(name, []).append(value)
+            if checkpoint is not None:
+                tensors = training_state(model, optimizer, generators, objective.state())
+                left_over = {} if others is None else {"unlabelled.left": others.left.clone()}
+                checkpoint.save(epoch + 1, log, tensors | left_over, last=epoch + 1 == recipe.epochs)
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
                 left = (reported - started) / (epoch + 1) * (recipe.epochs - epoch - 1)
@@ -207,6 +232,7 @@ def _train_privately(
     private: PrivateTraining,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    checkpoint: Checkpoint | None,
 ) -> None:
     """Do the steps of the plan: each of a Poisson sample, in parts that fit into memory, and of one draw of noise."""
     device, n, steps = next(model.parameters()).device, len(cases), private.plan.steps
@@ -222,8 +248,15 @@ def _train_privately(
         batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
         return objective.losses(private.model, batch)
 
+    first = 0
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        objective.load_state(restore_training(saved.tensors, model, optimizer, {}))
+        views = private.fresh_chance(device)  # not what it was: the randomness of a private training is never kept
+        first, private.steps_done = saved.epoch, steps * saved.epoch // recipe.epochs
+        _forward(schedule, private.steps_done)
+        logger.info("a private training goes on after epoch %d of %d", first, recipe.epochs)
     try:
-        for epoch in range(recipe.epochs):
+        for epoch in range(first, recipe.epochs):
             objective.start_epoch(epoch)
             for _ in range(steps * epoch // recipe.epochs, steps * (epoch + 1) // recipe.epochs):
                 private.step(losses)
@@ -235,6 +268,9 @@ def _train_privately(
                     f"a weight is not finite after epoch {epoch + 1} of {recipe.epochs} of a private training; "
                     f"lower the learning rate (now {recipe.learning_rate:g})"
                 )
+            if checkpoint is not None:
+                tensors = training_state(model, optimizer, {}, objective.state())
+                checkpoint.save(epoch + 1, {}, tensors, last=epoch + 1 == recipe.epochs)
     finally:
         private.close()
     model.to("cpu").eval()
@@ -266,11 +302,16 @@ def _one_cycle(
     """Return the schedule of part `part[0]` of `part[1]`, of `steps` each."""
     index, of = part
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=of * steps)
-    with warnings.catch_warnings():  # the optimiser's steps before this one were another part's
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
-        for _ in range(index * steps):
-            schedule.step()
+    _forward(schedule, index * steps)
     return schedule
+
+
+def _forward(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
+    """Move a schedule on by steps that were done elsewhere: in another part, or before a crash."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
+        for _ in range(steps):
+            schedule.step()
 
 
 class _Unlabelled:

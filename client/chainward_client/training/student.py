@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateWork
+from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.link import labelled_cases, privileged_term, training_privately
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.precision import best_device
@@ -127,6 +128,16 @@ class StudentObjective(Objective):
         for held, current in zip(self.auxiliary.buffers(), model.buffers(), strict=True):
             held.copy_(current)
 
+    def state(self) -> dict[str, Tensor]:
+        held = {} if self.auxiliary is None else dict(self.auxiliary.state_dict())
+        return {"step": torch.tensor(self.step), "kept": torch.tensor(self.kept, dtype=torch.float64), **held}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        held = dict(state)
+        self.step, self.kept = int(held.pop("step")), float(held.pop("kept"))
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(held)
+
     def epoch_log(self) -> dict[str, float]:
         return {} if self.privileged is None else {"privileged": self.privileged_sum / self.seen}
 
@@ -154,6 +165,7 @@ def train_student(
     large_architecture: Architecture | None = None,
     state_dir: Path | None = None,
     work: PrivateWork | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainedStudent:
     """Train the student for one round at a site, on images of its own size.
 
@@ -166,6 +178,7 @@ def train_student(
         them weight
     state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each round
     work : what a private training spends through; None: the site trains without privacy
+    checkpoint : where the training writes itself down
 
     Raises
     ------
@@ -202,9 +215,16 @@ def train_student(
     seen = replace(cases, images=resized(cases.images, architecture.image_size))
     guide = None if privileged is None else privileged[0]
     with training_privately(
-        work, recipe, data, architecture, phase="student", guide=guide, declared_prior=declared
+        work,
+        recipe,
+        data,
+        architecture,
+        phase="student",
+        guide=guide,
+        declared_prior=declared,
+        checkpoint=checkpoint,
     ) as privately:
-        log = train(model, seen, recipe, objective, *names, private=privately)
+        log = train(model, seen, recipe, objective, *names, private=privately, checkpoint=checkpoint)
     log = log.model_copy(update={"notes": notes})
     state = dict(model.state_dict())
     if teacher is None:

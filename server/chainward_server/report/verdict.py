@@ -217,9 +217,7 @@ def _planned_links(results: Results, config: Mapping[str, Mapping[str, object]])
 
 def _chain_against_alone(value: float, alone: tables.Alone | None, *, private: bool) -> list[str]:
     if alone is None and private:
-        return [
-            "No hospital trained alone: that comparison would have been paid for with the privacy of its patients."
-        ]
+        return ["No hospital trained alone: that comparison would have been paid for with the privacy of its patients."]
     if alone is None:
         return ["No hospital trained alone, so there is nothing to compare it with."]
     if alone.sites == 1:

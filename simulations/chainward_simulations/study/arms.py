@@ -311,7 +311,7 @@ class PlannedArm:
         return ["cyclic", self.arm.laps, self.config.chain.order, *self._of_sites(), self.plain_recipe.model_dump()]
 
     def _of_chain(self) -> list[Any]:
-        aside = {"retries", "on_failure", "compare_alone"}
+        aside = {"retries", "on_failure", "on_failure_at", "max_drift", "compare_alone"}
         recipe = self.config.link_recipe()
         chain = self.config.chain.model_dump(exclude=aside | set(recipe.model_dump()))
         return ["chain", chain, *self._of_sites(), recipe.model_dump()]

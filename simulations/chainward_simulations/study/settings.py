@@ -15,8 +15,11 @@ NOT_A_SETTING = (
     "output.",
     "federation.deadline",
     "federation.hop-deadline",
+    "federation.patience",
     "chain.retries",
     "chain.on-failure",
+    "chain.max-drift",
+    "student.quorum",
 )
 """Keys, or their beginnings, that decide nothing about a study: seeds are its own, and it sends no messages."""
 

@@ -1,0 +1,255 @@
+"""A chain that does not break: sites that go, come back, come back as another node, and what is tried again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Message
+from safetensors.torch import load_file
+
+from chainward_server import exchange
+from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError, ConfigError
+from chainward_shared.protocol import (
+    CardRequest,
+    Hello,
+    HelloRequest,
+    LinkResult,
+    LinkTask,
+    StudentTask,
+    kind_of,
+    pack,
+    unpack,
+)
+from chainward_shared.weights import digest, from_arrays, to_arrays
+
+SITES = ["ash", "birch", "cedar", "dogwood"]
+HELLO = HelloRequest(source="phantom", num_sites=0, label_skew=0.0)
+
+
+@pytest.fixture
+def chain_only(settings):
+    return settings | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 1, "chain.retries": 0}
+
+
+def task_of(message, kind=LinkTask):
+    """Return the task in a message and its site; (None, None) for another kind of message."""
+    if kind_of(message.content) != kind.KIND:
+        return None, None
+    task, _ = unpack(message.content, kind)
+    return task, SITES[task.simulated.index]
+
+
+def failing(site, times):
+    """Answer for `site` with silence, the first `times` times that it shall train a link."""
+    left = [times]
+
+    def interfere(message, answer):
+        if task_of(message)[1] == site and left[0] > 0:
+            left[0] -= 1
+            return Message(pack(Hello(site="not what was asked")), reply_to=message)
+        return answer()
+
+    return interfere
+
+
+def same_chain(first, second):
+    """Whether the chains of two run folders are the same, bit for bit."""
+    models = [load_file(folder.model_path("chain")) for folder in (first, second)]
+    return all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+# -- skip, revisit, stop
+
+
+def test_a_site_that_failed_is_tried_again_at_the_end_of_the_lap(chain_only, coordinated, loopback):
+    _, results = coordinated(chain_only | {"chain.on-failure": "revisit"}, loopback(2, failing("birch", 1)))
+    assert [(link.site, link.status) for link in results.links] == [
+        ("ash", "done"),
+        ("birch", "skipped"),
+        ("cedar", "done"),
+        ("dogwood", "done"),
+        ("birch", "done"),
+    ]
+    assert results.links[-1].predecessor == "dogwood"
+
+
+def test_every_lap_is_made_up_for_at_its_own_end(chain_only, coordinated, loopback):
+    settings = chain_only | {"chain.on-failure": "revisit", "chain.laps": 2}
+    _, results = coordinated(settings, loopback(2, failing("birch", 1)))
+    assert [link.site for link in results.links if link.status == "done"] == [
+        *("ash", "cedar", "dogwood", "birch"),
+        *("ash", "birch", "cedar", "dogwood"),
+    ]
+
+
+def test_a_site_that_fails_again_is_not_tried_for_ever(chain_only, coordinated, loopback):
+    _, results = coordinated(chain_only | {"chain.on-failure": "revisit"}, loopback(2, failing("birch", 99)))
+    assert [link.status for link in results.links if link.site == "birch"] == ["skipped", "skipped"]
+
+
+def test_each_site_may_have_its_own_rule(chain_only, coordinated, loopback):
+    settings = chain_only | {"chain.on-failure-at": "birch=revisit"}
+    _, results = coordinated(settings, loopback(2, failing("birch", 1)))
+    assert [link.site for link in results.links][-1] == "birch"
+    _, results = coordinated(settings, loopback(2, failing("cedar", 1)))
+    assert len(results.links) == 4
+    with pytest.raises(ChainwardError, match="'stop' at this site"):
+        coordinated(chain_only | {"chain.on-failure-at": "cedar=stop"}, loopback(2, failing("cedar", 1)))
+
+
+def test_a_run_that_was_stopped_after_a_revisit_goes_on_to_the_same_model(chain_only, coordinated, loopback):
+    settings = chain_only | {"chain.on-failure": "revisit", "chain.laps": 2}
+    whole, _ = coordinated(settings, loopback(2, failing("birch", 1)))
+    fail, calls = failing("birch", 1), []
+
+    def stop(message, answer):
+        task, site = task_of(message)
+        if task is not None and (task.lap, site) == (1, "cedar"):
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+        return fail(message, answer)
+
+    with pytest.raises(KeyboardInterrupt):
+        coordinated(settings, loopback(2, stop))
+    (name,) = {path.name for path in whole.path.parent.iterdir()} - {whole.path.name}
+    resumed, results = coordinated(settings | {"output.resume": name}, loopback(2, fail))
+    assert len(results.links) == 9
+    assert same_chain(resumed, whole)
+
+
+@pytest.mark.parametrize("text", ["birch", "birch=wait", "=stop", "birch=stop cedar=skip"])
+def test_rules_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match="expected SITE=skip, SITE=revisit or SITE=stop"):
+        RunConfig.from_flat({"chain.on-failure-at": text})
+
+
+def test_a_round_below_the_quorum_stops_the_run_which_can_be_resumed(settings, coordinated, loopback):
+    settings |= {"student.quorum": 4, "chain.epochs": 1, "chain.compare-alone": False, "chain.retries": 0}
+    settings["federation.hop-deadline"] = 1.5
+
+    def silent(message, answer):
+        return None if task_of(message, StudentTask)[1] == "cedar" else answer()
+
+    with pytest.raises(ChainwardError, match=r"3 of 4 sites finished it, student.quorum is 4; site 'cedar'"):
+        coordinated(settings, loopback(2, silent))
+    folder = next(iter(Path(settings["output.dir"]).iterdir()))
+    settings["federation.hop-deadline"] = 30.0
+    _, results = coordinated(settings | {"output.resume": folder.name}, loopback(2))
+    assert all(len(round_.sites) == 4 for round_ in results.student_rounds)
+
+
+# -- weights that moved implausibly
+
+
+def test_a_model_that_moved_implausibly_is_refused_and_survived(chain_only, coordinated, loopback):
+    def swollen(message, answer):
+        reply = answer()
+        if task_of(message)[1] == "birch":
+            body, arrays = unpack(reply.content, LinkResult)
+            template = {name: torch.from_numpy(array.numpy()) for name, array in arrays["model"].items()}
+            state = {name: tensor * 50 for name, tensor in from_arrays(arrays["model"], template).items()}
+            reply.content = pack(body.model_copy(update={"digest": digest(state)}), {"model": to_arrays(state)})
+        return reply
+
+    _, results = coordinated(chain_only, loopback(2, swollen))
+    assert results.links[1].status == "skipped"
+    assert "times their former length away" in results.links[1].reason
+    assert "chain.max-drift allows 10" in results.links[1].reason
+
+
+# -- sites that are not connected
+
+
+class Clock:
+    """A clock that moves when somebody sleeps."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(exchange.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(exchange.time, "sleep", self.sleep)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Nodes:
+    """A grid whose nodes come and go by the clock: each is connected within its times, and says who it is."""
+
+    def __init__(self, clock, nodes):
+        self.clock, self.nodes, self.asked, self.replies = clock, nodes, [], {}
+
+    def get_node_ids(self):
+        return [node for node, (_, start, end) in self.nodes.items() if start <= self.clock.now < end]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            name = f"message-{len(self.asked)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.asked.append((round(self.clock.now), message.metadata.dst_node_id, kind_of(message.content)))
+            site = self.nodes[message.metadata.dst_node_id][0]
+            self.replies[name] = Message(pack(Hello(site=site)), reply_to=message)
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, ids):
+        return [self.replies.pop(name) for name in ids if name in self.replies]
+
+
+def outcome(monkeypatch, nodes, patience, *, hello=HELLO):
+    clock = Clock(monkeypatch)
+    grid = Nodes(clock, nodes)
+    talk = Exchange(grid, {"ash": Member("ash", 1)}, hello)
+    answers = talk.ask({"ash": Request("query", CardRequest())}, Hello, deadline=60.0, patience=patience)
+    return answers["ash"], clock.now, grid, talk
+
+
+def test_a_site_that_comes_back_within_the_patience_is_asked_then(monkeypatch):
+    answer, now, _, _ = outcome(monkeypatch, {1: ("ash", 90, 999)}, 300.0)
+    assert isinstance(answer, Reply)
+    assert 90 <= now < 92
+
+
+def test_a_site_that_does_not_come_back_has_failed_after_the_patience(monkeypatch):
+    answer, now, _, _ = outcome(monkeypatch, {1: ("ash", 999, 9999)}, 300.0)
+    assert isinstance(answer, Failure)
+    assert answer.reason == "site 'ash' is not connected (waited 300 s, federation.patience)"
+    assert 300 <= now < 302
+
+
+def test_without_patience_a_site_that_is_not_connected_has_failed_at_once(monkeypatch):
+    answer, now, _, _ = outcome(monkeypatch, {1: ("ash", 999, 9999)}, 0.0)
+    assert isinstance(answer, Failure)
+    assert now == 0.0
+
+
+def test_a_site_that_comes_back_as_another_node_is_recognised(monkeypatch):
+    answer, _, grid, talk = outcome(monkeypatch, {1: ("ash", 999, 9999), 7: ("ash", 40, 9999)}, 300.0)
+    assert isinstance(answer, Reply)
+    assert talk.members["ash"].node_id == 7
+    assert [(node, kind) for _, node, kind in grid.asked] == [(7, "hello-request"), (7, "card-request")]
+
+
+def test_another_sites_node_is_asked_once_and_left_alone(monkeypatch):
+    nodes = {1: ("ash", 100, 9999), 7: ("oak", 0, 9999)}
+    answer, _, grid, talk = outcome(monkeypatch, nodes, 300.0)
+    assert isinstance(answer, Reply)
+    assert [node for _, node, _ in grid.asked] == [7, 1]
+    assert talk.members["ash"].node_id == 1
+
+
+def test_in_a_simulation_no_node_is_asked_who_it_is(monkeypatch):
+    answer, _, grid, _ = outcome(monkeypatch, {7: ("ash", 0, 9999)}, 3.0, hello=None)
+    assert isinstance(answer, Failure)
+    assert grid.asked == []
+
+
+def test_a_repeated_lap_without_failures_is_what_it_was_without_the_rule(chain_only, coordinated):
+    first, _ = coordinated(chain_only)
+    second, _ = coordinated(chain_only | {"chain.on-failure": "revisit"})
+    assert same_chain(first, second)
