@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link, unlabelled_cases
@@ -17,22 +18,10 @@ from chainward_shared.pixels import to_float
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, digest
 
-RECIPE = LinkRecipe(
-    seed=3,
-    epochs=2,
-    batch_size=8,
-    learning_rate=1e-3,
-    weight_decay=0.05,
-    augmentation="none",
-    precision="fp32",
-    threads=1,
-    class_balance="none",
-    label_fraction=1.0,
-    start="warm",
-    distillation_weight=0.4,
-    temperature=4.0,
-    temperature_decay=0.5,
-    teacher_trust="none",
+RECIPE = SMALL_LINK.model_copy(
+    update={
+        "teacher_trust": "none",
+    }
 )
 
 

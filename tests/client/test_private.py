@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from small_recipes import SMALL_LINK
 from torch import nn
 
 from chainward_client.data.site_data import Cases
@@ -32,24 +33,14 @@ from chainward_shared.errors import ModelError, PrivacyError
 from chainward_shared.models import build_model, private_ready, resolve_architecture
 from chainward_shared.models.private_ready import PerExampleGradients, check_private_ready
 from chainward_shared.privacy.accounting import spent
-from chainward_shared.recipes import LinkRecipe, PrivilegedRecipe
+from chainward_shared.recipes import PrivilegedRecipe
 
-RECIPE = LinkRecipe(
-    seed=3,
-    epochs=3,
-    batch_size=6,
-    learning_rate=1e-3,
-    weight_decay=0.05,
-    augmentation="none",
-    precision="fp32",
-    threads=1,
-    class_balance="none",
-    label_fraction=1.0,
-    start="warm",
-    distillation_weight=0.4,
-    temperature=2.0,
-    temperature_decay=0.5,
-    teacher_trust="label",
+RECIPE = SMALL_LINK.model_copy(
+    update={
+        "epochs": 3,
+        "batch_size": 6,
+        "temperature": 2.0,
+    }
 )
 PLAN = PrivatePlan(
     unit="image", delta=1e-5, noise_multiplier=1.0, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.05

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.private_site import PrivateSite
@@ -17,27 +18,17 @@ from chainward_shared.errors import LedgerError
 from chainward_shared.models import resolve_architecture
 from chainward_shared.privacy import ledger as ledger_module
 from chainward_shared.privacy.policy import PrivacyPolicy
-from chainward_shared.recipes import LinkRecipe, PlannedTraining, PrivacyRecipe
+from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
 
-RECIPE = LinkRecipe(
-    seed=3,
-    epochs=1,
-    batch_size=8,
-    learning_rate=1e-3,
-    weight_decay=0.0,
-    augmentation="none",
-    precision="fp32",
-    threads=1,
-    class_balance="none",
-    label_fraction=1.0,
-    start="warm",
-    distillation_weight=0.4,
-    temperature=2.0,
-    temperature_decay=0.5,
-    teacher_trust="label",
-    privacy=PrivacyRecipe(
-        sites="all", unit="patient", delta=1e-4, epsilon=4.0, run=(PlannedTraining(epochs=1, batch_size=8),)
-    ),
+RECIPE = SMALL_LINK.model_copy(
+    update={
+        "epochs": 1,
+        "weight_decay": 0.0,
+        "temperature": 2.0,
+        "privacy": PrivacyRecipe(
+            sites="all", unit="patient", delta=1e-4, epsilon=4.0, run=(PlannedTraining(epochs=1, batch_size=8),)
+        ),
+    }
 )
 
 

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from small_recipes import SMALL_LINK
 from torch import Tensor, nn
 
 from chainward_client.data.phantoms import phantom_site
@@ -49,24 +50,18 @@ POLICY = PrivacyPolicy(epsilon=50.0, delta=1e-5, privileged_teachers=True)
 PRIVILEGED = PrivilegedRecipe(
     use="all", logit_weight=0.5, embedding_weight=0.5, temperature=2.0, epochs=3, text_features=64, hidden=8
 )
-RECIPE = LinkRecipe(
-    seed=0,
-    epochs=2,
-    batch_size=16,
-    learning_rate=1e-3,
-    weight_decay=0.01,
-    augmentation="none",
-    precision="fp32",
-    threads=1,
-    class_balance="none",
-    label_fraction=1.0,
-    privileged=PRIVILEGED,
-    privacy=PrivacyRecipe(delta=1e-5, noise_multiplier=1.0),
-    start="warm",
-    distillation_weight=0.5,
-    temperature=2.0,
-    temperature_decay=1.0,
-    teacher_trust="none",
+RECIPE = SMALL_LINK.model_copy(
+    update={
+        "seed": 0,
+        "batch_size": 16,
+        "weight_decay": 0.01,
+        "privileged": PRIVILEGED,
+        "privacy": PrivacyRecipe(delta=1e-5, noise_multiplier=1.0),
+        "distillation_weight": 0.5,
+        "temperature": 2.0,
+        "temperature_decay": 1.0,
+        "teacher_trust": "none",
+    }
 )
 PLAN = PrivatePlan(
     unit="patient", delta=1e-5, noise_multiplier=0.7, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.1

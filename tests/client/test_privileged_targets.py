@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from small_recipes import SMALL_TRAINING
 
 from chainward_client.data.phantoms import phantom_site
 from chainward_client.data.site_data import Cases, PrivilegedCases, PrivilegedSetup, SiteData
@@ -17,19 +18,16 @@ from chainward_client.privileged import PrivilegedTargets, privileged_targets, t
 from chainward_client.privileged.targets import folds
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.losses import distillation_loss
-from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
+from chainward_shared.recipes import PrivilegedRecipe
 
-TRAINING = TrainingRecipe(
-    seed=0,
-    epochs=1,
-    batch_size=16,
-    learning_rate=1e-3,
-    weight_decay=0.01,
-    augmentation="none",
-    precision="fp32",
-    threads=1,
-    class_balance="site-prior",
-    label_fraction=1.0,
+TRAINING = SMALL_TRAINING.model_copy(
+    update={
+        "seed": 0,
+        "epochs": 1,
+        "batch_size": 16,
+        "weight_decay": 0.01,
+        "class_balance": "site-prior",
+    }
 )
 TENSORS = ("logits", "taught", "embeddings", "present")
 

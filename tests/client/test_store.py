@@ -1,17 +1,20 @@
-"""What a site keeps between messages: the auxiliary teachers of the last two rounds, inside its own folder."""
+"""What a site keeps between messages: finished work, the auxiliary teachers of the last two rounds, and no more."""
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 import torch
 
 from chainward_client.store import SiteStore
 from chainward_shared import weights
+from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, StoreError
 from chainward_shared.models import Architecture
+from chainward_shared.protocol import StudentResult, StudentTask, TrainingLog
 
 ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
 
@@ -146,3 +149,65 @@ def test_a_damaged_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(StoreError, match="not a readable safetensors file"):
         store.load_auxiliary(before_round=1)
+
+
+# --- what other runs left ---
+
+
+def a_run(folder, *, days=0.0, name="link-task-abc.safetensors", size=10):
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(bytes(size))
+    past = time.time() - days * 86_400
+    os.utime(folder / name, (past, past))
+    return folder
+
+
+def test_runs_of_long_ago_are_removed_and_younger_ones_are_not(tmp_path):
+    old, young, own = (a_run(tmp_path / name, days=days) for name, days in (("a", 31), ("b", 29), ("own", 99)))
+    SiteStore(tmp_path, "own").tidy()
+    assert (old.exists(), young.exists(), own.exists()) == (False, True, True)
+
+
+def test_the_oldest_runs_beyond_the_size_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(SiteStore, "KEPT_BYTES", 25)
+    runs = [a_run(tmp_path / name, days=days) for name, days in (("a", 3), ("b", 2), ("c", 1))]
+    SiteStore(tmp_path, "own").tidy()
+    assert [run.exists() for run in runs] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.key", "targets-1.safetensors", "notes.txt"])
+def test_what_is_no_run_is_never_removed(tmp_path, name):
+    folder = a_run(tmp_path / "privacy", days=999, name=name)
+    (folder / "link-task-abc.safetensors").write_bytes(b"")
+    SiteStore(tmp_path, "own").tidy()
+    assert (folder / name).exists()
+
+
+def test_an_answer_is_found_for_the_same_task_only_and_a_damaged_one_is_not_used(tmp_path):
+    store = SiteStore(tmp_path, "run")
+    task = StudentTask(
+        run_id="run",
+        round=1,
+        architecture=ARCHITECTURE,
+        recipe=RunConfig().student_recipe("distil"),
+        student_digest="ab",
+        auxiliary_digest="cd",
+    )
+    body = StudentResult(
+        round=1,
+        site="oak",
+        digest="x",
+        training=TrainingLog(epochs=1, steps=1, images=1, loss=[0.5], seconds=1.0, precision="fp32"),
+        auxiliary_kept=None,
+        examples=3,
+    )
+    store.save_answer(task, body, {"weight": torch.ones(3)})
+    found, state = store.load_answer(task, StudentResult)
+    assert found == body
+    assert torch.equal(state["weight"], torch.ones(3))
+    again = task.model_copy(update={"auxiliary_digest": None})
+    assert store.load_answer(again, StudentResult) is not None, "the site has its own auxiliary teacher by now"
+    assert store.load_answer(task.model_copy(update={"student_digest": "other"}), StudentResult) is None
+    path = next(store.folder.glob("student-task-*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.load_answer(task, StudentResult) is None

@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from small_recipes import SMALL_LINK
 from torch import nn
 
 from chainward_client.data.site_data import Cases, SiteData
@@ -21,25 +22,14 @@ from chainward_shared.distillation.schedules import ema_decay
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.pixels import resized, to_float
-from chainward_shared.recipes import LinkRecipe, StudentRecipe, TrainingRecipe
+from chainward_shared.recipes import StudentRecipe, TrainingRecipe
 from chainward_shared.weights import StateDict, digest
 
-LINK = LinkRecipe(
-    seed=3,
-    epochs=2,
-    batch_size=8,
-    learning_rate=1e-3,
-    weight_decay=0.05,
-    augmentation="upright",
-    precision="fp32",
-    threads=1,
-    class_balance="site-prior",
-    label_fraction=1.0,
-    start="warm",
-    distillation_weight=0.4,
-    temperature=4.0,
-    temperature_decay=0.5,
-    teacher_trust="label",
+LINK = SMALL_LINK.model_copy(
+    update={
+        "augmentation": "upright",
+        "class_balance": "site-prior",
+    }
 )
 STUDENT = StudentRecipe(
     **LINK.model_dump(include=set(TrainingRecipe.model_fields)),

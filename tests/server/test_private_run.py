@@ -182,7 +182,7 @@ def test_scores_are_withheld_where_the_policies_say_so_and_the_run_ends_well(pri
     folder, results = coordinated(private | {"privacy.simulated-metrics": "withhold"})
     assert results.final["chain"].sites == {}
     assert results.final["chain"].pooled.n == 0
-    assert [(site.train, site.test, site.class_counts) for site in results.data.sites][0] == (20, None, {})
+    assert next((site.train, site.test, site.class_counts) for site in results.data.sites) == (20, None, {})
     page = (folder.path / "report.html").read_text()
     assert "withhold all scores" in page
 

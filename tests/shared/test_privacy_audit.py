@@ -15,9 +15,9 @@ from chainward_shared.privacy import audit as audit_module
 from chainward_shared.privacy.accounting import Epsilons, Mechanism, epsilons
 from chainward_shared.privacy.audit import Audit, audit_ledger, audit_statements
 from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.report import render_audit
 from chainward_shared.privacy.signing import sign
-from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.statements import Statement, sign_statement
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))

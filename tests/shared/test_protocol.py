@@ -83,7 +83,9 @@ MESSAGES: list[Body] = [
         auxiliary_digest="cd",
     ),
     StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17, auxiliary_kept=0.25),
-    EvaluateTask(run_id="run", architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab"),
+    EvaluateTask(
+        run_id="run", architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab"
+    ),
     EvaluateResult(
         site="oak",
         scores={"val": SCORES, "test": SCORES},

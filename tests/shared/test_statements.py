@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from chainward_shared.errors import StatementError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.signing import sign
 from chainward_shared.privacy.policy import Terms
+from chainward_shared.privacy.signing import sign
 from chainward_shared.privacy.statements import (
     Statement,
     Statements,

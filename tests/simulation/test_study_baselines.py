@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training import link
@@ -15,7 +16,6 @@ from chainward_client.training.link import LinkObjective, labelled_cases
 from chainward_client.training.loop import train
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict
 from chainward_simulations.runner import equal
 from chainward_simulations.study import baselines
@@ -28,22 +28,13 @@ from chainward_simulations.study.baselines import (
     train_union,
 )
 
-RECIPE = LinkRecipe(
-    seed=3,
-    epochs=2,
-    batch_size=8,
-    learning_rate=1e-3,
-    weight_decay=0.05,
-    augmentation="upright",
-    precision="fp32",
-    threads=1,
-    class_balance="site-prior",
-    label_fraction=1.0,
-    start="warm",
-    distillation_weight=0.0,
-    temperature=4.0,
-    temperature_decay=0.9,
-    teacher_trust="label",
+RECIPE = SMALL_LINK.model_copy(
+    update={
+        "augmentation": "upright",
+        "class_balance": "site-prior",
+        "distillation_weight": 0.0,
+        "temperature_decay": 0.9,
+    }
 )
 SIZES = {"oak": 20, "elm": 9, "fir": 13}
 
@@ -81,9 +72,9 @@ def trainings(monkeypatch) -> list[Training]:
     """All trainings, in their order."""
     seen: list[Training] = []
 
-    def watched(model, cases, recipe, objective, *names, unlabelled=None, part=(0, 1)):
+    def watched(model, cases, recipe, objective, *names, part=(0, 1), **others):
         seen.append(Training(names, cases.images, recipe.epochs, part, state_of(model)))
-        log = train(model, cases, recipe, objective, *names, unlabelled=unlabelled, part=part)
+        log = train(model, cases, recipe, objective, *names, part=part, **others)
         seen[-1].end = state_of(model)
         return log
 
