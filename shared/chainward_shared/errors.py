@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class ChainwardError(Exception):
-    """Base of all errors with a message for the user; shown as one line, never as a traceback."""
+    """Base of all errors with a message for the user; shown as one line, never as a traceback.
+
+    What is quoted from a damaged file may hold line breaks; the message never does.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 class ConfigError(ChainwardError):
