@@ -97,7 +97,8 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
             if not deployed and not isinstance(error, ChainwardError):
                 raise
             logger.warning("refused: %s", error, exc_info=not isinstance(error, ChainwardError))
-            content = pack(Refusal(reason=PRIVATE_REASON if deployed and private else str(error)))
+            reason = PRIVATE_REASON if deployed and private else str(error)
+            content = pack(Refusal(reason=reason, final=isinstance(error, PolicyRefusal)))
         return Message(content, reply_to=message)
 
     return answer
@@ -200,6 +201,7 @@ def link(content: RecordDict, context: Context) -> RecordDict:
     site = open_site(context.node_config, task.simulated)
     work = _work(site, task.run_id, task.hop, task.recipe, task.seen_head)
     store = SiteStore(site.state_dir, task.run_id)
+    store.tidy()
     answer = store.load_answer(task, LinkResult)
     if answer is None:
         predecessor = None

@@ -1,11 +1,13 @@
 """The hospital's command, `chainward-site`. Results go to stdout, errors to stderr; 2: bad input.
 
-An audit ends with 0: fine, 1: over budget or inconsistent, 2: damaged or unreadable.
+An audit ends with 0: fine, 1: over budget or inconsistent, 2: damaged or unreadable; check and dry-run with 0: fine, 1: a
+problem.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from chainward_client.keys import create_site_ledger, key_path, ledger_path
 from chainward_client.site import load_site_config
-from chainward_shared.errors import ChainwardError, PrivacyError
+from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.privacy.audit import Audit, Finding, audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.empirical import Empirical
@@ -50,6 +52,119 @@ def keys(site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")
     console.print(f"private key  {key_path(state)}  (keep it, and a copy, to yourself)", markup=False, soft_wrap=True)
     console.print(f"public key   {public_key_path(key_path(state))}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"fingerprint  {fingerprint(ledger.public_key)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write into; made where it isn't there.")],
+    site: Annotated[str | None, typer.Option(help="Id under which the coordinator knows this hospital.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A finished data file (.yaml); or a manifest (.csv), an .npz file, or a folder of images."),
+    ] = None,
+    non_interactive: Annotated[
+        bool, typer.Option("--non-interactive", help="Ask nothing. Also where the input is not a terminal.")
+    ] = False,
+) -> None:
+    """Write a hospital's site.yaml, data file, keys and ledger, and a checklist of where each value comes from."""
+    from chainward_client.init import initialise, suggested_site
+
+    if not non_interactive and _on_a_terminal():
+        if site is None:
+            site = str(
+                typer.prompt("Id of this hospital, as the coordinator has it", default=suggested_site(folder), err=True)
+            )
+        if data is None:
+            answer = str(
+                typer.prompt("Data file, manifest, or folder of images (empty: fill in later)", default="", err=True)
+            )
+            data = Path(answer) if answer.strip() else None
+    if site is None:
+        raise DataError("--site is missing: the id under which the coordinator knows this hospital")
+    made = initialise(folder, site, data)
+    for path in made.written:
+        console.print(f"wrote        {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"fingerprint  {made.fingerprint}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"next: CHECKLIST.md says who knows which value; then `chainward-site check {made.site_yaml}`",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def check(
+    site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")],
+    superlink: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Also look at the way to the SuperLink.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="The coordinator's root certificate (PEM), as the SuperNode gets it.")
+    ] = None,
+    auth_key: Annotated[
+        Path | None, typer.Option(help="The SuperNode's private key, as the SuperNode gets it.")
+    ] = None,
+    health: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Ask the SuperLink's gRPC health server (it has no TLS).")
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN.toml|'KEY=VALUE ...'", help="The planned run's configuration: what would it cost here?"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Look whether this hospital is ready: configuration, data, machine, ledger, and, if asked, network and plan.
+
+    Nothing is trained, spent, changed or sent.
+    """
+    from chainward_client.doctor.examination import Asked, examine  # loads PyTorch, which takes seconds
+    from chainward_client.doctor.network import Endpoint
+    from chainward_client.doctor.report import print_diagnosis
+    from chainward_client.planned_run import read_plan
+
+    asked = Asked(
+        superlink=None if superlink is None else Endpoint.parse(superlink, "--superlink"),
+        root_certificates=root_certificates,
+        auth_key=auth_key,
+        health=None if health is None else Endpoint.parse(health, "--health"),
+        plan=None if plan is None else read_plan(plan),
+    )
+    diagnosis = examine(site_yaml, asked)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_json(), indent=1))
+    else:
+        print_diagnosis(diagnosis, console)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+@app.command("dry-run")
+def dry_run_command(
+    site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")],
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="RUN.toml|'KEY=VALUE ...'", help="The planned run's configuration. Default: a usual one."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each training, about.", min=1, max=1000)] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Train a few steps without a network and show all that would leave, by name and byte. The budget is not touched."""
+    from chainward_client.dry_run import dry_run  # loads PyTorch, which takes seconds
+    from chainward_client.dry_run_console import print_dry_run
+    from chainward_client.planned_run import read_plan
+
+    found = dry_run(site_yaml, None if plan is None else read_plan(plan), steps)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_dry_run(found, console)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

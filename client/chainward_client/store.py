@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -40,6 +42,10 @@ class SiteStore:
     KEPT_ROUNDS = 2
     """A round may be asked for again (its reply was lost, the run was resumed): the round before it is kept as well."""
 
+    KEPT_DAYS = 30
+    KEPT_BYTES = 20 * 10**9
+    """What `tidy` leaves of other runs."""
+
     KEPT_ANSWERS: ClassVar[dict[str, int]] = {EvaluateTask.KIND: 256}
     """The newest answers to each kind of task that are kept, default 3: a coordinator asks again for the last one, or the
     one before it. Scores with noise are small, and dear."""
@@ -47,6 +53,18 @@ class SiteStore:
     def __init__(self, root: Path, run_id: str) -> None:
         # the id comes in a message: whatever it is, the folder lies directly in the site's own
         self.folder = root / (re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or "_")
+
+    def tidy(self) -> None:
+        """Remove what other runs left in the site's state folder: of long ago, and the oldest beyond a size. A run's folder is
+        known by what lies in it; the ledger, keys and privileged teachers are none."""
+        runs = [path for path in self.folder.parent.glob("*") if path != self.folder and _is_run(path)]
+        runs.sort(key=_changed, reverse=True)
+        total = 0
+        for run in runs:
+            total += sum(file.stat().st_size for file in run.iterdir() if file.is_file())
+            if total > self.KEPT_BYTES or time.time() - _changed(run) > self.KEPT_DAYS * 86_400:
+                logger.info("%s: removed, a run of long ago", run)
+                shutil.rmtree(run, ignore_errors=True)
 
     def save_answer(self, task: Body, body: Body, state: StateDict) -> None:
         """Keep the answer to a task, before it is sent.
@@ -126,3 +144,17 @@ class SiteStore:
 
     def _path(self, after_round: int) -> Path:
         return self.folder / f"auxiliary-round-{after_round:04d}.safetensors"
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run's answers, teachers or half-finished work, and nothing else."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    return bool(names) and all(
+        re.fullmatch(r"(\w+-task-\w+|auxiliary-round-\d+|half-\w+)\.safetensors.*", name) for name in names
+    )
+
+
+def _changed(folder: Path) -> float:
+    return max((file.stat().st_mtime for file in folder.iterdir()), default=folder.stat().st_mtime)

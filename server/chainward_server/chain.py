@@ -43,6 +43,11 @@ class _Attempted:
     training: TrainingLog | None = None
     failure: Failure | None = None
 
+    @property
+    def open(self) -> bool:
+        """Whether asking (again) may help: there is no model yet, and the site's policy has not said no."""
+        return self.model is None and not (self.failure and self.failure.final)
+
 
 @dataclass(frozen=True)
 class ChainOutcome:
@@ -152,7 +157,7 @@ def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: lis
     """Train the hops of one turn at the same time, each with its attempts, and record them."""
     outcomes = {hop.key: _Attempted() for _, hop in pending}
     for attempt in range(1 + run.config.chain.retries):
-        open_hops = {hop.site: hop for _, hop in pending if outcomes[hop.key].model is None}
+        open_hops = {hop.site: hop for _, hop in pending if outcomes[hop.key].open}
         if not open_hops:
             break
         requests = {site: _link_request(run, hop, strands[hop.strand]) for site, hop in open_hops.items()}
@@ -168,7 +173,7 @@ def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: lis
             if outcome.model is not None:
                 data = run.results.data
                 run.folder.save_model(hop.key, outcome.model, run.architecture, data.classes, data.task)
-            elif attempt < run.config.chain.retries and outcome.failure:
+            elif attempt < run.config.chain.retries and outcome.failure and outcome.open:
                 logger.warning("%s; trying again", outcome.failure.reason)
     for number, hop in pending:
         _record(run, hop, outcomes[hop.key], strands[hop.strand], f"hop {number} of {total}")

@@ -179,7 +179,10 @@ def audit(
     folder = open_run(run, directory)
     record = read_privacy_record(folder.path / "privacy.json")
     statements = record.get("statements", [])
-    audited = audit_statements(folder.state.run_id, statements, list(record.get("sites", {})))
+    facts = record.get("sites", {})
+    absent = [site for site, of_site in facts.items() if of_site.get("mode") == "no model"]
+    others = [site for site in facts if site not in absent]
+    audited = audit_statements(folder.state.run_id, statements, others, absent=absent)
     if html is not None:
         write_page(audited, html)
     if as_json:

@@ -64,11 +64,12 @@ class Reply(Generic[B]):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no usable answer, in one line. `refused`: the site itself said no."""
+    """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again."""
 
     reason: str
     seconds: float
     refused: bool = False
+    final: bool = False
 
 
 class Exchange:
@@ -112,11 +113,12 @@ class Exchange:
             if unsent and now - looked > LOOK_SECONDS:
                 looked = now
                 for site in self._connected(unsent):
+                    sent[site] = time.monotonic()
                     message_id = self._push(site, unsent.pop(site), deadline)
                     if message_id is None:
                         yield site, Failure(f"site '{site}': Flower did not take the message", 0.0)
                     else:
-                        waiting[message_id], sent[site] = site, time.monotonic()
+                        waiting[message_id] = site
                 if now - started >= patience:
                     for site in unsent:
                         waited = f" (waited {now - started:.0f} s, federation.patience)" if patience else ""
@@ -178,7 +180,7 @@ def _read(site: str, message: Message, expected: type[B], seconds: float) -> Rep
     try:
         body, arrays = unpack(content, expected)
     except SiteRefusal as refusal:
-        return Failure(f"site '{site}' refused: {refusal}", seconds, refused=True)
+        return Failure(f"site '{site}' refused: {refusal}", seconds, refused=True, final=refusal.final)
     except ChainwardError as error:
         return Failure(f"site '{site}': {error}", seconds)
     return Reply(body, arrays, seconds, sum(byte_count(record) for record in arrays.values()), message)

@@ -134,9 +134,10 @@ def _run_round(
     has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
     replies: dict[str, Reply[StudentResult]] = {}
     failed: dict[str, str] = {}
+    final: set[str] = set()
     record = StudentRound(round=number, stage=stage, sites=[], seconds=0.0, bytes_down=0, bytes_up=0)
     for attempt in range(1 + run.config.chain.retries):
-        open_sites = [site for site in run.consortium.sites if site not in replies]
+        open_sites = [site for site in run.consortium.sites if site not in replies and site not in final]
         if not open_sites:
             break
         # A retry brings the auxiliary teacher again: the site may have lost its own.
@@ -160,6 +161,8 @@ def _run_round(
             problem = reply.reason if isinstance(reply, Failure) else _problem(run, reply, site, number, template)
             if problem or isinstance(reply, Failure):
                 failed[site] = problem or ""
+                if isinstance(reply, Failure) and reply.final:
+                    final.add(site)
                 continue
             failed.pop(site, None)
             replies[site] = reply

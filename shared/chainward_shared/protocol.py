@@ -278,11 +278,12 @@ class EvaluateResult(Body):
 
 
 class Refusal(Body):
-    """A site's word that it can't or won't, in one line for a person."""
+    """A site's word that it can't or won't, in one line for a person. `final`: its policy says no; asking again is no use."""
 
     KIND: ClassVar[str] = "refusal"
 
     reason: str
+    final: bool = False
 
 
 B = TypeVar("B", bound=Body)
@@ -341,7 +342,8 @@ def unpack(content: RecordDict, expected: type[B]) -> tuple[B, dict[str, ArrayRe
     kind = kind_of(content)
     text = str(content.config_records[_ENVELOPE]["body"])
     if kind == Refusal.KIND and expected is not Refusal:
-        raise SiteRefusal(_parse(text, Refusal).reason)
+        refusal = _parse(text, Refusal)
+        raise SiteRefusal(refusal.reason, final=refusal.final)
     if kind != expected.KIND:
         raise ProtocolError(f"a message '{kind}' arrived where '{expected.KIND}' was expected")
     body = _parse(text, expected)
@@ -363,4 +365,8 @@ def _parse(text: str, expected: type[B]) -> B:
 
 
 class SiteRefusal(ProtocolError):
-    """A site refused; the message is its own one line."""
+    """A site refused; the message is its own one line. `final`: asking again is no use."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final

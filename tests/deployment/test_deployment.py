@@ -1,56 +1,85 @@
-"""`flwr run server/app` on a SuperLink with TLS, node authentication and a database, and three hospitals."""
+"""A deployed consortium: hospitals with a site.yaml, data, keys and policies of their own.
+
+Once in this process, in seconds; and once with `flwr run server/app` on a SuperLink with TLS, node authentication and a
+database, and a SuperNode for each of three hospitals.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from flower_deployment import write_site
+from flwr.app import Context, RecordDict
+from loopback_grid import LoopbackGrid
 from safetensors.torch import load_file
 
-from chainward_client.keys import open_site_ledger
+import chainward_client.app
+from chainward_client.keys import create_site_ledger, open_site_ledger
+from chainward_server.run_folder import RunFolder
 from chainward_shared.privacy.audit import audit_statements
 
 SITES = ("ash", "birch", "cedar")
 
-POLICY = {"epsilon": 50.0, "delta": 1.0e-3, "units": 20}
+POLICY = {"epsilon": 50.0, "delta": 1.0e-3}
+"""Of cedar, which is the one private hospital."""
 
-pytestmark = pytest.mark.deployment
+
+@pytest.fixture
+def asked(tiny):
+    """The run that the coordinator asks for."""
+    private = {"privacy.mode": "by-policy", "privacy.epsilon": 20.0, "privacy.delta": 1.0e-3}
+    return tiny | private | {"federation.sites": ",".join(SITES)}
 
 
-def test_three_hospitals_of_which_one_is_private_train_one_model(deployment, tiny):
+def check_outcome(folder: RunFolder, sites: Path) -> None:
+    """Look at the run folder, and at what the hospitals under `sites` keep."""
+    assert folder.state.status == "finished", folder.state.reason
+    results = folder.load_results()
+    assert results.data.source == "the sites' own data"
+    assert [(link.site, link.status) for link in results.links] == [(site, "done") for site in SITES]
+    for name in ("chain", "student"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder.model_path(name)).values()), name
+    assert sorted(results.final["student"].sites) == ["ash", "birch"], "a private hospital withholds its scores"
+    assert (folder.path / "report.html").stat().st_size > 10_000
+    record = json.loads((folder.path / "privacy.json").read_text())
+    assert audit_statements(folder.state.run_id, record["statements"], list(record["sites"])).exit_code == 0
+    assert open_site_ledger(sites / "cedar" / "state", "cedar")[0].spendings(), "the hospital's own ledger has it"
+    assert not (sites / "ash" / "state" / "privacy").exists()
+    told = "".join(path.read_text() for path in folder.path.glob("*.json"))
+    assert not re.search(r"(ash|birch|cedar)-(train|val|test)-\d", told), "no file name of a case"
+    assert str(sites) not in told, "no path of a hospital"
+
+
+def test_hospitals_train_by_their_own_site_yaml(coordinated, asked, small_consortium, tmp_path):
+    for site in SITES:
+        write_site(tmp_path / site, site, small_consortium, POLICY if site == "cedar" else None)
+    create_site_ledger(tmp_path / "cedar" / "state", "cedar")
+
+    def at_the_hospital(message, answer):
+        site = SITES[message.metadata.dst_node_id - 101]
+        node_config = {"site-config": str(tmp_path / site / "site.yaml")}
+        context = Context(1, message.metadata.dst_node_id, node_config, state=RecordDict(), run_config={})
+        return chainward_client.app.app(message, context)
+
+    settings = asked | {"output.dir": str(tmp_path / "runs")}
+    folder, _ = coordinated(settings, LoopbackGrid(len(SITES), at_the_hospital))
+    check_outcome(folder, tmp_path)
+
+
+@pytest.mark.deployment
+def test_three_hospitals_train_over_tls_with_keys_that_the_superlink_knows(deployment, asked):
     deployment.start_superlink()
     for site in SITES:
         deployment.add_site(site, POLICY if site == "cedar" else None)
         deployment.start_site(site, online=False)
     for site in SITES:
         deployment.wait_online(site)
-    settings = tiny | {
-        "federation.sites": ",".join(SITES),
-        "privacy.mode": "by-policy",
-        "privacy.epsilon": 20.0,
-        "privacy.delta": 1.0e-3,
-    }
-    run = deployment.submit(settings)
-    folder = deployment.wait_for_run()
-    assert folder.state.status == "finished", deployment.logs()
-    results = folder.load_results()
-
-    assert [(link.site, link.status) for link in results.links] == [(site, "done") for site in SITES]
-    for name in ("chain", "student"):
-        assert all(tensor.isfinite().all() for tensor in load_file(folder.model_path(name)).values()), name
-    assert results.final["student"].sites["ash"].n > 0
-    assert results.final["student"].sites.get("cedar") is None, "a private hospital withholds its scores by default"
-    assert (folder.path / "report.html").stat().st_size > 10_000
-
-    record = json.loads((folder.path / "privacy.json").read_text())
-    audited = audit_statements(folder.state.run_id, record["statements"], list(record["sites"]))
-    assert audited.exit_code == 0
-    ledger, _ = open_site_ledger(deployment.site_dir("cedar") / "state", "cedar")
-    assert ledger.head.entries > 1, "what was spent is in the hospital's own ledger"
-    assert not (deployment.site_dir("ash") / "state" / "privacy").exists()
-
+    run = deployment.submit(asked)
+    check_outcome(deployment.wait_for_run(), deployment.folder)
     assert deployment.flower_status(run) == "finished:completed"
-    everything = "".join(path.read_text(errors="replace") for path in deployment.folder.rglob("*.log"))
-    assert "Traceback" not in everything
-    assert not re.search(r"(ash|birch|cedar)-(train|val|test)-\d", everything), "no file name of a case is in a log"
+    logs = "".join(path.read_text(errors="replace") for path in deployment.folder.rglob("*.log"))
+    assert "Traceback" not in logs
+    assert not re.search(r"(ash|birch|cedar)-(train|val|test)-\d", logs), "no file name of a case"

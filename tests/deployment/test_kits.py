@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from cryptography.x509.verification import PolicyBuilder, Store
-from flower_deployment import ADDRESS, Authority, free_ports, wait_until
+from flower_deployment import ADDRESS, PATIENCE, Authority, free_ports, wait_until
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 
 from chainward_client.keys import create_site_ledger, open_site_ledger
@@ -42,7 +43,7 @@ def script(path: Path, *words: object, **environment: str) -> subprocess.Complet
         env={**os.environ, "PATH": programs, "CHAINWARD_CA_PASSPHRASE": "pass:words", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -150,10 +151,10 @@ def test_certificates_are_signed_for_a_year_at_most(authority, tmp_path, days):
 @needs("ssh-keygen")
 def test_a_node_key_is_one_that_flower_reads_and_names_nobody(tmp_path):
     fine(script(CLIENT / "make-node-key.sh", tmp_path))
-    key = load_ssh_private_key((tmp_path / "node.key").read_bytes(), None)
+    key = load_ssh_private_key((tmp_path / "supernode").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp384r1"
-    assert stat.S_IMODE((tmp_path / "node.key").stat().st_mode) == 0o600
-    assert len((tmp_path / "node.key.pub").read_text().split()) == 2, "no user and host name behind the key"
+    assert stat.S_IMODE((tmp_path / "supernode").stat().st_mode) == 0o600
+    assert len((tmp_path / "supernode.pub").read_text().split()) == 2, "no user and host name behind the key"
     refused(script(CLIENT / "make-node-key.sh", tmp_path), "is there already")
 
 
@@ -216,6 +217,27 @@ def test_every_option_that_the_kits_give_is_one_of_this_flower(command):
         assert options, path
         assert options <= set(re.findall(r"--[a-z-]+", known.stdout)), path
         assert "--insecure" not in options and "--allow-runtime-dependency-installation" not in options
+
+
+def test_both_sides_have_the_same_probe():
+    for name in ("probe.sh", "chainward-probe@.service", "chainward-probe@.timer"):
+        assert (SERVER / name).read_bytes() == (CLIENT / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("answers", "superexec", "restarts"), [(True, True, 0), (False, True, 1), (True, False, 1)])
+def test_the_probe_restarts_what_no_longer_works(tmp_path, answers, superexec, restarts):
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    for name, code in (("curl", not answers), ("pgrep", not superexec), ("systemctl", False)):
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{calls}\nexit {int(code)}\n')
+        (programs / name).chmod(0o755)
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    command = [str(SERVER / "probe.sh"), "x.service", "https://localhost/health", "--cacert", "a"]
+    environment = os.environ | {"PATH": path, "PROBE_PAUSE": "0"}
+    fine(subprocess.run(command, env=environment, capture_output=True, text=True, check=False))
+    called = calls.read_text().splitlines()
+    assert called.count("systemctl restart x.service") == restarts
+    assert sum(call.startswith("curl") for call in called) == (3 if restarts else 1)
 
 
 def test_telemetry_and_the_update_check_are_off_in_every_kit():
@@ -316,51 +338,52 @@ def bundle(publisher: str) -> bytes:
     return build_fab_from_files({"pyproject.toml": config.encode(), "code.py": code, "README.md": b""})[0]
 
 
-WITHOUT_OVERRIDE = """
-import ctypes, sys
-ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: root, too, is to obey the folder's mode
-import os
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-INSTALL = """
-import sys
+UNPACKING = """
+import ctypes, json, os, sys
+if sys.argv[1] != "again":
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: root, too, is to obey the folders' modes
+    os.execv(sys.executable, [sys.executable, __file__, "again", *sys.argv[1:]])
 from pathlib import Path
-from flwr.cli.install import install_from_fab  # what a ClientApp's process calls before it loads the app
-print(install_from_fab(Path(sys.argv[1]).read_bytes(), skip_prompt=True))
+from flwr.cli.install import install_from_fab  # what the process of a ClientApp calls before it loads the app
+home, own, foreign = map(Path, sys.argv[2:])
+os.environ["FLWR_HOME"] = str(home)
+
+def unpacked(bundle):
+    try:
+        return install_from_fab(bundle.read_bytes(), skip_prompt=True).name
+    except OSError as error:
+        return type(error).__name__
+
+writable = unpacked(foreign)
+for folder in (home, home / "apps", *(home / "apps").iterdir()):
+    folder.chmod(0o555)
+foreign.write_bytes(foreign.with_name("other.fab").read_bytes())
+print(json.dumps({"writable": writable, "foreign": unpacked(foreign), "own": unpacked(own)}))
+for folder in (home, home / "apps", *(home / "apps").iterdir()):
+    folder.chmod(0o755)
 """
-
-
-def install(fab: Path, home: Path) -> subprocess.CompletedProcess[str]:
-    """Install as Flower does at a site, without the right to write into folders that forbid it."""
-    command = [sys.executable, "-c", WITHOUT_OVERRIDE, sys.executable, "-c", INSTALL, str(fab)]
-    environment = os.environ | {"FLWR_HOME": str(home)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_at_a_hospital_with_a_pinned_app_nothing_else_can_be_unpacked(tmp_path):
     home = tmp_path / "flower"
     printed = fine(script(CLIENT / "pin-app.sh", ROOT, home))
     (pinned,) = (home / "apps").iterdir()
-    assert pinned.name.replace("0.1.0", "0-1-0") + ".fab" in printed
+    assert printed.startswith("installed chainward.consortium.") and f"{pinned.suffix}.fab" in printed
     assert [path.name for path in pinned.iterdir()] == ["pyproject.toml"]
-    foreign, own = tmp_path / "foreign.fab", tmp_path / "own.fab"
-    foreign.write_bytes(bundle("somebody"))
+    own, foreign = tmp_path / "own.fab", tmp_path / "foreign.fab"
     own.write_bytes(build_fab_from_disk(ROOT / "server" / "app"))
-    assert install(foreign, home).returncode == 0, (
-        "the test can fail: where the folder may be written, Flower unpacks it"
+    foreign.write_bytes(bundle("somebody"))
+    (tmp_path / "other.fab").write_bytes(bundle("another"))
+    (tmp_path / "unpacking.py").write_text(UNPACKING)
+    command = [sys.executable, tmp_path / "unpacking.py", home, own, foreign]
+    done = fine(subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False))
+    outcome = json.loads(done.splitlines()[-1])
+    assert outcome["writable"].startswith("somebody."), (
+        "where the folder may be written, Flower unpacks what it is sent"
     )
-    shutil.rmtree(next((home / "apps").glob("somebody*")))
-    for folder in (home, home / "apps", pinned):
-        folder.chmod(0o555)
-    try:
-        done = install(foreign, home)
-        assert done.returncode != 0 and "PermissionError" in done.stderr, done.stdout + done.stderr
-        assert list((home / "apps").iterdir()) == [pinned]
-        assert fine(install(own, home)).strip() == str(pinned)
-    finally:
-        for folder in (home, home / "apps", pinned):
-            folder.chmod(0o755)
+    assert outcome["foreign"] == "PermissionError"
+    assert outcome["own"] == pinned.name
+    assert not list((home / "apps").glob("another*"))
 
 
 def test_a_checkout_with_code_in_its_app_is_not_pinned(tmp_path):

@@ -548,7 +548,7 @@ def test_what_each_site_spent_is_listed_with_its_budget() -> None:
     assert "rosendahl private (DP-SGD) patient 2.50 5.25 8.00 2.75 1e-05 withheld" in text
     assert "vidir without privacy – – – – – – as they are" in text
     assert "vienna no model came from it" in text
-    assert "All that left vidir: these hospitals trained without differential privacy." in text
+    assert "All that left vidir: this hospital trained without differential privacy." in text
 
 
 def test_settings_show_every_key_of_the_configuration(page: Page) -> None:

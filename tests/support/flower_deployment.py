@@ -241,6 +241,30 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+def write_site(folder: Path, site: str, data: Path, policy: Mapping[str, Any] | None = None) -> Path:
+    """Write a hospital's site.yaml and data into the new `folder`; return the path of site.yaml.
+
+    The data are the rows of the manifest of the consortium's data file `data` whose hospital is `site`.
+    """
+    folder.mkdir(parents=True)
+    description = yaml.safe_load(data.read_text())
+    with (data.parent / description["manifest"]).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["hospital"] == site]
+    assert rows, f"the consortium's manifest has no hospital '{site}'"
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "label", "patient", "split"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    del description["columns"]["site"]
+    description["images"] = str(data.parent / description["images"])
+    (folder / "data.yaml").write_text(yaml.safe_dump(description))
+    content: dict[str, Any] = {"site": site, "data": "data.yaml", "state": "state"}
+    if policy is not None:
+        content["privacy"] = dict(policy)
+    (folder / "site.yaml").write_text(yaml.safe_dump(content))
+    return folder / "site.yaml"
+
+
 class Deployment:
     """A consortium under `folder`: `start_superlink`, `add_site` and `start_site` for each hospital, then `run`."""
 
@@ -348,8 +372,9 @@ class Deployment:
 
     def flower_status(self, run: int) -> str:
         """What Flower says of a run, e.g. "finished:completed"."""
-        listed = json.loads(self.flwr("list", "--run-id", str(run), "--format", "json"))
-        return str(listed["runs"][0]["status"])
+        listed = json.loads(self.flwr("list", "--format", "json"))
+        (status,) = (entry["status"] for entry in listed["runs"] if int(entry["run-id"]) == run)
+        return str(status)
 
     # --- sites ---
 
@@ -363,12 +388,7 @@ class Deployment:
         The data are the rows of the consortium's manifest whose hospital is `site`.
         """
         folder = self.site_dir(site)
-        folder.mkdir()
-        self._write_data(site)
-        content: dict[str, Any] = {"site": site, "data": "data.yaml", "state": "state"}
-        if policy is not None:
-            content["privacy"] = dict(policy)
-        (folder / "site.yaml").write_text(yaml.safe_dump(content))
+        write_site(folder, site, self.data, policy)
         if policy is not None:
             subprocess.run(
                 ["chainward-site", "keys", str(folder / "site.yaml")], check=True, env=flower_environment(folder)
@@ -395,19 +415,6 @@ class Deployment:
             ],
             folder / "flwr",
         )
-
-    def _write_data(self, site: str) -> None:
-        description = yaml.safe_load(self.data.read_text())
-        with (self.data.parent / description["manifest"]).open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["hospital"] == site]
-        assert rows, f"the consortium's manifest has no hospital '{site}'"
-        with (self.site_dir(site) / "cases.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["image", "label", "patient", "split"], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        del description["columns"]["site"]
-        description["images"] = str(self.data.parent / description["images"])
-        (self.site_dir(site) / "data.yaml").write_text(yaml.safe_dump(description))
 
     def start_site(self, site: str, *, online: bool = True) -> None:
         """Start a hospital's SuperNode and wait until the SuperLink knows that it is there."""

@@ -65,7 +65,8 @@ def outside_the_guarantee(rows: list[PrivacyRow], results: Results) -> list[str]
         return []
     found = []
     if open_sites := [row.site for row in rows if row.mode == "without privacy"]:
-        found.append(f"All that left {_named(open_sites)}: these hospitals trained without differential privacy.")
+        who = "this hospital" if len(open_sites) == 1 else "these hospitals"
+        found.append(f"All that left {_named(open_sites)}: {who} trained without differential privacy.")
     if exact := [row.site for row in private if row.scores == _RELEASES["exact"]]:
         found.append(
             f"Scores, counts of cases and notes of {_named(exact)}: their policies let them leave as they are. Figures over "

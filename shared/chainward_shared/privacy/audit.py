@@ -204,7 +204,9 @@ def audit_ledger(
     return _outcome("ledger", site, [audited], findings)
 
 
-def audit_statements(run: str, contents: Sequence[object], sites: Sequence[str] = ()) -> Audit:
+def audit_statements(
+    run: str, contents: Sequence[object], sites: Sequence[str] = (), *, absent: Sequence[str] = ()
+) -> Audit:
     """Audit the signed statements of a run, in the order in which they came.
 
     Parameters
@@ -212,6 +214,7 @@ def audit_statements(run: str, contents: Sequence[object], sites: Sequence[str] 
     run : id of the run
     contents : the statements, as parsed JSON
     sites : all sites of the run; one without a statement trained without privacy, which the audit notes
+    absent : sites from which no model came, which the audit notes too
     """
     findings: list[Finding] = []
     by_site: dict[str, list[Statement]] = {}
@@ -237,6 +240,7 @@ def audit_statements(run: str, contents: Sequence[object], sites: Sequence[str] 
             findings.append(
                 Finding("note", "trained without differential privacy: nothing bounds what left it", f"site {site}")
             )
+    findings += [Finding("note", "no model came from it in this run", f"site {site}") for site in absent]
     return _outcome("run", run, audited, findings)
 
 
