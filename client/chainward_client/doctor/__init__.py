@@ -1,0 +1,1 @@
+"""The doctor behind ``chainward-site check``: is this hospital ready to take part?"""

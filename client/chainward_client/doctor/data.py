@@ -1,0 +1,246 @@
+"""The hospital's cases, as training would see them: counts, oddities of images, patients, reports and table.
+
+What reading refuses or notes comes from `chainward_client.data`; this adds what only a look at the files, or a comparison of
+the splits, shows. The lines stay at the site: they may name files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from chainward_client.data.description import CsvDescription, ImageShape, load_description
+from chainward_client.data.images import ImageProblem, ImageStore
+from chainward_client.data.manifest import NO_PATIENTS, read_manifest
+from chainward_client.data.site_data import SPLITS, SiteData
+from chainward_client.data.sources import local_site
+from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
+from chainward_shared.errors import DataError
+
+_TURNED = 0x0112  # EXIF orientation
+_LONG = 3.0
+_SMALL = 4
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture's header says, as it is stored: width and height in pixels, colour mode, whether EXIF turns it."""
+
+    name: str
+    width: int
+    height: int
+    mode: str
+    turned: bool
+
+
+def open_data(path: Path, site: str) -> tuple[SiteData | None, list[Check]]:
+    """Return the site's cases, and what is to be said of them; None where they can't be used.
+
+    Parameters
+    ----------
+    path : the data file
+    site : id of the site, which names the draw of the splits
+    """
+    try:
+        data = local_site(path, site, seed=0)
+    except DataError as error:
+        return None, [
+            problem("data", str(error), f"correct {path.name} or what it names; docs/data.md explains the keys")
+        ]
+    return data, [
+        *check_counts(data),
+        *check_images(path, data),
+        *check_patients(data),
+        *check_privileged(data),
+        *_notes(data),
+    ]
+
+
+def check_counts(data: SiteData) -> list[Check]:
+    """Count cases per class and split."""
+    checks = []
+    for split in SPLITS:
+        cases = data.splits[split]
+        counts = ", ".join(
+            f"{name} {count}" for name, count in zip(data.classes, data.class_counts(split), strict=True)
+        )
+        patients = f" of {len(np.unique(cases.patients))} patients" if data.has_patient_ids else ""
+        found = f"{len(cases)} images{patients}: {counts}"
+        if len(cases):
+            checks.append(ok(f"cases: {split}", found))
+        else:
+            checks.append(
+                warning(f"cases: {split}", "none", "without them the site can't score models on its own images")
+            )
+    return checks
+
+
+# --- images ---
+
+
+def check_images(path: Path, data: SiteData) -> list[Check]:
+    """Look for pictures that are unlike the others: turned, small, long, of another size or colour, or all of one value."""
+    total = sum(len(cases) for cases in data.splits.values())
+    side = next(iter(data.splits.values())).images.shape[-1]
+    checks = [ok("images", f"all {total} can be read; training sees them at {side} px")]
+    description = load_description(path)
+    if type(description) is CsvDescription:
+        headers = read_headers(description)
+        checks += odd_headers(headers, description.image)
+    blank = sum(_blank(data, split) for split in SPLITS)
+    if blank:
+        checks.append(
+            warning("images: blank", f"{blank} of {total} have the same value in every pixel", "are the files whole?")
+        )
+    return checks
+
+
+def _blank(data: SiteData, split: str) -> int:
+    images = data.splits[split].images.flatten(1)  # type: ignore[index]
+    return int((images.amax(dim=1) == images.amin(dim=1)).sum()) if len(images) else 0
+
+
+def read_headers(description: CsvDescription) -> list[Header]:
+    """Return the header of every picture that the manifest names; the pictures are not decoded."""
+    found = []
+    with ImageStore(description.image_location) as store:
+        for name in read_manifest(description).images.tolist():
+            try:
+                member = store.find(name)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a header that is damaged where nobody looks
+                    image = Image.open(io.BytesIO(store.read(member)))
+                    turned = image.getexif().get(_TURNED, 1) not in (0, 1)
+            except (ImageProblem, OSError, ValueError, SyntaxError):
+                continue  # reading all of it has said so already
+            found.append(Header(member, *image.size, image.mode, turned))
+    return found
+
+
+def odd_headers(headers: Sequence[Header], shape: ImageShape) -> list[Check]:
+    """Return a check for every way in which some pictures are unlike the others; one that says the sizes where none are."""
+    checks: list[Check] = []
+    total = len(headers)
+
+    def note(what: str, odd: Sequence[Header], says: str, advice: str) -> None:
+        if odd:
+            named = listed([one.name for one in odd], 3)
+            checks.append(warning(f"images: {what}", f"{len(odd)} of {total} {says}: {named}", advice))
+
+    sizes = Counter((one.width, one.height) for one in headers)
+    note(
+        "orientation",
+        [one for one in headers if one.turned],
+        "are turned by their EXIF orientation",
+        "they are read upright; look at some: tools that drop EXIF may have left others lying",
+    )
+    lying = [one for one in headers if one.width > one.height]
+    standing = [one for one in headers if one.width < one.height]
+    fewer = min(lying, standing, key=len)
+    if len(fewer) <= 0.2 * (len(lying) + len(standing)):
+        how = "lie where the others stand" if fewer is lying else "stand where the others lie"
+        note("orientation", fewer, how, "look at some: are they turned by a quarter?")
+    note(
+        "shape",
+        [one for one in headers if max(one.width, one.height) > _LONG * min(one.width, one.height)],
+        f"are more than {_LONG:g} times as long as wide",
+        "panels, strips or screenshots? image.fit says how they become square",
+    )
+    note(
+        "size",
+        [one for one in headers if max(one.width, one.height) < shape.size],
+        f"are smaller than the {shape.size} px that training sees",
+        "they are enlarged; lower image.size, or export the originals",
+    )
+    if total:
+        middle = float(np.median([one.width * one.height for one in headers]))
+        note(
+            "size",
+            [
+                one
+                for one in headers
+                if one.width * one.height * _SMALL < middle and max(one.width, one.height) >= shape.size
+            ],
+            f"have less than a {_SMALL}th of the others' pixels",
+            "thumbnails among originals?",
+        )
+    kinds = Counter(
+        "grey" if one.mode in ("1", "L", "LA", "I") or one.mode.startswith("I;16") else "colour" for one in headers
+    )
+    if len(kinds) > 1 and shape.channels == 3:
+        rare = min(kinds, key=lambda kind: kinds[kind])
+        checks.append(
+            warning(
+                "images: colour",
+                f"{kinds[rare]} of {total} are {rare}, the others not",
+                "another device? a model may learn the device in place of the disease",
+            )
+        )
+    if not checks and sizes:
+        low, high = min(sizes, key=lambda one: one[0] * one[1]), max(sizes, key=lambda one: one[0] * one[1])
+        span = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
+        checks.append(ok("images: files", f"{span} px, none turned, none odd"))
+    return checks
+
+
+# --- patients, privileged data, notes ---
+
+
+def check_patients(data: SiteData) -> list[Check]:
+    """Check that no patient, and no picture, is on both sides of a split."""
+    checks = []
+    if not data.has_patient_ids:
+        checks.append(
+            warning(
+                "patients",
+                "the data don't say which images are of one patient: one may be on both sides of a split, and privacy can "
+                "only protect single images",
+                "name the column in columns.patient",
+            )
+        )
+    else:
+        checks.append(ok("patients", "none is in two splits"))
+    seen: dict[bytes, set[str]] = {}
+    for split in SPLITS:
+        for image in data.splits[split].images:
+            digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
+            seen.setdefault(digest, set()).add(split)
+    shared = sum(len(splits) > 1 for splits in seen.values())
+    if shared:
+        checks.append(
+            warning(
+                "patients: copies",
+                f"{shared} pictures are in two splits, pixel for pixel, under two names or patients",
+                "scores on them are too good: remove the copies, or give them the same patient",
+            )
+        )
+    return checks
+
+
+def check_privileged(data: SiteData) -> list[Check]:
+    """Say what reports and table there are for privileged teachers."""
+    cases = data.splits["train"]
+    texts, table = cases.privileged.texts, cases.privileged.table
+    parts = []
+    if texts is not None:
+        parts.append(f"reports of {sum(bool(text) for text in texts)} of {len(texts)} training cases")
+    if table is not None and data.privileged.columns:
+        parts.append(f"table columns {listed(list(data.privileged.columns))}")
+    if not parts:
+        return [skipped("privileged columns", "none is declared; the site takes part without privileged teachers")]
+    return [ok("privileged columns", f"{'; '.join(parts)}. They never leave")]
+
+
+def _notes(data: SiteData) -> list[Check]:
+    def name(note: str) -> str:
+        return "privileged columns" if note.startswith(("privileged column", "reports:")) else "data: note"
+
+    return [warning(name(note), note) for note in data.notes if note != NO_PATIENTS]

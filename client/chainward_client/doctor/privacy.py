@@ -1,0 +1,226 @@
+"""Policy, ledger, and what the run that the consortium plans would cost this site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chainward_client.data.site_data import SiteData
+from chainward_client.doctor.machine import Need, size
+from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
+from chainward_client.keys import key_path, ledger_path, open_site_ledger
+from chainward_client.policy import check_request, check_run, check_units
+from chainward_client.private_site import declared_units
+from chainward_client.training.precision import best_device
+from chainward_shared.config import RunConfig
+from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, PrivacyError
+from chainward_shared.models import (
+    Architecture,
+    compact_architecture,
+    count_parameters,
+    resolve_architecture,
+    skeleton,
+)
+from chainward_shared.models.private_ready import check_private_ready
+from chainward_shared.privacy.accounting import spent
+from chainward_shared.privacy.audit import audit_ledger
+from chainward_shared.privacy.plan import run_mechanisms
+from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_shared.privacy.signing import load_public_key, public_key_path
+from chainward_shared.recipes import PrivacyRecipe
+
+_PLANNED_RUN = "the planned run"
+_WEIGHT = 4
+"""Bytes of a float32."""
+
+
+def check_policy(policy: PrivacyPolicy | None, state: Path, site: str, data: SiteData | None) -> list[Check]:
+    """Check the policy against the data, and the ledger against the policy."""
+    if policy is None:
+        return [
+            warning(
+                "policy",
+                "site.yaml has no privacy block: the site takes part in runs without differential privacy, and refuses others",
+                "add the block if what leaves shall be bounded; docs/privacy.md says what it protects from",
+            )
+        ]
+    per_run = f", {policy.epsilon_per_run:g} per run" if policy.epsilon_per_run is not None else ""
+    terms = f"epsilon {policy.epsilon:g} in the site's lifetime{per_run}, delta {policy.delta:g}, per {policy.unit}"
+    rule = "runs without privacy are refused" if policy.required else "runs without privacy are taken, too"
+    checks = [ok("policy", f"{terms}; scores: {policy.metrics}; {rule}")]
+    if policy.epsilon > 20:
+        checks[0] = warning(
+            "policy", checks[0].found, "an epsilon above 20 bounds next to nothing; see docs/privacy.md"
+        )
+    if data is not None:
+        try:
+            patients = data.splits["train"].patients
+            count = len(set(patients.tolist())) if policy.unit == "patient" else len(patients)
+            check_units(policy, count, has_patient_ids=data.has_patient_ids)
+        except PolicyRefusal as refusal:
+            checks.append(problem("policy: data", str(refusal), "change site.yaml (delta, unit) or the data file"))
+        else:
+            shown = "declared" if policy.units else "rounded down from the true number"
+            told = declared_units(policy, data)
+            checks.append(ok("policy: data", f"others learn of {told} {policy.unit}s ({shown}) and no exact number"))
+    return [*checks, check_ledger(policy, state, site)]
+
+
+def check_ledger(policy: PrivacyPolicy, state: Path, site: str) -> Check:
+    """Verify key and ledger, and say what is left of the budget; `chainward-site audit` says more."""
+    path = ledger_path(state)
+    if not path.exists() and not key_path(state).exists():
+        return problem(
+            "ledger", f"{path}: there is none yet", "chainward-site keys SITE_YAML makes key and ledger, once"
+        )
+    try:
+        open_site_ledger(state, site)
+        public = load_public_key(public_key_path(key_path(state)))
+    except (LedgerError, PrivacyError) as error:
+        return problem("ledger", str(error), "chainward-site audit says more; restore from the backup")
+    audit = audit_ledger(path, public, site, terms=policy.terms)
+    if audit.exit_code:
+        return problem("ledger", audit.findings[0].what, "chainward-site audit says more")
+    (of_site,) = audit.sites
+    assert of_site.lifetime is not None
+    spent_so_far = of_site.lifetime.epsilons
+    used = spent_so_far.enforced if spent_so_far is not None else 0.0
+    left = of_site.lifetime.left
+    runs = len(of_site.runs)
+    found = f"whole and signed; epsilon {used:.4g} of {policy.epsilon:g} spent in {runs} runs, {left or 0.0:.4g} left"
+    if used and left is not None and left < 0.1 * policy.epsilon:
+        return warning("ledger", found, "what is left pays for little; who decides on the budget should know")
+    if of_site.open:
+        return warning("ledger", f"{found}; {of_site.open} reservations without an end, which count in full", "")
+    return ok("ledger", found)
+
+
+# --- the planned run ---
+
+
+def architectures(config: RunConfig, data: SiteData) -> list[Architecture]:
+    """Return the models of a run at this site: the chain's, and the students' where there are any.
+
+    Raises
+    ------
+    ModelError
+        A backbone is unknown, or doesn't suit the site's images.
+    """
+    image = data.splits["train"].images
+    large = resolve_architecture(
+        config.chain.backbone,
+        num_classes=len(data.classes),
+        in_chans=int(image.shape[1]),
+        image_size=int(image.shape[-1]),
+        patch_size=config.chain.patch_size,
+    )
+    if not config.student.rounds:
+        return [large]
+    student = config.student
+    small = compact_architecture(
+        large,
+        width=student.width,
+        depth=student.depth,
+        name=student.model,
+        image_size=student.image_size,
+        patch_size=student.patch_size,
+    )
+    return [large, small]
+
+
+def need_of(config: RunConfig, data: SiteData | None, *, planned: bool) -> Need:
+    """Return what a run needs at this site, about; without data, or with a backbone that doesn't suit them, a small one.
+
+    Disk: the last three answers, a half-finished training (parameters and two moments), three auxiliary teachers. Memory:
+    the images twice, and for each model in use parameters, gradients and two moments.
+    """
+    large = small = 30_000_000
+    images = 0
+    if data is not None:
+        images = sum(cases.images.numel() for cases in data.splits.values())
+        try:
+            large, *rest = (count_parameters(skeleton(one)) for one in architectures(config, data))
+            small = rest[0] if rest else 0
+        except ModelError:
+            pass
+    disk = _WEIGHT * (6 * large + 9 * small)
+    memory = 2 * images + _WEIGHT * (5 * large + 5 * small)
+    return Need(disk, memory, "the planned run" if planned else f"a run with {config.chain.backbone}")
+
+
+def check_plan(config: RunConfig, policy: PrivacyPolicy | None, state: Path, site: str, data: SiteData) -> list[Check]:
+    """Check the run that the coordinator means to start: would this site train, with which models, and what would it cost?"""
+    private = config.privacy.mode != "off"
+    checks = _backbones(config, data, private=private and policy is not None)
+    if policy is None and config.privacy.mode == "by-policy":
+        return [ok("plan: privacy", "by-policy: this site has no policy and trains without privacy"), *checks]
+    guided = any(config.privileged.recipe_for(part) is not None for part in ("links", "students"))
+    try:
+        check_run(policy, private=private, unit=config.privacy.unit if private else None, privileged=guided)
+    except PolicyRefusal as refusal:
+        return [problem("plan: privacy", f"this site would refuse: {refusal}", "agree with the coordinator"), *checks]
+    if policy is None or not private:
+        return [ok("plan: privacy", "the run has no differential privacy, and the site asks for none"), *checks]
+    return [_cost(config, policy, state, site, data), *checks]
+
+
+def asked_of_site(config: RunConfig, policy: PrivacyPolicy) -> PrivacyRecipe:
+    """Return what a private run asks of a site: at the policy's delta where that is smaller, as `PrivateWork` takes it."""
+    asked = config.privacy_recipe()
+    assert asked is not None
+    return asked.model_copy(update={"delta": min(asked.delta, policy.delta)})
+
+
+def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data: SiteData) -> Check:
+    """Return the epsilon of the plan at this site, what is spent already, and whether the two fit."""
+    name = "plan: epsilon"
+    asked = asked_of_site(config, policy)
+    units = max(1, round(declared_units(policy, data) * asked.share))
+    try:
+        mechanisms = run_mechanisms(asked, units=units)
+    except PrivacyError as error:
+        return problem(name, f"this site would refuse: {error}", "agree on another plan with the coordinator")
+    trainings = ", ".join(
+        f"{one.steps} steps at sample rate {one.sample_rate:.3g}" for one in mechanisms if one.kind == "dp-sgd"
+    )
+    cost = spent(mechanisms, policy.delta)
+    plan = (
+        f"epsilon {cost:.4g} at delta {policy.delta:g} per {policy.unit}, noise multiplier "
+        f"{mechanisms[0].noise_multiplier:.3g}, {trainings}, of {units} {policy.unit}s"
+    )
+    try:
+        ledger, _ = open_site_ledger(state, site)
+    except PrivacyError:
+        return problem(name, f"{plan}; there is no ledger to hold it against", "see the check 'ledger'")
+    before = spent(ledger.mechanisms(), policy.delta)
+    together = spent([*ledger.mechanisms(), *mechanisms], policy.delta)
+    try:
+        check_request(policy, ledger, mechanisms, _PLANNED_RUN)
+    except PolicyRefusal as refusal:
+        return problem(
+            name, f"this site would refuse: {refusal}", f"agree on another plan with the coordinator ({plan})"
+        )
+    found = f"{plan}; {before:.4g} of {policy.epsilon:g} spent, together {together:.4g}: fits"
+    if policy.metrics == "noised":
+        return warning(
+            name,
+            found,
+            f"every release of noised scores costs epsilon {policy.metrics_epsilon:g} on top, while budget lasts",
+        )
+    if together > 0.9 * policy.epsilon:
+        return warning(name, found, "work that has to be done again pays again: there is little left for that")
+    return ok(name, found)
+
+
+def _backbones(config: RunConfig, data: SiteData, *, private: bool) -> list[Check]:
+    try:
+        models = architectures(config, data)
+        for model in models if private else ():
+            check_private_ready(model, best_device().type)
+    except ModelError as error:
+        return [problem("plan: backbone", str(error), "tell the coordinator: the run would stop at its start")]
+    found = listed([f"{model.name} ({size(_WEIGHT * count_parameters(skeleton(model)))})" for model in models])
+    if private:
+        return [ok("plan: backbone", f"{found}: per-example gradients compared one by one here, right")]
+    if config.privacy.mode != "off":
+        return [skipped("plan: private training", "not tried: this site has no policy"), ok("plan: backbone", found)]
+    return [ok("plan: backbone", found)]

@@ -1,0 +1,105 @@
+"""What the doctor found: one `Check` after the other, as a table, as JSON, and as an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Outcome = Literal["ok", "warning", "problem", "skipped"]
+
+_STYLES: dict[Outcome, str] = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes
+    ----------
+    name : what was looked at
+    outcome : "ok"; "warning": works, a person should know; "problem": the site can't take part so; "skipped"
+    found : what was found, one line
+    advice : what to do; empty where nothing is to be done
+    """
+
+    name: str
+    outcome: Outcome
+    found: str
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        # causes come from files and from the network, and may hold line breaks
+        for field in ("found", "advice"):
+            object.__setattr__(self, field, " ".join(getattr(self, field).split()))
+
+
+def ok(name: str, found: str) -> Check:
+    """Return a check that found nothing wrong."""
+    return Check(name, "ok", found)
+
+
+def warning(name: str, found: str, advice: str = "") -> Check:
+    """Return a check that found something to know."""
+    return Check(name, "warning", found, advice)
+
+
+def problem(name: str, found: str, advice: str) -> Check:
+    """Return a check that found something with which the site can't take part."""
+    return Check(name, "problem", found, advice)
+
+
+def skipped(name: str, why: str, advice: str = "") -> Check:
+    """Return a check that wasn't made."""
+    return Check(name, "skipped", why, advice)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks of a site, in the order in which they were made."""
+
+    site: str
+    checks: tuple[Check, ...]
+
+    def count(self, outcome: Outcome) -> int:
+        """Return how many checks came out so."""
+        return sum(check.outcome == outcome for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """0: fine, warnings allowed. 1: a problem."""
+        return 1 if self.count("problem") else 0
+
+    @property
+    def summary(self) -> str:
+        """One line: the verdict and the counts."""
+        verdict = "not ready" if self.exit_code else "ready"
+        words: dict[Outcome, str] = {"problem": "problems", "warning": "warnings", "skipped": "skipped", "ok": "ok"}
+        counts = ", ".join(f"{self.count(outcome)} {word}" for outcome, word in words.items())
+        return f"site {self.site}: {verdict} ({counts})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        verdict = "problem" if self.exit_code else "fine"
+        return {"site": self.site, "verdict": verdict, "checks": [asdict(check) for check in self.checks]}
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Print a table of all checks, then the summary."""
+    table = Table("check", "", "found", "what to do", show_lines=False)
+    for check in diagnosis.checks:
+        style = _STYLES[check.outcome]
+        table.add_row(Text(check.name), Text(check.outcome, style=style), Text(check.found), Text(check.advice))
+    console.print(table)
+    style = "red" if diagnosis.exit_code else "green"
+    console.print(diagnosis.summary, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def listed(words: Sequence[str], most: int = 6) -> str:
+    """Return ``"a, b, c and 4 more"``."""
+    shown = ", ".join(words[:most])
+    return shown if len(words) <= most else f"{shown} and {len(words) - most} more"

@@ -1,0 +1,1 @@
+"""The files that `chainward-site init` writes."""

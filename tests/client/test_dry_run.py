@@ -1,0 +1,343 @@
+"""``chainward-site dry-run``: all that would leave is shown, what must not leave is found, nothing is spent or connected."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from PIL import Image
+from typer.testing import CliRunner
+
+import chainward_client.app as client_app
+import chainward_client.site
+from chainward_client import cli, dry_run
+from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
+from chainward_client.dry_run import DryRun
+from chainward_client.keys import create_site_ledger, ledger_path
+from chainward_client.leaks import Secrets, find_leaks
+from chainward_client.planned_run import read_plan
+from chainward_client.telling import PLAIN_WEIGHTS, PRIVATE_WEIGHTS, UNKNOWN, what_it_tells
+from chainward_shared import protocol
+from chainward_shared.errors import ChainwardError, DataError
+
+PLAN = "chain.backbone='test_convnext' chain.batch-size=8 student.batch-size=8 federation.threads=1"
+PRIVATE = f"{PLAN} privacy.mode='dp-sgd' privacy.epsilon=3"
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Path:
+    """Path of the site.yaml of a hospital whose every text can be told from any other."""
+    (tmp_path / "scans").mkdir()
+    generator = np.random.default_rng(3)
+    rows = ["scan,finding,person,part,report,zkreatinin,zward"]
+    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+        for i in range(count):
+            name = f"zscan{split}{i:03d}"
+            pixels = generator.normal(90, 25, (32, 32)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "scans" / f"{name}.png")
+            value = round(float(generator.uniform(40, 160)), 5)
+            report = f"Zbefund {split} {i}. Hier ist alles wie zuvor {i}; kein Hinweis auf Neues."
+            rows.append(
+                f"{name},{('clear', 'dense')[i % 2]},zpat-{split}-{i:03d},{split},{report},{value},zward-{i % 2}"
+            )
+    (tmp_path / "cases.csv").write_text("\n".join(rows) + "\n")
+    description = {
+        "format": "csv",
+        "manifest": "cases.csv",
+        "images": "scans",
+        "classes": ["clear", "dense"],
+        "columns": {
+            "image": "scan",
+            "label": "finding",
+            "patient": "person",
+            "split": "part",
+            "text": "report",
+            "tabular": {
+                "zkreatinin": {"kind": "number", "min": 0, "max": 300},
+                "zward": {"kind": "category", "values": ["zward-0", "zward-1"]},
+            },
+        },
+        "image": {"size": 32, "channels": 1},
+    }
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(description))
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({"site": "oak", "data": "data.yaml", "state": "state"}))
+    return path
+
+
+def with_policy(site_yaml: Path, **policy: Any) -> Path:
+    content = yaml.safe_load(site_yaml.read_text())
+    content["privacy"] = {"epsilon": 10, "delta": 1e-5, "epsilon_per_run": 4, **policy}
+    site_yaml.write_text(yaml.safe_dump(content))
+    create_site_ledger(site_yaml.parent / "state", "oak")
+    return site_yaml
+
+
+@pytest.fixture(autouse=True)
+def fresh_sites() -> Iterator[None]:
+    yield
+    chainward_client.site._local_site.cache_clear()
+
+
+def run(site_yaml: Path, plan: str = PLAN) -> DryRun:
+    return dry_run.dry_run(site_yaml, read_plan(plan), steps=2)
+
+
+def kinds(found: DryRun) -> list[str]:
+    return [sent.kind for sent in found.sent]
+
+
+# --- a clean site ---
+
+
+def test_every_byte_of_every_message_is_named_and_nothing_is_found(hospital):
+    found = run(hospital)
+    assert (found.exit_code, found.found, found.sockets) == (0, (), ())
+    assert kinds(found) == ["hello", "site-card", "link-result", "student-result", "evaluate-result"]
+    for sent in found.sent:
+        assert sent.framing > 0, "arrays and fields are parts of the message, without overlap"
+        assert sent.framing < 300 + 120 * (len(sent.arrays) + len(sent.fields)), "what has no name is small"
+        assert all(one.tells != UNKNOWN for one in sent.fields), sent
+        assert all(one.what != UNKNOWN for one in sent.arrays), sent
+    assert {one.what for one in found.sent[2].arrays} == {PLAIN_WEIGHTS}
+    assert {"report", "sentence", "table cell", "patient id", "file name", "path", "table number"} <= set(
+        found.searched
+    )
+    assert found.searched["report"] == 36
+
+
+def test_a_private_dry_run_spends_nothing_and_leaves_nothing_behind(hospital):
+    with_policy(hospital, metrics="noised", metrics_epsilon=0.5)
+    state = hospital.parent / "state"
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+    assert ledger_path(state) in before
+    found = run(hospital, PRIVATE)
+    assert (found.exit_code, found.private) == (0, True)
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
+    assert [path.name for path in state.iterdir()] == ["privacy"]
+    link, evaluated = found.sent[2], found.sent[-1]
+    assert {one.what for one in link.arrays} == {PRIVATE_WEIGHTS}
+    fields = {one.path: one.value for one in link.fields}
+    assert fields["training.loss"] == "[]"
+    assert float(fields["statement.epsilon_run"]) <= 3.0
+    assert "evaluate-result" in kinds(found)
+    assert {one.path: one.value for one in evaluated.fields}["release"] == '"noised"'
+
+
+def test_a_plan_that_the_policy_forbids_is_shown_as_the_refusal_that_would_leave(hospital):
+    with_policy(hospital)
+    found = run(hospital)
+    assert found.exit_code == 1
+    assert found.sent[2].kind == "refusal"
+    assert "requires differential privacy" in (found.sent[2].reason or "")
+
+
+# --- leaks, made on purpose ---
+
+
+def test_a_report_in_the_notes_of_a_training_is_found_and_ends_with_1(hospital, monkeypatch):
+    train_link = client_app.train_link
+
+    def leaky(data: SiteData, *arguments: Any, **settings: Any) -> Any:
+        state, log = train_link(data, *arguments, **settings)
+        texts = data.splits["train"].privileged.texts
+        return state, log.model_copy(update={"notes": [f"by the way: {(texts or ('',))[3]}"]})
+
+    monkeypatch.setattr(client_app, "train_link", leaky)
+    found = run(hospital, f"{PLAN} student.rounds=0")
+    assert found.exit_code == 1
+    assert {"report", "sentence"} <= {one.kind for one in found.found}
+    assert {one.asked for one in found.found} == {"link-task"}
+
+
+def test_an_array_that_is_none_of_the_models_is_found(hospital, monkeypatch):
+    train_link = client_app.train_link
+
+    def leaky(data: SiteData, *arguments: Any, **settings: Any) -> Any:
+        state, log = train_link(data, *arguments, **settings)
+        return {**state, "extra": data.splits["train"].images.float()}, log
+
+    monkeypatch.setattr(client_app, "train_link", leaky)
+    found = run(hospital, f"{PLAN} student.rounds=0")
+    assert [(one.kind, one.what.split(",")[0]) for one in found.found] == [("array", "model.extra")]
+
+
+def test_whatever_opens_a_socket_is_stopped_and_named(hospital, monkeypatch):
+    train_link = client_app.train_link
+
+    def telephoning(*arguments: Any, **settings: Any) -> Any:
+        socket.create_connection(("127.0.0.1", 9), timeout=1)
+        return train_link(*arguments, **settings)
+
+    monkeypatch.setattr(client_app, "train_link", telephoning)
+    found = run(hospital, f"{PLAN} student.rounds=0")
+    assert found.exit_code == 1
+    assert found.sockets
+    assert found.sent[2].kind == "refusal"
+    socket.socket().close()  # and the guard is gone with the dry run
+
+
+# --- the search ---
+
+
+def site_with(texts: tuple[str | None, ...], patients: list[str], table: dict[str, Any]) -> SiteData:
+    n = len(patients)
+    cases = Cases(
+        torch.zeros(n, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(n, dtype=torch.int64),
+        np.array(patients),
+        PrivilegedCases(texts=texts, table=table),
+    )
+    empty = cases.take([])
+    return SiteData("oak", ("a", "b"), {"train": cases, "val": empty, "test": empty})
+
+
+def message(body: Any = None, **arrays: np.ndarray) -> RecordDict:
+    content = RecordDict({"chainward": ConfigRecord({"protocol": 2, "kind": "x", "body": json.dumps(body)})})
+    for name, values in arrays.items():
+        content[name] = ArrayRecord({"weights": Array(values)})
+    return content
+
+
+SECRETS = Secrets.of(
+    site_with(
+        ("Großer Befund, links. Kein Vergleich mit der Voraufnahme.", None, "short", "word", None, None, None, None),
+        ["p-0017", "1234", "miller", "12", "p5", "p6", "p7", "p8"],
+        {
+            "lab": (53.48213, 12.0, None, 1.25, 61.20347, 70.11111, 81.90123, 90.33333),
+            "kind": ("melanoma", "left", "patient", "train", None, None, None, None),
+        },
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ({"notes": ["see großer befund, links. kein vergleich mit der voraufnahme."]}, "report"),
+        ({"notes": ["Kein Vergleich mit der Voraufnahme"]}, "sentence"),
+        ({"reason": "row of p-0017 is bad"}, "patient id"),
+        ({"miller": 1}, "patient id"),
+        ({"reason": "patient 1234"}, "patient id"),
+        ({"a": ["MELANOMA"]}, "table cell"),
+        ({"loss": [0.1, 53.48213]}, "table number"),
+    ],
+)
+def test_each_kind_of_secret_is_found_in_a_body(body, kind):
+    assert kind in {found.kind for found in find_leaks(message(body), SECRETS)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"loss": [0.1234, 1234.5, 12.0, 1.25], "images": 1234},
+        {"digest": "ab1234cd", "hop": "p-00175", "a": "millers"},
+        {"time": "2030-01-01T10:00:00.1234Z"},
+        {},
+    ],
+)
+def test_what_only_looks_like_a_secret_is_not_taken_for_one(body):
+    assert find_leaks(message(body), SECRETS) == []
+
+
+def test_words_of_the_question_and_of_the_protocol_are_no_leak_though_a_cell_says_the_same():
+    body = {"unit": "patient", "split": "train", "site": "left"}
+    assert {found.kind for found in find_leaks(message(body), SECRETS)} == {"table cell"}
+    assert find_leaks(message(body), SECRETS.without({"left"})) == []
+    assert find_leaks(message({"note": "it was left there"}), SECRETS.without({"right"})) != []
+
+
+def test_secrets_hidden_in_arrays_are_found_as_text_and_as_values():
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=20_000).astype(np.float32)
+    assert find_leaks(message({}, model=weights), SECRETS) == []
+    text = np.frombuffer(b"Kein Vergleich mit der Voraufnahme..", dtype=np.float32)
+    hidden = weights.copy()
+    hidden[100 : 100 + len(text)] = text
+    assert {found.kind for found in find_leaks(message({}, model=hidden), SECRETS)} == {"sentence"}
+    column = next(iter(SECRETS.columns.values()))
+    hidden = weights.copy()
+    hidden[7 : 7 + 9 * len(column) : 9] = column[::-1]
+    more = Secrets.of(
+        site_with(
+            (None,) * 9,
+            [f"patient-{i}" for i in range(9)],
+            {"lab": tuple(float(x) + 0.00007 * x for x in range(41, 50))},
+        )
+    )
+    hidden[200 : 200 + 9] = more.columns["lab"]
+    assert "table column" in {found.kind for found in find_leaks(message({}, model=hidden), more)}
+    assert find_leaks(message({}, model=weights), more) == []
+
+
+def test_every_field_that_a_site_sends_is_described():
+    """A new field of an answer must be described before it can leave unexplained."""
+
+    def paths(schema: dict[str, Any], whole: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in schema.get("properties", {}).items():
+            inner = [value, *value.get("anyOf", ()), *([value["items"]] if "items" in value else ())]
+            named = [whole["$defs"][one["$ref"].rpartition("/")[2]] for one in inner if "$ref" in one]
+            if not named:
+                yield f"{prefix}{name}"
+            for one in named:
+                yield from paths(one, whole, f"{prefix}{name}.")
+
+    for body in (
+        protocol.Hello,
+        protocol.SiteCard,
+        protocol.LinkResult,
+        protocol.StudentResult,
+        protocol.EvaluateResult,
+        protocol.Refusal,
+    ):
+        schema = body.model_json_schema()
+        for path in [*paths(schema, schema), *body.ARRAYS]:
+            assert what_it_tells(body.KIND, path, private=False) != UNKNOWN, f"{body.KIND}: {path}"
+    assert what_it_tells("site-card", "new_field", private=False) == UNKNOWN
+
+
+# --- the command ---
+
+
+def test_the_command_prints_tables_and_json(hospital):
+    result = CliRunner().invoke(cli.app, ["dry-run", str(hospital), "--plan", f"{PLAN} student.rounds=0", "--json"])
+    assert result.exit_code == 0, result.output
+    written = json.loads(result.stdout[result.stdout.index("{\n") :])
+    assert (written["verdict"], written["found"], written["sockets"]) == ("fine", [], [])
+    assert sum(one["bytes"] for one in written["messages"]) == written["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("chain.lap=2", "did you mean 'chain.laps'"),
+        ("nonsense", "KEY=VALUE"),
+        ("chain.laps=two", "not a number"),
+        ("absent.toml", "can't be read"),
+    ],
+)
+def test_a_plan_that_can_not_be_read_is_refused_in_one_line(plan, says):
+    with pytest.raises(ChainwardError, match=says) as caught:
+        read_plan(plan)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_is_read_from_an_app_and_from_a_run_folder(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[tool.flwr.app.config.chain]\nlaps = 3\n")
+    (tmp_path / "config.toml").write_text("seed = 7\n[chain]\nlaps = 2\n")
+    assert read_plan(str(tmp_path / "pyproject.toml")).chain.laps == 3
+    assert (read_plan(str(tmp_path / "config.toml")).seed, read_plan("chain.laps=4 seed=1").chain.laps) == (7, 4)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_dry_run_is_not_a_training(hospital, steps):
+    with pytest.raises(DataError, match="--steps"):
+        dry_run.dry_run(hospital, None, steps)
