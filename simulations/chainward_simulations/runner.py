@@ -31,7 +31,6 @@ from chainward_shared.models import Architecture, build_model, resolve_architect
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict, weighted_average
 
-
 RUN = "in-process"
 """What the ledgers of private sites call a run of this runner."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_a_key_that_is_none_is_refused(key):
         ("seed", -1, ["seed = -1", "integer at least 0, below 2^63", "default 0"]),
         ("seed", 2**63, [f"seed = {2**63}", "below 2^63"]),
         ("chain.compare-alone", 3, ["chain.compare-alone = 3", "true or false", "default True"]),
-        ("privacy.mode", "dp-sgd", ["privacy.mode = 'dp-sgd'", "allowed: off"]),
+        ("privacy.mode", "on", ("off, by-policy, dp-sgd", "default 'off'")),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed_and_the_default(key, value, words):
@@ -229,3 +230,45 @@ def test_the_six_sites_app_holds_every_key_at_its_default():
 
 def test_the_generated_app_tables_are_toml_of_the_defaults():
     assert tomllib.loads(flower_app_config())["tool"]["flwr"]["app"]["config"] == RunConfig().tables()
+
+
+def test_private_trainings_of_a_run_are_planned_together_and_follow_the_settings():
+    config = RunConfig.from_flat(
+        {
+            "privacy.mode": "dp-sgd",
+            "privacy.batch-size": 100,
+            "chain.laps": 2,
+            "chain.strands": 3,
+            "chain.epochs": 5,
+            "chain.label-fraction": 0.5,
+            "student.rounds": 4,
+            "student.epochs": 7,
+            "privileged.mode": "all",
+            "privileged.epochs": 9,
+        }
+    )
+    recipe = config.link_recipe().privacy
+    assert recipe == config.student_recipe("finetune").privacy
+    assert [(one.epochs, one.batch_size, one.times) for one in recipe.run] == [(5, 100, 6), (7, 100, 5), (9, 64, 2)]
+    assert (recipe.sites, recipe.share) == ("all", 0.5)
+    assert RunConfig().link_recipe().privacy is None
+
+
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [
+        ({"privacy.epsilon": 3.0}, "contradicts privacy.mode = 'off'"),
+        ({"privacy.mode": "dp-sgd", "privacy.epsilon": 0.0}, "allowed: number above 0"),
+        ({"privacy.mode": "dp-sgd", "privacy.delta": 1.0}, "below 1"),
+        ({"privacy.mode": "dp-sgd", "federation.precision": "bf16"}, "not verified for private training"),
+        ({"privacy.mode": "dp-sgd", "privacy.simulated-budget": "a"}, "expected an epsilon above 0"),
+        ({"privacy.mode": "dp-sgd", "privacy.simulated-budget": "0"}, "expected an epsilon above 0"),
+        (
+            {"privacy.mode": "dp-sgd", "privacy.simulated-sites": "a", "privacy.simulated-budget": "b=1"},
+            "names 'b', which privacy.simulated-sites doesn't",
+        ),
+    ],
+)
+def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RunConfig.from_flat(flat)
