@@ -30,3 +30,6 @@ def show_progress() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        # Opacus calls logging.basicConfig where it is imported, and every line would come twice; with a handler it does nothing
+        logging.getLogger().addHandler(logging.NullHandler())
