@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +116,12 @@ def test_nothing_loads_a_pickle(package):
 )
 def test_every_form_of_import_is_seen(code, expected):
     assert list(imports(ast.parse(code))) == expected
+
+
+@pytest.mark.parametrize("module", ["chainward_client.app", "chainward_client.cli", "chainward_simulations.cli"])
+def test_what_needs_no_model_does_not_wait_for_the_libraries_that_build_one(module):
+    # a site's every message is answered by a new process; timm brings torchvision and PyTorch's compiler, ten seconds of CPU
+    slow = ["timm", "torchvision", "torch._dynamo", "sklearn", "scipy", "pandas", "opacus", "dp_accounting"]
+    code = f"import sys, {module}; print(*(name for name in {slow} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -45,6 +47,8 @@ from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model, skeleton
 from chainward_shared.privacy.entries import Head
 from chainward_shared.protocol import (
+    AtWork,
+    AtWorkRequest,
     Body,
     CardRequest,
     EvaluateResult,
@@ -58,6 +62,7 @@ from chainward_shared.protocol import (
     SitePrivacy,
     StudentResult,
     StudentTask,
+    fingerprint,
     kind_of,
     pack,
     unpack,
@@ -76,7 +81,7 @@ SHAREABLE = (PolicyRefusal, ModelError, ProtocolError, WeightsError)
 
 B = TypeVar("B", bound=Body)
 
-Handler = Callable[[RecordDict, Context], RecordDict]
+Handler = Callable[[Message, Context], RecordDict]
 
 
 def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -91,7 +96,7 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
         show_progress()
         deployed = SITE_CONFIG_KEY in context.node_config
         try:
-            content = handler(message.content, context)
+            content = handler(message, context)
         except Exception as error:
             private = not isinstance(error, SHAREABLE)
             if not deployed and not isinstance(error, ChainwardError):
@@ -116,8 +121,11 @@ def _state(arrays: ArrayRecord | None, name: str, architecture: Architecture, ex
 
 @app.query()
 @_answering
-def query(content: RecordDict, context: Context) -> RecordDict:
-    """Say who is here, or describe the site's data."""
+def query(message: Message, context: Context) -> RecordDict:
+    """Say who is here, whether anyone is at work on a task, or describe the site's data."""
+    content = message.content
+    if kind_of(content) == AtWorkRequest.KIND:
+        return pack(_at_work(content, context))
     if kind_of(content) == HelloRequest.KIND:
         request, _ = unpack(content, HelloRequest)
         config = own_config(context.node_config)
@@ -146,6 +154,27 @@ def query(content: RecordDict, context: Context) -> RecordDict:
             privacy=privacy,
         )
     )
+
+
+def _at_work(content: RecordDict, context: Context) -> AtWork:
+    request, _ = unpack(content, AtWorkRequest)
+    config = own_config(context.node_config)
+    if config is None:
+        raise ProtocolError("a simulated site was asked whether it is at work: only deployed ones are")
+    store = SiteStore(config.state_dir(Path(str(context.node_config[SITE_CONFIG_KEY]))), request.run_id)
+    return AtWork(site=config.site, at_work=store.lock(request.task).held)
+
+
+@contextmanager
+def _at_work_on(task: LinkTask | StudentTask | EvaluateTask, message: Message, context: Context) -> Iterator[OpenSite]:
+    """Open the site, and let a deployed one be seen at work on the task, from before its data are read."""
+    config = own_config(context.node_config)
+    if config is None:
+        yield open_site(context.node_config, task.simulated)
+        return
+    store = SiteStore(config.state_dir(Path(str(context.node_config[SITE_CONFIG_KEY]))), task.run_id)
+    with store.lock(fingerprint(task)).hold(message.metadata.ttl):
+        yield open_site(context.node_config, task.simulated)
 
 
 def _site_privacy(site: OpenSite) -> SitePrivacy | None:
@@ -195,10 +224,14 @@ def _hello_of_simulated_node(request: HelloRequest, context: Context) -> Hello:
 
 @app.train("link")
 @_answering
-def link(content: RecordDict, context: Context) -> RecordDict:
+def link(message: Message, context: Context) -> RecordDict:
     """Train one link of the chain, or this hospital alone."""
-    task, arrays = unpack(content, LinkTask)
-    site = open_site(context.node_config, task.simulated)
+    task, arrays = unpack(message.content, LinkTask)
+    with _at_work_on(task, message, context) as site:
+        return _link(task, arrays, site)
+
+
+def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
     work = _work(site, task.run_id, task.hop, task.recipe, task.seen_head)
     store = SiteStore(site.state_dir, task.run_id)
     store.tidy()
@@ -232,10 +265,14 @@ def _stated(result: B, work: PrivateWork | None) -> B:
 
 @app.train("student")
 @_answering
-def student(content: RecordDict, context: Context) -> RecordDict:
+def student(message: Message, context: Context) -> RecordDict:
     """Train the compact student for one round; keep the auxiliary teacher here."""
-    task, arrays = unpack(content, StudentTask)
-    site = open_site(context.node_config, task.simulated)
+    task, arrays = unpack(message.content, StudentTask)
+    with _at_work_on(task, message, context) as site:
+        return _student(task, arrays, site)
+
+
+def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
     work = _work(site, task.run_id, f"student-round-{task.round}", task.recipe, task.seen_head)
     store = SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, StudentResult)
@@ -291,10 +328,14 @@ def _auxiliary(task: StudentTask, arrays: dict[str, ArrayRecord], store: SiteSto
 
 @app.evaluate()
 @_answering
-def score(content: RecordDict, context: Context) -> RecordDict:
+def score(message: Message, context: Context) -> RecordDict:
     """Score a model on this site's own images, and let out what the site's policy lets out."""
-    task, arrays = unpack(content, EvaluateTask)
-    site = open_site(context.node_config, task.simulated)
+    task, arrays = unpack(message.content, EvaluateTask)
+    with _at_work_on(task, message, context) as site:
+        return _score(task, arrays, site)
+
+
+def _score(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
     release = "exact" if site.policy is None else site.policy.metrics
     if release == "withhold" or (release == "noised" and not task.splits):
         return pack(EvaluateResult(site=site.data.site, scores={}, release="withhold"))

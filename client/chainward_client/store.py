@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -12,22 +11,16 @@ from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
+from chainward_client.at_work import WorkLock
 from chainward_client.training.checkpoint import Checkpoint
 from chainward_shared.errors import StoreError, WeightsError
 from chainward_shared.models import Architecture
-from chainward_shared.protocol import Body, EvaluateTask
+from chainward_shared.protocol import Body, EvaluateTask, fingerprint
 from chainward_shared.weights import StateDict, digest, load_file, save_file
 
 logger = logging.getLogger("chainward.client")
 
 B = TypeVar("B", bound=Body)
-
-
-def fingerprint(task: Body) -> str:
-    """Return the SHA-256 of all that decides the answer to a task: a request with the same one has the same answer."""
-    # not what comes along to be sure: an auxiliary teacher is sent again although the site has its own
-    deciding = task.model_dump_json(exclude={"simulated", "seen_head", "auxiliary_digest"})
-    return hashlib.sha256(f"{task.KIND} {deciding}".encode()).hexdigest()
 
 
 class SiteStore:
@@ -102,6 +95,10 @@ class SiteStore:
         key = fingerprint(task)
         return Checkpoint(self.folder / f"half-{key[:32]}.safetensors", key)
 
+    def lock(self, task: str) -> WorkLock:
+        """Return the lock that whoever works on a task holds; `task`: its fingerprint."""
+        return WorkLock(self.folder / f"at-work-{task[:32]}.lock")
+
     def save_auxiliary(self, state: StateDict, architecture: Architecture, after_round: int) -> None:
         """Keep the auxiliary teacher as it is after `after_round` (1-based; 0: as it was selected).
 
@@ -152,7 +149,8 @@ def _is_run(folder: Path) -> bool:
         return False
     names = [path.name for path in folder.iterdir()]
     return bool(names) and all(
-        re.fullmatch(r"(\w+-task-\w+|auxiliary-round-\d+|half-\w+)\.safetensors.*", name) for name in names
+        re.fullmatch(r"(\w+-task-\w+|auxiliary-round-\d+|half-\w+)\.safetensors.*|at-work-\w+\.lock", name)
+        for name in names
     )
 
 

@@ -1,5 +1,7 @@
 """The coordinator's command, `chainward`. Progress and errors go to stderr; 0: fine, 1: a finding, 2: bad input."""
 
+# What takes seconds to import, matplotlib and timm say, is imported by the command that needs it.
+
 from __future__ import annotations
 
 import json
@@ -9,15 +11,11 @@ from typing import Annotated, Literal
 
 import click
 import typer
-from flwr.common.config import parse_config_args
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from chainward_server.export import chosen_model, export_run
-from chainward_server.export.onnx_model import OnnxInput
 from chainward_server.report.formats import bytes_size, duration
-from chainward_server.report.from_folder import write_report
 from chainward_server.run_folder import RunFolder
 from chainward_server.run_list import list_runs
 from chainward_server.watch import find_run, watch
@@ -119,13 +117,15 @@ def export(
     to: Annotated[Path | None, typer.Option(help="The new folder. Default: RUN-MODEL in this folder.")] = None,
     onnx: Annotated[bool, typer.Option(help="Also as ONNX, compared with PyTorch (extra `onnx`).")] = True,
     onnx_input: Annotated[
-        OnnxInput,
+        Literal["pixels", "scaled"],
         typer.Option(help="What the ONNX model is given: pixels 0 to 255 (uint8), or images scaled already (float32)."),
     ] = "pixels",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in that folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Write a run's model for others: safetensors, timm's config.json, ONNX, a model card, checksums. Print where."""
+    from chainward_server.export import chosen_model, export_run
+
     folder = open_run(run, directory)
     chosen = chosen_model(folder, model)
     target = to or Path(f"{folder.state.run_id}-{chosen}")
@@ -154,6 +154,8 @@ def report(
     directory: RunsDir = DEFAULT_DIR,
 ) -> None:
     """Render report.html of a run anew and print where it is."""
+    from chainward_server.report.from_folder import write_report
+
     typer.echo(write_report(open_run(run, directory)))
 
 
@@ -222,6 +224,8 @@ def config(
 
 def _parse(settings: list[str]) -> dict[str, ConfigScalar]:
     """Return settings as Flower reads them from one --run-config (of several it forgets keys of the same table)."""
+    from flwr.common.config import parse_config_args
+
     try:
         return parse_config_args(settings if settings[-1:] and settings[-1].endswith(".toml") else [" ".join(settings)])
     except (click.ClickException, ValueError, OSError) as error:

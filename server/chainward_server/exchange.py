@@ -10,10 +10,25 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from chainward_shared.errors import ChainwardError
-from chainward_shared.protocol import Body, Hello, HelloRequest, SimulatedSite, SiteRefusal, pack, unpack
+from chainward_shared.protocol import (
+    AtWork,
+    AtWorkRequest,
+    Body,
+    EvaluateTask,
+    Hello,
+    HelloRequest,
+    LinkTask,
+    SimulatedSite,
+    SiteRefusal,
+    StudentTask,
+    fingerprint,
+    pack,
+    unpack,
+)
 from chainward_shared.weights import byte_count
 
 logger = logging.getLogger("chainward")
@@ -23,6 +38,19 @@ LOOK_SECONDS = 0.5
 """Between two looks at which nodes are connected."""
 TELL_SECONDS = 30.0
 HELLO_SECONDS = 30.0
+CHECK_SECONDS = 60.0
+"""In which a site must say whether it is at work, else the question counts as not asked."""
+SENT_AGAIN = 2
+"""Times that a request that was lost is sent again."""
+LOST = frozenset(
+    {
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    }
+)
+"""Flower's errors that say nothing of the work: the site was away, or its process was killed."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +92,14 @@ class Reply(Generic[B]):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again."""
+    """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again;
+    `lost`: Flower did not bring the request there, or the answer back."""
 
     reason: str
     seconds: float
     refused: bool = False
     final: bool = False
+    lost: bool = False
 
 
 class Exchange:
@@ -80,10 +110,18 @@ class Exchange:
     grid : Flower's grid
     members : the sites, by id
     hello : asks a node that is not known yet who it is: a deployed site may come back as another node. None: none will
+    check_every : seconds between two questions to a silent site whether it is still at work; default: it is never asked
     """
 
-    def __init__(self, grid: Grid, members: Mapping[str, Member], hello: HelloRequest | None = None) -> None:
-        self.grid, self.hello = grid, hello
+    def __init__(
+        self,
+        grid: Grid,
+        members: Mapping[str, Member],
+        hello: HelloRequest | None = None,
+        *,
+        check_every: float = 0.0,
+    ) -> None:
+        self.grid, self.hello, self.check_every = grid, hello, check_every
         self.members = dict(members)
         self._strangers: set[int] = set()
 
@@ -99,47 +137,73 @@ class Exchange:
     ) -> Iterator[tuple[str, Reply[B] | Failure]]:
         """Send every request as soon as its site is connected and yield each site's outcome as it arrives.
 
+        A request that gets lost (its site was restarted, or was away for too long) is sent again, `SENT_AGAIN` times at most;
+        the site answers what it has done already from its store.
+
         Parameters
         ----------
         expected : the kind of answer that counts as one
         deadline : seconds to wait for an answer, from sending on; sites that have not answered by then have failed
         patience : seconds to wait for a site that is not connected; default: it has failed at once
         """
-        started = time.monotonic()
         unsent, waiting, sent = dict(requests), dict[str, str](), dict[str, float]()
+        since, again = dict.fromkeys(requests, time.monotonic()), dict.fromkeys(requests, 0)
+        lookout = _Lookout(self, requests)
         looked = told = -math.inf
+
+        def settled(site: str, outcome: Reply[B] | Failure) -> tuple[str, Reply[B] | Failure]:
+            unsent.pop(site, None)
+            for message_id in [message_id for message_id, other in waiting.items() if other == site]:
+                del waiting[message_id]
+            return site, outcome
+
+        def ask_again(site: str, why: str) -> None:
+            logger.warning("%s; it is asked again", why)
+            unsent[site], since[site], again[site] = requests[site], time.monotonic(), again[site] + 1
+
         while unsent or waiting:
             now = time.monotonic()
             if unsent and now - looked > LOOK_SECONDS:
                 looked = now
                 for site in self._connected(unsent):
                     sent[site] = time.monotonic()
-                    message_id = self._push(site, unsent.pop(site), deadline)
+                    message_id = self.push(site, unsent.pop(site), deadline)
                     if message_id is None:
-                        yield site, Failure(f"site '{site}': Flower did not take the message", 0.0)
+                        yield settled(site, Failure(f"site '{site}': Flower did not take the message", 0.0))
                     else:
                         waiting[message_id] = site
-                if now - started >= patience:
-                    for site in unsent:
-                        waited = f" (waited {now - started:.0f} s, federation.patience)" if patience else ""
-                        yield site, Failure(f"site '{site}' is not connected{waited}", now - started)
-                    unsent.clear()
-                elif unsent and now - told > TELL_SECONDS:
+                for site in [site for site in unsent if now - since[site] >= patience]:
+                    waited = f" (waited {now - since[site]:.0f} s, federation.patience)" if patience else ""
+                    yield settled(site, Failure(f"site '{site}' is not connected{waited}", now - since[site]))
+                if unsent and now - told > TELL_SECONDS:
                     told = now
-                    left = patience - (now - started)
+                    left = max(patience - (now - since[site]) for site in unsent)
                     logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(unsent))
             for message in self.grid.pull_messages(list(waiting)) if waiting else ():
+                if message.metadata.reply_to_message_id not in waiting:
+                    continue  # of a site that was asked twice, and has answered
                 site = waiting.pop(message.metadata.reply_to_message_id)
-                yield site, _read(site, message, expected, time.monotonic() - sent[site])
-            for message_id, site in list(waiting.items()):
+                reply = _read(site, message, expected, time.monotonic() - sent[site])
+                if isinstance(reply, Failure) and reply.lost:
+                    if site in unsent or site in waiting.values():
+                        continue
+                    if again[site] < SENT_AGAIN:
+                        ask_again(site, reply.reason)
+                        continue
+                yield settled(site, reply)
+            for site in dict.fromkeys(waiting.values()):
                 if time.monotonic() - sent[site] > deadline:
-                    del waiting[message_id]
                     seconds = time.monotonic() - sent[site]
-                    yield site, Failure(f"site '{site}' did not answer within {deadline:g} s", seconds)
+                    yield settled(site, Failure(f"site '{site}' did not answer within {deadline:g} s", seconds))
+            for site in lookout.idle({site: sent[site] for site in waiting.values() if site not in unsent}):
+                if again[site] < SENT_AGAIN:
+                    # the earlier request stays awaited: its answer may be on its way, over a slow line
+                    ask_again(site, f"site '{site}' is not at work on what it was asked for")
             if unsent or waiting:
                 time.sleep(POLL_SECONDS)
 
-    def _push(self, site: str, request: Request, deadline: float) -> str | None:
+    def push(self, site: str, request: Request, deadline: float) -> str | None:
+        """Send one request, to be answered within `deadline` seconds; return its id, None where Flower didn't take it."""
         content = pack(request.body, request.arrays)
         # A message that was not delivered by the deadline must not start work afterwards.
         node = self.members[site].node_id
@@ -172,10 +236,62 @@ class Exchange:
             self.members[site] = replace(self.members[site], node_id=int(name))
 
 
+class _Lookout:
+    """Finds the sites that have a request and are not at work on it: a site may be restarted before Flower notices, and what
+    it was asked for is gone with its old process.
+
+    Parameters
+    ----------
+    exchange : asks the sites
+    requests : what they were asked for
+    """
+
+    def __init__(self, exchange: Exchange, requests: Mapping[str, Request]) -> None:
+        self.exchange, self.every = exchange, exchange.check_every
+        self._tasks = {
+            site: (task.run_id, fingerprint(task))
+            for site, task in ((site, request.body) for site, request in requests.items())
+            if isinstance(task, LinkTask | StudentTask | EvaluateTask)
+        }
+        self._asked: dict[str, tuple[str, float]] = {}
+        self._last: dict[str, float] = {}
+        self._idle: dict[str, int] = {}
+
+    def idle(self, waiting: Mapping[str, float]) -> list[str]:
+        """Return those of the `waiting` sites (and when their request was sent) that have said twice in a row, `every`
+        seconds apart, that nobody there is at work."""
+        if not self.every:
+            return []
+        now, found = time.monotonic(), []
+        for message in self.exchange.grid.pull_messages(list(self._asked)) if self._asked else ():
+            site, _ = self._asked.pop(message.metadata.reply_to_message_id)
+            answer = _read(site, message, AtWork, 0.0)
+            self._idle[site] = (
+                self._idle.get(site, 0) + 1 if isinstance(answer, Reply) and not answer.body.at_work else 0
+            )
+            if self._idle[site] >= 2 and site in waiting:
+                self._idle[site] = 0
+                found.append(site)
+        for message_id, (site, asked) in list(self._asked.items()):
+            if site not in waiting or now - asked > CHECK_SECONDS:
+                del self._asked[message_id]
+        busy = {site for site, _ in self._asked.values()}
+        for site, sent in waiting.items():
+            if site in self._tasks and site not in busy and now - max(sent, self._last.get(site, 0.0)) > self.every:
+                self._last[site] = now
+                run_id, task = self._tasks[site]
+                request = Request("query", AtWorkRequest(run_id=run_id, task=task))
+                pushed = self.exchange.push(site, request, CHECK_SECONDS)
+                if pushed is not None:
+                    self._asked[pushed] = (site, now)
+        return found
+
+
 def _read(site: str, message: Message, expected: type[B], seconds: float) -> Reply[B] | Failure:
     if message.has_error():
         words = (message.error.reason or "no reason given").strip().splitlines()
-        return Failure(f"site '{site}' failed: {words[-1]} (Flower error {message.error.code})", seconds)
+        lost = message.error.code in LOST
+        return Failure(f"site '{site}' failed: {words[-1]} (Flower error {message.error.code})", seconds, lost=lost)
     content: RecordDict = message.content
     try:
         body, arrays = unpack(content, expected)

@@ -63,7 +63,11 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     deadline = config.federation.deadline
     members = _members(grid, config, state_dir, started)
     deployed = all(member.simulated is None for member in members.values())
-    exchange = Exchange(grid, members, _hello(config) if deployed else None)
+    exchange = (
+        Exchange(grid, members, _hello(config), check_every=config.federation.check_every)
+        if deployed
+        else Exchange(grid, members)
+    )
     logger.info("sites: %s", ", ".join(members))
     requests = {site: Request("query", CardRequest(simulated=member.simulated)) for site, member in members.items()}
     answers = exchange.ask(requests, SiteCard, deadline=max(1.0, deadline - (time.monotonic() - started)))

@@ -277,7 +277,7 @@ class RunFolder:
 
 
 FREE_ON_RESUME = re.compile(
-    r"output\..*|federation\.(hop-deadline|deadline|patience)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
+    r"output\..*|federation\.(hop-deadline|deadline|patience|check-every)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
 )
 """Keys that may differ between a run and its continuation: they don't decide what is trained."""
 

@@ -79,6 +79,13 @@ class FederationConfig(Table):
         le=604_800,
         description="Seconds to wait for a site that is not connected, before an attempt to train there counts as failed",
     )
+    check_every: float = Field(
+        120.0,
+        ge=0,
+        le=604_800,
+        description="Seconds between two questions to a silent site whether it is still at work; where it is not, twice in a "
+        "row, it is asked for the work again. 0: never. Each costs the site a few seconds of a processor",
+    )
     precision: Precision = Field(
         "auto", description="Arithmetic of training: auto takes bf16 where the hardware computes it, fp32 elsewhere"
     )

@@ -6,6 +6,7 @@ in `ARRAYS` for a kind can't be packed, and is refused on arrival: no tensor of 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -87,6 +88,24 @@ class CardRequest(Body):
     KIND: ClassVar[str] = "card-request"
 
     simulated: SimulatedSite | None = None
+
+
+class AtWorkRequest(Body):
+    """Is anyone at the site at work on this? `task`: the `fingerprint` of a request that was sent and not answered."""
+
+    KIND: ClassVar[str] = "at-work-request"
+
+    run_id: RunId
+    task: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AtWork(Body):
+    """The site's answer: whether one of its processes is at work on the task."""
+
+    KIND: ClassVar[str] = "at-work"
+
+    site: str
+    at_work: bool
 
 
 class SitePrivacy(BaseModel):
@@ -284,6 +303,13 @@ class Refusal(Body):
 
     reason: str
     final: bool = False
+
+
+def fingerprint(task: Body) -> str:
+    """Return the SHA-256 of all that decides the answer to a task: a request with the same one has the same answer."""
+    # not what comes along to be sure: an auxiliary teacher is sent again although the site has its own
+    deciding = task.model_dump_json(exclude={"simulated", "seen_head", "auxiliary_digest"})
+    return hashlib.sha256(f"{task.KIND} {deciding}".encode()).hexdigest()
 
 
 B = TypeVar("B", bound=Body)

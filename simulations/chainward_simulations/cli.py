@@ -7,9 +7,7 @@ from typing import Annotated
 import typer
 
 from chainward_server.cli import DEFAULT_DIR, RunsDir, app, main, open_run
-from chainward_server.report.from_folder import write_report
 from chainward_simulations.attack import attack
-from chainward_simulations.run_examples import draw_examples
 from chainward_simulations.study.command import study
 
 app.command()(study)
@@ -26,6 +24,9 @@ def examples(
     count: Annotated[int, typer.Option(min=1, max=24, help="Images to show.")] = 6,
 ) -> None:
     """Draw test images, their regions and where a simulated run's models look into its report; print where it is."""
+    from chainward_server.report.from_folder import write_report
+    from chainward_simulations.run_examples import draw_examples
+
     folder = open_run(run, directory)
     draw_examples(folder, without=open_run(without, directory) if without else None, count=count)
     typer.echo(write_report(folder))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chainward_server.report import render_report
+from chainward_server.report.page import render_report
 from chainward_server.results import (
     AloneRecord,
     DataSummary,

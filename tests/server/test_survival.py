@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from safetensors.torch import load_file
 
 from chainward_server import exchange
 from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError
+from chainward_shared.models import Architecture
 from chainward_shared.protocol import (
+    AtWork,
+    AtWorkRequest,
     CardRequest,
+    EvaluateResult,
+    EvaluateTask,
     Hello,
     HelloRequest,
     LinkResult,
@@ -28,6 +34,12 @@ from chainward_shared.weights import digest, from_arrays, to_arrays
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
 HELLO = HelloRequest(source="phantom", num_sites=0, label_skew=0.0)
+
+
+@pytest.fixture(autouse=True)
+def identity(loopback):
+    """Flower knows which run this is, as in its own process."""
+    loopback(1)
 
 
 @pytest.fixture
@@ -253,3 +265,110 @@ def test_a_repeated_lap_without_failures_is_what_it_was_without_the_rule(chain_o
     first, _ = coordinated(chain_only)
     second, _ = coordinated(chain_only | {"chain.on-failure": "revisit"})
     assert same_chain(first, second)
+
+
+# -- requests that get lost on their way, or with the process that had them
+
+
+class Restarted:
+    """A grid with one site, whose fate each request meets in turn: seconds until it is answered; None: its process is gone;
+    an error: Flower's. `at_work`: what the site says when it is asked whether anybody is."""
+
+    def __init__(self, clock, fates, at_work=False):
+        self.clock, self.fates, self.at_work, self.tasks, self.answers = clock, list(fates), at_work, [], {}
+        self.questions = 0
+
+    def get_node_ids(self):
+        return [1]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            name = f"message-{len(self.answers)}"
+            ids.append(name)
+            message.metadata.__dict__["_message_id"] = name
+            if kind_of(message.content) == AtWorkRequest.KIND:
+                self.questions += 1
+                self.answers[name] = (
+                    self.clock.now + 4,
+                    self._reply(message, AtWork(site="ash", at_work=self.at_work)),
+                )
+                continue
+            fate = self.fates[len(self.tasks)]
+            self.tasks.append(self.clock.now)
+            if isinstance(fate, Error):
+                self.answers[name] = (self.clock.now + 1, Message(fate, reply_to=message))
+            else:
+                scores = EvaluateResult(site=f"answer {len(self.tasks)}", scores={})
+                self.answers[name] = (self.clock.now + (1e9 if fate is None else fate), self._reply(message, scores))
+        return ids
+
+    def _reply(self, message, body):
+        return Message(pack(body), reply_to=message)
+
+    def pull_messages(self, ids):
+        there = [name for name in ids if self.answers[name][0] <= self.clock.now]
+        return [self.answers[name][1] for name in there]
+
+
+def scored(monkeypatch, fates, *, check_every=120.0, at_work=False, deadline=7200.0):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 1.0)
+    grid = Restarted(clock, fates, at_work)
+    talk = Exchange(grid, {"ash": Member("ash", 1)}, HELLO, check_every=check_every)
+    architecture = Architecture(name="test_convnext", num_classes=2, in_chans=1, image_size=32)
+    task = EvaluateTask(run_id="a", architecture=architecture, splits=["val"], threads=1, digest="0")
+    outcomes = list(talk.stream({"ash": Request("evaluate", task)}, EvaluateResult, deadline))
+    assert [site for site, _ in outcomes] == ["ash"]
+    return outcomes[0][1], grid, clock.now
+
+
+def test_what_a_restarted_site_was_asked_for_is_asked_again_long_before_the_deadline(monkeypatch):
+    answer, grid, now = scored(monkeypatch, [None, 5])
+    assert answer.body.site == "answer 2"
+    assert grid.questions == 2
+    assert 240 < now < 270
+
+
+def test_a_site_that_says_it_is_at_work_is_left_to_it(monkeypatch):
+    answer, grid, now = scored(monkeypatch, [3600], at_work=True)
+    assert answer.body.site == "answer 1"
+    assert len(grid.tasks) == 1
+    assert 25 < grid.questions < 32
+    assert now < 3603
+
+
+def test_an_answer_on_a_slow_line_counts_although_it_was_asked_for_again(monkeypatch):
+    answer, grid, now = scored(monkeypatch, [400, 400])
+    assert answer.body.site == "answer 1"
+    assert len(grid.tasks) == 2
+    assert now < 403
+
+
+def test_a_request_is_sent_three_times_at_most(monkeypatch):
+    answer, grid, now = scored(monkeypatch, [None, None, None])
+    assert answer.reason == "site 'ash' did not answer within 7200 s"
+    assert len(grid.tasks) == 3
+    assert now > 7200
+
+
+def test_nobody_is_asked_whether_he_works_where_that_is_switched_off(monkeypatch):
+    answer, grid, _ = scored(monkeypatch, [None], check_every=0.0)
+    assert isinstance(answer, Failure)
+    assert grid.questions == 0
+
+
+def test_a_request_that_flower_could_not_deliver_is_sent_again(monkeypatch):
+    gone = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Node Unavailable")
+    answer, grid, now = scored(monkeypatch, [gone, 5])
+    assert answer.body.site == "answer 2"
+    assert now < 20
+    answer, grid, _ = scored(monkeypatch, [gone, gone, gone])
+    assert answer.reason == "site 'ash' failed: Node Unavailable (Flower error 5)"
+    assert len(grid.tasks) == 3
+
+
+def test_an_exception_at_a_site_is_no_lost_request(monkeypatch):
+    answer, grid, _ = scored(monkeypatch, [Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="KeyError: 3")])
+    assert isinstance(answer, Failure)
+    assert len(grid.tasks) == 1

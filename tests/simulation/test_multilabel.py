@@ -16,7 +16,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from chainward_client.evaluation import class_probabilities
 from chainward_server.rendezvous import meet
-from chainward_server.report import render_report, tables
+from chainward_server.report import tables
+from chainward_server.report.page import render_report
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 
 from chainward_client.data.description import (
@@ -21,6 +21,9 @@ from chainward_client.data.images import box_masks, counted, load_images, load_m
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases
 from chainward_client.data.strata import num_strata, strata
 from chainward_shared.errors import DataError, nearest
+
+if TYPE_CHECKING:  # pandas takes a second to import
+    import pandas as pd
 
 # How programs write an empty cell.
 _MISSING = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "none", "<NA>"})
@@ -221,6 +224,8 @@ def patient_classes(
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """Return all cells as text, indexed by spreadsheet row."""
+    import pandas as pd
+
     try:
         # As text, so that patient 001 does not become 1; the header as a row, so that repeats are seen, and rows
         # that are longer than it are an error.

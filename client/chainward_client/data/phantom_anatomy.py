@@ -11,8 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import gaussian_filter
-from scipy.special import expit
 
 Finding = Literal["normal", "consolidation", "nodule", "effusion", "cardiomegaly"]
 Side = Literal["right", "left"]
@@ -228,6 +226,8 @@ def render_chest(
 
 
 def _inside(depth: np.ndarray, softness: float = EDGE) -> np.ndarray:
+    from scipy.special import expit
+
     inside: np.ndarray = expit(depth * (1 / softness))
     return inside
 
@@ -238,6 +238,8 @@ def _blob(x: np.ndarray, y: np.ndarray, radius_x: float, radius_y: float) -> np.
 
 
 def _mottle(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
     field: np.ndarray = gaussian_filter(
         rng.standard_normal(shape, dtype=np.float32), sigma, mode="reflect", truncate=2.5
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 from chainward_shared.seeds import numpy_generator
 
@@ -144,6 +143,8 @@ def expose(scanner: Scanner, density: np.ndarray, rng: np.random.Generator) -> n
     -------
     uint8 (H, W)
     """
+    from scipy.ndimage import gaussian_filter
+
     size = density.shape[0]
     contrast = scanner.contrast * rng.uniform(0.8, 1.2)
     brightness = scanner.brightness + rng.uniform(-0.10, 0.10)

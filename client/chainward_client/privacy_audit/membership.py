@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 from torch.nn import functional
 
@@ -115,6 +114,8 @@ def attack_membership(
     DataError
         There are no members or no outsiders, a patient is both, or a loss is not a number.
     """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
     inside, outside = set(map(str, patients)), set(map(str, outside_patients))
     if not inside or not outside:
         raise DataError(f"an attack needs members and outsiders; found {len(inside)} and {len(outside)} patients")

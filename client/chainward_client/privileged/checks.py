@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.tree import DecisionTreeClassifier
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.privileged.table import Value, column_vectors
@@ -120,6 +118,9 @@ def _best_guess(vectors: np.ndarray, data: SiteData, cases: Cases) -> tuple[floa
 
 
 def _accuracy(vectors: np.ndarray, labels: np.ndarray, dealt: Sequence[np.ndarray]) -> float:
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.tree import DecisionTreeClassifier
+
     guessed = np.empty_like(labels)
     for held_out in dealt:
         rest = np.setdiff1d(np.arange(len(labels)), held_out)

@@ -27,8 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from chainward_client.data.site_data import Cases, SiteData
@@ -169,6 +167,8 @@ def folds(labels: Tensor, patients: np.ndarray, seed: int) -> list[np.ndarray]:
     Fewer folds where there are fewer patients, or where no class has as many cases; a single one where that leaves less
     than two.
     """
+    from sklearn.model_selection import StratifiedGroupKFold
+
     of = strata(labels.numpy())
     count = min(FOLDS, len(np.unique(patients)), int(np.bincount(of).max()))
     if count < 2:
@@ -380,6 +380,8 @@ def _merged(parts: Sequence[_Answers], multilabel: bool, *, private: bool = Fals
 
 
 def _balanced_accuracy(logits: Tensor, taught: Tensor, labels: Tensor) -> float:
+    from sklearn.metrics import balanced_accuracy_score
+
     if labels.ndim == 1:
         if not len(labels):
             return math.nan

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 from torch.nn.functional import normalize as normalized
 
 from chainward_client.training.precision import best_device
@@ -29,6 +27,9 @@ def hashed_ngrams(texts: Sequence[str], features: int) -> np.ndarray:
     A count c enters as ``1 + ln c``. What a report becomes depends on this report alone: no vocabulary and no frequencies
     are taken from the data, so nothing of one patient is in another's vector.
     """
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.preprocessing import normalize
+
     if not len(texts):
         return np.zeros((0, features), dtype=np.float32)
     vectorizer = HashingVectorizer(

@@ -97,12 +97,20 @@ def _secret_normal(n: int) -> Tensor:
     """Return `n` standard normal numbers, float32: pairs by Box and Muller (1958), up to 6.7 standard deviations."""
     half = (n + 1) // 2
     cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-    bits = torch.frombuffer(bytearray(cipher.update(bytes(8 * half))), dtype=torch.int32) & 0x7FFFFFFF
-    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-31)  # within (0, 1]; small ones in full precision
-    radius = uniform[:half].log_().mul_(-2.0).sqrt_()
-    angle = uniform[half:].mul_(2.0 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:n]
+    numbers, nothing = torch.empty(2, half), bytes(8 * min(half, _BLOCK))
+    for first, second in zip(numbers[0].split(_BLOCK), numbers[1].split(_BLOCK), strict=True):
+        stream = bytearray(cipher.update(nothing[: 8 * len(first)]))
+        bits = torch.frombuffer(stream, dtype=torch.int32) & 0x7FFFFFFF
+        uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-31)  # within (0, 1]; small ones in full precision
+        radius = uniform[: len(first)].log_().mul_(-2.0).sqrt_()
+        angle = uniform[len(first) :].mul_(2.0 * math.pi)
+        torch.mul(radius, angle.cos(), out=first)
+        torch.mul(radius, angle.sin(), out=second)
+    return numbers.flatten()[:n]
 
+
+_BLOCK = 1 << 15
+"""Pairs of normal numbers made at once: what is in between stays in the processor's cache."""
 
 _WORDS = 624  # of the Mersenne twister; PyTorch keeps each in 8 bytes, behind 24 bytes of seed and counters
 _STATE_START = 24

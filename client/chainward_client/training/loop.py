@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases
@@ -290,6 +289,8 @@ def _private_log(recipe: TrainingRecipe, private: PrivateTraining, started: floa
 
 
 def _parameter_groups(model: nn.Module, objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_weight_decay  # seconds of CPU: see `chainward_shared.models.architecture`
+
     groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay)
     if extra := objective.extra_parameters():
         groups.append({"params": extra, "weight_decay": weight_decay})

@@ -1,5 +1,1 @@
-"""From metrics to one self-contained HTML page."""
-
-from chainward_server.report.page import render_report
-
-__all__ = ["render_report"]
+"""From metrics to one self-contained HTML page: `page.render_report`."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,9 +17,13 @@ from chainward_shared.models.taps import (
     check_feature_map,
     conv_stages,
     hook_queries_and_keys,
+    is_transformer,
     reads_class_token,
     unwrapped,
 )
+
+if TYPE_CHECKING:  # timm takes seconds to import: see `models.architecture`
+    from timm.models.vision_transformer import VisionTransformer
 
 MIN_SIDE = 4
 """Positions per side below which a feature map only names a corner. On small images a convolutional network's last stage may
@@ -73,7 +76,7 @@ def attention_maps(
     if method not in get_args(MapMethod):
         raise ModelError(f"attention maps by the method '{method}' don't exist: give one of {get_args(MapMethod)}")
     model = unwrapped(model)
-    transformer = isinstance(model, VisionTransformer)
+    transformer = is_transformer(model)
     if method == "auto":
         method = "attention" if transformer else "gradcam"
     if method == ("gradcam" if transformer else "rollout"):
@@ -92,7 +95,7 @@ def attention_maps(
             batch = images[start : start + batch_size].to(device, torch.float32, copy=images.is_inference())
             if method == "gradcam":
                 grid = _gradcam(model, batch, None if chosen is None else chosen[start : start + batch_size].to(device))
-            elif isinstance(model, VisionTransformer):
+            elif is_transformer(model):
                 grid = _transformer_map(model, batch, rollout=method == "rollout")
             else:
                 grid = _activation_map(model, batch)
@@ -108,7 +111,7 @@ def check_mappable(model: nn.Module) -> None:
     ModelError
         The model is of a kind that is not supported.
     """
-    if isinstance(model, VisionTransformer):
+    if is_transformer(model):
         block_attentions(model)
     else:
         conv_stages(model)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from sklearn.metrics import roc_auc_score
 
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.scores import Scores
@@ -48,6 +47,8 @@ def evaluate(probabilities: ClassScores, labels: np.ndarray) -> Scores:
 
 
 def _macro_auc(probabilities: ClassScores, labels: np.ndarray) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
     of_class = _of_class(labels, probabilities.shape[1])
     areas = [
         float(roc_auc_score(of_class[:, k], probabilities[:, k]))

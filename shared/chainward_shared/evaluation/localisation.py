@@ -13,7 +13,6 @@ from typing import Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from chainward_shared.errors import DataError
@@ -104,6 +103,8 @@ def score_maps(maps: Tensor, masks: Tensor) -> LocalisationValues:
 
 def _score(values: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float]:
     """Return the four metrics, in the order of `METRICS`, of one map and region, both (pixels,)."""
+    from sklearn.metrics import average_precision_score
+
     area, share = int(inside.sum()), float(inside.mean())
     total = values.sum()
     lift = values[inside].sum() / total / share if total > 0 else 1.0

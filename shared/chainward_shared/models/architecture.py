@@ -1,4 +1,8 @@
-"""Name, check and build a timm backbone; never pretrained, never from the network."""
+"""Name, check and build a timm backbone; never pretrained, never from the network.
+
+timm takes seconds of CPU to import, with torchvision and PyTorch's compiler, which it brings: it is imported where a model is
+built or looked at, so that a command or a message that needs no model does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from functools import lru_cache
 from inspect import signature
 from typing import Any, Final
 
-import timm
 import torch
 from pydantic import (
     BaseModel,
@@ -328,6 +331,8 @@ def count_parameters(model: nn.Module) -> int:
 def _check_name(name: str) -> None:
     if ":" in name or "/" in name:
         raise ModelError(f"backbone '{name}' names a place to load from: give the plain name of a timm model")
+    import timm
+
     plain, _, tag = name.partition(".")
     if tag and timm.is_model(plain):
         raise ModelError(
@@ -338,6 +343,8 @@ def _check_name(name: str) -> None:
 
 
 def _create(architecture: Architecture, device: str) -> nn.Module:
+    import timm
+
     try:
         with torch.device(device):
             return timm.create_model(architecture.name, pretrained=False, **architecture.timm_kwargs())

@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from timm.layers import LayerNorm, LayerNorm2d, LayerScale
-from timm.layers.norm_act import GroupNormAct
-from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from chainward_shared.errors import ModelError
+
+if TYPE_CHECKING:  # timm takes seconds to import: see `architecture`
+    from timm.layers import LayerNorm2d, LayerScale
+    from timm.models.convnext import ConvNeXtBlock
 
 _FEW_PLACES = 4
 _ROUNDING = 1e-6
@@ -278,17 +279,20 @@ class GhostClipping:
 
     def _attach(self, module: nn.Module) -> None:
         """Attach to a module, or to what is in it."""
+        from timm.layers import norm_act
+        from timm.models import convnext
+
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         known = type(module)
         if not own:
             pass
-        elif known in FORMULAS:
+        elif known in formulas():
             self._hide(module, [module])
-            self._handles.append(module.register_forward_hook(partial(self._watch, FORMULAS[known])))
-        elif known is GroupNormAct:
+            self._handles.append(module.register_forward_hook(partial(self._watch, formulas()[known])))
+        elif known is norm_act.GroupNormAct:
             self._hide(module, [module])
             self._watch_between(module, _group_norm, "drop")
-        elif known is ConvNeXtBlock:
+        elif known is convnext.ConvNeXtBlock:
             self._hide(module, [module])
             self._watch_between(module, _block_scale, "drop_path", source="mlp")
         elif expandable(module):
@@ -607,13 +611,17 @@ def _parameter(layer: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-FORMULAS: dict[type[nn.Module], Formula] = {
-    nn.Linear: _linear,
-    nn.Conv2d: _convolution,
-    nn.LayerNorm: _layer_norm,
-    LayerNorm: _layer_norm,
-    LayerNorm2d: _layer_norm_2d,
-    nn.GroupNorm: _group_norm,
-    LayerScale: _layer_scale,
-}
-"""Layers by their exact type: a subclass may compute something else."""
+@cache
+def formulas() -> dict[type[nn.Module], Formula]:
+    """Return the layers that have a formula, by their exact type: a subclass may compute something else."""
+    from timm import layers
+
+    return {
+        nn.Linear: _linear,
+        nn.Conv2d: _convolution,
+        nn.LayerNorm: _layer_norm,
+        layers.LayerNorm: _layer_norm,
+        layers.LayerNorm2d: _layer_norm_2d,
+        nn.GroupNorm: _group_norm,
+        layers.LayerScale: _layer_scale,
+    }

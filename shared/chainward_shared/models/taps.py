@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from chainward_shared.errors import ModelError
+
+if TYPE_CHECKING:  # timm takes seconds to import: see `architecture`
+    from timm.models.vision_transformer import Attention, VisionTransformer
+    from typing_extensions import TypeIs
 
 SUPPORTED = (
     "vision transformers with standard attention (vit_*, deit_*) and convolutional networks in stages "
@@ -44,7 +47,7 @@ class Taps:
         self._maps: dict[int, Tensor] = {}
         self._embedding: Tensor | None = None
         if attention:
-            if isinstance(model, VisionTransformer):
+            if is_transformer(model):
                 self._tap_blocks(model)
             else:
                 for index, stage in enumerate(conv_stages(model)):
@@ -126,6 +129,13 @@ def embedding_size(model: nn.Module) -> int:
     return classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
 
 
+def is_transformer(model: nn.Module) -> TypeIs[VisionTransformer]:
+    """Tell whether `model` is one of timm's vision transformers."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(model, VisionTransformer)
+
+
 def block_attentions(model: VisionTransformer) -> list[Attention]:
     """Return the attention layer of every block.
 
@@ -134,6 +144,8 @@ def block_attentions(model: VisionTransformer) -> list[Attention]:
     ModelError
         A block computes its attention in another way than timm's standard one.
     """
+    from timm.models.vision_transformer import Attention
+
     found = [getattr(block, "attn", None) for block in model.blocks]
     if not found or any(getattr(type(layer), "forward", None) is not Attention.forward for layer in found):
         raise ModelError(f"{type(model).__name__} has no standard attention in its blocks: supported are {SUPPORTED}")

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy.optimize import brentq
 
 from chainward_shared.errors import PrivacyError
 
@@ -206,6 +205,8 @@ def solve_noise_multiplier(
         enough /= 2
     if enough <= _LEAST_NOISE:
         return enough
+
+    from scipy.optimize import brentq
 
     def over(log_noise: float) -> float:
         return math.log(max(cost(math.exp(log_noise)), 1e-12) / epsilon)

@@ -16,6 +16,7 @@ NOT_A_SETTING = (
     "federation.deadline",
     "federation.hop-deadline",
     "federation.patience",
+    "federation.check-every",
     "chain.retries",
     "chain.on-failure",
     "chain.max-drift",

@@ -9,9 +9,9 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
-import timm
 import torch
 from pydantic import ValidationError
 
@@ -39,7 +39,7 @@ def study_settings(config: RunConfig) -> dict[str, ConfigScalar]:
     settings: dict[str, ConfigScalar] = {
         "chainward": __version__,
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": version("timm"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     if config.data.source != PHANTOM:

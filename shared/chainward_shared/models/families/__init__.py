@@ -11,6 +11,7 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -92,29 +93,37 @@ class Family(ABC):
         return None
 
 
-_FAMILIES: dict[str, Family] = {}
+_REGISTERED: dict[str, Family] = {}
 AnyFamily = TypeVar("AnyFamily", bound=type[Family])
 
 
 def register(family: AnyFamily) -> AnyFamily:
     """Add a family to those that are supported."""
-    _FAMILIES[family.name] = family()
+    _REGISTERED[family.name] = family()
     return family
+
+
+@cache
+def _families() -> dict[str, Family]:
+    """Return the families by name, with every file of this folder imported, which imports timm."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _REGISTERED
 
 
 def supported_families() -> tuple[str, ...]:
     """Return the names of the families whose weights can be selected."""
-    return tuple(sorted(_FAMILIES))
+    return tuple(sorted(_families()))
 
 
 def describe_families() -> str:
     """Return the supported families with examples, for a message."""
-    return "; ".join(f"{name} ({_FAMILIES[name].examples})" for name in supported_families())
+    return "; ".join(f"{name} ({_families()[name].examples})" for name in supported_families())
 
 
 def find_family(model: Any) -> Family | None:
     """Return the family that `model` belongs to, or None."""
-    return next((family for family in _FAMILIES.values() if family.matches(model)), None)
+    return next((family for family in _families().values() if family.matches(model)), None)
 
 
 def scaled_width(width: int, factor: float, multiple: int = 8) -> int:
@@ -125,7 +134,3 @@ def scaled_width(width: int, factor: float, multiple: int = 8) -> int:
 def scaled_depth(depth: int, factor: float) -> int:
     """Return ``depth * factor`` rounded to a whole number, halves up, and at least 1."""
     return max(1, int(depth * factor + 0.5))
-
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
