@@ -212,6 +212,37 @@ def test_arrays_of_other_shapes_and_names_are_refused_in_one_line(data):
         pytest.fail("a foreign array record was taken")
 
 
+@FUZZ
+@given(data=st.data())
+def test_damaged_arrays_of_either_precision_are_read_whole_or_refused_in_one_line(data):
+    import numpy as np
+    import torch
+    from flwr.app import Array
+
+    from chainward_shared.weights import from_arrays
+
+    dtype = data.draw(st.sampled_from([np.float16, np.float32]))
+    sent = Array(np.arange(6, dtype=dtype).reshape(2, 3))
+    announced = data.draw(st.sampled_from(["float16", "float32", "float64", "object", "<f2", ""]))
+    shape = data.draw(st.sampled_from([(2, 3), (6,), (3, 2), (), (2, 3, 10**9), (-1,)]))
+    content = data.draw(damaged(sent.data))
+    intact = data.draw(st.booleans())
+    arrays = ArrayRecord(
+        {
+            "weight": Array(
+                str(dtype.__name__) if intact else announced, (2, 3) if intact else shape, sent.stype, content
+            )
+        }
+    )
+    try:
+        state = from_arrays(arrays, {"weight": torch.empty(2, 3)})
+    except ChainwardError as error:
+        one_line(error)
+    else:
+        assert (state["weight"].dtype, state["weight"].shape) == (torch.float32, (2, 3))
+        assert bool(torch.isfinite(state["weight"]).all())
+
+
 # -- the site's files
 
 

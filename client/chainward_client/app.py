@@ -68,7 +68,7 @@ from chainward_shared.protocol import (
     unpack,
 )
 from chainward_shared.recipes import TrainingRecipe
-from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays
+from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays
 
 logger = logging.getLogger("chainward.client")
 
@@ -252,6 +252,7 @@ def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> Rec
             work=work,
             checkpoint=store.checkpoint(task),
         )
+        state = rounded(state, task.recipe.transfer)
         answer = LinkResult(hop=task.hop, site=site.data.site, digest=digest(state), training=log), state
         store.save_answer(task, *answer)
     result, state = answer
@@ -299,15 +300,16 @@ def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) 
         )
         if trained.auxiliary is not None:
             store.save_auxiliary(trained.auxiliary, task.architecture, after_round=task.round)
+        state = rounded(trained.student, task.recipe.transfer)
         result = StudentResult(
             round=task.round,
             site=site.data.site,
-            digest=digest(trained.student),
+            digest=digest(state),
             training=trained.log,
             auxiliary_kept=trained.auxiliary_kept,
             examples=len(site.data.splits["train"]) if work is None else work.site.units(site.data),
         )
-        answer = result, trained.student
+        answer = result, state
         store.save_answer(task, *answer)
     result, state = answer
     return pack(_stated(result, work), {"student": to_arrays(state)})

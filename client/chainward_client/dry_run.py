@@ -50,7 +50,7 @@ from chainward_shared.protocol import (
     kind_of,
     pack,
 )
-from chainward_shared.weights import StateDict, digest, to_arrays
+from chainward_shared.weights import StateDict, digest, rounded, to_arrays
 
 RUN = "dry-run"
 _NODE = 1
@@ -315,7 +315,7 @@ def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]
     yield "query", CardRequest(), {}
     plan = _little(plan, site, steps)
     large, *small = architectures(plan, site.data)
-    state = _fresh(large, plan.seed)
+    state = _fresh(large, plan.seed, plan)
     link = LinkTask(
         run_id=RUN,
         hop="link",
@@ -339,12 +339,12 @@ def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]
     yield "evaluate", score, {"model": to_arrays(state)}
 
 
-def _fresh(architecture: Architecture, seed: int) -> StateDict:
-    return dict(build_model(architecture, seed).state_dict())
+def _fresh(architecture: Architecture, seed: int, plan: RunConfig) -> StateDict:
+    return rounded(build_model(architecture, seed).state_dict(), plan.federation.transfer)
 
 
 def _student_request(plan: RunConfig, small: Architecture, large: Architecture, state: StateDict) -> _Request:
-    student, auxiliary = _fresh(small, plan.seed), _fresh(small, plan.seed + 1)
+    student, auxiliary = _fresh(small, plan.seed, plan), _fresh(small, plan.seed + 1, plan)
     recipe = plan.student_recipe("distil")
     taught = recipe.large_weight > 0
     task = StudentTask(
@@ -445,7 +445,10 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _foreign_arrays(answer: RecordDict, request: Body, data: SiteData) -> list[Found]:
-    """Return the arrays of an answer that are not, by name, shape and dtype, those of the model, or of the counts of scores."""
+    """Return the arrays of an answer that are not, by name, shape and dtype, those of the model, or of the counts of scores.
+
+    Half the precision of the model's own is one of its dtypes: that is how most weights travel.
+    """
     templates: dict[str, StateDict] = {}
     if isinstance(request, LinkTask):
         templates["model"] = skeleton(request.architecture).state_dict()
@@ -464,7 +467,7 @@ def _foreign_arrays(answer: RecordDict, request: Body, data: SiteData) -> list[F
             wanted = template.get(name)
             expected = "none" if wanted is None else f"{str(wanted.dtype).removeprefix('torch.')} {tuple(wanted.shape)}"
             described = f"{array.dtype} {tuple(array.shape)}"
-            if described != expected:
+            if described not in (expected, expected.replace("float32 ", "float16 ")):
                 found.append(Found("array", f"{record}.{name}, {described}; the model has {expected}", request.KIND))
     return found
 

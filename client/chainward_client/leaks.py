@@ -29,6 +29,10 @@ DIGITS = 5
 """Significant digits from which on a number is taken for one particular cell."""
 ROW = 6
 """A column of numbers is searched for in arrays if it has at least as many different values that aren't plain."""
+BESIDE = 32
+"""Neighbours of a float16 number, to either side, that tell how likely it is among the values of an array by chance."""
+CHANCE = 1e-9
+"""A column whose values are all in a float16 array counts as found if chance would do that less often."""
 
 _PRINTABLE = re.compile(rb"[\x20-\x7e]{%d,}" % RUN_OF_TEXT)
 _TOKEN_EDGE = r"[^\W_]"
@@ -158,15 +162,35 @@ def find_leaks(answer: RecordDict, secrets: Secrets, *, asked: str = "") -> list
                 note(kind, secret, "among the bytes")
     for value in set(_numbers(answer)) & secrets.numbers:
         note("table number", repr(value), "among the numbers")
-    arrays = [
-        np.unique(array.numpy().astype(np.float32))
-        for record in answer.array_records.values()
-        for array in record.values()
-    ]
+    arrays = [np.unique(array.numpy()) for record in answer.array_records.values() for array in record.values()]
     for name, column in secrets.columns.items():
-        if len(column) >= ROW and any(len(array) >= len(column) and np.isin(column, array).all() for array in arrays):
+        if len(column) >= ROW and any(_holds(array, column) for array in arrays):
             note("table column", name, "as values of an array")
     return list(found.values())
+
+
+def _holds(array: np.ndarray, column: np.ndarray) -> bool:
+    """Return whether all values of a column (n,), float32, are among the sorted values of an array, and hardly by chance."""
+    if array.dtype != np.float16:
+        return bool(np.isin(column, array.astype(np.float32)).all())
+    with np.errstate(over="ignore"):
+        wanted = np.unique(column.astype(np.float16))
+    if len(wanted) < ROW or not np.isin(wanted, array).all():
+        return False
+    # There are few float16 numbers, and many weights: how many of the numbers beside each wanted one occur as well?
+    others, asked = _places(np.setdiff1d(array, wanted)), _places(wanted)
+
+    def beside(places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(places, asked + BESIDE, "right") - np.searchsorted(places, asked - BESIDE, "left")
+
+    share = (beside(others) + 1) / (2 * BESIDE + 2 - beside(asked))
+    return bool(np.log(share).sum() < np.log(CHANCE))
+
+
+def _places(values: np.ndarray) -> np.ndarray:
+    """Return where sorted float16 values stand among all float16 numbers, counted from 0."""
+    bits = values.view(np.uint16).astype(np.int64)
+    return np.where(bits < 0x8000, bits, 0x8000 - bits)
 
 
 def _folded(text: str) -> str:

@@ -16,7 +16,7 @@ from chainward_shared.errors import ChainwardError
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import build_model
 from chainward_shared.protocol import LinkResult, LinkTask, TrainingLog
-from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays, weighted_average
+from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays, weighted_average
 
 logger = logging.getLogger("chainward")
 
@@ -135,6 +135,7 @@ def _merged(run: Run) -> ChainOutcome:
     models = {strand: run.folder.load_model(last[strand].key, run.template) for strand in sorted(last)}
     if run.config.chain.merge == "average" and len(models) > 1:
         average = weighted_average(list(models.values()), [1.0] * len(models))
+        average = rounded(average, run.config.federation.transfer)
         logger.info("the weights of %d strands are averaged", len(models))
         return ChainOutcome(average, run.score(run.architecture, average, ["test"])["test"], list(models.values()))
     best = best_strand({strand: link.metrics.validation for strand, link in last.items() if link.metrics})

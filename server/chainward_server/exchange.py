@@ -34,6 +34,8 @@ from chainward_shared.weights import byte_count
 logger = logging.getLogger("chainward")
 
 POLL_SECONDS = 0.1
+LONGEST_POLL = 0.5
+"""Between two questions to Flower for answers: it grows while none comes, since each costs the SuperLink, too."""
 LOOK_SECONDS = 0.5
 """Between two looks at which nodes are connected."""
 TELL_SECONDS = 30.0
@@ -150,6 +152,7 @@ class Exchange:
         since, again = dict.fromkeys(requests, time.monotonic()), dict.fromkeys(requests, 0)
         lookout = _Lookout(self, requests)
         looked = told = -math.inf
+        pause = POLL_SECONDS
 
         def settled(site: str, outcome: Reply[B] | Failure) -> tuple[str, Reply[B] | Failure]:
             unsent.pop(site, None)
@@ -180,6 +183,7 @@ class Exchange:
                     left = max(patience - (now - since[site]) for site in unsent)
                     logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(unsent))
             for message in self.grid.pull_messages(list(waiting)) if waiting else ():
+                pause = POLL_SECONDS
                 if message.metadata.reply_to_message_id not in waiting:
                     continue  # of a site that was asked twice, and has answered
                 site = waiting.pop(message.metadata.reply_to_message_id)
@@ -200,7 +204,8 @@ class Exchange:
                     # the earlier request stays awaited: its answer may be on its way, over a slow line
                     ask_again(site, f"site '{site}' is not at work on what it was asked for")
             if unsent or waiting:
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(1.05 * pause, max(POLL_SECONDS, LONGEST_POLL))
 
     def push(self, site: str, request: Request, deadline: float) -> str | None:
         """Send one request, to be answered within `deadline` seconds; return its id, None where Flower didn't take it."""
@@ -256,6 +261,7 @@ class _Lookout:
         self._asked: dict[str, tuple[str, float]] = {}
         self._last: dict[str, float] = {}
         self._idle: dict[str, int] = {}
+        self._pause = dict.fromkeys(requests, self.every)
 
     def idle(self, waiting: Mapping[str, float]) -> list[str]:
         """Return those of the `waiting` sites (and when their request was sent) that have said twice in a row, `every`
@@ -273,11 +279,18 @@ class _Lookout:
                 self._idle[site] = 0
                 found.append(site)
         for message_id, (site, asked) in list(self._asked.items()):
-            if site not in waiting or now - asked > CHECK_SECONDS:
+            if site not in waiting:
                 del self._asked[message_id]
+            elif now - asked > CHECK_SECONDS:
+                del self._asked[message_id]
+                self._pause[site] *= 2  # a machine that can't answer in time has enough to do
         busy = {site for site, _ in self._asked.values()}
         for site, sent in waiting.items():
-            if site in self._tasks and site not in busy and now - max(sent, self._last.get(site, 0.0)) > self.every:
+            if (
+                site in self._tasks
+                and site not in busy
+                and now - max(sent, self._last.get(site, 0.0)) > self._pause[site]
+            ):
                 self._last[site] = now
                 run_id, task = self._tasks[site]
                 request = Request("query", AtWorkRequest(run_id=run_id, task=task))

@@ -23,8 +23,9 @@ from chainward_shared.models import (
     skeleton,
 )
 from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
+from chainward_shared.recipes import Transfer
 from chainward_shared.seeds import derive_seed
-from chainward_shared.weights import StateDict, digest, from_arrays, to_arrays
+from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays, to_full_arrays
 
 logger = logging.getLogger("chainward")
 
@@ -49,22 +50,22 @@ def student_architecture(config: StudentConfig, large: Architecture) -> Architec
 
 
 def initial_students(
-    config: StudentConfig, large: Architecture, chain_model: StateDict, seed: int
+    config: StudentConfig, large: Architecture, chain_model: StateDict, seed: int, transfer: Transfer
 ) -> tuple[StateDict, StateDict]:
-    """Return the first weights of the student A and of the auxiliary teacher B (methods, section 3).
+    """Return the first weights of the student A and of the auxiliary teacher B (methods, section 3), `rounded` as they travel.
 
     "dual": complementary selections; "single": B is A; "random": both have the same random start, a control.
     Which channels, heads and layers are selected is the configuration's choice; draws derive from `seed`.
     """
     small = student_architecture(config, large)
     if config.start == "random":
-        state = dict(build_model(small, derive_seed(seed, "student", "initial")).state_dict())
+        state = rounded(build_model(small, derive_seed(seed, "student", "initial")).state_dict(), transfer)
         return state, state
     selection = Selection(config.selection, config.heads, config.layers, seed)
-    student = select_weights(chain_model, large, small, "A", selection=selection)
+    student = rounded(select_weights(chain_model, large, small, "A", selection=selection), transfer)
     if config.start == "single":
         return student, student
-    return student, select_weights(chain_model, large, small, "B", selection=selection)
+    return student, rounded(select_weights(chain_model, large, small, "B", selection=selection), transfer)
 
 
 def run_students(run: Run, chain_model: StateDict, teachers: list[StateDict] | None = None) -> StateDict:
@@ -86,7 +87,8 @@ def run_students(run: Run, chain_model: StateDict, teachers: list[StateDict] | N
     config = run.config.student
     large = [] if config.large_weight == 0 else [chain_model] if teachers is None else teachers
     architecture = student_architecture(config, run.architecture)
-    student, auxiliary = initial_students(config, run.architecture, chain_model, run.config.seed)
+    transfer = run.config.federation.transfer
+    student, auxiliary = initial_students(config, run.architecture, chain_model, run.config.seed, transfer)
     template = skeleton(architecture).state_dict()
     total = config.rounds + config.finetune_rounds
     for number in range(1, total + 1):
@@ -184,6 +186,7 @@ def _run_round(
     record.failed = failed
     record.auxiliary_kept = _kept(run, [replies[site].body for site in record.sites])
     average = _average([replies[site] for site in record.sites], template, number)
+    average = rounded(average, run.config.federation.transfer)
     record.seconds = time.monotonic() - started
     return average, record
 
@@ -253,8 +256,11 @@ def _problem(run: Run, reply: Reply[StudentResult], site: str, number: int, temp
 def _average(replies: list[Reply[StudentResult]], template: StateDict, number: int) -> StateDict:
     """Return the average of the students, weighted by training cases, as Flower's FedAvg computes it.
 
-    The replies come in the order of the sites: sums of floats depend on the order, and the run must be repeatable.
+    The replies come in the order of the sites: sums of floats depend on the order, and the run must be repeatable. They are
+    summed in the template's dtypes, not in the float16 in which they came.
     """
+    for reply in replies:
+        reply.message.content["student"] = to_full_arrays(from_arrays(reply.arrays["student"], template))
     arrays, _ = FedAvg(weighted_by_key=EXAMPLES_KEY).aggregate_train(number, [reply.message for reply in replies])
     if arrays is None:
         raise ChainwardError(f"student round {number}: Flower's FedAvg returned no average")

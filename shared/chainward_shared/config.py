@@ -38,6 +38,7 @@ from chainward_shared.recipes import (
     StudentRecipe,
     StudentStart,
     TeacherTrust,
+    Transfer,
 )
 
 ConfigScalar = bool | int | float | str
@@ -91,6 +92,11 @@ class FederationConfig(Table):
     )
     threads: int = Field(
         2, ge=1, le=256, description="CPU threads of a training. Results are repeatable only for the same number"
+    )
+    transfer: Transfer = Field(
+        "half",
+        description="How models travel. half: every tensor that float16 holds to 11 significant bits is rounded to it before "
+        "the model is stored, scored and sent; full: as they are, in twice the bytes",
     )
 
 
@@ -522,6 +528,7 @@ class RunConfig(Table):
             augmentation=self.data.augmentation,
             precision=self.federation.precision,
             threads=self.federation.threads,
+            transfer=self.federation.transfer,
             class_balance=chain.class_balance,
             prior_strength=chain.prior_strength,
             label_fraction=chain.label_fraction,
@@ -590,6 +597,7 @@ class RunConfig(Table):
             augmentation=self.data.augmentation,
             precision=self.federation.precision,
             threads=self.federation.threads,
+            transfer=self.federation.transfer,
             class_balance=self.chain.class_balance,
             prior_strength=self.chain.prior_strength,
             label_fraction=self.chain.label_fraction,

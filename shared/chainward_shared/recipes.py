@@ -24,6 +24,7 @@ TeacherTrust = Literal["label", "none"]
 PrivilegedUse = Literal["text", "table", "all"]
 PrivateSites = Literal["all", "by-policy"]
 PrivacyUnit = Literal["patient", "image"]
+Transfer = Literal["half", "full"]
 
 MAX_ENSEMBLE = 8
 """At most so many large models teach a student at once."""
@@ -92,7 +93,10 @@ class PrivacyRecipe(BaseModel):
 
 
 class TrainingRecipe(BaseModel):
-    """What every training has: budget, optimiser, data and arithmetic. The site checks the ranges again."""
+    """What every training has: budget, optimiser, data and arithmetic. The site checks the ranges again.
+
+    `transfer`: how the trained model is rounded before it is stored and sent (`chainward_shared.weights.rounded`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,6 +108,7 @@ class TrainingRecipe(BaseModel):
     augmentation: Augmentation
     precision: Precision
     threads: int = Field(ge=1)
+    transfer: Transfer = "half"
     class_balance: ClassBalance
     prior_strength: float = Field(1.0, ge=0, le=1)
     label_fraction: float = Field(gt=0, le=1)

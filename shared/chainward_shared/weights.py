@@ -15,18 +15,83 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from chainward_shared.errors import WeightsError, nearest
+from chainward_shared.recipes import Transfer
 
 StateDict = dict[str, Tensor]
 Template = Mapping[str, Tensor]
 
+HALF_PRECISION = 2.0**-11
+"""Largest relative error of float16, from its smallest normal number, 2^-14, on: it has 11 significant bits."""
+
+BESIDE_THE_LARGEST = 2.0**-8
+"""Scales that are smaller than this fraction of the largest may be off by as much as one of this size."""
+
+HEADER_BYTES = 1024
+"""Allowed for the header that precedes an array's values; numpy writes 128 bytes."""
+
+
+def rounded(state: Mapping[str, Tensor], transfer: Transfer = "half") -> StateDict:
+    """Return `state` as it is after it has travelled: who makes a model stores, scores and sends this, not the original.
+
+    "half": float32 tensors are rounded to float16, and stay float32 here, unless a value would be off by more than 2^-11
+
+    * of the largest of its row, in matrices and filters: a row is what is summed into one output channel, so no value is
+      off by more than the largest itself may be;
+    * of the largest, in biases and running means, which are added to sums;
+    * of itself or of 1/256 of the largest, in other vectors (norms, layer scales), each of which scales its own channel;
+    * of itself, in variances (`running_var`), each of which divides its own channel.
+
+    Such a tensor (too small or too large for float16 somewhere, or not finite) is left as it is, as are all that are not
+    float32. Rounding what was rounded changes nothing. "full": nothing is rounded.
+    """
+    if transfer == "full":
+        return dict(state)
+    return {name: _rounded(name, tensor.detach()) for name, tensor in state.items()}
+
+
+def _rounded(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32 or not tensor.numel():
+        return tensor
+    nearest_half = tensor.half().float()
+    size = tensor.abs()
+    if tensor.ndim > 1:
+        matters = size.flatten(1).amax(1).view(-1, *[1] * (tensor.ndim - 1))
+    elif name.endswith("running_var"):
+        matters = size
+    elif name.endswith(("bias", "running_mean")):
+        matters = size.max()
+    else:
+        matters = size.clamp(min=float(size.max()) * BESIDE_THE_LARGEST)
+    safe = (nearest_half - tensor).abs() <= matters * HALF_PRECISION
+    return nearest_half if bool(safe.all()) else tensor
+
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return `state` as Flower arrays, one per tensor, on the CPU and contiguous."""
+    """Return `state` as Flower arrays, one per tensor, of which `from_arrays` makes the same tensors bit for bit.
+
+    A float32 tensor of which float16 holds every value, as `rounded` leaves most, goes as float16: half the bytes.
+    """
+    return ArrayRecord({name: Array(_shortest(tensor.detach().cpu()).numpy()) for name, tensor in state.items()})
+
+
+def _shortest(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.float32:
+        half = tensor.half()
+        if torch.equal(half.float(), tensor):
+            return half
+    return tensor
+
+
+def to_full_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return `state` as Flower arrays of the tensors' own dtypes, to compute with."""
     return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
 
 
 def from_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
-    """Return the state dict in `arrays` after checking it against `template`, in the template's order.
+    """Return the state dict in `arrays` after checking it against `template`, in the template's order and dtypes.
+
+    Where the template has float32, float16 is taken as well.
 
     Parameters
     ----------
@@ -35,26 +100,45 @@ def from_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
     Raises
     ------
     WeightsError
-        A name is missing or unexpected, a shape or dtype differs, bytes are missing or damaged, a value isn't finite.
+        A name is missing or unexpected, a shape or dtype differs, bytes are too many, missing or damaged, a value isn't
+        finite. What has too many arrays or bytes is refused before any of it is read.
     """
+    if len(arrays) > 2 * len(template):
+        raise WeightsError(f"{len(arrays)} arrays arrived; expected the {len(template)} of the model")
     _check_names(set(arrays), set(template))
-    state = {name: _to_tensor(name, arrays[name]) for name in template}
+    for name, expected in template.items():
+        _check_size(name, arrays[name], expected)
+    state = {name: _to_tensor(name, arrays[name], expected) for name, expected in template.items()}
     check_state(state, template)
     return state
 
 
-def _to_tensor(name: str, array: Array) -> Tensor:
+def _check_size(name: str, array: Array, expected: Tensor) -> None:
+    largest = expected.numel() * expected.element_size() + HEADER_BYTES
+    if len(array.data) > largest:
+        raise WeightsError(
+            f"array '{name}': {len(array.data)} bytes; expected at most {largest}, for "
+            f"{_dtype(expected)} {tuple(expected.shape)}"
+        )
+
+
+def _to_tensor(name: str, array: Array, expected: Tensor) -> Tensor:
     if array.stype != "numpy.ndarray":
-        raise WeightsError(f"array '{name}': serialised as {array.stype!r}; expected 'numpy.ndarray'")
+        raise WeightsError(f"array '{name}': serialised as {_short(repr(array.stype))}; expected 'numpy.ndarray'")
     try:
         values = array.numpy()  # np.load without pickle
     except Exception as error:
         raise WeightsError(f"array '{name}': its bytes can't be read ({_first_line(error)}); sent again?") from error
+    if not isinstance(values, np.ndarray):  # np.load also opens archives
+        raise WeightsError(f"array '{name}': its bytes are an archive of arrays; expected one array")
     if tuple(array.shape) != values.shape or array.dtype != str(values.dtype):
         raise WeightsError(
-            f"array '{name}': announced as {array.dtype} {tuple(array.shape)}, holds {values.dtype} {values.shape}"
+            f"array '{name}': announced as {_short(f'{array.dtype} {tuple(array.shape)}')}, "
+            f"holds {values.dtype} {values.shape}"
         )
     try:
+        if values.dtype == np.float16 and expected.dtype == torch.float32:
+            values = values.astype(np.float32)
         return torch.from_numpy(np.array(values, order="C"))
     except TypeError as error:
         raise WeightsError(f"array '{name}': dtype {values.dtype} is not one of a model") from error
@@ -86,7 +170,7 @@ def check_state(state: Mapping[str, Tensor], template: Template) -> None:
 def _check_names(found: set[str], expected: set[str]) -> None:
     if extra := sorted(found - expected):
         raise WeightsError(
-            f"{len(extra)} unexpected array(s), first '{extra[0]}'{nearest(extra[0], expected)}; "
+            f"{len(extra)} unexpected array(s), first '{_short(extra[0])}'{nearest(extra[0][:200], expected)}; "
             f"expected the {len(expected)} of the model"
         )
     if missing := sorted(expected - found):
@@ -166,7 +250,13 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _short((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _short(text: str) -> str:
+    """Return words that came over the wire as part of a line."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def weighted_average(states: Sequence[StateDict], weights: Sequence[float]) -> StateDict:

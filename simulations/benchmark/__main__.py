@@ -30,6 +30,7 @@ class Part(StrEnum):
     RUN = "run"
     MEMORY = "memory"
     PRIVATE = "private"
+    CONSORTIUM = "consortium"
 
 
 @cli.command()
@@ -39,7 +40,8 @@ def main(
         typer.Option(
             help="Measure only this; may be repeated. training: throughput beside plain PyTorch; accuracy: what bf16 "
             "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
-            "private: a private step beside a plain one, its time and memory."
+            "private: a private step beside a plain one, its time and memory; consortium: seconds per hop and the "
+            "coordinator's memory in a flwr run over many sites with next to no training, about ten minutes."
         ),
     ] = None,
     quick: Annotated[
@@ -55,7 +57,8 @@ def main(
         typer.Option(
             metavar="NAME[:PATCH]",
             help="timm model to train, a ViT with its patch size; may be repeated. Accuracy is compared on the first. "
-            "Default: convnext_atto and vit_tiny_patch16_224:8; for private also resnetv2_18.",
+            "Default: convnext_atto and vit_tiny_patch16_224:8; for private also resnetv2_18. The consortium takes the "
+            "first, by default test_convnext.",
         ),
     ] = None,
     repeats: Annotated[
@@ -71,11 +74,14 @@ def main(
         Path, typer.Option(exists=True, file_okay=False, show_default="six_sites", help="Flower app to run.")
     ] = SIX_SITES,
     runs: Annotated[int, typer.Option(min=1, help="Times that the Flower app is run.")] = 1,
+    sites: Annotated[int | None, typer.Option(min=2, max=512, help="Sites of the consortium. Default: 50.")] = None,
+    laps: Annotated[int | None, typer.Option(min=1, help="Laps of the consortium's chain. Default: 2.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one whole run may take.")] = 3600.0,
 ) -> None:
-    """Measure Chainward on this machine: training throughput, a whole Flower run, and peak memory.
+    """Measure Chainward on this machine: training throughput, a whole Flower run, peak memory, and many sites.
 
-    All of it takes about an hour on two cores. Stop other work on the machine first.
+    All of it takes somewhat more than an hour on two cores, ten minutes of it for the consortium. Stop other work on the
+    machine first.
     """
     from chainward_simulations.benchmark import machine, training
     from chainward_simulations.benchmark.figures import Table
@@ -106,6 +112,8 @@ def main(
         tables += _measure_runs(parts, app, quick, runs, threads, timeout, measured)
     if Part.PRIVATE in parts:
         tables.append(_measure_private(backbones, repeats, quick, threads, measured))
+    if Part.CONSORTIUM in parts:
+        tables += _measure_consortium(app, backbones, quick, sites, laps, threads, timeout, measured)
     progress.print(f"measured in {time.monotonic() - started:.0f} s")
 
     output = Console(highlight=False)
@@ -174,6 +182,34 @@ def _measure_runs(
     if Part.RUN in parts:
         tables = [flower_run.phases_table(done), flower_run.hops_table(done[0]), *tables]
     return tables
+
+
+def _measure_consortium(
+    app: Path,
+    backbones: tuple[Backbone, ...],
+    quick: bool,
+    sites: int | None,
+    laps: int | None,
+    threads: int,
+    timeout: float,
+    measured: dict[str, object],
+) -> list[Table]:
+    try:
+        from chainward_simulations.benchmark import consortium, flower_run
+    except ModuleNotFoundError as error:
+        progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
+        raise typer.Exit(1) from error
+
+    plan = consortium.ConsortiumPlan.quick() if quick else consortium.ConsortiumPlan()
+    plan = consortium.with_choices(plan, sites, laps, backbones, threads)
+    progress.print(f"flwr run {app.name} over {plan.sites} sites, {plan.laps} laps")
+    try:
+        run = consortium.measure_consortium(app, plan, timeout=timeout)
+    except flower_run.BenchmarkError as error:
+        progress.print(str(error), markup=False)
+        raise typer.Exit(1) from error
+    measured["consortium"] = run.to_json()
+    return [consortium.consortium_table(run), consortium.coordinator_table(run)]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from chainward_shared.evaluation.localisation import LocalisationScores, Localis
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.protocol import TrainingLog
-from chainward_shared.weights import StateDict, weighted_average
+from chainward_shared.weights import StateDict, rounded, weighted_average
 
 RUN = "in-process"
 """What the ledgers of private sites call a run of this runner."""
@@ -128,7 +128,7 @@ def _run_alone(
     state_dir: Path | None,
     private: Mapping[str, PrivateSite],
 ) -> None:
-    architecture = outcome.architecture
+    architecture, transfer = outcome.architecture, config.federation.transfer
     if config.chain.compare_alone:
         for site, data in sites.items():
             if site in private:
@@ -136,7 +136,7 @@ def _run_alone(
             if config.chain.laps == 1 and site in order[: config.chain.strands]:
                 outcome.alone[site] = outcome.links[f"strand-{order.index(site)}-lap-0-step-0"]
                 continue
-            outcome.alone[site], outcome.logs[f"alone-{site}"] = train_link(
+            state, outcome.logs[f"alone-{site}"] = train_link(
                 data,
                 architecture,
                 config.link_recipe(laps=config.chain.laps),
@@ -146,6 +146,7 @@ def _run_alone(
                 alone=True,
                 state_dir=_site_dir(state_dir, site),
             )
+            outcome.alone[site] = rounded(state, transfer)
             on_step(f"alone {site}")
 
 
@@ -158,7 +159,7 @@ def _run_chain(
     state_dir: Path | None,
     private: Mapping[str, PrivateSite],
 ) -> None:
-    chain, architecture = config.chain, outcome.architecture
+    chain, architecture, transfer = config.chain, outcome.architecture, config.federation.transfer
     carried: list[StateDict | None] = [None] * chain.strands
     trained_at: list[list[str]] = [[] for _ in range(chain.strands)]
     validation: list[Mapping[str, Scores]] = [{} for _ in range(chain.strands)]
@@ -181,6 +182,7 @@ def _run_chain(
                 state_dir=_site_dir(state_dir, site),
                 work=work_at(private, site, hop.key),
             )
+            state = rounded(state, transfer)
             on_step(f"{hop.key} {site}")
             if scores_decide:
                 after, _ = score(state, architecture, sites, config, "val")
@@ -192,7 +194,7 @@ def _run_chain(
             trained_at[hop.strand].append(site)
     outcome.strands = [state for state in carried if state is not None]
     if chain.merge == "average":
-        outcome.chain = weighted_average(outcome.strands, [1.0] * len(outcome.strands))
+        outcome.chain = rounded(weighted_average(outcome.strands, [1.0] * len(outcome.strands)), transfer)
     elif len(outcome.strands) == 1:
         outcome.chain = outcome.strands[0]
     else:
@@ -214,7 +216,8 @@ def run_students(
 ) -> None:
     """Train the students of a chain that `outcome` holds, and put student and architecture into it."""
     small = student_architecture(config.student, outcome.architecture)
-    student, selected = initial_students(config.student, outcome.architecture, outcome.chain, config.seed)
+    transfer = config.federation.transfer
+    student, selected = initial_students(config.student, outcome.architecture, outcome.chain, config.seed, transfer)
     auxiliaries: dict[str, StateDict | None] = dict.fromkeys(sites, selected)
     large = outcome.strands if config.chain.merge == "ensemble" else [outcome.chain]
     for index in range(config.student.rounds + config.student.finetune_rounds):
@@ -237,12 +240,12 @@ def run_students(
             )
             auxiliaries[site] = result.auxiliary
             outcome.logs[f"student-round-{index + 1}-{site}"] = result.log
-            trained.append(result.student)
+            trained.append(rounded(result.student, transfer))
             on_step(f"student round {index + 1} {site}")
         weights = [
             private[site].units(data) if site in private else len(data.splits["train"]) for site, data in sites.items()
         ]
-        student = weighted_average(trained, weights)
+        student = rounded(weighted_average(trained, weights), transfer)
     outcome.student_architecture, outcome.student = small, student
 
 

@@ -7,14 +7,30 @@ import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+import chainward_client.app as client_app
 from chainward_client.app import app
-from chainward_shared.protocol import CardRequest, Hello, HelloRequest, Refusal, SimulatedSite, SiteCard, pack, unpack
+from chainward_shared.config import RunConfig
+from chainward_shared.models import resolve_architecture, skeleton
+from chainward_shared.protocol import (
+    CardRequest,
+    Hello,
+    HelloRequest,
+    LinkResult,
+    LinkTask,
+    Refusal,
+    SimulatedSite,
+    SiteCard,
+    pack,
+    unpack,
+)
+from chainward_shared.weights import digest, from_arrays, rounded
+from chainward_simulations.runner import equal
 
 
-def ask(content: RecordDict, node_config: dict) -> RecordDict:
-    """Return the client's answer to a query."""
+def ask(content: RecordDict, node_config: dict, message_type: str = "query") -> RecordDict:
+    """Return the client's answer."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    message = Message(content, dst_node_id=7, message_type="query")
+    message = Message(content, dst_node_id=7, message_type=message_type)
     context = Context(run_id=1, node_id=7, node_config=node_config, state=RecordDict(), run_config={})
     return app(message, context).content
 
@@ -73,3 +89,29 @@ def test_a_message_of_another_app_is_refused_in_one_line():
     answer, _ = unpack(ask(RecordDict({"config": ConfigRecord({"lr": 0.1})}), {}), Refusal)
     assert "envelope" in answer.reason
     assert "\n" not in answer.reason
+
+
+@pytest.mark.parametrize("transfer", ["half", "full"])
+def test_a_link_is_rounded_as_it_travels_before_it_is_stored_and_sent_again_bit_for_bit(
+    hospital, monkeypatch, transfer
+):
+    trained = []
+    train_link = client_app.train_link
+
+    def watched(*arguments, **settings):
+        state, log = train_link(*arguments, **settings)
+        trained.append({name: tensor.clone() for name, tensor in state.items()})
+        return state, log
+
+    monkeypatch.setattr(client_app, "train_link", watched)
+    config = RunConfig.from_flat({"chain.epochs": 1, "federation.threads": 1, "federation.transfer": transfer})
+    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
+    task = LinkTask(run_id="r", hop="h", strand=0, lap=0, architecture=architecture, recipe=config.link_recipe())
+    first, again = (ask(pack(task), hospital, "train.link") for _ in range(2))
+    assert first == again
+    (state,) = trained
+    assert not equal(rounded(state), state)
+    result, arrays = unpack(first, LinkResult)
+    received = from_arrays(arrays["model"], skeleton(architecture).state_dict())
+    assert equal(received, rounded(state, transfer))
+    assert result.digest == digest(received)

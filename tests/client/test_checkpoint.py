@@ -196,4 +196,21 @@ def test_epochs_that_are_sooner_done_again_than_written_are_not_written(tmp_path
     checkpoint = Checkpoint(tmp_path / "half.safetensors", "key")
     checkpoint.save(1, {}, {"parameter.0": torch.ones(3)}, last=False)
     assert not checkpoint.path.exists()
-    assert checkpoint_module.SECONDS >= 10
+
+
+def test_writing_down_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: now[0])
+
+    def slow_disk(*_):
+        written.append(now[0])
+        now[0] += 3.0
+
+    monkeypatch.setattr(checkpoint_module, "save_file", slow_disk)
+    checkpoint = Checkpoint(tmp_path / "half.safetensors", "key")
+    for epoch in range(1, 101):
+        now[0] += 10.0
+        checkpoint.save(epoch, {}, {}, last=False)
+    assert written[0] == 10.0
+    assert 3.0 * len(written) < 0.05 * now[0] + 3.0
+    assert len(written) > 10

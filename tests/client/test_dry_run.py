@@ -278,6 +278,36 @@ def test_secrets_hidden_in_arrays_are_found_as_text_and_as_values():
     assert find_leaks(message({}, model=weights), more) == []
 
 
+def test_a_column_hidden_in_arrays_of_half_precision_is_found_unless_any_weights_hold_such_values():
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=200_000).astype(np.float16)
+
+    def site_with_column(values: np.ndarray) -> Secrets:
+        ids = [f"patient-{i}" for i in range(len(values))]
+        return Secrets.of(site_with((None,) * len(values), ids, {"lab": tuple(values.tolist())}))
+
+    telling, common = site_with_column(generator.uniform(20, 50, 12)), site_with_column(generator.uniform(0.2, 0.5, 12))
+    assert find_leaks(message({}, model=weights), telling) == []
+    assert find_leaks(message({}, model=weights), common) == [], "200,000 weights hold most numbers of this size"
+    hidden = weights.copy()
+    hidden[7 : 7 + 9 * 12 : 9] = telling.columns["lab"][::-1]
+    assert [found.kind for found in find_leaks(message({}, model=hidden), telling)] == ["table column"]
+    few = weights[:300].copy()
+    assert find_leaks(message({}, model=few), common) == []
+    few[50:62] = common.columns["lab"]
+    assert [found.kind for found in find_leaks(message({}, model=few), common)] == ["table column"]
+
+
+def test_a_site_answers_in_half_precision_as_the_plan_says(hospital):
+    sent = {
+        transfer: run(hospital, f"{PLAN} federation.transfer='{transfer}'").sent[2] for transfer in ("half", "full")
+    }
+    assert {one.dtype for one in sent["half"].arrays if len(one.shape) > 1} == {"float16"}
+    assert {one.dtype for one in sent["full"].arrays if len(one.shape) > 1} == {"float32"}
+    weights = {transfer: sum(one.bytes - 128 for one in of.arrays) for transfer, of in sent.items()}
+    assert weights["half"] < 0.52 * weights["full"]
+
+
 def test_every_field_that_a_site_sends_is_described():
     """A new field of an answer must be described before it can leave unexplained."""
 

@@ -25,7 +25,8 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError, RunFolderError
 from chainward_shared.evaluation.classification import evaluate
 from chainward_shared.models import resolve_architecture, skeleton
-from chainward_shared.protocol import LinkTask, StudentTask, kind_of, unpack
+from chainward_shared.protocol import EXAMPLES_KEY, LinkTask, StudentTask, kind_of, unpack
+from chainward_shared.weights import byte_count, rounded
 from chainward_simulations.runner import equal
 
 
@@ -249,6 +250,85 @@ def test_students_are_averaged_without_a_site_that_failed(settings, coordinated,
     assert all(round_.sites == ["ash", "cedar", "dogwood"] for round_ in results.student_rounds)
     assert all("disk quota" in round_.failed["birch"] for round_ in results.student_rounds)
     assert results.final["student"].pooled.n > 0
+
+
+# -- how models travel
+
+
+@pytest.fixture
+def overheard(loopback):
+    """A grid, and all array records that crossed it."""
+    crossed = []
+
+    def listen(message, answer):
+        reply = answer()
+        crossed.extend(
+            record for content in (message.content, reply.content) for record in content.array_records.values()
+        )
+        return reply
+
+    return loopback(2, listen), crossed
+
+
+def weights_of(records):
+    """The arrays of models, without the counts of scores and what has one value per channel."""
+    return [array for record in records for array in record.values() if len(array.shape) > 1 and "float" in array.dtype]
+
+
+def test_models_travel_in_half_precision_and_what_is_stored_and_released_is_what_travelled(
+    settings, coordinated, overheard
+):
+    grid, crossed = overheard
+    settings |= {"chain.strands": 2, "chain.merge": "average", "student.large-weight": 0.5, "chain.epochs": 1}
+    folder, results = coordinated(settings, grid)
+    models = [record for record in crossed if "confusion" not in record]
+    assert {array.dtype for array in weights_of(models)} == {"float16"}
+    files = list((folder.path / "models").glob("*.safetensors"))
+    assert {"chain.safetensors", "student.safetensors"} <= {file.name for file in files}
+    for file in files:
+        state = load_file(file)
+        assert {str(tensor.dtype) for tensor in state.values()} == {"torch.float32"}
+        assert equal(rounded(state), state), f"{file.name} is not what travelled"
+    links = [record for record in models if record.keys() == models[0].keys()]
+    assert {link.bytes_up for link in results.links} <= {byte_count(record) for record in links}
+    assert {link.bytes_down for link in results.links[2:]} <= {link.bytes_up for link in results.links}
+
+
+def test_models_travel_as_they_are_where_the_run_says_so(settings, coordinated, overheard):
+    grid, crossed = overheard
+    folder, full = coordinated(settings | {"federation.transfer": "full", "chain.compare-alone": False}, grid)
+    assert {array.dtype for array in weights_of(r for r in crossed if "confusion" not in r)} == {"float32"}
+    student = load_file(folder.path / "models" / "student.safetensors")
+    assert not equal(rounded(student), student)
+    _, half = coordinated(settings | {"chain.compare-alone": False})
+    headers = 128 * len(crossed[0])
+    for of_full, of_half in zip(full.links, half.links, strict=True):
+        assert of_half.bytes_up - headers <= 0.51 * (of_full.bytes_up - headers)
+
+
+def test_the_average_of_students_in_half_precision_is_that_of_float64(settings, coordinated, loopback):
+    """Summed in float16 it would be off by a thousandth."""
+    sent = {}
+
+    def listen(message, answer):
+        reply = answer()
+        if kind_of(message.content) == StudentTask.KIND:
+            task, _ = unpack(message.content, StudentTask)
+            examples = reply.content.metric_records["metrics"][EXAMPLES_KEY]
+            arrays = {name: array.numpy().astype(np.float64) for name, array in reply.content["student"].items()}
+            sent[task.round, task.simulated.index] = examples, arrays
+        return reply
+
+    settings |= {"student.rounds": 1, "student.finetune-rounds": 0, "chain.epochs": 1, "chain.compare-alone": False}
+    folder, _ = coordinated(settings, loopback(2, listen))
+    total = sum(examples for examples, _ in sent.values())
+    assert len(sent) == 4
+    assert len({examples for examples, _ in sent.values()}) > 1
+    for name, tensor in load_file(folder.path / "models" / "student.safetensors").items():
+        exact = sum(examples * arrays[name] for examples, arrays in sent.values()) / total
+        size = np.abs(exact).reshape(len(exact) if exact.ndim > 1 else 1, -1).max(axis=1)
+        allowed = np.broadcast_to(size.reshape(-1, *[1] * max(0, exact.ndim - 1)), exact.shape) * (2**-11 + 2**-20)
+        assert (np.abs(tensor.numpy() - exact) <= allowed).all(), "once rounded, and no more"
 
 
 # -- bad input

@@ -163,7 +163,7 @@ def test_a_model_that_moved_implausibly_is_refused_and_survived(chain_only, coor
         reply = answer()
         if task_of(message)[1] == "birch":
             body, arrays = unpack(reply.content, LinkResult)
-            template = {name: torch.from_numpy(array.numpy()) for name, array in arrays["model"].items()}
+            template = {name: torch.from_numpy(array.numpy()).float() for name, array in arrays["model"].items()}
             state = {name: tensor * 50 for name, tensor in from_arrays(arrays["model"], template).items()}
             reply.content = pack(body.model_copy(update={"digest": digest(state)}), {"model": to_arrays(state)})
         return reply

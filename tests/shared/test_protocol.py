@@ -18,6 +18,8 @@ from chainward_shared.models import Architecture
 from chainward_shared.protocol import (
     EXAMPLES_KEY,
     PROTOCOL_VERSION,
+    AtWork,
+    AtWorkRequest,
     Body,
     CardRequest,
     EvaluateResult,
@@ -50,6 +52,8 @@ MESSAGES: list[Body] = [
     SIMULATED,
     HelloRequest(source="phantom", num_sites=0, label_skew=0.0),
     Hello(site=None, simulated_sites=["oak", "ash"], partition=2),
+    AtWorkRequest(run_id="run", task="0" * 64),
+    AtWork(site="oak", at_work=True),
     CardRequest(simulated=SIMULATED),
     SiteCard(
         site="oak",
@@ -93,6 +97,7 @@ MESSAGES: list[Body] = [
     ),
     Refusal(reason="the disk is full"),
 ]
+STUDENT = next(body for body in MESSAGES if isinstance(body, StudentResult))
 EACH = pytest.mark.parametrize("body", MESSAGES, ids=lambda body: body.KIND)
 
 
@@ -143,7 +148,7 @@ def test_kinds_have_names_of_their_own():
 
 
 def test_a_student_tells_flower_its_weight():
-    content = pack(MESSAGES[8])
+    content = pack(STUDENT)
     assert content.metric_records["metrics"][EXAMPLES_KEY] == 17
 
 
@@ -209,7 +214,7 @@ def test_a_foreign_array_is_refused_on_arrival(body):
 
 def test_a_student_does_not_bring_its_auxiliary_teacher():
     with pytest.raises(ProtocolError, match="'auxiliary'"):
-        pack(MESSAGES[8], arrays_called("student", "auxiliary"))
+        pack(STUDENT, arrays_called("student", "auxiliary"))
 
 
 # --- what is refused ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,10 @@ from chainward_shared.weights import (
     digest,
     from_arrays,
     load_file,
+    rounded,
     save_file,
     to_arrays,
+    to_full_arrays,
     write_atomically,
 )
 
@@ -162,8 +165,150 @@ def test_values_that_no_model_has_are_refused(values):
     assert "array 'scale'" in refusal_of(with_array("scale", array))
 
 
+# --- half the bytes
+
+
+def slowly_rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What `rounded` says of itself, one Python float at a time."""
+    values = tensor.reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1).tolist()
+    halves = [[float(np.float64(value).astype(np.float16)) for value in row] for row in values]
+    for row, half_row in zip(values, halves, strict=True):
+        largest = max(abs(value) for value in row)
+        for value, half in zip(row, half_row, strict=True):
+            matters = abs(value)
+            if tensor.ndim > 1 or name.endswith(("bias", "running_mean")):
+                matters = largest
+            elif not name.endswith("running_var"):
+                matters = max(abs(value), largest / 256)
+            if not math.isfinite(half) or abs(half - value) > matters / 2048:
+                return tensor
+    return torch.tensor(halves).reshape(tensor.shape)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-5, 1e-4, 0.02, 1.0, 300.0, 1e5])
+@pytest.mark.parametrize("shape", [(), (7,), (6, 5), (1, 9, 4), (4, 3, 3, 3)])
+@pytest.mark.parametrize("name", ["weight", "head.bias", "norm.running_mean", "norm.running_var"])
+def test_rounding_is_what_a_slow_reading_of_its_rule_gives(name, shape, scale):
+    for seed in range(5):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+        assert torch.equal(rounded({name: values})[name], slowly_rounded(name, values))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "travels"),
+    [
+        ("head.weight", torch.tensor([[0.3, -1e-7], [0.02, 0.0]]), "float16"),
+        ("head.weight", torch.tensor([[0.3, 0.2], [3e-6, -1e-6]]), "float32"),  # a row that has only small values
+        ("head.weight", torch.tensor([[0.3, 7e4]]), "float32"),
+        ("head.bias", torch.tensor([0.3, -1e-6, 0.0]), "float16"),
+        ("head.bias", torch.tensor([1e-3, -1e-6]), "float16"),
+        ("head.bias", torch.tensor([3e-5, -1e-6]), "float32"),
+        ("block.gamma", torch.tensor([1e-3, -1e-6]), "float32"),
+        ("block.gamma", torch.full((8,), 1e-6), "float32"),  # a layer scale as timm starts it
+        ("block.gamma", torch.tensor([0.01, -0.002, 0.3]), "float16"),
+        ("norm.running_var", torch.tensor([1.0, 1e-6]), "float32"),  # a channel that is almost switched off
+        ("norm.running_var", torch.tensor([1.0, 0.002, 0.0]), "float16"),
+        ("norm.running_mean", torch.tensor([1.0, 1e-6]), "float16"),
+        ("weight", torch.tensor([[65504.0, 65519.9]]), "float16"),
+        ("weight", torch.tensor([[65520.0]]), "float32"),
+        ("weight", torch.tensor([[1.0, torch.nan]]), "float32"),
+        ("weight", torch.zeros(3, 4), "float16"),
+        ("weight", torch.empty(0, 4), "float16"),
+        ("norm.num_batches_tracked", torch.tensor(7), "int64"),
+        ("mask", torch.tensor([True]), "bool"),
+        ("double", torch.tensor([0.5], dtype=torch.float64), "float64"),
+    ],
+)
+def test_a_tensor_travels_in_half_precision_only_where_that_is_safe(name, values, travels):
+    kept = rounded({name: values})[name]
+    assert kept.dtype == values.dtype, "rounding doesn't change the dtype"
+    assert to_arrays({name: kept})[name].dtype == travels
+    if travels == "float32":
+        assert torch.equal(kept.nan_to_num(), values.nan_to_num())
+
+
+def test_rounding_twice_is_rounding_once_and_survives_the_wire_bit_for_bit():
+    state = a_state() | {"small": torch.full((3,), 1e-6), "large": torch.full((2, 2), 1e6)}
+    once = rounded(state)
+    assert not identical(once, state)
+    assert identical(rounded(once), once)
+    assert identical(from_arrays(to_arrays(once), state), once)
+    assert digest(from_arrays(to_arrays(once), state)) == digest(once)
+
+
+def test_rounding_leaves_the_original_alone_and_full_rounds_nothing():
+    state = a_state()
+    rounded(state)["stem.weight"].zero_()
+    assert identical(state, a_state())
+    assert identical(rounded(state, "full"), state)
+
+
+def test_a_rounded_model_takes_half_the_bytes():
+    state = {"weight": torch.randn(200, 100, generator=torch.Generator().manual_seed(0))}
+    header = 128
+    assert byte_count(to_arrays(rounded(state))) == 2 * 20_000 + header
+    assert (
+        byte_count(to_arrays(rounded(state, "full"))) == byte_count(to_full_arrays(rounded(state))) == 80_000 + header
+    )
+
+
+def test_float32_is_taken_from_a_sender_that_does_not_round():
+    state = a_state()
+    assert identical(from_arrays(to_full_arrays(state), state), state)
+
+
+@pytest.mark.parametrize("name", ["double", "norm.num_batches_tracked", "mask"])
+def test_float16_is_taken_for_float32_only(name):
+    half = Array(np.zeros(tuple(a_state()[name].shape), np.float16))
+    assert f"array '{name}': float16; expected" in refusal_of(with_array(name, half))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_float16_that_is_not_finite_is_refused_as_float32_is(bad):
+    values = Array(np.array([0, bad, 1, 2], np.float16))
+    assert refusal_of(with_array("stem.bias", values)) == "array 'stem.bias': 1 of 4 values are NaN or infinite"
+
+
+@pytest.fixture
+def unread(monkeypatch) -> None:
+    """Fail if an array's bytes are parsed."""
+    monkeypatch.setattr(Array, "numpy", lambda array: pytest.fail("it was parsed"))
+
+
+@pytest.mark.usefixtures("unread")
+def test_an_array_of_more_bytes_than_its_shape_can_take_is_refused_before_it_is_read():
+    arrays = with_array("stem.bias", Array("float32", (4,), "numpy.ndarray", bytes(4 * 4 + 1025)))
+    assert refusal_of(arrays) == "array 'stem.bias': 1041 bytes; expected at most 1040, for float32 (4,)"
+
+
+@pytest.mark.usefixtures("unread")
+def test_many_more_arrays_than_the_model_has_are_refused_at_once():
+    arrays = ArrayRecord({f"array-{i}": Array("float32", (1,), "numpy.ndarray", b"") for i in range(1000)})
+    assert refusal_of(arrays) == "1000 arrays arrived; expected the 9 of the model"
+
+
+def test_an_archive_of_arrays_is_refused():
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(1, np.float32))
+    archive = Array("float32", (4,), "numpy.ndarray", buffer.getvalue())
+    assert refusal_of(with_array("stem.bias", archive)) == (
+        "array 'stem.bias': its bytes are an archive of arrays; expected one array"
+    )
+
+
+@pytest.mark.parametrize("long", ["x" * 10_000, "a\nb", "\x1b[2J"])
+def test_names_and_dtypes_of_a_sender_are_shown_in_one_short_line(long):
+    messages = [
+        refusal_of(with_array(long, Array(np.zeros(1)))),
+        refusal_of(with_array("stem.bias", Array(long, (4,), "numpy.ndarray", Array(np.zeros(4, np.float32)).data))),
+        refusal_of(with_array("stem.bias", Array("float32", (4,), long, b""))),
+    ]
+    assert all(len(message) < 400 and message.isprintable() for message in messages)
+
+
 def test_the_bytes_on_the_wire_are_counted():
-    arrays = to_arrays({"a": torch.zeros(100), "b": torch.zeros(7, dtype=torch.int64)})
+    arrays = to_full_arrays({"a": torch.zeros(100), "b": torch.zeros(7, dtype=torch.int64)})
     assert byte_count(arrays) == len(arrays["a"].data) + len(arrays["b"].data) >= 456
 
 

@@ -120,7 +120,7 @@ def found_in(messages: list[RecordDict], secrets: Secrets) -> set[str]:
     """Return the kinds of secrets that are in the messages.
 
     A tensor, or a row of one, is there if its bytes are in the packed message, or if all its values are in one array or list
-    of numbers, in whatever order and among whatever else.
+    of numbers, in whatever order and among whatever else; in an array of float16, rounded as its values are.
     """
     found = set()
     packed = [recorddict_to_proto(content).SerializeToString() for content in messages]
@@ -129,16 +129,17 @@ def found_in(messages: list[RecordDict], secrets: Secrets) -> set[str]:
         needles = {needle.lower() for needle in needles}
         if any(needle in message.lower() for message in packed for needle in needles):
             found.add(kind)
-    arrays = [array.astype(np.float32) for content in messages for array in _arrays(content)]
-    arrays = [np.unique(array) for array in arrays if array.size >= ROW_OF_VALUES]
+    arrays = [array for content in messages for array in _arrays(content) if array.size >= ROW_OF_VALUES]
+    arrays = [np.unique(array if array.dtype == np.float16 else array.astype(np.float32)) for array in arrays]
     for kind, tensors in secrets.tensors.items():
-        whole = [tensor.tobytes() for tensor in tensors if len(_telling(tensor)) >= ROW_OF_VALUES]
+        telling = [tensor for tensor in tensors if len(_telling(tensor)) >= ROW_OF_VALUES]
+        whole = [tensor.astype(dtype).tobytes() for tensor in telling for dtype in (np.float32, np.float16)]
         if any(needle in message for message in packed for needle in whole):
             found.add(kind)
         pieces = _pieces(tensors)
         starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
         values = np.concatenate(pieces)
-        if any(np.logical_and.reduceat(np.isin(values, array), starts).any() for array in arrays):
+        if any(np.logical_and.reduceat(np.isin(values.astype(array.dtype), array), starts).any() for array in arrays):
             found.add(kind)
     return found
 

@@ -16,7 +16,7 @@ from chainward_client.training.link import LinkObjective, labelled_cases
 from chainward_client.training.loop import train
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.weights import StateDict
+from chainward_shared.weights import StateDict, rounded
 from chainward_simulations.runner import equal
 from chainward_simulations.study import baselines
 from chainward_simulations.study.baselines import (
@@ -34,6 +34,7 @@ RECIPE = SMALL_LINK.model_copy(
         "class_balance": "site-prior",
         "distillation_weight": 0.0,
         "temperature_decay": 0.9,
+        "transfer": "full",  # nothing comes between the end of one training and what follows
     }
 )
 SIZES = {"oak": 20, "elm": 9, "fir": 13}
@@ -110,6 +111,18 @@ def test_cyclic_starts_each_site_from_exactly_the_weights_of_the_one_before(trai
     assert equal(trainings[-1].end, model)
     assert [training.part for training in trainings] == [(lap, laps) for lap in range(laps) for _ in SITES]
     assert sum(log.images for log in logs) == RECIPE.epochs * sum(SIZES.values())
+
+
+def test_baselines_round_what_would_travel_as_a_run_does(trainings, architecture):
+    half = RECIPE.model_copy(update={"transfer": "half"})
+    model, _ = train_cyclic(SITES, list(SITES), architecture, half, 1, quiet)
+    for before, after in pairwise(trainings):
+        assert equal(rounded(before.end), after.start)
+    assert equal(rounded(trainings[-1].end), model)
+    assert not equal(trainings[-1].end, model)
+    alone, _ = train_alone(SITES, architecture, half, quiet)
+    averaged, _ = train_federated(SITES, architecture, half, 1, quiet)
+    assert all(equal(rounded(state), state) for state in (*alone.values(), averaged))
 
 
 def test_a_cyclic_baseline_that_hands_nothing_on_is_caught(trainings, architecture, monkeypatch):

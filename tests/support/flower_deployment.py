@@ -13,9 +13,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -241,6 +242,64 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+class Line:
+    """The line between a hospital and the SuperLink: all bytes pass through here, unless it is cut.
+
+    A cut line is a hole: nothing is refused, nothing is answered, as where a VPN is down. What was on its way arrives later.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self._up = threading.Event()
+        self._up.set()
+        self._listener = socket.create_server((ADDRESS, 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Let nothing pass from now on."""
+        self._up.clear()
+
+    def mend(self) -> None:
+        """Let everything pass again."""
+        self._up.set()
+
+    def close(self) -> None:
+        """Take no further connections."""
+        self._up.set()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._connect, args=(near,), daemon=True).start()
+
+    def _connect(self, near: socket.socket) -> None:
+        self._up.wait()
+        try:
+            far = socket.create_connection((ADDRESS, self.target))
+        except OSError:
+            near.close()
+            return
+        for source, sink in ((near, far), (far, near)):
+            threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                self._up.wait()
+                sink.sendall(data)
+            self._up.wait()
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            for end in (source, sink):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
 def write_site(folder: Path, site: str, data: Path, policy: Mapping[str, Any] | None = None) -> Path:
     """Write a hospital's site.yaml and data into the new `folder`; return the path of site.yaml.
 
@@ -399,15 +458,18 @@ class Deployment:
         self.sites[site] = self.supernode(site)
         return self.sites[site]
 
-    def supernode(self, site: str, *, key: Path | None = None, authority: Path | None = None) -> Service:
-        """Return the SuperNode of a hospital, not started; `key` and `authority`: others than its own."""
+    def supernode(
+        self, site: str, *, key: Path | None = None, authority: Path | None = None, through: Line | None = None
+    ) -> Service:
+        """Return the SuperNode of a hospital, not started; `key` and `authority`: others than its own; `through`: a line to the
+        SuperLink that can be cut."""
         folder = self.site_dir(site)
         (port,) = free_ports(1)
         return Service(
             site,
             [
                 "flower-supernode",
-                *("--superlink", f"{ADDRESS}:{self.port}"),
+                *("--superlink", f"{ADDRESS}:{self.port if through is None else through.port}"),
                 *("--root-certificates", str(authority or self.authority.certificate)),
                 *("--auth-supernode-private-key", str(key or folder / "node.key")),
                 *("--node-config", f'site-config="{folder / "site.yaml"}"'),

@@ -21,8 +21,11 @@ from chainward_shared.weights import StateDict, digest, load_file, save_file
 
 logger = logging.getLogger("chainward.client")
 
-SECONDS = 20.0
+SECONDS = 1.0
 """A training is written down after an epoch, at most this often: short epochs are sooner done again than written."""
+
+SHARE = 0.05
+"""Most of a training's time that goes into writing it down."""
 
 _FORMAT = 1
 
@@ -52,14 +55,14 @@ class Checkpoint:
     ----------
     path : its file
     key : of all that decides the training: a file with another one is of another training
-    seconds : between two writings, at least; default `SECONDS`
+    seconds : between two writings, at least; default `SECONDS`. 0: after every epoch, whatever that takes
     """
 
     def __init__(self, path: Path, key: str, *, seconds: float = SECONDS) -> None:
         self.path, self.key, self.seconds = path, key, seconds
         self.reservation: int | None = None
         """Number of the ledger's entry in which the training began; set by whoever reserved it."""
-        self._written = time.monotonic()
+        self._written, self._cost = time.monotonic(), 0.0
 
     def load(self) -> Saved | None:
         """Return what was written; None if there is nothing, or nothing that can be used."""
@@ -85,7 +88,8 @@ class Checkpoint:
         StoreError
             The site's disk is full or can't be written.
         """
-        if last or time.monotonic() - self._written < self.seconds:
+        started = time.monotonic()
+        if last or (self.seconds and started - self._written < max(self.seconds, self._cost / SHARE)):
             return
         meta = {"format": _FORMAT, "key": self.key, "epoch": epoch, "log": log, "reservation": self.reservation}
         try:
@@ -96,6 +100,7 @@ class Checkpoint:
                 f"{self.path}: can't be written ({error.strerror}); free space or fix its rights"
             ) from error
         self._written = time.monotonic()
+        self._cost = self._written - started
 
     def remove(self) -> None:
         """Forget what was written."""

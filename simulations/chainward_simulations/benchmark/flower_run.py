@@ -92,8 +92,8 @@ def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_referen
         home, output = Path(temporary) / "flwr", Path(temporary) / "runs"
         with own_flower(home) as environment, MemorySampler(home) as sampler:
             command = run_command(app, {**settings, "output.dir": str(output)})
-            wall_seconds = _timed(command, environment, timeout)
-            folder = _finished_folder(output)
+            wall_seconds = timed_run(command, environment, timeout)
+            folder = finished_folder(output)
         results = folder.load_results()
         assert results is not None
         reference = _reference(folder, timeout) if with_reference else None
@@ -101,7 +101,7 @@ def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_referen
         return FlowerRun(wall_seconds, results, sampler.peak, reference, same)
 
 
-def _timed(command: list[str], environment: dict[str, str], timeout: float) -> float:
+def timed_run(command: list[str], environment: dict[str, str], timeout: float) -> float:
     """Run `flwr run --stream` to its end, its output to stderr, and return the seconds it took."""
     started = time.monotonic()
     try:
@@ -117,7 +117,7 @@ def _timed(command: list[str], environment: dict[str, str], timeout: float) -> f
     return time.monotonic() - started
 
 
-def _finished_folder(output: Path) -> RunFolder:
+def finished_folder(output: Path) -> RunFolder:
     """Return the run folder that a finished run left under `output`; Flower may exit 0 though the run failed."""
     folders = [RunFolder.open(file.parent) for file in output.glob("*/run.json")]
     if len(folders) != 1:

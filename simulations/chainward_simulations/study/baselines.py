@@ -16,7 +16,7 @@ from chainward_shared.distillation.losses import class_counts
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
-from chainward_shared.weights import StateDict, weighted_average
+from chainward_shared.weights import StateDict, rounded, weighted_average
 from chainward_simulations.runner import work_at
 
 OnStep = Callable[[str], None]
@@ -85,7 +85,8 @@ def train_alone(
         work = work_at(private or {}, site, f"alone-{site}")
         if its.privacy is not None:
             its = its.model_copy(update={"privacy": its.privacy.model_copy(update={"run": ()})})
-        models[site], log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, work=work)
+        state, log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, work=work)
+        models[site] = rounded(state, its.transfer)
         logs.append(log)
         on_step(f"alone {site}")
     return models, logs
@@ -105,7 +106,7 @@ def train_union(
 def train_cyclic(
     sites: Sites, order: Sequence[str], architecture: Architecture, recipe: LinkRecipe, laps: int, on_step: OnStep
 ) -> tuple[StateDict, list[TrainingLog]]:
-    """Hand one model from site to site: each goes on from exactly the weights that the one before it ended with.
+    """Hand one model from site to site: each goes on from exactly the weights that the one before it handed on.
 
     (Chang et al. 2018, cyclical weight transfer.) The laps share the recipe's epochs, and the learning rate falls over
     all of them: a site's part in lap l is part l of one schedule.
@@ -126,7 +127,7 @@ def train_cyclic(
             objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
             names = ("link", site, "strand", 0, "lap", lap)
             logs.append(train(model, cases, per_lap, objective, *names, part=(lap, laps)))
-            carried = state_of(model)
+            carried = rounded(state_of(model), recipe.transfer)
             on_step(f"lap {lap + 1} {site}")
     assert carried is not None
     return carried, logs
@@ -152,7 +153,7 @@ def train_federated(
     mu : weight of FedProx's proximal term; None: FedAvg
     """
     per_round = recipe.model_copy(update={"epochs": recipe.epochs // rounds})
-    average = state_of(build_model(architecture, recipe.seed))
+    average = rounded(state_of(build_model(architecture, recipe.seed)), recipe.transfer)
     own = {site: labelled_cases(data, recipe) for site, data in sites.items()}
     logs = []
     for number in range(rounds):
@@ -165,9 +166,9 @@ def train_federated(
                 objective = ProximalObjective(objective, mu, dict(model.named_parameters()))
             names = ("federated", site, "round", number)
             logs.append(train(model, cases, per_round, objective, *names, part=(number, rounds)))
-            trained.append(state_of(model))
+            trained.append(rounded(state_of(model), recipe.transfer))
             on_step(f"round {number + 1} {site}")
-        average = weighted_average(trained, [len(cases) for cases in own.values()])
+        average = rounded(weighted_average(trained, [len(cases) for cases in own.values()]), recipe.transfer)
     return average, logs
 
 
