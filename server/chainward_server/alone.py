@@ -60,7 +60,7 @@ def _record_alone(run: Run, site: str, reply: Reply[LinkResult] | Failure) -> No
     metrics, reason = None, reply.reason if isinstance(reply, Failure) else None
     if not isinstance(reply, Failure):
         try:
-            state = checked_model(run, reply, key, site)
+            state = checked_model(run, reply, key, site, laps=run.config.chain.laps)
             metrics = link_metrics(run.score(run.architecture, state, ["val", "test"]))
         except ChainwardError as error:
             reason = f"site '{site}' alone: {error}"

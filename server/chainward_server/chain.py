@@ -232,17 +232,20 @@ def _check_drift(run: Run, model: StateDict, start: StateDict | None) -> None:
         )
 
 
-def checked_model(run: Run, reply: Reply[LinkResult], hop: str, site: str) -> StateDict:
+def checked_model(run: Run, reply: Reply[LinkResult], hop: str, site: str, *, laps: int = 1) -> StateDict:
     """Return the model in a reply after checking that it is the one that was asked for; keep the privacy statement.
 
     Raises
     ------
     ChainwardError
-        It is for another hop, from another site, incomplete, damaged, or not finite, or its privacy statement is.
+        It is for another hop, from another site, incomplete, damaged, or not finite, or its privacy statement is; or it was
+        trained otherwise than it was asked for.
     """
-    body = reply.body
+    body, asked = reply.body, run.config.link_recipe(laps=laps).epochs
     if (body.hop, body.site) != (hop, site):
         raise ChainwardError(f"it answers hop '{body.hop}' of site '{body.site}'; expected '{hop}' of '{site}'")
+    if body.training.epochs != asked:
+        raise ChainwardError(f"it was trained for {body.training.epochs} epochs; {asked} were asked for")
     if "model" not in reply.arrays:
         raise ChainwardError("there are no arrays in it")
     state = from_arrays(reply.arrays["model"], run.template)

@@ -11,7 +11,7 @@ from chainward_server.rendezvous import Consortium
 from chainward_server.results import LinkMetrics, SiteLocalisation, SiteScores
 from chainward_shared.errors import ChainwardError, ModelError, StatementError, WeightsError
 from chainward_shared.evaluation.attention_maps import check_mappable
-from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays, pool
+from chainward_shared.evaluation.classification import PredictionCounts, check_scores, counts_from_arrays, pool
 from chainward_shared.evaluation.localisation import pool_sums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, skeleton
@@ -64,6 +64,9 @@ def score_everywhere(
                 privacy.take(reply.body.statement, site, task.hop)
             received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, kind) for split in splits}
             found = {split: reply.body.scores[split] for split in splits}
+            declared = consortium.cards[site].class_counts if reply.body.release == "exact" else {}
+            for split in splits:
+                check_scores(found[split], received[split], declared.get(split))
         except (KeyError, WeightsError, StatementError) as error:
             problems.append(f"site '{site}' sent scores that can't be used: {error}")
             continue

@@ -54,7 +54,7 @@ SETTINGS = {
     "federation.deadline": 300.0,
     "federation.hop-deadline": 900.0,
     "federation.patience": 240.0,
-    "federation.check-every": 20.0,
+    "federation.check-every": 60.0,
     "federation.precision": "fp32",
     "federation.threads": 1,
     "chain.epochs": EPOCHS,
@@ -255,7 +255,7 @@ def test_a_killed_client_process_costs_the_unfinished_epoch(drilled):
 
 
 def test_a_killed_supernode_that_is_started_again_costs_the_unfinished_epoch(drilled):
-    drilled.begin()
+    drilled.begin(**{"federation.check-every": 20.0})
     pid = drilled.in_mid_link()
     time.sleep(drilled.epoch_seconds / 2)
     drilled.victim.kill()
@@ -526,12 +526,9 @@ def test_an_expired_certificate_keeps_sites_out_until_it_is_renewed(drilled):
         deployment.superlink.stop()
         deployment.superlink.command = good
     deployment.start_superlink()
-    start = time.monotonic()
     drilled.make_whole()
-    print(f"birch was connected again after {time.monotonic() - start:.0f} s")
-    drilled.begin()
-    row = note("after an expired certificate was renewed", drilled, drilled.ended(), recovered=None, repeated=0.0)
-    check_nothing_lost(row)
+    for site in SITES:
+        wait_until(lambda site=site: drilled.deployment.is_online(site), f"{site} is connected again", 300)
 
 
 def test_a_key_that_the_superlink_does_not_know_is_refused(drilled):

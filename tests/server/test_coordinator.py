@@ -25,7 +25,17 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError, RunFolderError
 from chainward_shared.evaluation.classification import evaluate
 from chainward_shared.models import resolve_architecture, skeleton
-from chainward_shared.protocol import EXAMPLES_KEY, LinkTask, StudentTask, kind_of, unpack
+from chainward_shared.protocol import (
+    EXAMPLES_KEY,
+    EvaluateResult,
+    EvaluateTask,
+    LinkResult,
+    LinkTask,
+    StudentTask,
+    kind_of,
+    pack,
+    unpack,
+)
 from chainward_shared.weights import byte_count, rounded
 from chainward_simulations.runner import equal
 
@@ -167,9 +177,16 @@ def _other_weights(reply):
     record[name] = Array(record[name].numpy() + 1)
 
 
+def _fewer_epochs(reply):
+    body, arrays = unpack(reply.content, LinkResult)
+    training = body.training.model_copy(update={"epochs": body.training.epochs + 1})
+    reply.content = pack(body.model_copy(update={"training": training}), arrays)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (_fewer_epochs, "it was trained for 2 epochs; 1 were asked for"),
         (_nan, "NaN"),
         (_shape, "shape"),
         (_extra, "unexpected array"),
@@ -187,6 +204,20 @@ def test_a_site_that_returns_a_bad_model_is_skipped_and_the_chain_goes_on(
     assert "birch" in skipped.reason
     assert skipped.attempts == 2
     assert results.links[2].predecessor == "ash", "the chain goes on from the last good model"
+
+
+def test_a_site_whose_scores_contradict_what_it_counted_is_left_out_of_them(chain_only, coordinated, loopback, caplog):
+    def boasting(message, answer):
+        reply = answer()
+        if kind_of(message.content) == EvaluateTask.KIND and "birch" in str(reply.content.config_records):
+            body, arrays = unpack(reply.content, EvaluateResult)
+            better = {split: scores.model_copy(update={"accuracy": 1.0}) for split, scores in body.scores.items()}
+            reply.content = pack(body.model_copy(update={"scores": better}), arrays)
+        return reply
+
+    _, results = coordinated(chain_only, loopback(2, boasting))
+    assert set(results.links[0].metrics.validation_sites) == {"ash", "cedar", "dogwood"}
+    assert "site 'birch' sent scores that can't be used: its accuracy is 1.0" in caplog.text
 
 
 def test_a_site_that_fails_once_is_retried(chain_only, coordinated, loopback):

@@ -14,6 +14,7 @@ from chainward_shared.evaluation.classification import (
     CALIBRATION_BINS,
     SCORE_BINS,
     PredictionCounts,
+    check_scores,
     counts_from_arrays,
     counts_to_arrays,
     evaluate,
@@ -235,3 +236,40 @@ def test_counts_that_lack_an_array_are_refused():
     del arrays["calibration"]
     with pytest.raises(WeightsError, match="missing, first 'calibration'"):
         counts_from_arrays(arrays, classes=3)
+
+
+# -- a site whose scores contradict what it counted
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_honest_scores_contradict_nothing(multilabel):
+    for seed in range(20):
+        probabilities, labels = problem(seed, n=1 + 7 * seed, confidence=1 + 10 * seed)
+        if multilabel:
+            labels = (probabilities > np.random.default_rng(seed).uniform(size=probabilities.shape)).astype(np.int64)
+        declared = labels.sum(axis=0) if multilabel else np.bincount(labels, minlength=3)
+        check_scores(evaluate(probabilities, labels), PredictionCounts.of(probabilities, labels), declared.tolist())
+
+
+def test_nothing_to_score_contradicts_nothing():
+    probabilities, labels = np.zeros((0, 3)), np.zeros(0, dtype=np.int64)
+    check_scores(evaluate(probabilities, labels), PredictionCounts.of(probabilities, labels), [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", 41), ("accuracy", 0.99), ("accuracy", float("nan")), ("balanced_accuracy", None), ("ece", 0.0)],
+)
+def test_scores_that_do_not_follow_from_the_counts_are_refused(name, value):
+    probabilities, labels = problem(0, n=40)
+    scores = evaluate(probabilities, labels).model_copy(update={name: value})
+    with pytest.raises(WeightsError, match=f"its {name.replace('_', ' ')} is"):
+        check_scores(scores, PredictionCounts.of(probabilities, labels))
+
+
+def test_counts_of_other_cases_than_were_declared_are_refused():
+    probabilities, labels = problem(0, n=40)
+    declared = np.bincount(labels, minlength=3)
+    declared[0] += 1
+    with pytest.raises(WeightsError, match="it has declared"):
+        check_scores(evaluate(probabilities, labels), PredictionCounts.of(probabilities, labels), declared.tolist())

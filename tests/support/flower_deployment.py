@@ -226,7 +226,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -483,6 +483,11 @@ class Deployment:
         self.sites[site].start()
         if online:
             self.wait_online(site)
+
+    def is_online(self, site: str) -> bool:
+        """Whether the SuperLink counts the site's node as connected."""
+        listed = json.loads(self.flwr("supernode", "list", "--format", "json"))
+        return any(int(node["node-id"]) == self.nodes[site] and node["status"] == "online" for node in listed["nodes"])
 
     def wait_online(self, site: str, within: float = PATIENCE) -> None:
         """Wait until the SuperNode, since it was last started, has said that it is connected."""

@@ -12,7 +12,7 @@ Labels (n,) are class indices; labels (n, classes) of 0 and 1 are multi-label, w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +145,36 @@ def pool(counts: Iterable[PredictionCounts]) -> Scores:
         macro_auc=float(np.mean(areas)) if areas else None,
         ece=float(gaps) if calibrated else None,
     )
+
+
+def check_scores(scores: Scores, counts: PredictionCounts, class_counts: Sequence[int] | None = None) -> None:
+    """Check that a site's scores are those of the predictions that it counted, and these of the cases that it has.
+
+    The area under the ROC curve is not compared: the binned counts give it only about, and of few cases badly.
+
+    Parameters
+    ----------
+    scores, counts : what it says of a model
+    class_counts : cases of each class that it has declared; multi-label: with each finding. Default: it has declared none
+
+    Raises
+    ------
+    WeightsError
+        They contradict each other.
+    """
+    counted = pool([counts])
+    for name in ("n", "accuracy", "balanced_accuracy", "ece"):
+        said, follows = getattr(scores, name), getattr(counted, name)
+        if (said is None) != (follows is None) or (said is not None and not abs(said - follows) <= 1e-6):
+            raise WeightsError(
+                f"its {name.replace('_', ' ')} is {said}; {follows} follows from the predictions that it counted"
+            )
+    if class_counts is not None:
+        cases = counts.confusion.sum(axis=-1) if counts.confusion.ndim == 2 else counts.confusion[:, 1].sum(axis=-1)
+        if cases.tolist() != list(class_counts):
+            raise WeightsError(
+                f"it counted {cases.tolist()} cases of the classes; it has declared {list(class_counts)}"
+            )
 
 
 def _binned_auc(histogram: np.ndarray) -> float:
