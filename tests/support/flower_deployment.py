@@ -484,6 +484,21 @@ class Deployment:
         if online:
             self.wait_online(site)
 
+    def supervise(self, site: str, every: float) -> None:
+        """Start a hospital's SuperNode again and again, `every` seconds after it has ended, until it is connected.
+
+        So does systemd: the SuperLink refuses a node that it still counts as connected, for a minute after it has died.
+        """
+        service, end = self.sites[site], time.monotonic() + PATIENCE
+        while True:
+            service.restart()
+            while service.running:
+                if "SuperNode ID:" in service.printed_since_start:
+                    return
+                assert time.monotonic() < end, self.logs()
+                time.sleep(0.5)
+            time.sleep(every)
+
     def is_online(self, site: str) -> bool:
         """Whether the SuperLink counts the site's node as connected."""
         listed = json.loads(self.flwr("supernode", "list", "--format", "json"))
