@@ -70,7 +70,8 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     )
     logger.info("sites: %s", ", ".join(members))
     requests = {site: Request("query", CardRequest(simulated=member.simulated)) for site, member in members.items()}
-    answers = exchange.ask(requests, SiteCard, deadline=max(1.0, deadline - (time.monotonic() - started)))
+    left = max(1.0, deadline - (time.monotonic() - started))
+    answers = exchange.ask(requests, SiteCard, deadline=left, patience=left)
     failures = [answer.reason for answer in answers.values() if isinstance(answer, Failure)]
     if failures:
         more = f" (and {len(failures) - 1} more sites)" if len(failures) > 1 else ""

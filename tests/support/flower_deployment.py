@@ -242,6 +242,36 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+class Supervisor:
+    """Starts a service again, `every` seconds after it has ended, as its systemd unit does; while it is `on`."""
+
+    def __init__(self, service: Service, every: float = 30.0) -> None:
+        self.service, self.every = service, every
+        self._on, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def on(self) -> None:
+        """Look after the service from now on."""
+        self._on.set()
+
+    def off(self) -> None:
+        """Leave the service alone from now on."""
+        self._on.clear()
+
+    def end(self) -> None:
+        """Look after nothing any more."""
+        self._ended.set()
+        self._on.set()
+        self._thread.join(timeout=self.every + 30)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.5):
+            self._on.wait()
+            if not self.service.running and not self._ended.wait(self.every) and self._on.is_set():
+                self.service.restart()
+
+
 class Line:
     """The line between a hospital and the SuperLink: all bytes pass through here, unless it is cut.
 
@@ -483,21 +513,6 @@ class Deployment:
         self.sites[site].start()
         if online:
             self.wait_online(site)
-
-    def supervise(self, site: str, every: float) -> None:
-        """Start a hospital's SuperNode again and again, `every` seconds after it has ended, until it is connected.
-
-        So does systemd: the SuperLink refuses a node that it still counts as connected, for a minute after it has died.
-        """
-        service, end = self.sites[site], time.monotonic() + PATIENCE
-        while True:
-            service.restart()
-            while service.running:
-                if "SuperNode ID:" in service.printed_since_start:
-                    return
-                assert time.monotonic() < end, self.logs()
-                time.sleep(0.5)
-            time.sleep(every)
 
     def is_online(self, site: str) -> bool:
         """Whether the SuperLink counts the site's node as connected."""
