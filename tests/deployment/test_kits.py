@@ -202,7 +202,7 @@ def test_systemd_understands_every_line_of_the_units(path, tmp_path):
     assert path.name not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("command", ["flower-superlink", "flower-supernode"])
+@pytest.mark.parametrize("command", ["flower-superlink", "chainward-supernode"])
 def test_every_option_that_the_kits_give_is_one_of_this_flower(command):
     known = subprocess.run(
         [Path(sys.executable).with_name(command), "--help"], capture_output=True, text=True, timeout=120

@@ -498,7 +498,7 @@ class Deployment:
         return Service(
             site,
             [
-                "flower-supernode",
+                "chainward-supernode",
                 *("--superlink", f"{ADDRESS}:{self.port if through is None else through.port}"),
                 *("--root-certificates", str(authority or self.authority.certificate)),
                 *("--auth-supernode-private-key", str(key or folder / "node.key")),

@@ -281,7 +281,7 @@ def running_supernodes() -> list[SuperNode]:
     found = []
     for process in psutil.process_iter(["pid", "cmdline"]):
         arguments = process.info["cmdline"] or []
-        if not any(Path(word).name == "flower-supernode" for word in arguments[:3]):
+        if not any(Path(word).name in {"flower-supernode", "chainward-supernode"} for word in arguments[:3]):
             continue
         try:
             environment = process.environ()
