@@ -196,9 +196,13 @@ def test_noised_scores_are_charged_and_hold_nothing_but_a_noisy_confusion_matrix
             released.append(unpack(reply.content, EvaluateResult))
         return reply
 
-    folder, results = coordinated(
-        one_private | {"privacy.simulated-metrics": "noised", "privacy.simulated-budget": "30"}, loopback(2, watch)
-    )
+    # full: of a link of two steps half precision may leave nothing, and a model that was scored before costs nothing
+    noised_scores = {
+        "privacy.simulated-metrics": "noised",
+        "privacy.simulated-budget": "30",
+        "federation.transfer": "full",
+    }
+    folder, results = coordinated(one_private | noised_scores, loopback(2, watch))
     noised = [(body, arrays) for body, arrays in released if body.release == "noised"]
     charged = [one for one in ledger_of(folder, "birch").spendings() if one.reserved.phase == "scores"]
     assert len(noised) == len(charged) == 4, "one for each link"
