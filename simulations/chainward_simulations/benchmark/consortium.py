@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from chainward_shared.config import ConfigScalar
 from chainward_shared.seeds import numpy_generator
 from chainward_simulations.benchmark.figures import Measured, Table
 from chainward_simulations.benchmark.flower_run import MB, BenchmarkError, finished_folder, timed_run
+from chainward_simulations.benchmark.memory import Sampler
 from chainward_simulations.benchmark.training import Backbone
 from chainward_simulations.flower import own_flower, processes_of, run_command
 
@@ -143,7 +142,7 @@ class Sample:
     pss: int | None
 
 
-class CoordinatorWatch:
+class CoordinatorWatch(Sampler):
     """Samples the memory of a run's coordinator, and how far the run is, while its `with` block lasts.
 
     Parameters
@@ -157,18 +156,7 @@ class CoordinatorWatch:
         self.samples: list[Sample] = []
         self._process: psutil.Process | None = None
         self._started = time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_stopped, name="coordinator-watch", daemon=True)
-
-    def __enter__(self) -> CoordinatorWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+        super().__init__()
 
     def _sample_until_stopped(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import psutil
 
@@ -35,16 +37,14 @@ class MemoryPeak:
     samples: int = 0
 
 
-class MemorySampler:
-    """Samples the memory of a run's processes while its `with` block lasts; `peak` holds the largest sum."""
+class Sampler(ABC):
+    """Looks at something again and again, in a thread, while its `with` block lasts."""
 
-    def __init__(self, flwr_home: Path) -> None:
-        self.flwr_home = flwr_home
-        self.peak = MemoryPeak()
+    def __init__(self) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_stopped, name="memory", daemon=True)
+        self._thread = threading.Thread(target=self._sample_until_stopped, name=type(self).__name__, daemon=True)
 
-    def __enter__(self) -> MemorySampler:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -53,6 +53,19 @@ class MemorySampler:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    @abstractmethod
+    def _sample_until_stopped(self) -> None:
+        """Sample until `_stop` is set."""
+
+
+class MemorySampler(Sampler):
+    """Samples the memory of a run's processes while its `with` block lasts; `peak` holds the largest sum."""
+
+    def __init__(self, flwr_home: Path) -> None:
+        self.flwr_home = flwr_home
+        self.peak = MemoryPeak()
+        super().__init__()
 
     def _sample_until_stopped(self) -> None:
         samples = 0
