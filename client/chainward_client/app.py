@@ -68,7 +68,7 @@ from chainward_shared.protocol import (
     unpack,
 )
 from chainward_shared.recipes import TrainingRecipe
-from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays
+from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays, to_full_arrays
 
 logger = logging.getLogger("chainward.client")
 
@@ -399,4 +399,4 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
     parts = {
         name: {key: state[f"{name}.{key}"] for key in COUNT_FIELDS} for name in map("counts_{}".format, task.splits)
     }
-    return pack(_stated(result, work), {name: to_arrays(of_split) for name, of_split in parts.items()})
+    return pack(_stated(result, work), {name: to_full_arrays(of_split) for name, of_split in parts.items()})

@@ -18,6 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
@@ -50,7 +51,7 @@ from chainward_shared.protocol import (
     kind_of,
     pack,
 )
-from chainward_shared.weights import StateDict, digest, rounded, to_arrays
+from chainward_shared.weights import StateDict, as_sent, digest, rounded, to_arrays
 
 RUN = "dry-run"
 _NODE = 1
@@ -187,8 +188,9 @@ def dry_run(site_yaml: Path, plan: RunConfig | None = None, steps: int = 4) -> D
     asked = [request for _, request, _ in requests]
     found: list[Found] = []
     for request, answer in zip(asked, answers, strict=True):
-        found += find_leaks(answer, secrets.without(_said_anyway(request, site)), asked=request.KIND)
-        found += _foreign_arrays(answer, request, site.data)
+        tensors, foreign = _tensors(answer, request, site.data)
+        found += find_leaks(answer, secrets.without(_said_anyway(request, site)), tensors=tensors, asked=request.KIND)
+        found += foreign
     private = plan.privacy.mode != "off" and config.privacy is not None
     return DryRun(
         site=config.site,
@@ -444,32 +446,28 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def _foreign_arrays(answer: RecordDict, request: Body, data: SiteData) -> list[Found]:
-    """Return the arrays of an answer that are not, by name, shape and dtype, those of the model, or of the counts of scores.
-
-    Half the precision of the model's own is one of its dtypes: that is how most weights travel.
-    """
+def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np.ndarray], list[Found]]:
+    """Return the tensors in the arrays of an answer, and which arrays are not those of the model, or of the counts of scores."""
     templates: dict[str, StateDict] = {}
     if isinstance(request, LinkTask):
         templates["model"] = skeleton(request.architecture).state_dict()
     elif isinstance(request, StudentTask):
         templates["student"] = skeleton(request.architecture).state_dict()
-    found = []
+    tensors: list[np.ndarray] = []
+    foreign = []
     for record, entries in answer.array_records.items():
-        if isinstance(request, EvaluateTask):
-            try:
+        try:
+            if isinstance(request, EvaluateTask):
                 counts_from_arrays(entries, len(data.classes), data.task)
-            except WeightsError as error:
-                found.append(Found("array", f"{record}: {error}", request.KIND))
-            continue
-        template = templates.get(record, {})
-        for name, array in entries.items():
-            wanted = template.get(name)
-            expected = "none" if wanted is None else f"{str(wanted.dtype).removeprefix('torch.')} {tuple(wanted.shape)}"
-            described = f"{array.dtype} {tuple(array.shape)}"
-            if described not in (expected, expected.replace("float32 ", "float16 ")):
-                found.append(Found("array", f"{record}.{name}, {described}; the model has {expected}", request.KIND))
-    return found
+            elif record in templates:
+                tensors += as_sent(entries, templates[record]).values()
+                continue
+            else:
+                raise WeightsError("the model has no such arrays")
+        except WeightsError as error:
+            foreign.append(Found("array", f"{record}: {error}", request.KIND))
+        tensors += [array.numpy() for array in entries.values()]
+    return tensors, foreign
 
 
 # --- what must not be in it ---

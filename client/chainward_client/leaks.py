@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,8 +141,14 @@ def _protocol_words() -> frozenset[str]:
 PROTOCOL_WORDS = _protocol_words()
 
 
-def find_leaks(answer: RecordDict, secrets: Secrets, *, asked: str = "") -> list[Found]:
-    """Return which secrets are in an answer, a line each."""
+def find_leaks(
+    answer: RecordDict, secrets: Secrets, *, tensors: Iterable[np.ndarray] | None = None, asked: str = ""
+) -> list[Found]:
+    """Return which secrets are in an answer, a line each.
+
+    `tensors` : what its arrays hold, taken apart; default: each array as it is. In a million weights, nearly every value of half
+    precision occurs: a column of a table stands out in one tensor, and not in an array of all of them.
+    """
     found: dict[tuple[str, str], Found] = {}
 
     def note(kind: str, what: str, where: str) -> None:
@@ -162,7 +168,9 @@ def find_leaks(answer: RecordDict, secrets: Secrets, *, asked: str = "") -> list
                 note(kind, secret, "among the bytes")
     for value in set(_numbers(answer)) & secrets.numbers:
         note("table number", repr(value), "among the numbers")
-    arrays = [np.unique(array.numpy()) for record in answer.array_records.values() for array in record.values()]
+    if tensors is None:
+        tensors = [array.numpy() for record in answer.array_records.values() for array in record.values()]
+    arrays = [np.unique(tensor) for tensor in tensors]
     for name, column in secrets.columns.items():
         if len(column) >= ROW and any(_holds(array, column) for array in arrays):
             note("table column", name, "as values of an array")

@@ -13,7 +13,7 @@ shift 2
 for _ in 1 2 3; do
   main=$(systemctl show --property MainPID --value "$service")
   if curl --silent --show-error --fail --max-time 20 --output /dev/null "$@" "$url" &&
-    pgrep --parent "$main" --full flower-superexec >/dev/null; then
+    pgrep --parent "$main" --full superexec >/dev/null; then
     exit 0
   fi
   sleep "${PROBE_PAUSE:-20}"

@@ -25,7 +25,15 @@ from chainward_shared.models import (
 from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
 from chainward_shared.recipes import Transfer
 from chainward_shared.seeds import derive_seed
-from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays, to_full_arrays
+from chainward_shared.weights import (
+    StateDict,
+    digest,
+    from_arrays,
+    from_full_arrays,
+    rounded,
+    to_arrays,
+    to_full_arrays,
+)
 
 logger = logging.getLogger("chainward")
 
@@ -264,4 +272,4 @@ def _average(replies: list[Reply[StudentResult]], template: StateDict, number: i
     arrays, _ = FedAvg(weighted_by_key=EXAMPLES_KEY).aggregate_train(number, [reply.message for reply in replies])
     if arrays is None:
         raise ChainwardError(f"student round {number}: Flower's FedAvg returned no average")
-    return from_arrays(arrays, template)
+    return from_full_arrays(arrays, template)

@@ -25,7 +25,7 @@ from chainward_shared.privacy.statements import Statement
 from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
 from chainward_shared.task import Task
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 EXAMPLES_KEY = "num-examples"
 """Name under which Flower's FedAvg finds a site's weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ HALF_PRECISION = 2.0**-11
 
 BESIDE_THE_LARGEST = 2.0**-8
 """Scales that are smaller than this fraction of the largest may be off by as much as one of this size."""
+
+HALVED = "halved"
+"""Name of the array that says which tensors travel as float16."""
 
 HEADER_BYTES = 1024
 """Allowed for the header that precedes an array's values; numpy writes 128 bytes."""
@@ -67,11 +71,23 @@ def _rounded(name: str, tensor: Tensor) -> Tensor:
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return `state` as Flower arrays, one per tensor, of which `from_arrays` makes the same tensors bit for bit.
+    """Return `state` as Flower arrays, one per dtype, of which `from_arrays` makes the same tensors bit for bit.
 
-    A float32 tensor of which float16 holds every value, as `rounded` leaves most, goes as float16: half the bytes.
+    A float32 tensor of which float16 holds every value, as `rounded` leaves most, goes as float16: half the bytes. Array
+    `float16`, say, has the values of all tensors that go as such, in the order of their names; `halved`, uint8, has a 1 for each
+    float32 tensor that does. To Flower each array is two objects, and each object costs a request and a handful of database
+    queries on its way in and on its way out: with an array per tensor that was most of the time of a message.
     """
-    return ArrayRecord({name: Array(_shortest(tensor.detach().cpu()).numpy()) for name, tensor in state.items()})
+    halved = np.zeros(len(state), np.uint8)
+    values: dict[str, list[np.ndarray]] = {}
+    for place, name in enumerate(sorted(state)):
+        tensor = state[name].detach().cpu()
+        sent = _shortest(tensor)
+        halved[place] = sent.dtype != tensor.dtype
+        values.setdefault(_dtype(sent), []).append(sent.numpy().reshape(-1))
+    return ArrayRecord(
+        {HALVED: Array(halved)} | {dtype: Array(np.concatenate(parts)) for dtype, parts in sorted(values.items())}
+    )
 
 
 def _shortest(tensor: Tensor) -> Tensor:
@@ -83,19 +99,84 @@ def _shortest(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def to_full_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return `state` as Flower arrays of the tensors' own dtypes, to compute with."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
-
-
 def from_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
-    """Return the state dict in `arrays` after checking it against `template`, in the template's order and dtypes.
-
-    Where the template has float32, float16 is taken as well.
+    """Return the state dict that `to_arrays` packed, after checking it against `template`, in its order and dtypes.
 
     Parameters
     ----------
     template : a state dict with the names, shapes and dtypes that are expected; its values don't matter
+
+    Raises
+    ------
+    WeightsError
+        An array is missing or unexpected, has more or fewer values than the model's tensors or another dtype, bytes are too
+        many, missing or damaged, a value isn't finite. What has too many arrays or bytes is refused before it is read.
+    """
+    sent = as_sent(arrays, template)
+    state = {name: torch.from_numpy(sent[name]).to(expected.dtype) for name, expected in template.items()}
+    check_state(state, template)
+    return state
+
+
+def as_sent(arrays: ArrayRecord, template: Template) -> dict[str, np.ndarray]:
+    """Return the tensors of `to_arrays` in the dtypes in which they travelled, by name, checked but for their values.
+
+    Raises
+    ------
+    WeightsError
+        As `from_arrays`.
+    """
+    names = sorted(template)
+    most = 2 + len({tensor.dtype for tensor in template.values()})
+    if len(arrays) > most:
+        raise WeightsError(f"{len(arrays)} arrays arrived; expected at most {most}, for the tensors of the model")
+    halved = _halved(arrays, template, names)
+    dtypes = ["float16" if half else _dtype(template[name]) for name, half in zip(names, halved, strict=True)]
+    sizes: dict[str, int] = {}
+    for name, dtype in zip(names, dtypes, strict=True):
+        sizes[dtype] = sizes.get(dtype, 0) + template[name].numel()
+    _check_names(set(arrays), {HALVED, *sizes})
+    for dtype, size in sizes.items():
+        _check_size(dtype, arrays[dtype], np.dtype(dtype), (size,))
+    flat = {dtype: _flat(dtype, arrays[dtype], np.dtype(dtype), size) for dtype, size in sizes.items()}
+    sent, begins = {}, dict.fromkeys(sizes, 0)
+    for name, dtype in zip(names, dtypes, strict=True):
+        shape, begin = tuple(template[name].shape), begins[dtype]
+        begins[dtype] = end = begin + template[name].numel()
+        sent[name] = flat[dtype][begin:end].reshape(shape).copy()
+    return sent
+
+
+def _halved(arrays: ArrayRecord, template: Template, names: Sequence[str]) -> np.ndarray:
+    """Return which of the tensors `names` travelled as float16: (n,), 0 or 1."""
+    if HALVED not in arrays:
+        raise WeightsError(f"array '{HALVED}' is missing; expected one array per dtype and '{HALVED}'")
+    _check_size(HALVED, arrays[HALVED], np.dtype(np.uint8), (len(names),))
+    halved = _flat(HALVED, arrays[HALVED], np.dtype(np.uint8), len(names))
+    for name, half in zip(names, halved, strict=True):
+        if half not in (0, 1):
+            raise WeightsError(f"array '{HALVED}': {half}; expected 0 or 1 for each of the {len(names)} tensors")
+        if half and template[name].dtype != torch.float32:
+            raise WeightsError(f"array '{HALVED}': '{name}' as float16; expected {_dtype(template[name])}")
+    return halved
+
+
+def _flat(name: str, array: Array, dtype: np.dtype, size: int) -> np.ndarray:
+    values = _values(name, array)
+    if (values.dtype, values.shape) != (dtype, (size,)):
+        raise WeightsError(
+            f"array '{name}': {values.dtype} {values.shape}; expected {dtype} ({size},), all such values of the model"
+        )
+    return values
+
+
+def to_full_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return `state` as Flower arrays, one per tensor and of the tensors' own dtypes: to compute with, not to send."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
+
+
+def from_full_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
+    """Return the state dict in arrays that are one per tensor, checked against `template`, in its order.
 
     Raises
     ------
@@ -107,22 +188,27 @@ def from_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
         raise WeightsError(f"{len(arrays)} arrays arrived; expected the {len(template)} of the model")
     _check_names(set(arrays), set(template))
     for name, expected in template.items():
-        _check_size(name, arrays[name], expected)
-    state = {name: _to_tensor(name, arrays[name], expected) for name, expected in template.items()}
+        _check_size(name, arrays[name], np.dtype(_dtype(expected)), tuple(expected.shape))
+    state = {name: _to_tensor(name, arrays[name]) for name in template}
     check_state(state, template)
     return state
 
 
-def _check_size(name: str, array: Array, expected: Tensor) -> None:
-    largest = expected.numel() * expected.element_size() + HEADER_BYTES
+def _check_size(name: str, array: Array, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    largest = math.prod(shape) * dtype.itemsize + HEADER_BYTES
     if len(array.data) > largest:
-        raise WeightsError(
-            f"array '{name}': {len(array.data)} bytes; expected at most {largest}, for "
-            f"{_dtype(expected)} {tuple(expected.shape)}"
-        )
+        raise WeightsError(f"array '{name}': {len(array.data)} bytes; expected at most {largest}, for {dtype} {shape}")
 
 
-def _to_tensor(name: str, array: Array, expected: Tensor) -> Tensor:
+def _to_tensor(name: str, array: Array) -> Tensor:
+    values = _values(name, array)
+    try:
+        return torch.from_numpy(np.array(values, order="C"))
+    except TypeError as error:
+        raise WeightsError(f"array '{name}': dtype {values.dtype} is not one of a model") from error
+
+
+def _values(name: str, array: Array) -> np.ndarray:
     if array.stype != "numpy.ndarray":
         raise WeightsError(f"array '{name}': serialised as {_short(repr(array.stype))}; expected 'numpy.ndarray'")
     try:
@@ -136,12 +222,7 @@ def _to_tensor(name: str, array: Array, expected: Tensor) -> Tensor:
             f"array '{name}': announced as {_short(f'{array.dtype} {tuple(array.shape)}')}, "
             f"holds {values.dtype} {values.shape}"
         )
-    try:
-        if values.dtype == np.float16 and expected.dtype == torch.float32:
-            values = values.astype(np.float32)
-        return torch.from_numpy(np.array(values, order="C"))
-    except TypeError as error:
-        raise WeightsError(f"array '{name}': dtype {values.dtype} is not one of a model") from error
+    return values
 
 
 def check_state(state: Mapping[str, Tensor], template: Template) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 FLOWER = """
 import sys, threading, time
+sys.argv += ["--isolation", "process"]
 import flwr.supernode.cli
 
 def loop():
@@ -46,3 +47,61 @@ def test_it_takes_flowers_own_arguments():
     done = subprocess.run(["chainward-supernode", "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert "--auth-supernode-private-key" in done.stdout
+
+
+BESIDE = """
+import subprocess, sys, time
+import flwr.supernode.cli
+from chainward_client import supernode
+
+started = []
+real = subprocess.Popen
+def popen(command):
+    started.append(command)
+    return real([sys.executable, "-c", "import time; time.sleep({lives}); raise SystemExit(9)"])
+supernode.subprocess.Popen, supernode.GRACE = popen, 0.2
+
+def loop():
+    print(started, sys.argv[1:], flush=True)
+    time.sleep({works})
+
+flwr.supernode.cli.flower_supernode = loop
+sys.argv = ["chainward-supernode", *{arguments!r}]
+supernode.main()
+"""
+
+
+def beside(*arguments, lives=3, works=0):
+    """What a SuperNode with `arguments` has started beside itself, and the arguments that Flower sees; the ended process."""
+    program = BESIDE.format(arguments=arguments, lives=lives, works=works)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    return done, done.stdout
+
+
+def test_the_superexec_is_told_where_the_supernode_listens():
+    _, said = beside("--superlink", "x:9092", "--host", "127.0.0.1", "--port", "9194")
+    assert "'chainward_client.superexec', '--runtime-api-address', '127.0.0.1:9194', '--parent-pid'" in said
+    assert "'--insecure'" in said
+    assert said.endswith("'9194', '--isolation', 'process']\n")
+
+
+def test_the_superexec_gets_the_authority_where_the_supernode_itself_serves_tls():
+    _, said = beside("--ssl-certfile", "own.pem", "--ssl-ca-certfile", "ca.pem", "--host", "::1")
+    assert "'--root-certificates', 'ca.pem'" in said
+    assert "'[::1]:9094'" in said
+    assert "--insecure" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--isolation", "process"], ["--isolation=subprocess"], ["--help"], ["--version"]]
+)
+def test_no_superexec_is_started_where_someone_else_starts_the_work_or_nothing_is_to_be_done(arguments):
+    assert beside(*arguments)[1].startswith("[] ")
+
+
+def test_a_supernode_ends_with_the_process_that_starts_the_work():
+    done, _ = beside(lives=0.5, works=50)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "chainward-supernode: the process that starts the work has ended (exit code 9); start it again\n"
+    )

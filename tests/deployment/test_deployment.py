@@ -82,4 +82,5 @@ def test_three_hospitals_train_over_tls_with_keys_that_the_superlink_knows(deplo
     assert deployment.flower_status(run) == "finished:completed"
     logs = "".join(path.read_text(errors="replace") for path in deployment.folder.rglob("*.log"))
     assert "Traceback" not in logs
+    assert "Start `flwr-clientapp` process" not in logs, "each request was a copy of the prepared process"
     assert not re.search(r"(ash|birch|cedar)-(train|val|test)-\d", logs), "no file name of a case"

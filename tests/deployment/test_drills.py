@@ -495,6 +495,12 @@ def test_a_full_disk_at_the_coordinator_stops_the_run_and_it_goes_on_when_there_
     shutil.copytree(folder.parent, drilled.deployment.runs / folder.parent.name)
     drilled.expected_runs = before + 1
     drilled.resume()
+    wait_until(
+        lambda: RunFolder.open(drilled.deployment.runs / folder.parent.name).state.status == "running",
+        "the run goes on",
+        400,
+        drilled.deployment.logs,
+    )
     row = note(
         "disk full at the coordinator, resumed elsewhere", drilled, drilled.ended(), recovered=None, repeated=0.0
     )

@@ -14,7 +14,7 @@ from chainward_server import exchange
 from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError
-from chainward_shared.models import Architecture
+from chainward_shared.models import Architecture, skeleton
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
@@ -163,7 +163,8 @@ def test_a_model_that_moved_implausibly_is_refused_and_survived(chain_only, coor
         reply = answer()
         if task_of(message)[1] == "birch":
             body, arrays = unpack(reply.content, LinkResult)
-            template = {name: torch.from_numpy(array.numpy()).float() for name, array in arrays["model"].items()}
+            task, _ = unpack(message.content, LinkTask)
+            template = skeleton(task.architecture).state_dict()
             state = {name: tensor * 50 for name, tensor in from_arrays(arrays["model"], template).items()}
             reply.content = pack(body.model_copy(update={"digest": digest(state)}), {"model": to_arrays(state)})
         return reply

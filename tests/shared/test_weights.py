@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from flwr.app import Array, ArrayRecord
 
 from chainward_shared.errors import WeightsError
 from chainward_shared.weights import (
+    as_sent,
     byte_count,
     check_state,
     digest,
     from_arrays,
+    from_full_arrays,
     load_file,
     rounded,
     save_file,
@@ -53,14 +56,14 @@ def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 
 def with_array(name: str, array: Array) -> ArrayRecord:
-    arrays = to_arrays(a_state())
+    arrays = to_full_arrays(a_state())
     arrays[name] = array
     return arrays
 
 
 def refusal_of(arrays: ArrayRecord) -> str:
     with pytest.raises(WeightsError) as caught:
-        from_arrays(arrays, a_state())
+        from_full_arrays(arrays, a_state())
     message = str(caught.value)
     assert "\n" not in message, "a refusal is one line"
     return message
@@ -69,32 +72,125 @@ def refusal_of(arrays: ArrayRecord) -> str:
 # --- on the wire ---
 
 
-def test_weights_go_over_the_wire_bit_for_bit():
+BOTH = pytest.mark.parametrize(
+    ("sent", "received"),
+    [(to_arrays, from_arrays), (to_full_arrays, from_full_arrays)],
+    ids=["packed", "one per tensor"],
+)
+
+
+@BOTH
+def test_weights_go_over_the_wire_bit_for_bit(sent, received):
     state = a_state()
-    assert identical(from_arrays(to_arrays(state), state), state)
+    assert identical(received(sent(state), state), state)
 
 
-def test_the_order_that_arrives_is_the_templates():
+@BOTH
+def test_the_order_that_arrives_is_the_templates(sent, received):
     state = a_state()
-    reversed_arrays = to_arrays(dict(reversed(state.items())))
-    assert list(from_arrays(reversed_arrays, state)) == list(state)
+    reversed_arrays = sent(dict(reversed(state.items())))
+    assert list(received(reversed_arrays, state)) == list(state)
 
 
-def test_what_arrived_does_not_share_memory_with_the_message():
+@BOTH
+def test_what_arrived_shares_memory_neither_with_the_message_nor_among_itself(sent, received):
     state = a_state()
-    arrays = to_arrays(state)
-    from_arrays(arrays, state)["stem.weight"].zero_()
-    assert identical(from_arrays(arrays, state), state)
+    arrays = sent(state)
+    arrived = received(arrays, state)
+    arrived["stem.weight"].zero_()
+    assert identical(arrived | {"stem.weight": state["stem.weight"]}, state)
+    assert identical(received(arrays, state), state)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in arrived.values() if tensor.numel()}) == len(state) - 1
 
 
-def test_a_template_needs_no_values():
+@BOTH
+def test_a_template_needs_no_values(sent, received):
     state = a_state()
     template = {name: tensor.to("meta") for name, tensor in state.items()}
-    assert identical(from_arrays(to_arrays(state), template), state)
+    assert identical(received(sent(state), template), state)
+
+
+def test_a_model_travels_as_one_array_per_dtype_in_the_order_of_the_names():
+    state = {
+        "b": torch.tensor([[1.0, 2.0]]),
+        "c": torch.tensor(5),
+        "a": torch.tensor([0.5]),
+        "d": torch.tensor([1 / 3]),
+    }
+    arrays = {name: array.numpy() for name, array in to_arrays(state).items()}
+    assert {name: (values.dtype, values.tolist()) for name, values in arrays.items()} == {
+        "halved": (np.uint8, [1, 1, 0, 0]),
+        "float16": (np.float16, [0.5, 1.0, 2.0]),
+        "float32": (np.float32, [np.float32(1 / 3)]),
+        "int64": (np.int64, [5]),
+    }
+    assert {name: values.dtype for name, values in as_sent(to_arrays(state), state).items()} == {
+        "a": np.float16,
+        "b": np.float16,
+        "c": np.int64,
+        "d": np.float32,
+    }
+
+
+def packed_refusal(**changed: Array | None) -> str:
+    arrays = to_arrays(a_state())
+    for name, array in changed.items():
+        if array is None:
+            del arrays[name]
+        else:
+            arrays[name] = array
+    with pytest.raises(WeightsError) as caught:
+        from_arrays(arrays, a_state())
+    message = str(caught.value)
+    assert "\n" not in message, "a refusal is one line"
+    return message
+
+
+def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Array]:
+    return {name: Array(change(to_arrays(a_state())[name].numpy()))}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"halved": None}, "array 'halved' is missing; expected one array per dtype and 'halved'"),
+        ({"float64": None}, "1 of 6 arrays are missing, first 'float64'"),
+        ({"float46": Array(np.zeros(1))}, "1 unexpected array(s), first 'float46' (did you mean 'float64'?)"),
+        (changed("halved", lambda values: values[:-1]), "array 'halved': uint8 (8,); expected uint8 (9,), all such"),
+        (
+            changed("halved", lambda values: values.astype(np.float32)),
+            "array 'halved': float32 (9,); expected uint8 (9,)",
+        ),
+        (changed("halved", lambda values: values * 2), "array 'halved': 2; expected 0 or 1 for each of the 9 tensors"),
+        (changed("halved", lambda values: values * 0 + 1), "array 'halved': 'double' as float16; expected float64"),
+        (changed("float32", lambda values: values[1:]), "; expected float32 ("),
+        (changed("float32", lambda values: np.append(values, np.float32(1))), "; expected float32 ("),
+        (changed("float32", lambda values: values.reshape(1, -1)), "; expected float32 ("),
+        (changed("float32", lambda values: values.astype(np.float64)), "array 'float32': float64 ("),
+        (changed("float32", lambda values: values * np.nan), " values are NaN or infinite"),
+        (changed("float16", lambda values: values * np.float16(np.inf)), "values are NaN or infinite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_packed_arrays_that_are_not_the_models_are_refused_and_named(change, words):
+    assert words in packed_refusal(**change)
+
+
+@pytest.mark.parametrize("name", ["halved", "float16", "float32", "bool"])
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_packed_bytes_are_refused(name, kept):
+    whole = to_arrays(a_state())[name]
+    cut = Array(dtype=whole.dtype, shape=tuple(whole.shape), stype=whole.stype, data=whole.data[:kept])
+    assert packed_refusal(**{name: cut}).startswith(f"array '{name}': its bytes can't be read")
+
+
+def test_a_model_of_another_architecture_is_refused():
+    with pytest.raises(WeightsError, match=r"array 'halved': uint8 \(9,\); expected uint8 \(8,\)"):
+        from_arrays(to_arrays(a_state()), {name: tensor for name, tensor in a_state().items() if name != "scale"})
 
 
 def test_a_missing_array_is_refused_and_named():
-    arrays = to_arrays(a_state())
+    arrays = to_full_arrays(a_state())
     del arrays["scale"]
     assert refusal_of(arrays) == "1 of 9 arrays are missing, first 'scale'"
 
@@ -127,13 +223,13 @@ def test_the_number_of_further_bad_arrays_is_told():
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_truncated_bytes_are_refused(kept):
-    whole = to_arrays(a_state())["stem.weight"]
+    whole = to_full_arrays(a_state())["stem.weight"]
     cut = Array(dtype=whole.dtype, shape=tuple(whole.shape), stype=whole.stype, data=whole.data[:kept])
     assert refusal_of(with_array("stem.weight", cut)).startswith("array 'stem.weight': its bytes can't be read")
 
 
 def test_a_foreign_serialisation_is_refused():
-    whole = to_arrays(a_state())["scale"]
+    whole = to_full_arrays(a_state())["scale"]
     foreign = Array(dtype=whole.dtype, shape=tuple(whole.shape), stype="torch.tensor", data=whole.data)
     assert refusal_of(with_array("scale", foreign)).startswith("array 'scale': serialised as 'torch.tensor'")
 
@@ -223,7 +319,7 @@ def test_rounding_is_what_a_slow_reading_of_its_rule_gives(name, shape, scale):
 def test_a_tensor_travels_in_half_precision_only_where_that_is_safe(name, values, travels):
     kept = rounded({name: values})[name]
     assert kept.dtype == values.dtype, "rounding doesn't change the dtype"
-    assert to_arrays({name: kept})[name].dtype == travels
+    assert set(to_arrays({name: kept})) == {"halved", travels}
     if travels == "float32":
         assert torch.equal(kept.nan_to_num(), values.nan_to_num())
 
@@ -247,27 +343,10 @@ def test_rounding_leaves_the_original_alone_and_full_rounds_nothing():
 def test_a_rounded_model_takes_half_the_bytes():
     state = {"weight": torch.randn(200, 100, generator=torch.Generator().manual_seed(0))}
     header = 128
-    assert byte_count(to_arrays(rounded(state))) == 2 * 20_000 + header
-    assert (
-        byte_count(to_arrays(rounded(state, "full"))) == byte_count(to_full_arrays(rounded(state))) == 80_000 + header
-    )
-
-
-def test_float32_is_taken_from_a_sender_that_does_not_round():
-    state = a_state()
-    assert identical(from_arrays(to_full_arrays(state), state), state)
-
-
-@pytest.mark.parametrize("name", ["double", "norm.num_batches_tracked", "mask"])
-def test_float16_is_taken_for_float32_only(name):
-    half = Array(np.zeros(tuple(a_state()[name].shape), np.float16))
-    assert f"array '{name}': float16; expected" in refusal_of(with_array(name, half))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_float16_that_is_not_finite_is_refused_as_float32_is(bad):
-    values = Array(np.array([0, bad, 1, 2], np.float16))
-    assert refusal_of(with_array("stem.bias", values)) == "array 'stem.bias': 1 of 4 values are NaN or infinite"
+    halved = header + 1
+    assert byte_count(to_arrays(rounded(state))) == halved + 2 * 20_000 + header
+    assert byte_count(to_arrays(rounded(state, "full"))) == halved + 80_000 + header
+    assert byte_count(to_full_arrays(rounded(state))) == 80_000 + header
 
 
 @pytest.fixture
@@ -280,6 +359,14 @@ def unread(monkeypatch) -> None:
 def test_an_array_of_more_bytes_than_its_shape_can_take_is_refused_before_it_is_read():
     arrays = with_array("stem.bias", Array("float32", (4,), "numpy.ndarray", bytes(4 * 4 + 1025)))
     assert refusal_of(arrays) == "array 'stem.bias': 1041 bytes; expected at most 1040, for float32 (4,)"
+
+
+@pytest.mark.usefixtures("unread")
+def test_packed_arrays_of_too_many_bytes_or_too_many_of_them_are_refused_before_they_are_read():
+    halved = Array("uint8", (9,), "numpy.ndarray", bytes(9 + 1025))
+    assert packed_refusal(halved=halved) == "array 'halved': 1034 bytes; expected at most 1033, for uint8 (9,)"
+    many = {f"array-{i}": Array("float32", (1,), "numpy.ndarray", b"") for i in range(1000)}
+    assert packed_refusal(**many) == "1006 arrays arrived; expected at most 7, for the tensors of the model"
 
 
 @pytest.mark.usefixtures("unread")

@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.task import Task
-from chainward_shared.weights import from_arrays
+from chainward_shared.weights import from_full_arrays
 
 CALIBRATION_BINS = 15
 SCORE_BINS = 4096
@@ -215,7 +215,7 @@ def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single")
     }
     dtypes = {"confusion": torch.int64, "calibration": torch.float64, "histograms": torch.int64}
     template = {name: torch.empty(shapes[name], dtype=dtypes[name]) for name in COUNT_FIELDS}
-    values = {name: tensor.numpy() for name, tensor in from_arrays(arrays, template).items()}
+    values = {name: tensor.numpy() for name, tensor in from_full_arrays(arrays, template).items()}
     if any((array < 0).any() for array in values.values()):
         raise WeightsError("counts of predictions: a count is negative")
     return PredictionCounts(**values)
