@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,10 @@ import time
 from typing import NoReturn
 
 GRACE = 5.0
-"""Seconds in which the SuperNode may end by itself once the process that starts the work has ended."""
+"""Seconds in which the SuperNode may end by itself once the process that starts the work has ended; three times as long it may
+take to take its leave of the SuperLink, which otherwise lets it in again no sooner than after a minute."""
+
+_lost = threading.Event()
 
 
 def main() -> NoReturn:
@@ -36,7 +40,7 @@ def main() -> NoReturn:
         words = " ".join(str(error).split()) or type(error).__name__
         _end(f"the connection to the SuperLink is lost ({words}); start it again")
     finally:
-        _leave(code)
+        _leave(1 if _lost.is_set() else code)
 
 
 def start_superexec(arguments: list[str]) -> None:
@@ -62,7 +66,7 @@ def start_superexec(arguments: list[str]) -> None:
     host = f"[{own.host}]" if ":" in own.host else own.host
     superexec = subprocess.Popen(
         [
-            *(sys.executable, "-m", "chainward_client.superexec"),
+            *(sys.executable, "-P", "-m", "chainward_client.superexec"),  # -P: no code from the working folder
             *("--runtime-api-address", f"{host}:{own.port}", "--parent-pid", str(os.getpid())),
             *(["--insecure"] if own.ssl_certfile is None else ["--root-certificates", str(own.ssl_ca_certfile)]),
             *(["--allow-runtime-dependency-installation"] if own.install else []),
@@ -77,6 +81,9 @@ def _end_with(superexec: subprocess.Popen[bytes]) -> None:
     code = superexec.wait()
     time.sleep(GRACE)
     _end(f"the process that starts the work has ended (exit code {code}); start it again")
+    _lost.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3 * GRACE)
     _leave(1)
 
 

@@ -50,7 +50,7 @@ def test_it_takes_flowers_own_arguments():
 
 
 BESIDE = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 import flwr.supernode.cli
 from chainward_client import supernode
 
@@ -62,6 +62,7 @@ def popen(command):
 supernode.subprocess.Popen, supernode.GRACE = popen, 0.2
 
 def loop():
+    signal.signal(signal.SIGTERM, lambda *_: ({ends} and (print("left", flush=True), sys.exit(0))))
     print(started, sys.argv[1:], flush=True)
     time.sleep({works})
 
@@ -71,9 +72,9 @@ supernode.main()
 """
 
 
-def beside(*arguments, lives=3, works=0):
+def beside(*arguments, lives=3, works=0, ends=True):
     """What a SuperNode with `arguments` has started beside itself, and the arguments that Flower sees; the ended process."""
-    program = BESIDE.format(arguments=arguments, lives=lives, works=works)
+    program = BESIDE.format(arguments=arguments, lives=lives, works=works, ends=ends)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     return done, done.stdout
 
@@ -99,9 +100,11 @@ def test_no_superexec_is_started_where_someone_else_starts_the_work_or_nothing_i
     assert beside(*arguments)[1].startswith("[] ")
 
 
-def test_a_supernode_ends_with_the_process_that_starts_the_work():
-    done, _ = beside(lives=0.5, works=50)
+@pytest.mark.parametrize("ends", [True, False], ids=["takes its leave", "hangs"])
+def test_a_supernode_ends_with_the_process_that_starts_the_work(ends):
+    done, said = beside(lives=0.5, works=50, ends=ends)
     assert done.returncode == 1
+    assert said.endswith("left\n") == ends
     assert done.stderr == (
         "chainward-supernode: the process that starts the work has ended (exit code 9); start it again\n"
     )

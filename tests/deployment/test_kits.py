@@ -254,7 +254,7 @@ def test_telemetry_and_the_update_check_are_off_in_every_kit():
 
 
 @needs("nginx")
-def test_the_proxy_lets_hospitals_to_the_fleet_interface_and_nowhere_else(tmp_path):
+def test_the_proxy_lets_hospitals_to_the_fleet_interface_and_the_health_page_and_nowhere_else(tmp_path):
     authority, (inner, outer) = Authority(tmp_path / "tls"), free_ports(2)
     authority.issue("superlink")
     upstream = http.server.ThreadingHTTPServer((ADDRESS, inner), Answering)
@@ -274,10 +274,10 @@ def test_the_proxy_lets_hospitals_to_the_fleet_interface_and_nowhere_else(tmp_pa
     try:
         trusted = ssl.create_default_context(cafile=str(authority.certificate))
 
-        def ask(path: str) -> int:
+        def ask(path: str, method: str = "POST") -> int:
             connection = http.client.HTTPSConnection("localhost", outer, context=trusted, timeout=20)
             try:
-                connection.request("POST", path, body=b"")
+                connection.request(method, path, body=b"")
                 return connection.getresponse().status
             except ConnectionError:
                 return 0
@@ -292,7 +292,7 @@ def test_the_proxy_lets_hospitals_to_the_fleet_interface_and_nowhere_else(tmp_pa
             "/v1/control/register-node",
             "/v1/runtime/acquire-task",
             "/docs",
-            "/health",
+            "/health/x",
             "/",
         )
         around = (
@@ -304,6 +304,8 @@ def test_the_proxy_lets_hospitals_to_the_fleet_interface_and_nowhere_else(tmp_pa
         for path in (*inside, *around):
             assert ask(path) == 404, path
         assert reached == ["/v1/fleet/pull-messages"]
+        assert (ask("/health"), ask("/health", "GET")) == (403, 200)
+        assert reached == ["/v1/fleet/pull-messages", "/health"]
     finally:
         proxy.terminate()
         proxy.wait(timeout=20)
@@ -321,6 +323,8 @@ class Answering(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
+
+    do_GET = do_POST
 
     def log_message(self, *words: object) -> None:
         """Stay silent."""
