@@ -19,7 +19,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,10 +54,12 @@ class PreparedExecutor(SubprocessExecutor):
 
     def prepare(self) -> None:
         """Wait until the prepared process is ready, so that no request waits for it: Flower gives up on one that is not begun."""
-        forkserver.ensure_running()
-        first = self._context.Process(target=int)
-        first.start()
-        first.join()
+        try:
+            first = self._context.Process(target=int)
+            first.start()
+            first.join()
+        except (OSError, EOFError) as error:
+            logger.warning("no process can be prepared (%s); each request starts a new one, which takes longer", error)
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start the process for one request. A prepared process that is gone is made anew."""
@@ -110,13 +111,15 @@ def main() -> NoReturn:
     try:
         executor = PreparedExecutor()
         executor.prepare()
-        # the one place where Flower 1.41 and 1.42 choose how processes are started
+        # the one place where Flower 1.41 chooses how processes are started
         flowers = importlib.import_module("flwr.supercore.superexec.run_superexec")
         flowers.get_executor = lambda *_, **__: executor  # type: ignore[attr-defined]
         flower_superexec()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException as error:
+        sys.stderr.write(f"chainward-supernode: no work can be started ({type(error).__name__}: {error})\n")
     finally:
         shutil.rmtree(tempfile.tempdir, ignore_errors=True)
         sys.stdout.flush()

@@ -114,6 +114,16 @@ def test_a_prepared_process_that_was_killed_is_made_anew(executor, tmp_path):
     assert after["imported"] == list(NEEDED)
 
 
+def test_where_nothing_can_be_prepared_the_superexec_goes_on_without(monkeypatch, caplog):
+    def refused(*_args, **_settings):
+        raise EOFError("unexpected EOF")
+
+    executor = PreparedExecutor(described)
+    monkeypatch.setattr(executor._context.Process, "start", refused)
+    executor.prepare()
+    assert "no process can be prepared (unexpected EOF); each request starts a new one" in caplog.text
+
+
 def test_where_nothing_can_be_copied_the_request_starts_a_process_as_flower_does(monkeypatch, tmp_path, caplog):
     launched = []
     monkeypatch.setattr(SubprocessExecutor, "launch", lambda self, spec: launched.append(spec.task_type))

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,16 @@ def test_telemetry_and_the_update_check_are_off_in_every_kit():
         CLIENT / "Containerfile",
     ):
         assert {"FLWR_TELEMETRY_ENABLED=0", "FLWR_DISABLE_UPDATE_CHECK=1"} <= set(path.read_text().split()), path
+
+
+def test_the_coordinators_flwr_speaks_to_the_superlink_that_its_kit_starts():
+    config = tomllib.loads((SERVER / "config.toml").read_text())["superlink"]
+    chosen = config[config["default"]]
+    host, _, port = chosen["address"].partition(":")
+    for name in ("flower-superlink.service", "Containerfile"):
+        words = re.findall(r"[^\s\",\\]+", (SERVER / name).read_text())
+        given = {option: words[words.index(option) + 1] for option in ("--host", "--port", "--ssl-ca-certfile")}
+        assert given == {"--host": host, "--port": port, "--ssl-ca-certfile": chosen["root-certificates"]}, name
 
 
 # --- what reaches the SuperLink, and what runs at a hospital ---
