@@ -46,7 +46,8 @@ def main() -> NoReturn:
 def start_superexec(arguments: list[str]) -> None:
     """Start our SuperExec beside the SuperNode that `arguments` describe, and tell the SuperNode, in `arguments`, to start none.
 
-    Nothing is done where someone else starts the work (`--isolation`), or where there will be no SuperNode (`--help`).
+    Nothing is done where someone else starts the work (`--isolation`), where there will be no SuperNode (`--help`), and on other
+    systems than Linux, where a process with PyTorch in it can't safely be copied: Flower starts its own SuperExec then.
     """
     from flwr.supercore.constant import SUPERNODE_UVICORN_DEFAULT_PORT, UVICORN_DEFAULT_HOST
 
@@ -61,7 +62,7 @@ def start_superexec(arguments: list[str]) -> None:
         own, _ = parser.parse_known_args(arguments[1:])
     except argparse.ArgumentError:
         return  # Flower says what is wrong with them
-    if own.not_ours is not None:
+    if own.not_ours is not None or sys.platform != "linux":
         return
     host = f"[{own.host}]" if ":" in own.host else own.host
     superexec = subprocess.Popen(

@@ -61,6 +61,8 @@ def popen(command):
     return real([sys.executable, "-c", "import time; time.sleep({lives}); raise SystemExit(9)"])
 supernode.subprocess.Popen, supernode.GRACE = popen, 0.2
 
+sys.platform = {platform!r}
+
 def loop():
     signal.signal(signal.SIGTERM, lambda *_: ({ends} and (print("left", flush=True), sys.exit(0))))
     print(started, sys.argv[1:], flush=True)
@@ -72,9 +74,9 @@ supernode.main()
 """
 
 
-def beside(*arguments, lives=3, works=0, ends=True):
+def beside(*arguments, lives=3, works=0, ends=True, platform="linux"):
     """What a SuperNode with `arguments` has started beside itself, and the arguments that Flower sees; the ended process."""
-    program = BESIDE.format(arguments=arguments, lives=lives, works=works, ends=ends)
+    program = BESIDE.format(arguments=arguments, lives=lives, works=works, ends=ends, platform=platform)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     return done, done.stdout
 
@@ -98,6 +100,11 @@ def test_the_superexec_gets_the_authority_where_the_supernode_itself_serves_tls(
 )
 def test_no_superexec_is_started_where_someone_else_starts_the_work_or_nothing_is_to_be_done(arguments):
     assert beside(*arguments)[1].startswith("[] ")
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_on_other_systems_flower_starts_its_own(platform):
+    assert beside("--superlink", "x:9092", platform=platform)[1] == "[] ['--superlink', 'x:9092']\n"
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["takes its leave", "hangs"])
