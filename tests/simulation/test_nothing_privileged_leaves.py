@@ -7,6 +7,7 @@ Beside the clean runs stand leaks that are made on purpose: the same search find
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from PIL import Image
 
@@ -29,6 +30,9 @@ from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.privileged import targets
 from chainward_client.training import link
 from chainward_client.training.privileged import PrivilegedTerm
+from chainward_shared.errors import WeightsError
+from chainward_shared.models import Architecture, skeleton
+from chainward_shared.weights import as_sent
 
 CLASSES = ("clear", "dense", "round", "wide")
 SITES = ("ash", "birch")
@@ -87,11 +91,31 @@ def _floats(content: Any) -> Iterator[list[float]]:
     yield single
 
 
-def _arrays(content: RecordDict) -> Iterator[np.ndarray]:
+def _templates(messages: list[RecordDict]) -> list[dict[str, torch.Tensor]]:
+    """Return the tensors, without values, of every architecture that a message speaks of."""
+    bodies = [json.loads(str(content.config_records["chainward"].get("body", "{}"))) for content in messages]
+    described = [body.get(key) for body in bodies for key in ("architecture", "large_architecture")]
+    different = {json.dumps(one) for one in described if one}
+    return [skeleton(Architecture.model_validate_json(one)).state_dict() for one in different]
+
+
+def _tensors(record: ArrayRecord, templates: list[dict[str, torch.Tensor]]) -> Iterator[np.ndarray]:
+    """Yield the tensors of a model, or the arrays of anything else.
+
+    A model travels as one array per dtype. Nearly every small value of half precision is in that somewhere: it is taken apart.
+    """
+    for template in templates if "halved" in record else ():
+        with contextlib.suppress(WeightsError):
+            yield from as_sent(record, template).values()
+            return
+    for array in record.values():
+        yield array.numpy()
+
+
+def _arrays(content: RecordDict, templates: list[dict[str, torch.Tensor]]) -> Iterator[np.ndarray]:
     """Yield all numbers of a message: its arrays, the numbers of its body, its metrics."""
     for record in content.array_records.values():
-        for array in record.values():
-            yield array.numpy()
+        yield from _tensors(record, templates)
     for config in content.config_records.values():
         for value in config.values():
             if isinstance(value, str) and value.startswith("{"):
@@ -129,7 +153,8 @@ def found_in(messages: list[RecordDict], secrets: Secrets) -> set[str]:
         needles = {needle.lower() for needle in needles}
         if any(needle in message.lower() for message in packed for needle in needles):
             found.add(kind)
-    arrays = [array for content in messages for array in _arrays(content) if array.size >= ROW_OF_VALUES]
+    templates = _templates(messages)
+    arrays = [array for content in messages for array in _arrays(content, templates) if array.size >= ROW_OF_VALUES]
     arrays = [np.unique(array if array.dtype == np.float16 else array.astype(np.float32)) for array in arrays]
     for kind, tensors in secrets.tensors.items():
         telling = [tensor for tensor in tensors if len(_telling(tensor)) >= ROW_OF_VALUES]
