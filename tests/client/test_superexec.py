@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import secrets
 import signal
 import sys
-import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import torch
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus, SubprocessExecutor
+from prepared_copy import NEEDED, described
 
 from chainward_client import superexec
-from chainward_client.superexec import PREPARED, PreparedExecutor, fresh
-from chainward_client.training.entropy import OperatingSystem
+from chainward_client.superexec import PREPARED, PreparedExecutor
 
-NEEDED = ("torch", "timm", "torchvision", "sklearn", "torch._dynamo", "chainward_client.app")
 PATIENCE = 180
-
-
-def described(spec: ExecutionSpec) -> None:
-    """Stands for the work: write down, where the token says, what kind of process this is."""
-    fresh()
-    about = {
-        "pid": os.getpid(),
-        "parent": os.getppid(),
-        "threads": threading.active_count(),
-        "imported": [name for name in NEEDED if name in sys.modules],
-        "gpu": torch.cuda.is_initialized(),
-        "random": [
-            random.random(),
-            float(np.random.random()),  # noqa: NPY002
-            float(torch.rand(1)),
-            secrets.randbits(60),
-            OperatingSystem().integer(),
-        ],
-        "sum": float(torch.ones(512, 512).mm(torch.ones(512, 512)).sum()),
-    }
-    path = Path(spec.token)
-    path.with_suffix(".part").write_text(json.dumps(about))
-    path.with_suffix(".part").rename(path)
 
 
 def request(token: Path, kind: TaskType = TaskType.CLIENT_APP) -> ExecutionSpec:
