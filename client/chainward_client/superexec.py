@@ -4,6 +4,9 @@ Flower starts a process for every request. Each pays for importing PyTorch and t
 take two. Here one process imports them once (`multiprocessing`'s fork server), does nothing else, and is copied for each request.
 A request still has a process of its own: one that crashes, hangs or is killed takes nothing with it.
 
+What a copy is told (which function, which request) reaches it as a pickle, through a socket in a folder that only this account
+can open; nothing that came from elsewhere is unpickled.
+
 The prepared process must stay as it is right after the imports: a process with threads, an open connection or a started GPU can't
 be copied. So it only imports.
 """

@@ -309,6 +309,21 @@ def test_a_killed_supernode_that_is_started_again_costs_the_unfinished_epoch(dri
 
 
 @pytest.mark.usefixtures("undisturbed")
+def test_a_killed_superexec_ends_its_supernode_which_is_let_in_again_at_once(drilled):
+    drilled.begin(**{"federation.check-every": 20.0})
+    pid = drilled.in_mid_link()
+    (superexec,) = (one for one in drilled.victim.processes if "chainward_client.superexec" in one.cmdline())
+    superexec.kill()
+    start = time.monotonic()
+    drilled.at_work_again(pid)
+    recovered = time.monotonic() - start
+    assert "the process that starts the work has ended (exit code -9); start it again" in drilled.victim.printed
+    assert "Failed to activate SuperNode" not in drilled.victim.printed_since_start
+    row = note("SuperExec killed, restarted by its unit", drilled, drilled.ended(), recovered=recovered, repeated=1.0)
+    check_nothing_lost(row)
+
+
+@pytest.mark.usefixtures("undisturbed")
 def test_a_supernode_that_is_stopped_and_started_costs_the_unfinished_epoch(drilled):
     drilled.begin(**{"federation.check-every": 20.0})
     pid = drilled.in_mid_link()
