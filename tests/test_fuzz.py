@@ -20,8 +20,8 @@ from loopback_grid import LoopbackGrid
 
 import chainward_client.app
 from chainward_client.data.sources import local_site
-from chainward_client.keys import create_site_ledger, ledger_path, open_site_ledger
 from chainward_client.site import SITE_CONFIG_KEY, load_site_config
+from chainward_client.site_ledger import create_site_ledger, ledger_path, open_site_ledger
 from chainward_server.app import coordinate
 from chainward_server.report.from_folder import write_report
 from chainward_server.run_folder import RunFolder

@@ -17,9 +17,9 @@ from torch import nn
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import simulated_site_ids
 from chainward_client.evaluation import class_probabilities, localisation_values
+from chainward_client.noised_scores import noised, one_image_each
 from chainward_client.policy import check_run
 from chainward_client.private_site import PrivateWork, declared_units
-from chainward_client.release import noised, one_image_each
 from chainward_client.site import SITE_CONFIG_KEY, OpenSite, open_site, own_config
 from chainward_client.store import SiteStore
 from chainward_client.training.link import train_link

@@ -16,8 +16,8 @@ import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 
-from chainward_client.keys import create_site_ledger, key_path, ledger_path
 from chainward_client.site import load_site_config
+from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.privacy.audit import Audit, Finding, audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page

@@ -29,12 +29,12 @@ from chainward_client.data.description import NpzDescription, load_description
 from chainward_client.data.images import ImageStore
 from chainward_client.data.manifest import read_manifest
 from chainward_client.data.site_data import SiteData
+from chainward_client.disclosure import what_it_tells
 from chainward_client.doctor.privacy import architectures
-from chainward_client.keys import create_site_ledger
 from chainward_client.leaks import Found, Secrets, find_leaks
 from chainward_client.private_site import declared_units
 from chainward_client.site import SITE_CONFIG_KEY, OpenSite, SiteConfig, load_site_config, open_site
-from chainward_client.telling import what_it_tells
+from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import DataError, StoreError, WeightsError
 from chainward_shared.evaluation.classification import counts_from_arrays

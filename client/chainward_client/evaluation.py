@@ -12,7 +12,7 @@ from chainward_client.data.site_data import Cases
 from chainward_client.training.precision import best_device, training_environment
 from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.evaluation.localisation import LocalisationValues, score_maps
-from chainward_shared.pixels import resized, to_float
+from chainward_shared.preprocessing import resized, to_float
 
 BATCH = 256
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from chainward_client.keys import create_site_ledger
 from chainward_client.site import load_site_config
+from chainward_client.site_ledger import create_site_ledger
 from chainward_shared import __version__
 from chainward_shared.errors import DataError, StoreError
 from chainward_shared.privacy.signing import fingerprint

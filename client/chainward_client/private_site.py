@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from chainward_client.data.site_data import SiteData
-from chainward_client.keys import create_site_ledger, open_site_ledger
 from chainward_client.policy import Planned, check_request, check_units, reserve
+from chainward_client.site_ledger import create_site_ledger, open_site_ledger
 from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.entropy import Entropy, OperatingSystem
 from chainward_client.training.private import PrivateTraining, declared_counts

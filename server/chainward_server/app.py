@@ -12,15 +12,15 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from chainward_server.alone import run_alone
+from chainward_server.baseline import run_alone
 from chainward_server.chain import run_chain
+from chainward_server.context import Run
 from chainward_server.flower_log import one_line_for, quiet_aggregation
 from chainward_server.measure import summarize_model
 from chainward_server.progress import Progress
 from chainward_server.rendezvous import Consortium, meet
 from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results, SiteSummary
-from chainward_server.run import Run
 from chainward_server.run_folder import Phase, RunFolder
 from chainward_server.scoring import shown
 from chainward_server.students import run_students, student_architecture

@@ -6,10 +6,10 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 
+from chainward_server.context import Run
+from chainward_server.decisions import best_strand, forgetting, weakest_site
 from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import LinkRecord, LinkStatus, SiteScores
-from chainward_server.rules import best_strand, forgetting, weakest_site
-from chainward_server.run import Run
 from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
 from chainward_shared.errors import ChainwardError

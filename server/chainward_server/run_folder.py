@@ -24,7 +24,7 @@ from chainward_shared import __version__
 from chainward_shared.config import RunConfig, options
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
 from chainward_shared.models import Architecture
-from chainward_shared.pixels import preprocessing_metadata
+from chainward_shared.preprocessing import preprocessing_metadata
 from chainward_shared.task import Task
 from chainward_shared.weights import StateDict, check_state, load_file, save_file, write_atomically
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from flwr.serverapp.strategy import FedAvg
 
+from chainward_server.context import Run
 from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import StudentRound
-from chainward_server.run import Run
 from chainward_server.scoring import shown
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError, StatementError

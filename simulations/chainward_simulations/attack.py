@@ -37,7 +37,7 @@ from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import DataError, RunFolderError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.architecture import METADATA_KEY
-from chainward_shared.pixels import resized
+from chainward_shared.preprocessing import resized
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.runner import open_sites

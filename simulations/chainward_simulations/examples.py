@@ -24,7 +24,7 @@ from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.evaluation.classification import DECISION
 from chainward_shared.evaluation.localisation import score_maps
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.pixels import resized, to_float
+from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict
 

@@ -20,7 +20,7 @@ from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
-from chainward_server.rules import best_strand, forgetting, weakest_site
+from chainward_server.decisions import best_strand, forgetting, weakest_site
 from chainward_server.schedule import plan, site_order
 from chainward_server.students import initial_students, student_architecture
 from chainward_shared.config import RunConfig

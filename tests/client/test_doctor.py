@@ -24,10 +24,10 @@ from chainward_client.doctor.data import Header, check_patients, odd_headers, op
 from chainward_client.doctor.examination import Asked, examine
 from chainward_client.doctor.machine import GIB, Need, SuperNode, check_disk, check_flower, check_memory, check_state
 from chainward_client.doctor.report import Check, Diagnosis
-from chainward_client.keys import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_client.planned_run import read_plan
 from chainward_client.policy import Planned, reserve
 from chainward_client.site import load_site_config
+from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.errors import ChainwardError
 from chainward_shared.privacy.accounting import Mechanism, spent
 

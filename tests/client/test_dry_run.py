@@ -20,11 +20,11 @@ import chainward_client.app as client_app
 import chainward_client.site
 from chainward_client import cli, dry_run
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
+from chainward_client.disclosure import PLAIN_WEIGHTS, PRIVATE_WEIGHTS, UNKNOWN, what_it_tells
 from chainward_client.dry_run import DryRun
-from chainward_client.keys import create_site_ledger, ledger_path
 from chainward_client.leaks import Secrets, find_leaks
 from chainward_client.planned_run import read_plan
-from chainward_client.telling import PLAIN_WEIGHTS, PRIVATE_WEIGHTS, UNKNOWN, what_it_tells
+from chainward_client.site_ledger import create_site_ledger, ledger_path
 from chainward_shared import protocol
 from chainward_shared.errors import ChainwardError, DataError
 

@@ -14,7 +14,7 @@ from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import distillation_loss
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.models.taps import Taps
-from chainward_shared.pixels import to_float
+from chainward_shared.preprocessing import to_float
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, digest
 

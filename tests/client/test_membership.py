@@ -11,7 +11,7 @@ from torch.nn import functional
 from chainward_client.data.site_data import Cases
 from chainward_client.privacy_audit.membership import attack_membership, calibrated, case_losses
 from chainward_shared.errors import DataError
-from chainward_shared.pixels import to_float
+from chainward_shared.preprocessing import to_float
 
 
 def names(count: int, prefix: str = "in") -> list[str]:

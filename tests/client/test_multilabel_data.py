@@ -14,7 +14,7 @@ from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.partition import keep_label_fraction, partition_by_label_skew
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.sources import local_site
-from chainward_client.data.strata import strata
+from chainward_client.data.splits import strata
 from chainward_shared.errors import DataError
 
 FINDINGS = ["effusion", "mass", "nodule"]

@@ -10,9 +10,9 @@ import pytest
 import tomli_w
 
 from chainward_client import cli
-from chainward_client.keys import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_client.policy import Planned, reserve
 from chainward_client.site import load_site_config
+from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, PrivacyError
 from chainward_shared.privacy.accounting import Mechanism

@@ -20,7 +20,7 @@ from chainward_client.training.student import StudentObjective, train_student
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.models.taps import Taps, embedding_size
-from chainward_shared.pixels import resized, to_float
+from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.protocol import Refusal, StudentResult, StudentTask, kind_of, pack, unpack
 from chainward_shared.recipes import PrivilegedRecipe, StudentRecipe
 from chainward_shared.weights import StateDict, digest, to_arrays

@@ -21,7 +21,7 @@ from chainward_shared.distillation.losses import classification_loss, distillati
 from chainward_shared.distillation.schedules import ema_decay
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.pixels import resized, to_float
+from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.recipes import StudentRecipe, TrainingRecipe
 from chainward_shared.weights import StateDict, digest
 

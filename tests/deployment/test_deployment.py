@@ -17,7 +17,7 @@ from loopback_grid import LoopbackGrid
 from safetensors.torch import load_file
 
 import chainward_client.app
-from chainward_client.keys import create_site_ledger, open_site_ledger
+from chainward_client.site_ledger import create_site_ledger, open_site_ledger
 from chainward_server.run_folder import RunFolder
 from chainward_shared.privacy.audit import audit_statements
 

@@ -25,7 +25,7 @@ from cryptography.x509.verification import PolicyBuilder, Store
 from flower_deployment import ADDRESS, PATIENCE, Authority, free_ports, wait_until
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 
-from chainward_client.keys import create_site_ledger, open_site_ledger
+from chainward_client.site_ledger import create_site_ledger, open_site_ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER, CLIENT = ROOT / "server" / "deploy", ROOT / "client" / "deploy"

@@ -19,7 +19,7 @@ from chainward_client.data.description import (
 )
 from chainward_client.data.images import box_masks, counted, load_images, load_masks
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases
-from chainward_client.data.strata import num_strata, strata
+from chainward_client.data.splits import num_strata, strata
 from chainward_shared.errors import DataError, nearest
 
 if TYPE_CHECKING:  # pandas takes a second to import

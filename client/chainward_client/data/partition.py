@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from chainward_client.data.manifest import patient_classes
-from chainward_client.data.strata import strata
+from chainward_client.data.splits import strata
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator
 

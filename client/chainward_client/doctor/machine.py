@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
-from chainward_client.keys import ledger_path
+from chainward_client.site_ledger import ledger_path
 from chainward_shared import __version__
 from chainward_shared.protocol import PROTOCOL_VERSION
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
 from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
-from chainward_client.keys import key_path, ledger_path, open_site_ledger
 from chainward_client.policy import check_request, check_run, check_units
 from chainward_client.private_site import declared_units
+from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
 from chainward_client.training.precision import best_device
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, PrivacyError

@@ -18,7 +18,7 @@ from torch.nn import functional
 from chainward_client.data.site_data import Cases
 from chainward_client.training.precision import best_device, training_environment
 from chainward_shared.errors import DataError
-from chainward_shared.pixels import resized, to_float
+from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.seeds import numpy_generator
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)

@@ -23,7 +23,7 @@ from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import GradSampleMode, check_private_ready
-from chainward_shared.pixels import to_float
+from chainward_shared.preprocessing import to_float
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.empirical import Attack
 from chainward_shared.privacy.plan import PrivatePlan

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.data.strata import strata
+from chainward_client.data.splits import strata
 from chainward_client.policy import check_run
 from chainward_client.private_site import Prepared, PrivateWork
 from chainward_client.privileged.table import table_vectors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chainward_shared.pixels import PIXEL_SCALE, to_float
+from chainward_shared.preprocessing import PIXEL_SCALE, to_float
 from chainward_shared.recipes import Augmentation
 
 

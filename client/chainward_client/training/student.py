@@ -27,7 +27,7 @@ from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.taps import Taps
-from chainward_shared.pixels import resized
+from chainward_shared.preprocessing import resized
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import StudentRecipe
 from chainward_shared.weights import StateDict

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chainward_shared.errors import ExportError
 from chainward_shared.models import Architecture
-from chainward_shared.pixels import to_float
+from chainward_shared.preprocessing import to_float
 from chainward_shared.task import Task
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.errors import ExportError
 from chainward_shared.models import Architecture, build_model, skeleton
-from chainward_shared.pixels import PIXEL_MEAN, PIXEL_SCALE, preprocessing_metadata
+from chainward_shared.preprocessing import PIXEL_MEAN, PIXEL_SCALE, preprocessing_metadata
 from chainward_shared.privacy.audit import Audit, audit_statements
 from chainward_shared.privacy.statements import read_privacy_record
 from chainward_shared.task import Task

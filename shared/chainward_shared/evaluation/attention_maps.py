@@ -53,7 +53,7 @@ def attention_maps(
     Parameters
     ----------
     model : a timm model, on any device
-    images : what the model eats, float (n, channels, H, W); see `chainward_shared.pixels.to_float`
+    images : what the model eats, float (n, channels, H, W); see `chainward_shared.preprocessing.to_float`
     method :
         "attention": vision transformer: attention over the patches in the last block, mean over the heads, of the class
         token where the classifier reads it, else mean over the patches' own queries. Convolutional network: mean over the

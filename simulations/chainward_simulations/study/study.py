@@ -18,7 +18,7 @@ from chainward_shared.errors import StudyError, nearest
 from chainward_shared.models import build_model
 from chainward_shared.weights import write_atomically
 from chainward_simulations.study.arms import PlannedArm, plan_arms
-from chainward_simulations.study.looks import looks_picture
+from chainward_simulations.study.attention_pictures import attention_pictures
 from chainward_simulations.study.picture import study_picture
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.results import StudyResult, as_json, collect
@@ -91,7 +91,7 @@ def run_study(request: StudyRequest, console: Console) -> StudyReport:
         result = collect(folder, planned, request.seeds, reference, failures)
         if planned:
             write_outputs(folder, result, config)
-            picture = looks_picture(folder, planned, request.seeds[0], reference)
+            picture = attention_pictures(folder, planned, request.seeds[0], reference)
             if picture is not None:
                 write_or_say(folder.path / "examples.png", lambda: picture)
     finally:

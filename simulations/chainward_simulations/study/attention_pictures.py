@@ -13,7 +13,9 @@ from chainward_simulations.study.store import StudyFolder, chain_file, load_chai
 from chainward_simulations.study.workers import open_sites
 
 
-def looks_picture(folder: StudyFolder, planned: Sequence[PlannedArm], seed: int, reference: str | None) -> bytes | None:
+def attention_pictures(
+    folder: StudyFolder, planned: Sequence[PlannedArm], seed: int, reference: str | None
+) -> bytes | None:
     """Return test images with their regions, and where the chain looks without and with privileged teachers, as PNG.
 
     Compared are, of `seed`, the first chain without privileged teachers (the reference arm if it is one) and the first

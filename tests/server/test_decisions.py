@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainward_server.rules import Forgetting, best_strand, forgetting, weakest_site
+from chainward_server.decisions import Forgetting, best_strand, forgetting, weakest_site
 from chainward_shared.evaluation.scores import Scores
 
 

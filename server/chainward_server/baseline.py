@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from chainward_server.chain import checked_model
+from chainward_server.context import Run
 from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import AloneRecord, LinkStatus
-from chainward_server.run import Run
 from chainward_server.scoring import link_metrics, shown
 from chainward_shared.errors import ChainwardError
 from chainward_shared.protocol import LinkResult, LinkTask

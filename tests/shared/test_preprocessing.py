@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chainward_shared.pixels import RESIZED_AT_ONCE, resized, to_float
+from chainward_shared.preprocessing import RESIZED_AT_ONCE, resized, to_float
 
 
 def random_images(n: int, channels: int = 1, size: int = 32) -> torch.Tensor:

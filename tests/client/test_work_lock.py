@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from chainward_client.at_work import WorkLock
+from chainward_client.work_lock import WorkLock
 from chainward_shared.errors import StoreError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from chainward_client.at_work import WorkLock
+from chainward_client.work_lock import WorkLock
 with WorkLock(Path(sys.argv[1])).hold(float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(float(sys.argv[3]))
