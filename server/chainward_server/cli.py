@@ -22,7 +22,7 @@ from chainward_server.watch import find_run, watch
 from chainward_server.watch.display import QUIET
 from chainward_server.watch.watching import Output
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
-from chainward_shared.config_docs import configuration_markdown, flower_app_config
+from chainward_shared.config.docs import configuration_markdown, flower_app_config
 from chainward_shared.errors import ChainwardError, ConfigError
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.console import print_audit, write_page

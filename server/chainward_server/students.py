@@ -23,8 +23,8 @@ from chainward_shared.models import (
     skeleton,
 )
 from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
-from chainward_shared.recipes import Transfer
 from chainward_shared.seeds import derive_seed
+from chainward_shared.settings import Transfer
 from chainward_shared.weights import (
     StateDict,
     digest,

@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from chainward_shared.errors import WeightsError, nearest
-from chainward_shared.recipes import Transfer
+from chainward_shared.settings import Transfer
 
 StateDict = dict[str, Tensor]
 Template = Mapping[str, Tensor]

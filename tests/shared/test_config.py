@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from chainward_shared.config import ConfigScalar, RunConfig, options
-from chainward_shared.config_docs import configuration_markdown, flower_app_config
+from chainward_shared.config import ConfigScalar, Option, RunConfig, options
+from chainward_shared.config.docs import configuration_markdown, flower_app_config
 from chainward_shared.errors import ConfigError
+from chainward_shared.settings import (
+    ArithmeticSettings,
+    AugmentationSettings,
+    LabelSettings,
+    LinkSettings,
+    StudentSettings,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -79,10 +86,25 @@ def test_a_key_that_is_none_is_refused(key):
     ("key", "value", "words"),
     [
         ("chain.laps", 0, ["chain.laps = 0", "greater than or equal to 1", "at least 1, at most 100", "default 1"]),
-        ("chain.label-fraction", 1.5, ["chain.label-fraction = 1.5", "number above 0, at most 1", "default 1.0"]),
-        ("chain.learning-rate", float("nan"), ["chain.learning-rate = nan", "above 0, at most 10", "default 0.001"]),
-        ("chain.learning-rate", float("inf"), ["chain.learning-rate = inf", "above 0, at most 10"]),
-        ("student.ema-decay", 1.0, ["student.ema-decay = 1.0", "at least 0, below 1", "default 0.996"]),
+        (
+            "chain.label-fraction",
+            1.5,
+            ["chain.label-fraction = 1.5", "number at least 1e-06, at most 1", "default 1.0"],
+        ),
+        (
+            "chain.learning-rate",
+            float("nan"),
+            ["chain.learning-rate = nan", "at least 1e-09, at most 10", "default 0.001"],
+        ),
+        ("chain.learning-rate", float("inf"), ["chain.learning-rate = inf", "at least 1e-09, at most 10"]),
+        ("student.ema-decay", 1.0, ["student.ema-decay = 1.0", "at least 0, at most 0.999999", "default 0.996"]),
+        ("privacy.clip", 1e-33, ["privacy.clip = 1e-33", "number at least 0.0001, at most 1 000", "default 1.0"]),
+        (
+            "chain.unlabelled-weight",
+            1e-25,
+            ["should be 0, or at least 1e-06", "number that is 0 or at least 1e-06, at most 100", "default 0.0"],
+        ),
+        ("student.large-weight", -1.0, ["student.large-weight = -1.0", "should be 0, or at least 1e-06"]),
         ("chain.start", "hot", ["chain.start = 'hot'", "warm, fresh", "default 'warm'"]),
         ("chain.epochs", 1.5, ["chain.epochs = 1.5", "integer", "default 12"]),
         ("chain.epochs", "many", ["chain.epochs = 'many'", "integer at least 1, at most 10 000"]),
@@ -122,6 +144,11 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed_and_the_default(key,
         ({"chain.strands": 3, "federation.sites": "oak,ash"}, ["chain.strands = 3", "number of sites, 2"]),
         ({"output.dir": "runs"}, ["output.dir = 'runs'", "relative", "absolute path"]),
         ({"chain.unlabelled-weight": 1.0}, ["chain.unlabelled-weight = 1.0", "chain.label-fraction = 1.0"]),
+        ({"chain.epochs": 200, "chain.laps": 51}, ["chain.epochs = 200", "chain.laps = 51", "10,200", "10,000"]),
+        (
+            {"student.learning-rate": 1e-8, "student.finetune-factor": 0.01},
+            ["student.finetune-factor = 0.01", "student.learning-rate = 1e-08", "below 1e-09"],
+        ),
         ({"chain.merge": "average"}, ["chain.merge = 'average'", "chain.strands = 1"]),
         ({"chain.merge": "ensemble", "chain.strands": 2}, ["chain.merge = 'ensemble'", "student.large-weight"]),
         (
@@ -205,6 +232,40 @@ def test_fine_tuning_has_a_lower_rate_and_no_distillation():
     assert (finetune.learning_rate, finetune.distillation_weight) == (0.005, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("table", "group", "stage"),
+    [
+        ("federation", ArithmeticSettings, "link"),
+        ("data", AugmentationSettings, "link"),
+        ("chain", LinkSettings, "link"),
+        ("federation", ArithmeticSettings, "student"),
+        ("data", AugmentationSettings, "student"),
+        ("chain", LabelSettings, "student"),
+        ("student", StudentSettings, "student"),
+    ],
+)
+def test_every_setting_of_a_group_reaches_the_recipe(table, group, stage):
+    for option in options():
+        where, _, key = option.key.rpartition(".")
+        name = key.replace("-", "_")
+        if where != table or name not in group.model_fields:
+            continue
+        other = another_value(option)
+        given = getattr(RunConfig(), table).model_copy(update={name: other})
+        config = RunConfig().model_copy(update={table: given})
+        recipe = config.link_recipe() if stage == "link" else config.student_recipe("distil")
+        assert getattr(recipe, name) == other, option.key
+
+
+def another_value(option: Option) -> ConfigScalar:
+    """Return an allowed value of the option that is not its default."""
+    if option.kind == "choice":
+        return next(value for value in option.allowed.split(", ") if value != option.default)
+    if option.kind == "true or false":
+        return not option.default
+    return option.default + 1 if option.kind == "integer" else option.default / 2 or 0.5
+
+
 # --- what is generated from the models ---
 
 
@@ -258,8 +319,8 @@ def test_private_trainings_of_a_run_are_planned_together_and_follow_the_settings
     ("flat", "words"),
     [
         ({"privacy.epsilon": 3.0}, "contradicts privacy.mode = 'off'"),
-        ({"privacy.mode": "dp-sgd", "privacy.epsilon": 0.0}, "allowed: number above 0"),
-        ({"privacy.mode": "dp-sgd", "privacy.delta": 1.0}, "below 1"),
+        ({"privacy.mode": "dp-sgd", "privacy.epsilon": 0.0}, "allowed: number at least 0.0001"),
+        ({"privacy.mode": "dp-sgd", "privacy.delta": 1.0}, "at most 0.5"),
         ({"privacy.mode": "dp-sgd", "federation.precision": "bf16"}, "not verified for private training"),
         ({"privacy.mode": "dp-sgd", "privacy.simulated-budget": "a"}, "expected an epsilon above 0"),
         ({"privacy.mode": "dp-sgd", "privacy.simulated-budget": "0"}, "expected an epsilon above 0"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chainward_shared.preprocessing import PIXEL_SCALE, to_float
-from chainward_shared.recipes import Augmentation
+from chainward_shared.settings import Augmentation
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from chainward_client.training.checkpoint import Checkpoint, restore_training, t
 from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.errors import ModelError
 from chainward_shared.protocol import TrainingLog
-from chainward_shared.recipes import Augmentation, TrainingRecipe
+from chainward_shared.recipes import TrainingRecipe
 from chainward_shared.seeds import derive_seed, torch_generator
+from chainward_shared.settings import Augmentation
 
 if TYPE_CHECKING:
     from chainward_client.training.private import PrivateTraining

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from chainward_shared.recipes import Precision
+from chainward_shared.settings import Precision
 
 Arithmetic = Literal["fp32", "bf16"]
 

@@ -42,8 +42,9 @@ from chainward_shared.errors import ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models.private_ready import GradSampleMode, PerExampleGradients
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
-from chainward_shared.recipes import PrivacyRecipe, PrivacyUnit, TrainingRecipe
+from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
+from chainward_shared.settings import PrivacyUnit
 
 __all__ = [
     "PrivacyRecipe",

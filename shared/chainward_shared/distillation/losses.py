@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chainward_shared.recipes import ClassBalance, TeacherTrust
+from chainward_shared.settings import ClassBalance, TeacherTrust
 
 
 def class_counts(labels: Tensor, classes: int) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import torch
 
 from chainward_shared.errors import ModelError
-from chainward_shared.recipes import ChannelSelection, HeadSelection, LayerSelection
 from chainward_shared.seeds import torch_generator
+from chainward_shared.settings import ChannelSelection, HeadSelection, LayerSelection
 
 Variant: TypeAlias = Literal["A", "B"]
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier
-from chainward_shared.recipes import PlannedTraining, PrivacyRecipe, PrivacyUnit
+from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
+from chainward_shared.settings import PrivacyUnit
 
 
 class PrivatePlan(BaseModel):

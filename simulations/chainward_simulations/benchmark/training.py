@@ -11,7 +11,8 @@ from chainward_client.training.link import train_link
 from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.recipes import Augmentation, LinkRecipe
+from chainward_shared.recipes import LinkRecipe
+from chainward_shared.settings import Augmentation
 from chainward_shared.weights import StateDict
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.plain import train_plain_link

@@ -8,7 +8,8 @@ from chainward_shared.config import RunConfig, options, table_descriptions
 
 HEADER = """# Configuration of a run
 
-Generated from the models in `shared/chainward_shared/config.py` by `chainward config --markdown`; a test keeps it true.
+Generated from the models in `shared/chainward_shared/config/` and `shared/chainward_shared/settings.py` by
+`chainward config --markdown`; a test keeps it true.
 
 Set keys with `flwr run simulations/six_sites --run-config 'chain.laps=2 chain.backbone="convnext_femto"'`, or put them
 into a TOML file of your own and name it: `--run-config settings.toml`. A key that the app's `pyproject.toml` lacks is refused

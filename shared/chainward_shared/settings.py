@@ -1,0 +1,205 @@
+"""Settings of trainings, each declared once: the configuration's tables and the recipes inherit the same groups.
+
+A field that decides how a site trains is added to the group that it belongs to, with its range, its default and its
+description. The key of the run configuration, the row of ``docs/configuration.md``, the field of the recipe that travels
+to the site and the site's check of it follow.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from chainward_shared.bounds import (
+    SMALLEST_WEIGHT,
+    BatchSize,
+    Clip,
+    Decay,
+    Delta,
+    Epochs,
+    Fraction,
+    Laps,
+    LearningRate,
+    PositiveFraction,
+    Rounds,
+    Temperature,
+    Threads,
+    UnitsPerStep,
+    Weight,
+    ZeroOrAtLeast,
+)
+
+Augmentation = Literal["none", "upright", "all-orientations"]
+ClassBalance = Literal["site-prior", "weighted", "none"]
+LearningRateCycle = Literal["link", "laps"]
+LinkStart = Literal["warm", "fresh"]
+Precision = Literal["auto", "fp32", "bf16"]
+AuxiliaryTeacher = Literal["ema", "frozen"]
+EmaSchedule = Literal["cosine", "constant"]
+ChannelSelection = Literal["strided", "consecutive", "random", "random-inconsistent"]
+HeadSelection = Literal["whole", "mixed"]
+LayerSelection = Literal["first", "spread"]
+TeacherTrust = Literal["label", "none"]
+PrivacyUnit = Literal["patient", "image"]
+Transfer = Literal["half", "full"]
+
+
+class Settings(BaseModel):
+    """Base of the groups: immutable, without unknown fields, without NaN and infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def values_of(table: Settings, group: type[Settings]) -> dict[str, Any]:
+    """Return what `table`, which inherits `group`, holds of the group's fields, by name."""
+    return {name: getattr(table, name) for name in group.model_fields}
+
+
+class ArithmeticSettings(Settings):
+    """How numbers are computed, and how they travel."""
+
+    precision: Precision = Field(
+        "auto", description="Arithmetic of training: auto takes bf16 where the hardware computes it, fp32 elsewhere"
+    )
+    threads: Threads = Field(
+        2, description="CPU threads of a training. Results are repeatable only for the same number"
+    )
+    transfer: Transfer = Field(
+        "half",
+        description="How models travel. half: every tensor that float16 holds to 11 significant bits is rounded to it before "
+        "the model is stored, scored and sent; full: as they are, in twice the bytes",
+    )
+
+
+class AugmentationSettings(Settings):
+    """How images vary in training."""
+
+    augmentation: Augmentation = Field(
+        "upright",
+        description="none; upright: small shifts, turns and changes of brightness; "
+        "all-orientations: also flips and any turn (skin, cells)",
+    )
+
+
+class LabelSettings(Settings):
+    """Which labels are used, and how unequal classes count. The same for links and students."""
+
+    label_fraction: PositiveFraction = Field(
+        1.0, description="Fraction of each site's training cases whose labels are used, by class, at least one each"
+    )
+    class_balance: ClassBalance = Field(
+        "site-prior",
+        description="site-prior: cross-entropy adjusted by the logarithm of the site's class frequencies; "
+        "weighted: inverse class frequencies as weights; none",
+    )
+    prior_strength: Fraction = Field(
+        1.0,
+        description="Strength of the site-prior adjustment. 1: predictions as if all classes were equally frequent; "
+        "less: part of the sites' own class mix stays in them",
+    )
+
+
+class OptimiserSettings(Settings):
+    """Budget and optimiser of a training."""
+
+    epochs: Epochs = Field(12, description="Epochs of one link")
+    batch_size: BatchSize = Field(32, description="Images per step; a site with fewer takes all it has")
+    learning_rate: LearningRate = Field(1e-3, description="Peak of the one-cycle learning rate (AdamW)")
+    weight_decay: Fraction = Field(0.05, description="Decoupled weight decay; not on norms and biases")
+
+
+class LinkSettings(OptimiserSettings, LabelSettings):
+    """How one link is trained."""
+
+    laps: Laps = Field(1, description="Passes over all sites")
+    cycle: LearningRateCycle = Field(
+        "link",
+        description="link: the learning rate goes through a one-cycle in every link; laps: a site's links of all laps share "
+        "one, so that later laps change less",
+    )
+    start: LinkStart = Field(
+        "warm", description="warm: a link starts from the predecessor's weights; fresh: from the run's initial weights"
+    )
+    unlabelled_weight: Weight = Field(
+        0.0,
+        description="Weight c of the distillation from the predecessor on the images that the label fraction leaves "
+        "without a label. 0: they are not used",
+    )
+    distillation_weight: Fraction = Field(
+        0.5, description="Weight a of the distillation; cross-entropy has 1-a. 0: no teacher"
+    )
+    temperature: Temperature = Field(4.0, description="Temperature of the distillation in the first epoch")
+    temperature_decay: Annotated[float, Field(ge=1e-3, le=1)] = Field(
+        1.0, description="Factor on the temperature from epoch to epoch, down to 1. 1: no annealing"
+    )
+    attention_weight: Annotated[float, ZeroOrAtLeast(SMALLEST_WEIGHT), Field(le=10_000)] = Field(
+        0.0,
+        description="Weight b of the attention transfer: a link attends to what its predecessor found. 0: none",
+    )
+    teacher_trust: TeacherTrust = Field(
+        "label",
+        description="label: the predecessor counts less where it contradicts the label; none: the same everywhere",
+    )
+
+
+class StudentSettings(OptimiserSettings):
+    """How a compact student is trained in the rounds of self-distillation."""
+
+    rounds: Rounds = Field(3, description="Rounds of self-distillation. 0: no students")
+    epochs: Epochs = Field(4, description="Epochs at each site in a round")
+    distillation_weight: Weight = Field(1.0, description="Weight of the distillation from the auxiliary teacher")
+    large_weight: Weight = Field(
+        0.0, description="Weight of the distillation from the chain's large model(s) into the student"
+    )
+    temperature: Temperature = Field(2.0, description="Temperature of these distillations")
+    auxiliary: AuxiliaryTeacher = Field(
+        "ema",
+        description="ema: the auxiliary teacher follows the student as a moving average; frozen: stays as it was selected",
+    )
+    ema_schedule: EmaSchedule = Field(
+        "cosine",
+        description="Decay of the moving average. cosine: from student.ema-decay to 1; constant: student.ema-decay",
+    )
+    ema_decay: Decay = Field(
+        0.996, description="Decay of the auxiliary teacher's moving average (at the start, if it rises)"
+    )
+    frozen_epochs: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        1, description="First epochs in which the auxiliary teacher stays as it was selected"
+    )
+
+
+class PrivilegedSettings(Settings):
+    """How a site's privileged teachers are trained and used."""
+
+    logit_weight: Weight = Field(0.5, description="Weight of the distillation from the privileged teacher's logits")
+    embedding_weight: Weight = Field(
+        0.5, description="Weight of the cosine distance to the privileged teacher's embedding"
+    )
+    temperature: Temperature = Field(2.0, description="Temperature of the distillation of logits")
+    epochs: Epochs = Field(60, description="Epochs of a privileged teacher at the site")
+    text_features: Annotated[int, Field(ge=16, le=65_536)] = Field(
+        1_024, description="Length of the hashed vector of a report"
+    )
+    hidden: Annotated[int, Field(ge=4, le=1_024)] = Field(
+        64, description="Units of a privileged teacher's hidden layer"
+    )
+    blank_label_words: bool = Field(
+        False, description="Blank the class names, and the words that a site lists, in reports before they are read"
+    )
+
+
+class PrivacySettings(Settings):
+    """What a private training is asked to be."""
+
+    delta: Delta = Field(1e-5, description="Delta of the guarantee; below 1 over the patients of every private site")
+    clip: Clip = Field(1.0, description="Length to which the gradient of each example is clipped")
+    unit: PrivacyUnit = Field(
+        "patient",
+        description="Who is protected: a patient with all images, or one image. A site with another unit refuses",
+    )
+    batch_size: UnitsPerStep = Field(
+        0,
+        description="Patients (or images) expected in a step of a private training, instead of chain.batch-size and "
+        "student.batch-size. 0: those",
+    )
