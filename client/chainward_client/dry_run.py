@@ -32,8 +32,9 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.disclosure import what_it_tells
 from chainward_client.doctor.privacy import architectures
 from chainward_client.leaks import Found, Secrets, find_leaks
+from chainward_client.node import SITE_CONFIG_KEY
 from chainward_client.private_site import declared_units
-from chainward_client.site import SITE_CONFIG_KEY, OpenSite, SiteConfig, load_site_config, open_site
+from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import DataError, StoreError, WeightsError
@@ -181,7 +182,7 @@ def dry_run(site_yaml: Path, plan: RunConfig | None = None, steps: int = 4) -> D
     own_state = config.state_dir(site_yaml).absolute()
     with _no_network() as attempts, _throw_away(site_yaml, config, data_path, own_state) as copy:
         context = {SITE_CONFIG_KEY: str(copy)}
-        site = open_site(context, None)
+        site = open_site(copy)
         requests = list(_requests(plan, site, steps))
         answers = [_answer(request, message_type, arrays, context) for message_type, request, arrays in requests]
         secrets = _secrets(site.data, data_path, (site_yaml, own_state, copy))

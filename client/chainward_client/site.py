@@ -1,25 +1,20 @@
-"""Which site a node is, and its data: from its own site.yaml, or, in a simulation, from the message."""
+"""A hospital's own site.yaml, and the site that it describes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_client.data.site_data import SiteData
-from chainward_client.data.sources import local_site, simulated_site
+from chainward_client.data.sources import local_site
 from chainward_client.private_site import PrivateSite
-from chainward_shared.errors import DataError, ProtocolError, nearest
+from chainward_client.privileged.checks import with_privileged_notes
+from chainward_shared.errors import DataError, nearest
 from chainward_shared.privacy.policy import PrivacyPolicy
-from chainward_shared.protocol import SimulatedSite
-
-SITE_CONFIG_KEY = "site-config"
-"""Key of the node configuration that names a deployed hospital's site.yaml."""
 
 
 class SiteConfig(BaseModel):
@@ -49,7 +44,10 @@ class SiteConfig(BaseModel):
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site that is ready to work: its data, where it keeps its state, and its privacy policy, if it has one."""
+    """A site that is ready to work: its data, where it keeps its state, and its privacy policy, if it has one.
+
+    `simulated`: its ledger is made where there is none.
+    """
 
     data: SiteData
     state_dir: Path
@@ -108,57 +106,19 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def own_config(node_config: Mapping[str, Any]) -> SiteConfig | None:
-    """Return the site.yaml that this node was started with; None for a simulated node."""
-    path = node_config.get(SITE_CONFIG_KEY)
-    return load_site_config(Path(str(path))) if path else None
-
-
-def open_site(node_config: Mapping[str, Any], simulated: SimulatedSite | None) -> OpenSite:
-    """Return the site that this node is.
+def open_site(site_yaml: Path) -> OpenSite:
+    """Return the hospital whose site.yaml this is, its data read.
 
     Raises
     ------
-    ProtocolError
-        A deployed site was told who to be, or a simulated one wasn't.
     DataError
-        The data can't be used.
+        site.yaml or the data can't be used.
     """
-    config = own_config(node_config)
-    if config is not None:
-        if simulated is not None:
-            raise ProtocolError(
-                f"site '{config.site}' knows who it is from its own site.yaml and refuses to play "
-                f"simulated site {simulated.index}"
-            )
-        base = Path(str(node_config[SITE_CONFIG_KEY])).parent
-        data = _local_site((base / Path(config.data).expanduser()).resolve(), config.site)
-        return OpenSite(data, config.state_dir(Path(str(node_config[SITE_CONFIG_KEY]))), config.privacy)
-    if simulated is None:
-        raise ProtocolError(
-            f"this node has no '{SITE_CONFIG_KEY}' in its node configuration and was not told which simulated site to be"
-        )
-    data = _simulated_site(
-        simulated.source,
-        simulated.index,
-        simulated.num_sites,
-        simulated.label_skew,
-        simulated.seed,
-        _stamp(simulated.source),
-    )
-    return OpenSite(data, Path(simulated.state_dir) / data.site, simulated.policy, simulated=True)
-
-
-def _stamp(source: str) -> float:
-    path = Path(source)
-    return path.stat().st_mtime if path.is_file() else 0.0
-
-
-@lru_cache(maxsize=64)
-def _simulated_site(source: str, index: int, num_sites: int, label_skew: float, seed: int, stamp: float) -> SiteData:
-    return simulated_site(source, index, num_sites=num_sites, label_skew=label_skew, seed=seed)
+    config = load_site_config(site_yaml)
+    data = _local_site((site_yaml.parent / Path(config.data).expanduser()).resolve(), config.site)
+    return OpenSite(data, config.state_dir(site_yaml), config.privacy)
 
 
 @lru_cache(maxsize=1)
 def _local_site(path: Path, site: str) -> SiteData:
-    return local_site(path, site, seed=0)
+    return with_privileged_notes(local_site(path, site, seed=0))

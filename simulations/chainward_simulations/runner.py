@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 
 from chainward_client.data.site_data import SiteData, SplitName
-from chainward_client.data.sources import simulated_site, simulated_site_ids
 from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.training.link import train_link
@@ -30,6 +29,7 @@ from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict, rounded, weighted_average
+from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
 RUN = "in-process"
 """What the ledgers of private sites call a run of this runner."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+
 import pytest
 import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-import chainward_client.app as client_app
+import chainward_client.handlers as handlers
 from chainward_client.app import app
 from chainward_shared.config import RunConfig
 from chainward_shared.models import resolve_architecture, skeleton
 from chainward_shared.protocol import (
+    AtWorkRequest,
+    Body,
     CardRequest,
+    EvaluateTask,
     Hello,
     HelloRequest,
     LinkResult,
@@ -20,6 +27,7 @@ from chainward_shared.protocol import (
     Refusal,
     SimulatedSite,
     SiteCard,
+    StudentTask,
     pack,
     unpack,
 )
@@ -43,8 +51,24 @@ def hospital(small_consortium, tmp_path):
     return {"site-config": str(path)}
 
 
-def simulated(source: str) -> SimulatedSite:
-    return SimulatedSite(index=0, source=source, num_sites=0, label_skew=0.0, seed=0, state_dir="")
+def simulated(source: str, state_dir: str = "") -> SimulatedSite:
+    return SimulatedSite(index=0, source=source, num_sites=0, label_skew=0.0, seed=0, state_dir=state_dir)
+
+
+def requests(site: SimulatedSite) -> dict[str, tuple[Body, str]]:
+    """Return one message of each kind that tells a node which site to play, and the type of the message."""
+    config = RunConfig.from_flat({"chain.epochs": 1, "federation.threads": 1})
+    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
+    asked = {"architecture": architecture, "simulated": site, "run_id": "r"}
+    link, student = config.link_recipe(), config.student_recipe("finetune")
+    return {
+        "hello": (HelloRequest(source=site.source, num_sites=0, label_skew=0.0), "query"),
+        "at work": (AtWorkRequest(run_id="r", task="0" * 64), "query"),
+        "card": (CardRequest(simulated=site), "query"),
+        "link": (LinkTask(hop="h", strand=0, lap=0, recipe=link, **asked), "train.link"),
+        "student": (StudentTask(round=1, recipe=student, student_digest="0" * 64, **asked), "train.student"),
+        "scores": (EvaluateTask(splits=["test"], threads=1, digest="0" * 64, **asked), "evaluate"),
+    }
 
 
 def test_a_deployed_hospital_knows_who_it_is_from_its_own_file(hospital):
@@ -52,11 +76,6 @@ def test_a_deployed_hospital_knows_who_it_is_from_its_own_file(hospital):
     assert (hello.site, hello.simulated_sites) == ("ash", [])
     card, _ = unpack(ask(pack(CardRequest()), hospital), SiteCard)
     assert (card.site, card.classes, card.synthetic) == ("ash", ["a", "b", "c"], False)
-
-
-def test_a_deployed_hospital_refuses_to_be_told_who_it_is(hospital, small_consortium):
-    answer, _ = unpack(ask(pack(CardRequest(simulated=simulated(str(small_consortium)))), hospital), Refusal)
-    assert "'ash' knows who it is" in answer.reason
 
 
 def test_what_is_wrong_with_a_deployed_hospitals_data_stays_in_its_own_log(hospital, tmp_path, caplog):
@@ -80,13 +99,50 @@ def test_what_is_wrong_with_a_deployed_hospitals_data_stays_in_its_own_log(hospi
     assert "zzz" in caplog.text
 
 
-def test_a_simulated_hospital_says_what_is_wrong_with_its_data(tmp_path):
-    answer, _ = unpack(ask(pack(CardRequest(simulated=simulated(str(tmp_path / "absent.yaml")))), {}), Refusal)
-    assert "absent.yaml" in answer.reason
+@pytest.mark.parametrize(
+    ("node_config", "found"),
+    [
+        ({}, "it has none"),
+        ({"partition-id": 0, "num-partitions": 2}, "it has none"),
+        ({"site_config": "/etc/site.yaml"}, "it has 'site_config'"),
+        ({"site-Config": "/etc/site.yaml"}, "it has 'site-Config'"),
+        ({"siteconfig": "/etc/site.yaml", "other": 1}, "it has 'siteconfig'"),
+        ({"site-confg": "/etc/site.yaml"}, "it has 'site-confg'"),
+        ({"site-config": ""}, "is empty or no text"),
+        ({"site-config": True}, "is empty or no text"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hello", "at work", "card", "link", "student", "scores"])
+def test_a_site_that_was_not_told_its_site_yaml_does_nothing_whatever_it_is_told_to_play(
+    small_consortium, tmp_path, node_config, found, kind
+):
+    body, message_type = requests(simulated(str(small_consortium), str(tmp_path / "state")))[kind]
+    answer, _ = unpack(ask(pack(body), node_config, message_type), Refusal)
+    assert "'site-config' in its node configuration" in answer.reason
+    assert found in answer.reason
+    assert str(small_consortium.parent) not in answer.reason
+    assert "site.yaml" not in answer.reason.replace("/path/to/site.yaml", "")
+    assert not (tmp_path / "state").exists()
 
 
-def test_a_message_of_another_app_is_refused_in_one_line():
-    answer, _ = unpack(ask(RecordDict({"config": ConfigRecord({"lr": 0.1})}), {}), Refusal)
+@pytest.mark.parametrize("kind", ["card", "link", "student", "scores"])
+@pytest.mark.parametrize("source", ["phantom", "/etc/passwd", "/no/such"])
+def test_a_deployed_hospital_plays_no_simulated_site(hospital, tmp_path, kind, source):
+    body, message_type = requests(simulated(source, str(tmp_path / "elsewhere")))[kind]
+    answer, _ = unpack(ask(pack(body), hospital, message_type), Refusal)
+    assert "'ash' knows who it is" in answer.reason
+    assert source not in answer.reason
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_deployed_program_holds_no_code_that_plays_a_site():
+    code = "import sys, chainward_client.app; print([name for name in sys.modules if 'simul' in name or 'phantom' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [name for name in ast.literal_eval(done.stdout) if name.startswith("chainward")] == []
+
+
+def test_a_message_of_another_app_is_refused_in_one_line(hospital):
+    answer, _ = unpack(ask(RecordDict({"config": ConfigRecord({"lr": 0.1})}), hospital), Refusal)
     assert "envelope" in answer.reason
     assert "\n" not in answer.reason
 
@@ -96,14 +152,14 @@ def test_a_link_is_rounded_as_it_travels_before_it_is_stored_and_sent_again_bit_
     hospital, monkeypatch, transfer
 ):
     trained = []
-    train_link = client_app.train_link
+    train_link = handlers.train_link
 
     def watched(*arguments, **settings):
         state, log = train_link(*arguments, **settings)
         trained.append({name: tensor.clone() for name, tensor in state.items()})
         return state, log
 
-    monkeypatch.setattr(client_app, "train_link", watched)
+    monkeypatch.setattr(handlers, "train_link", watched)
     config = RunConfig.from_flat({"chain.epochs": 1, "federation.threads": 1, "federation.transfer": transfer})
     architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
     task = LinkTask(run_id="r", hop="h", strand=0, lap=0, architecture=architecture, recipe=config.link_recipe())

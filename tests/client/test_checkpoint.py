@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chainward_client.data.phantoms import phantom_site
 from chainward_client.private_site import PrivateSite
 from chainward_client.training import checkpoint as checkpoint_module
 from chainward_client.training.checkpoint import Checkpoint
@@ -15,6 +14,7 @@ from chainward_client.training.student import train_student
 from chainward_shared.config import RunConfig
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_simulations.phantoms.cases import phantom_site
 
 
 class Killed(BaseException):

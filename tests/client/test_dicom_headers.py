@@ -23,7 +23,7 @@ from pydicom.datadict import keyword_dict  # noqa: E402
 from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
 
-import chainward_client.site  # noqa: E402
+import chainward_simulations.client_app  # noqa: E402
 from chainward_client.data import dicom_file  # noqa: E402
 from chainward_client.data.description import DicomBlock  # noqa: E402
 from chainward_client.data.dicom_file import parse  # noqa: E402
@@ -339,7 +339,7 @@ def test_a_repeated_patient_or_image_is_refused_without_its_id(dicom: Write, tmp
 def test_nothing_of_a_header_is_in_any_message_or_file_of_a_whole_run(
     dicom: Write, settings: Any, coordinated: Any, loopback: Any, tmp_path: Path, heard: Any
 ) -> None:
-    chainward_client.site._simulated_site.cache_clear()
+    chainward_simulations.client_app._opened.cache_clear()
     data = tmp_path / "hospital"
     data.mkdir()
     generator = np.random.default_rng(0)

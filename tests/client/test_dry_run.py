@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from PIL import Image
 from typer.testing import CliRunner
 
-import chainward_client.app as client_app
+import chainward_client.handlers as handlers
 import chainward_client.site
 from chainward_client import cli, dry_run
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
@@ -144,14 +144,14 @@ def test_a_plan_that_the_policy_forbids_is_shown_as_the_refusal_that_would_leave
 
 
 def test_a_report_in_the_notes_of_a_training_is_found_and_ends_with_1(hospital, monkeypatch):
-    train_link = client_app.train_link
+    train_link = handlers.train_link
 
     def leaky(data: SiteData, *arguments: Any, **settings: Any) -> Any:
         state, log = train_link(data, *arguments, **settings)
         texts = data.splits["train"].privileged.texts
         return state, log.model_copy(update={"notes": [f"by the way: {(texts or ('',))[3]}"]})
 
-    monkeypatch.setattr(client_app, "train_link", leaky)
+    monkeypatch.setattr(handlers, "train_link", leaky)
     found = run(hospital, f"{PLAN} student.rounds=0")
     assert found.exit_code == 1
     assert {"report", "sentence"} <= {one.kind for one in found.found}
@@ -159,13 +159,13 @@ def test_a_report_in_the_notes_of_a_training_is_found_and_ends_with_1(hospital, 
 
 
 def test_an_array_that_is_none_of_the_models_is_found(hospital, monkeypatch):
-    train_link = client_app.train_link
+    train_link = handlers.train_link
 
     def leaky(data: SiteData, *arguments: Any, **settings: Any) -> Any:
         state, log = train_link(data, *arguments, **settings)
         return {**state, "extra": data.splits["train"].images.float()}, log
 
-    monkeypatch.setattr(client_app, "train_link", leaky)
+    monkeypatch.setattr(handlers, "train_link", leaky)
     found = run(hospital, f"{PLAN} student.rounds=0")
     (one,) = found.found
     assert one.kind == "array"
@@ -174,13 +174,13 @@ def test_an_array_that_is_none_of_the_models_is_found(hospital, monkeypatch):
 
 
 def test_whatever_opens_a_socket_is_stopped_and_named(hospital, monkeypatch):
-    train_link = client_app.train_link
+    train_link = handlers.train_link
 
     def telephoning(*arguments: Any, **settings: Any) -> Any:
         socket.create_connection(("127.0.0.1", 9), timeout=1)
         return train_link(*arguments, **settings)
 
-    monkeypatch.setattr(client_app, "train_link", telephoning)
+    monkeypatch.setattr(handlers, "train_link", telephoning)
     found = run(hospital, f"{PLAN} student.rounds=0")
     assert found.exit_code == 1
     assert found.sockets

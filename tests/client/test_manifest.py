@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from chainward_client.data.description import CsvDescription, parse_description
-from chainward_client.data.manifest import Manifest, read_manifest, split_by_patient
+from chainward_client.data.manifest import Manifest, read_manifest
+from chainward_client.data.splits import split_by_patient
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from chainward_client.data.description import CsvDescription, NpzDescription, parse_description
-from chainward_client.data.manifest import Manifest, read_manifest, split_by_patient
+from chainward_client.data.manifest import Manifest, read_manifest
 from chainward_client.data.npz import NpzCases, read_npz
-from chainward_client.data.partition import keep_label_fraction, partition_by_label_skew
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.sources import local_site
-from chainward_client.data.splits import strata
+from chainward_client.data.splits import keep_label_fraction, split_by_patient, strata
 from chainward_shared.errors import DataError
+from chainward_simulations.partition import partition_by_label_skew
 
 FINDINGS = ["effusion", "mass", "nodule"]
 

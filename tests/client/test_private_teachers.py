@@ -16,11 +16,11 @@ import torch
 from small_recipes import SMALL_LINK
 from torch import Tensor, nn
 
-from chainward_client.data.phantoms import phantom_site
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.private_site import PrivateSite, PrivateWork
-from chainward_client.privileged import PrivilegedTargets, privileged_targets, targets
+from chainward_client.privileged import targets
 from chainward_client.privileged import teacher as teacher_module
+from chainward_client.privileged.targets import PrivilegedTargets, privileged_targets
 from chainward_client.privileged.teacher import PRIVATE_MODE, PrivilegedTeacher, train_teacher_privately
 from chainward_client.training import link as link_module
 from chainward_client.training.entropy import SeededForTests
@@ -45,6 +45,7 @@ from chainward_shared.recipes import (
     TrainingRecipe,
 )
 from chainward_shared.seeds import derive_seed
+from chainward_simulations.phantoms.cases import phantom_site
 
 POLICY = PrivacyPolicy(epsilon=50.0, delta=1e-5, privileged_teachers=True)
 PRIVILEGED = PrivilegedRecipe(

@@ -11,8 +11,10 @@ from PIL import Image
 
 from chainward_client.data.description import CategoryColumn, NumberColumn
 from chainward_client.data.site_data import SiteData
-from chainward_client.data.sources import local_site, simulated_site
+from chainward_client.data.sources import local_site
+from chainward_client.privileged.checks import with_privileged_notes
 from chainward_shared.errors import DataError
+from chainward_simulations.simulated_sites import simulated_site
 
 NUMBER = {"kind": "number", "min": 0, "max": 100}
 HEADER = "image,dx,patient,split,notes,code,level"
@@ -38,11 +40,15 @@ def write(folder: Path, rows: list[str], privileged: object = None, **columns: o
     return str(folder / "data.yaml")
 
 
+def opened(path: str) -> SiteData:
+    return with_privileged_notes(local_site(path, "north", 0))
+
+
 def site(folder: Path, cells: list[str], privileged: object = None, **columns: object) -> SiteData:
     """Forty training cases, healthy and ill in turn, and one case each in val and test; `cells` as in `write`."""
     rows = [f"{('healthy', 'ill')[n % 2]},p{n},train,{cell}" for n, cell in enumerate(cells)]
     rows += [f"ill,v{n},{split},,," for n, split in enumerate(["val", "test", "test"])]
-    return local_site(write(folder, rows, privileged, **columns), "north", 0)
+    return opened(write(folder, rows, privileged, **columns))
 
 
 def tabular(**columns: object) -> dict[str, object]:
@@ -109,7 +115,7 @@ def test_with_several_findings_the_note_names_the_one_that_is_told(tmp_path):
     path = write(tmp_path, rows, **tabular(code={"kind": "category", "values": ["a", "b"]}))
     content = yaml.safe_load(Path(path).read_text()) | {"task": "multilabel"}
     Path(path).write_text(yaml.safe_dump(content))
-    (note,) = local_site(path, "north", 0).notes
+    (note,) = opened(path).notes
     assert "'code' alone tells the finding 'ill': balanced accuracy 1.00" in note
 
 
@@ -159,9 +165,7 @@ def test_reports_that_are_all_the_same_or_all_missing_are_a_note(tmp_path):
     )
     rows = [f"{('healthy', 'ill')[n % 2]},p{n},train,,," for n in range(40)]
     rows += ["ill,v,val,a text,,", "ill,t,test,,,", "ill,u,test,,,"]
-    assert local_site(write(tmp_path / "none", rows, text="notes"), "north", 0).notes == (
-        "reports: missing in all 40 training cases",
-    )
+    assert opened(write(tmp_path / "none", rows, text="notes")).notes == ("reports: missing in all 40 training cases",)
 
 
 def test_phantoms_of_every_hospital_are_fit_for_privileged_teachers():
@@ -178,7 +182,7 @@ def test_empty_masks_are_counted_and_missing_ones_are_not(tmp_path):
         Image.new("L", (8, 8), value).save(tmp_path / f"{name}.png")
     rows = [f"{('healthy', 'ill')[n % 2]},p{n},train,{('full', 'empty', '')[n % 3]},," for n in range(12)]
     rows += ["ill,v,val,full,,", "ill,t,test,empty,,", "ill,u,test,,,"]
-    data = local_site(write(tmp_path, rows, mask="notes"), "north", 0)
+    data = opened(write(tmp_path, rows, mask="notes"))
     assert data.notes == ("5 empty masks: left out of localisation scores",)
 
 
@@ -189,12 +193,12 @@ def test_a_mask_of_another_resolution_is_scaled_and_one_of_another_shape_refused
     rows = [
         f"{('healthy', 'ill')[n % 2]},p{n},{split},half,," for n, split in enumerate(["train", "val", "test", "test"])
     ]
-    masks = local_site(write(tmp_path, rows, mask="notes"), "north", 0).splits["train"].privileged.masks
+    masks = opened(write(tmp_path, rows, mask="notes")).splits["train"].privileged.masks
     assert masks is not None
     assert masks[0].tolist() == [[1] * 8] * 4 + [[0] * 8] * 4
     Image.new("L", (8, 4), 255).save(tmp_path / "half.png")
     with pytest.raises(DataError, match="4 masks of other proportions than the image; first: row 2, 'half': 8x4"):
-        local_site(write(tmp_path, rows, mask="notes"), "north", 0)
+        opened(write(tmp_path, rows, mask="notes"))
 
 
 # the data file
@@ -241,7 +245,7 @@ def test_a_wrong_privileged_block_is_refused(tmp_path, privileged, columns, expe
 def test_an_empty_privileged_block_means_the_defaults(tmp_path):
     path = Path(write(tmp_path, ["ill,p,train,,,", "ill,q,test,,,"]))
     path.write_text(path.read_text() + "privileged:\n")
-    assert local_site(path, "north", 0).privileged.label_words == ()
+    assert opened(path).privileged.label_words == ()
 
 
 def test_a_value_outside_its_declared_range_is_refused_with_its_row(tmp_path):
@@ -278,7 +282,7 @@ def test_notes_hold_no_text_no_value_no_patient_and_no_file_name(tmp_path):
     content = yaml.safe_load(path.read_text())
     content["columns"]["mask"] = "mask"
     path.write_text(yaml.safe_dump(content))
-    notes = local_site(path, "north", 0).notes
+    notes = opened(path).notes
     told = " ".join(notes)
     assert [
         kind for kind in ("empty mask", "reports", "'code' alone", "'level': the same value") if kind not in told

@@ -12,13 +12,14 @@ import pytest
 import torch
 from small_recipes import SMALL_TRAINING
 
-from chainward_client.data.phantoms import phantom_site
 from chainward_client.data.site_data import Cases, PrivilegedCases, PrivilegedSetup, SiteData
-from chainward_client.privileged import PrivilegedTargets, privileged_targets, targets
-from chainward_client.privileged.targets import folds
+from chainward_client.data.splits import folds
+from chainward_client.privileged import targets
+from chainward_client.privileged.targets import PrivilegedTargets, privileged_targets
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.losses import distillation_loss
 from chainward_shared.recipes import PrivilegedRecipe
+from chainward_simulations.phantoms.cases import phantom_site
 
 TRAINING = SMALL_TRAINING.model_copy(
     update={

@@ -1,18 +1,15 @@
-"""Which site a node is: its own site.yaml, or what the message says, and never both."""
+"""A hospital's own site.yaml, and the site that it describes."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
 
-from chainward_client.site import SITE_CONFIG_KEY, SiteConfig, load_site_config, open_site, own_config
-from chainward_shared.errors import DataError, ProtocolError
-from chainward_shared.protocol import SimulatedSite
+from chainward_client.site import SiteConfig, load_site_config, open_site
+from chainward_shared.errors import DataError
 
 
 def refusal_of(path: Path) -> str:
@@ -41,13 +38,6 @@ def hospital(small_consortium, tmp_path) -> Path:
     path = folder / "site.yaml"
     path.write_text(yaml.safe_dump({"site": "oak", "data": "data.yaml", "state": str(tmp_path / "state")}))
     return path
-
-
-@pytest.fixture
-def simulated(small_consortium, tmp_path) -> SimulatedSite:
-    return SimulatedSite(
-        index=1, source=str(small_consortium), num_sites=0, label_skew=0.0, seed=0, state_dir=str(tmp_path / "state")
-    )
 
 
 # --- site.yaml ---
@@ -98,57 +88,12 @@ def test_a_missing_or_wrong_value_is_named_and_no_other_key_suggested(tmp_path, 
     assert refusal_of(written(tmp_path, text)) == f"{tmp_path / 'site.yaml'}: {expected}"
 
 
-def test_only_a_node_that_was_given_a_site_yaml_has_one(hospital):
-    assert own_config({SITE_CONFIG_KEY: str(hospital)}).site == "oak"
-    assert own_config({}) is None
-    assert own_config({"partition-id": 3, SITE_CONFIG_KEY: ""}) is None
-
-
 # --- opening ---
 
 
-def test_a_deployed_node_opens_its_own_data_relative_to_its_site_yaml(hospital, tmp_path):
-    site = open_site({SITE_CONFIG_KEY: str(hospital)}, None)
+def test_a_hospital_opens_its_own_data_relative_to_its_site_yaml(hospital, tmp_path):
+    site = open_site(hospital)
     assert site.data.site == "oak"
     assert site.data.classes == ("a", "b", "c")
     assert len(site.data.splits["train"]) > 0
     assert site.state_dir == tmp_path / "state"
-
-
-def test_a_deployed_node_refuses_to_play_a_simulated_site(hospital, simulated):
-    with pytest.raises(ProtocolError, match=r"site 'oak' knows who it is .* refuses to play simulated site 1"):
-        open_site({SITE_CONFIG_KEY: str(hospital)}, simulated)
-
-
-def test_a_deployed_node_with_a_bad_site_yaml_does_not_fall_back_to_playing(tmp_path, simulated):
-    with pytest.raises(DataError, match="no key 'stat'"):
-        open_site({SITE_CONFIG_KEY: str(written(tmp_path, "stat: x"))}, simulated)
-
-
-def test_a_simulated_node_is_refused_when_nobody_says_who_to_be():
-    with pytest.raises(ProtocolError, match=r"no 'site-config' .* was not told which simulated site to be"):
-        open_site({"partition-id": 0}, None)
-
-
-def test_a_simulated_node_is_the_site_that_the_message_names(simulated):
-    site = open_site({"partition-id": 0}, simulated)
-    assert site.data.site == "birch"
-    assert site.state_dir == Path(simulated.state_dir) / "birch"
-
-
-def test_two_simulated_sites_have_cases_and_state_of_their_own(simulated):
-    one, other = (open_site({}, simulated.model_copy(update={"index": index})) for index in (1, 2))
-    assert one.state_dir != other.state_dir
-    first, second = (set(site.data.splits["train"].patients) for site in (one, other))
-    assert not first & second
-
-
-def test_a_simulated_site_is_the_same_when_asked_again(simulated):
-    one, again = open_site({}, simulated).data, open_site({}, simulated).data
-    assert torch.equal(one.splits["train"].images, again.splits["train"].images)
-    assert np.array_equal(one.splits["train"].patients, again.splits["train"].patients)
-
-
-def test_a_simulated_site_that_does_not_exist_is_refused(simulated):
-    with pytest.raises(DataError, match="no site 9: this simulation has 4 sites"):
-        open_site({}, simulated.model_copy(update={"index": 9}))

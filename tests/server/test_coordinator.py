@@ -16,7 +16,6 @@ from flwr.app import Array, Error, Message
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from chainward_client.data.sources import simulated_site
 from chainward_client.evaluation import predict
 from chainward_server import run_folder as run_folder_module
 from chainward_server.app import coordinate
@@ -39,6 +38,7 @@ from chainward_shared.protocol import (
 )
 from chainward_shared.weights import byte_count, from_arrays, rounded
 from chainward_simulations.runner import equal
+from chainward_simulations.simulated_sites import simulated_site
 
 
 @pytest.fixture

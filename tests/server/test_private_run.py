@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from chainward_client import private_site
-from chainward_client.app import SHAREABLE
+from chainward_client.node import SHAREABLE
 from chainward_client.policy import reserve
 from chainward_client.site_ledger import key_path, ledger_path
 from chainward_client.training.private import PrivateTraining

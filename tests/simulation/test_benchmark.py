@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from chainward_client.data.sources import simulated_site, simulated_site_ids
 from chainward_server.results import LinkRecord
 from chainward_server.run_folder import RunState
 from chainward_shared.config import RunConfig
@@ -34,6 +33,7 @@ from chainward_simulations.benchmark.training import (
     train_variant,
 )
 from chainward_simulations.runner import open_sites
+from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
 BENCHMARK = Path(__file__).parents[2] / "simulations" / "benchmark"
 PLAN = replace(TrainingPlan.quick(), augmentations=("upright",), sites="site-6", threads=1)

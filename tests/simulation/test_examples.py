@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from chainward_client.data.phantoms import phantom_site
 from chainward_client.data.site_data import SiteData
 from chainward_shared.errors import DataError
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_simulations.examples import Example, choose, example_figure
+from chainward_simulations.phantoms.cases import phantom_site
 
 
 @pytest.fixture(scope="module")

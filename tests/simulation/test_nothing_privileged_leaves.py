@@ -23,9 +23,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from PIL import Image
 
-import chainward_client.app as client_app
-import chainward_client.data.sources as sources
-import chainward_client.site
+import chainward_client.handlers as handlers
+import chainward_client.privileged.checks as checks
+import chainward_simulations.client_app as simulated
 from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.privileged import targets
 from chainward_client.training import link
@@ -224,9 +224,9 @@ def distinctive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Secrets
 @pytest.fixture(autouse=True)
 def fresh_sites() -> Iterator[None]:
     """Sites opened by another test must not be taken for those of this one."""
-    chainward_client.site._simulated_site.cache_clear()
+    simulated._opened.cache_clear()
     yield
-    chainward_client.site._simulated_site.cache_clear()
+    simulated._opened.cache_clear()
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Secrets:
     """Collect every tensor of the privileged teachers that comes into being, and what the opened sites hold."""
     secrets = Secrets()
     train_teacher, privileged_targets = targets.train_teacher, link.privileged_targets
-    simulated_site, initialise = chainward_client.site.simulated_site, PrivilegedTerm.__init__
+    simulated_site, initialise = simulated.simulated_site, PrivilegedTerm.__init__
 
     def watched_teacher(vectors: torch.Tensor, *arguments: Any) -> Any:
         secrets.add_tensor("vectors", vectors)
@@ -266,7 +266,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Secrets:
     monkeypatch.setattr(targets, "train_teacher", watched_teacher)
     monkeypatch.setattr(link, "privileged_targets", watched_targets)
     monkeypatch.setattr(PrivilegedTerm, "__init__", watched_init)
-    monkeypatch.setattr(chainward_client.site, "simulated_site", watched_site)
+    monkeypatch.setattr(simulated, "simulated_site", watched_site)
     return secrets
 
 
@@ -335,7 +335,7 @@ def test_texts_that_leak_in_notes_are_found_each_by_its_kind(run, distinctive, m
         texts.add_site(data)
         return tuple(f"by the way: {sorted(texts.texts[kind])[3]}" for kind in leaking)
 
-    monkeypatch.setattr(sources, "privileged_notes", leaky)
+    monkeypatch.setattr(checks, "privileged_notes", leaky)
     leaking = TEXT_KINDS
     messages, secrets = run(**SHORT)
     assert found_in(messages, secrets) == set(TEXT_KINDS)
@@ -360,7 +360,7 @@ def telling_part(tensors: list[np.ndarray], part: str) -> np.ndarray:
 @pytest.mark.parametrize("hidden", ["whole", "row", "backwards", "in the log"])
 def test_tensors_that_leak_are_found_each_by_its_kind_wherever_they_hide(run, watched, monkeypatch, hidden):
     """Inside an array that may leave, under its own name and shape, or among the losses of a training's log."""
-    train_link = client_app.train_link
+    train_link = handlers.train_link
 
     def leaky(*arguments: Any, **settings: Any) -> Any:
         state, log = train_link(*arguments, **settings)
@@ -376,6 +376,6 @@ def test_tensors_that_leak_are_found_each_by_its_kind_wherever_they_hide(run, wa
                 array.view(-1)[1 : 1 + len(values)] = values
         return state, log.model_copy(update={"loss": losses})
 
-    monkeypatch.setattr(client_app, "train_link", leaky)
+    monkeypatch.setattr(handlers, "train_link", leaky)
     messages, secrets = run(**SHORT)
     assert found_in(messages, secrets) == set(TENSOR_KINDS)

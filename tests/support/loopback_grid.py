@@ -10,7 +10,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-import chainward_client.app
+import chainward_simulations.client_app
 
 Interference = Callable[[Message, Callable[[], Message]], Message | None]
 """Sees a message and may answer it as the site would, otherwise, wrongly, or (None) not at all."""
@@ -57,7 +57,7 @@ class LoopbackGrid(Grid):
 
             def answer(message: Message = message, context: Context = context) -> Message:
                 try:
-                    return chainward_client.app.app(message, context)
+                    return chainward_simulations.client_app.app(message, context)
                 except Exception as error:  # as Flower reports it
                     return Message(Error(code=2, reason=repr(error)), reply_to=message)
 

@@ -19,7 +19,6 @@ from chainward_client.data.description import (
 )
 from chainward_client.data.images import box_masks, counted, load_images, load_masks
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases
-from chainward_client.data.splits import num_strata, strata
 from chainward_shared.errors import DataError, nearest
 
 if TYPE_CHECKING:  # pandas takes a second to import
@@ -27,7 +26,6 @@ if TYPE_CHECKING:  # pandas takes a second to import
 
 # How programs write an empty cell.
 _MISSING = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "none", "<NA>"})
-_SPLIT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 NO_PATIENTS = "no patient column: every image counts as a patient of its own"
 
 
@@ -155,71 +153,6 @@ def read_manifest(description: CsvDescription, *, quoted: bool = True) -> Manife
         boxes=boxes,
         notes=(NO_PATIENTS,) if columns.patient is None else (),
     )
-
-
-def split_by_patient(
-    labels: np.ndarray, patients: np.ndarray, num_classes: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Split cases 70/10/20 into train, val and test; no patient is on two sides.
-
-    Stratified by class as well as whole patients permit: each patient goes where the images of its class (the
-    commonest among the patient's) are furthest below their share. With three patients or more no split is
-    empty; with two there is no val, with one only train. Multi-label: "class" is the rarest finding of the image, or
-    that it has none (`strata`).
-
-    Parameters
-    ----------
-    labels : int (n,), below `num_classes`, or 0 and 1 (n, num_classes) if multi-label
-    patients : (n,)
-    generator : the order in which patients are placed
-
-    Returns
-    -------
-    str (n,)
-    """
-    labels, num_classes = strata(labels), num_strata(labels, num_classes)
-    ids, patient_of = np.unique(patients, return_inverse=True)
-    class_of, size_of = patient_classes(labels, patient_of, len(ids), num_classes)
-    fractions = np.array([_SPLIT_FRACTIONS[split] for split in SPLITS])
-    split_of = np.empty(len(ids), dtype=np.int64)
-    by_rarity = np.argsort(np.bincount(class_of, size_of, minlength=num_classes), kind="stable")
-    for class_index in by_rarity:
-        members = np.flatnonzero(class_of == class_index)
-        lacking = fractions * size_of[members].sum()
-        for patient in generator.permutation(members):
-            split_of[patient] = np.argmax(lacking)
-            lacking[split_of[patient]] -= size_of[patient]
-    _fill_empty_splits(split_of, class_of, size_of)
-    return np.array(SPLITS)[split_of[patient_of]]
-
-
-def _fill_empty_splits(split_of: np.ndarray, class_of: np.ndarray, size_of: np.ndarray) -> None:
-    """Give every empty split one patient: small, of a common class, from the split with the most patients."""
-    frequency = np.bincount(class_of)
-    for split in (SPLITS.index(name) for name in ("train", "test", "val")):
-        count = np.bincount(split_of, minlength=len(SPLITS))
-        if count[split] == 0 and count.max() > 1:
-            givers = np.flatnonzero(split_of == count.argmax())
-            best = min(givers, key=lambda patient: (-frequency[class_of[patient]], size_of[patient], patient))
-            split_of[best] = split
-
-
-def patient_classes(
-    labels: np.ndarray, patient_of: np.ndarray, num_patients: int, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the commonest class (the lower index on a tie) and the number of images of every patient.
-
-    Parameters
-    ----------
-    labels, patient_of : int (n,), class and patient index of every image
-
-    Returns
-    -------
-    classes, sizes : int64 (num_patients,)
-    """
-    counts = np.zeros((num_patients, num_classes), dtype=np.int64)
-    np.add.at(counts, (patient_of, labels), 1)
-    return counts.argmax(axis=1), counts.sum(axis=1)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from chainward_client.data.manifest import NO_PATIENTS, read_manifest
 from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.data.sources import local_site
 from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
+from chainward_client.privileged.checks import with_privileged_notes
 from chainward_shared.errors import DataError
 
 _TURNED = 0x0112  # EXIF orientation
@@ -50,7 +51,7 @@ def open_data(path: Path, site: str) -> tuple[SiteData | None, list[Check]]:
     site : id of the site, which names the draw of the splits
     """
     try:
-        data = local_site(path, site, seed=0)
+        data = with_privileged_notes(local_site(path, site, seed=0))
     except DataError as error:
         return None, [
             problem("data", str(error), f"correct {path.name} or what it names; docs/data.md explains the keys")

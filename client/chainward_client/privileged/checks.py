@@ -7,14 +7,18 @@ cases; no word of a report, no value of a cell and no patient is ever in one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.data.splits import folds
 from chainward_client.privileged.table import Value, column_vectors
-from chainward_client.privileged.targets import MIN_CASES, folds
 from chainward_client.privileged.text import label_pattern
+
+MIN_CASES = 10
+"""With fewer cases than this a modality has no teacher."""
 
 SETTLES_LABEL = 0.8
 """A column is reported from this share of the way from chance to certainty on, in balanced accuracy."""
@@ -24,6 +28,11 @@ NAMES_LABEL = 1 / 3
 
 NUMBERS = 0.5
 """Reports are reported from this share of bare numbers on."""
+
+
+def with_privileged_notes(data: SiteData) -> SiteData:
+    """Return the site's data with a note on each thing that is odd about its reports and its table."""
+    return replace(data, notes=data.notes + privileged_notes(data))
 
 
 def privileged_notes(data: SiteData) -> tuple[str, ...]:

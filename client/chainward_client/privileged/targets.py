@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.data.splits import strata
+from chainward_client.data.splits import folds
 from chainward_client.policy import check_run
 from chainward_client.private_site import Prepared, PrivateWork
+from chainward_client.privileged.checks import MIN_CASES
 from chainward_client.privileged.table import table_vectors
 from chainward_client.privileged.teacher import PRIVATE_MODE, train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
@@ -46,10 +47,6 @@ from chainward_shared.seeds import derive_seed
 from chainward_shared.weights import StateDict, digest, load_file, save_file
 
 logger = logging.getLogger("chainward.client")
-
-FOLDS = 5
-MIN_CASES = 10
-"""With fewer cases than this a modality has no teacher."""
 
 KEPT_FILES = 16
 _FORMAT = 1
@@ -159,25 +156,6 @@ def privileged_targets(
     if cache is not None:
         _save(targets, _path(cache, key), key)
     return targets
-
-
-def folds(labels: Tensor, patients: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Deal cases into at most `FOLDS` folds by patient, the classes spread evenly; return the rows of each.
-
-    Fewer folds where there are fewer patients, or where no class has as many cases; a single one where that leaves less
-    than two.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    of = strata(labels.numpy())
-    count = min(FOLDS, len(np.unique(patients)), int(np.bincount(of).max()))
-    if count < 2:
-        return [np.arange(len(labels))]
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")
-        dealt = [held_out for _, held_out in splitter.split(np.zeros(len(of)), of, patients)]
-    return [rows for rows in dealt if len(rows)]
 
 
 @dataclass(frozen=True)

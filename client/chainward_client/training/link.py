@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chainward_client.data.partition import keep_label_fraction
 from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.data.splits import keep_label_fraction
 from chainward_client.private_site import PrivateWork
-from chainward_client.privileged import privileged_targets
+from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.precision import best_device

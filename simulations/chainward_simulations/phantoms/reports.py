@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from chainward_client.data.phantom_anatomy import Finding, Lesion
+from chainward_simulations.phantoms.anatomy import Finding, Lesion
 
 Choice = TypeVar("Choice")
 

@@ -1,4 +1,4 @@
-"""Spreading the cases of one file over the sites of a simulation, and keeping some of a site's labels."""
+"""Spreading the cases of one file over the sites of a simulation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from chainward_client.data.manifest import patient_classes
-from chainward_client.data.splits import strata
+from chainward_client.data.splits import patient_classes, strata
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator
 
@@ -115,40 +114,3 @@ def _assign_patients(
         # Rounding may leave the last sum just below 1.
         site_of[members] = np.searchsorted(np.cumsum(share)[:-1], middles)
     return site_of[patient_of]
-
-
-def keep_label_fraction(labels: np.ndarray, fraction: float, seed: int, site: str) -> np.ndarray:
-    """Return which cases keep their labels: a random `fraction` of every class, at least one case of each.
-
-    Of one seed and site, a smaller fraction is a subset of a larger one. Multi-label: a fraction of the images of every
-    rarest finding and of those without one (`strata`), and at least one image with each finding.
-
-    Parameters
-    ----------
-    labels : int (n,), or 0 and 1 (n, classes) if multi-label
-    fraction : above 0, up to 1 (all)
-    seed, site : name the random choice
-
-    Returns
-    -------
-    ascending indices into `labels`
-
-    Raises
-    ------
-    DataError
-        If `fraction` is not above 0 and up to 1.
-    """
-    if not 0 < fraction <= 1:
-        raise DataError(f"chain.label-fraction: found {fraction:g}; expected a number above 0, up to 1")
-    kept = []
-    stratum_of = strata(labels)
-    for stratum in np.unique(stratum_of):
-        generator = numpy_generator(seed, "label-fraction", site, int(stratum))
-        of_class = generator.permutation(np.flatnonzero(stratum_of == stratum))
-        kept.append(of_class[: max(1, round(fraction * len(of_class)))])
-    for finding in range(labels.shape[1]) if labels.ndim == 2 else ():
-        having = np.flatnonzero(labels[:, finding] > 0.5)
-        if len(having) and not (stratum_of == finding).any():  # all of them have a rarer one, too
-            generator = numpy_generator(seed, "label-fraction", site, "finding", finding)
-            kept.append(generator.permutation(having)[:1])
-    return np.unique(np.concatenate(kept)) if kept else np.empty(0, dtype=np.int64)

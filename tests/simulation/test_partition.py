@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chainward_client.data.partition import keep_label_fraction, partition_by_label_skew, partition_by_site
+from chainward_client.data.splits import keep_label_fraction
 from chainward_shared.errors import DataError
+from chainward_simulations.partition import partition_by_label_skew, partition_by_site
 
 Dataset = tuple[np.ndarray, np.ndarray, np.ndarray]
 

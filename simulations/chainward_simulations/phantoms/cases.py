@@ -1,6 +1,6 @@
 """Generated chest radiographs of a simulated consortium: no download, no patient.
 
-Every hospital has its own scanner, case mix and size (`phantom_sites`). The image, report and table row of a
+Every hospital has its own scanner, case mix and size (`hospitals`). The image, report and table row of a
 case depend only on the seed, the site and the index of the case: more cases leave the earlier ones unchanged.
 """
 
@@ -14,7 +14,9 @@ import torch
 from pydantic import TypeAdapter
 
 from chainward_client.data.description import TabularColumn
-from chainward_client.data.phantom_anatomy import (
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData, SplitName
+from chainward_shared.seeds import numpy_generator
+from chainward_simulations.phantoms.anatomy import (
     ChestAnatomy,
     Finding,
     Lesion,
@@ -22,11 +24,9 @@ from chainward_client.data.phantom_anatomy import (
     draw_lesion,
     render_chest,
 )
-from chainward_client.data.phantom_reports import write_report
-from chainward_client.data.phantom_sites import MAX_SITES, expose, hospital
-from chainward_client.data.phantom_table import TABLE_COLUMNS, draw_patient_details, draw_table_row
-from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData, SplitName
-from chainward_shared.seeds import numpy_generator
+from chainward_simulations.phantoms.hospitals import MAX_SITES, expose, hospital
+from chainward_simulations.phantoms.reports import write_report
+from chainward_simulations.phantoms.table import TABLE_COLUMNS, draw_patient_details, draw_table_row
 
 __all__ = [
     "PHANTOM_CLASSES",

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
-from chainward_client.data.phantom_sites import hospital
-from chainward_client.data.phantoms import (
+from chainward_client.data.site_data import SPLITS, Cases, SiteData
+from chainward_simulations.phantoms.cases import (
     PHANTOM_CLASSES,
     TABLE_COLUMNS,
     phantom_cases,
@@ -20,7 +20,7 @@ from chainward_client.data.phantoms import (
     phantom_site_ids,
     render_phantom,
 )
-from chainward_client.data.site_data import SPLITS, Cases, SiteData
+from chainward_simulations.phantoms.hospitals import hospital
 
 
 @pytest.fixture(scope="module")

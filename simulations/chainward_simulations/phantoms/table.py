@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from chainward_client.data.phantom_anatomy import Finding
+from chainward_simulations.phantoms.anatomy import Finding
 
 TABLE_COLUMNS: dict[str, dict[str, Any]] = {
     "age": {"kind": "number", "min": 18, "max": 95},  # years

@@ -2,7 +2,7 @@
 
 Prints balanced accuracies on the test images of six hospitals, pooled. About ten minutes on two cores:
 
-    python -m chainward_simulations.phantom_difficulty --help
+    python -m chainward_simulations.phantoms.difficulty --help
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from chainward_client.data.phantoms import PHANTOM_CLASSES, TABLE_COLUMNS, phantom_site
 from chainward_client.data.site_data import Cases, SiteData, SplitName
 from chainward_shared.seeds import torch_generator
+from chainward_simulations.phantoms.cases import PHANTOM_CLASSES, TABLE_COLUMNS, phantom_site
 
 BATCH_SIZE = 32
 

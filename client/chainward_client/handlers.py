@@ -1,0 +1,257 @@
+"""What a site does with a message: thin handlers, one per kind, over whatever node it is (`node.py`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from chainward_client.incoming import incoming_state
+from chainward_client.node import Node
+from chainward_client.policy import check_run
+from chainward_client.private_site import PrivateWork, declared_units
+from chainward_client.scoring import scored
+from chainward_client.site import OpenSite
+from chainward_client.store import SiteStore
+from chainward_client.training.link import train_link
+from chainward_client.training.student import train_student
+from chainward_shared.console import show_progress
+from chainward_shared.errors import (
+    ChainwardError,
+    PrivacyError,
+    ProtocolError,
+)
+from chainward_shared.privacy.entries import Head
+from chainward_shared.protocol import (
+    AtWorkRequest,
+    Body,
+    CardRequest,
+    EvaluateTask,
+    HelloRequest,
+    LinkResult,
+    LinkTask,
+    SiteCard,
+    SitePrivacy,
+    StudentResult,
+    StudentTask,
+    kind_of,
+    pack,
+    unpack,
+)
+from chainward_shared.recipes import TrainingRecipe
+from chainward_shared.weights import StateDict, digest, rounded, to_arrays
+
+logger = logging.getLogger("chainward.client")
+
+B = TypeVar("B", bound=Body)
+
+Handler = Callable[[Message, Node], RecordDict]
+
+
+def client_app(node: type[Node]) -> ClientApp:
+    """Return the Flower `ClientApp` whose nodes are of this kind."""
+    app = ClientApp()
+    app.query()(_answering(query, node))
+    app.train("link")(_answering(link, node))
+    app.train("student")(_answering(student, node))
+    app.evaluate()(_answering(score, node))
+    return app
+
+
+def _answering(handler: Handler, node: type[Node]) -> Callable[[Message, Context], Message]:
+    """Turn an error into the `Refusal` that the node makes of it; what it makes none of stays an exception."""
+
+    def answer(message: Message, context: Context) -> Message:
+        show_progress()
+        try:
+            content = handler(message, node(context.node_config))
+        except Exception as error:
+            refusal = node.refusal(error)
+            if refusal is None:
+                raise
+            logger.warning("refused: %s", error, exc_info=not isinstance(error, ChainwardError))
+            content = pack(refusal)
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+def query(message: Message, node: Node) -> RecordDict:
+    """Say who is here, whether anyone is at work on a task, or describe the site's data."""
+    content = message.content
+    if kind_of(content) == AtWorkRequest.KIND:
+        return pack(node.at_work(unpack(content, AtWorkRequest)[0]))
+    if kind_of(content) == HelloRequest.KIND:
+        return pack(node.hello(unpack(content, HelloRequest)[0]))
+    return pack(_card(node.open(unpack(content, CardRequest)[0].simulated)))
+
+
+def _card(site: OpenSite) -> SiteCard:
+    data = site.data
+    image = data.splits["train"].images
+    told = site.policy is None or site.policy.metrics == "exact"
+    privacy = _site_privacy(site)
+    return SiteCard(
+        site=data.site,
+        task=data.task,
+        classes=list(data.classes),
+        image_size=int(image.shape[-1]),
+        channels=int(image.shape[1]),
+        train=len(data.splits["train"]) if told or site.policy is None else declared_units(site.policy, data),
+        val=len(data.splits["val"]) if told else None,
+        test=len(data.splits["test"]) if told else None,
+        class_counts={split: data.class_counts(split) for split in data.splits} if told else {},
+        synthetic=data.synthetic,
+        notes=list(data.notes) if told else [],
+        privacy=privacy,
+    )
+
+
+def _site_privacy(site: OpenSite) -> SitePrivacy | None:
+    """Return what the site says of its policy; a ledger that can't be read doesn't keep it from taking part in the rest."""
+    if site.policy is None:
+        return None
+    head = None
+    try:
+        privacy = site.open_privacy()
+        head = None if privacy is None else privacy.ledger.head
+    except PrivacyError as error:
+        logger.error("nothing can be trained privately here: %s", error)
+    return SitePrivacy(terms=site.policy.terms, required=site.policy.required, head=head)
+
+
+def _work(site: OpenSite, run: str, hop: str, recipe: TrainingRecipe, seen: Head | None) -> PrivateWork | None:
+    """Return what a training spends through; None where it goes without privacy.
+
+    Raises
+    ------
+    PolicyRefusal
+        The policy doesn't allow such a run here.
+    LedgerError
+        The ledger is damaged, or an older one than the coordinator has seen.
+    """
+    asked = recipe.privacy
+    if asked is not None and asked.sites == "by-policy" and site.policy is None:
+        return None
+    unit = None if asked is None else asked.unit
+    check_run(site.policy, private=asked is not None, unit=unit, privileged=recipe.privileged is not None)
+    privacy = site.open_privacy() if asked is not None else None
+    if privacy is None:
+        return None
+    if seen is not None:
+        privacy.ledger.require(seen)
+    return privacy.work(run, hop)
+
+
+def link(message: Message, node: Node) -> RecordDict:
+    """Train one link of the chain, or this hospital alone."""
+    task, arrays = unpack(message.content, LinkTask)
+    with node.at_work_on(task, message.metadata.ttl) as site:
+        return _link(task, arrays, site)
+
+
+def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
+    work = _work(site, task.run_id, task.hop, task.recipe, task.seen_head)
+    store = SiteStore(site.state_dir, task.run_id)
+    store.tidy()
+    answer = store.load_answer(task, LinkResult)
+    if answer is None:
+        predecessor = None
+        if task.predecessor_digest is not None:
+            predecessor = incoming_state(
+                arrays.get("predecessor"), "predecessor", task.architecture, task.predecessor_digest
+            )
+        state, log = train_link(
+            site.data,
+            task.architecture,
+            task.recipe,
+            predecessor,
+            strand=task.strand,
+            lap=task.lap,
+            alone=task.trained_alone,
+            state_dir=site.state_dir,
+            work=work,
+            checkpoint=store.checkpoint(task),
+        )
+        state = rounded(state, task.recipe.transfer)
+        answer = LinkResult(hop=task.hop, site=site.data.site, digest=digest(state), training=log), state
+        store.save_answer(task, *answer)
+    result, state = answer
+    return pack(_stated(result, work), {"model": to_arrays(state)})
+
+
+def _stated(result: B, work: PrivateWork | None) -> B:
+    """Return the result with the statement of what the ledger holds now: also where its answer was stored before."""
+    return result if work is None else result.model_copy(update={"statement": work.statement()})
+
+
+def student(message: Message, node: Node) -> RecordDict:
+    """Train the compact student for one round; keep the auxiliary teacher here."""
+    task, arrays = unpack(message.content, StudentTask)
+    with node.at_work_on(task, message.metadata.ttl) as site:
+        return _student(task, arrays, site)
+
+
+def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
+    work = _work(site, task.run_id, f"student-round-{task.round}", task.recipe, task.seen_head)
+    store = SiteStore(site.state_dir, task.run_id)
+    answer = store.load_answer(task, StudentResult)
+    if answer is None:
+        current = incoming_state(arrays.get("student"), "student", task.architecture, task.student_digest)
+        large = []
+        if task.large_architecture is not None:
+            large = [
+                incoming_state(arrays.get(f"large_{i}"), f"large_{i}", task.large_architecture, expected)
+                for i, expected in enumerate(task.large_digests)
+            ]
+        trained = train_student(
+            site.data,
+            task.architecture,
+            task.recipe,
+            current,
+            _auxiliary(task, arrays, store, site.data.site),
+            round_index=task.round - 1,
+            large=large,
+            large_architecture=task.large_architecture,
+            state_dir=site.state_dir,
+            work=work,
+            checkpoint=store.checkpoint(task),
+        )
+        if trained.auxiliary is not None:
+            store.save_auxiliary(trained.auxiliary, task.architecture, after_round=task.round)
+        state = rounded(trained.student, task.recipe.transfer)
+        result = StudentResult(
+            round=task.round,
+            site=site.data.site,
+            digest=digest(state),
+            training=trained.log,
+            auxiliary_kept=trained.auxiliary_kept,
+            examples=len(site.data.splits["train"]) if work is None else work.site.units(site.data),
+        )
+        answer = result, state
+        store.save_answer(task, *answer)
+    result, state = answer
+    return pack(_stated(result, work), {"student": to_arrays(state)})
+
+
+def _auxiliary(task: StudentTask, arrays: dict[str, ArrayRecord], store: SiteStore, site: str) -> StateDict | None:
+    """Return the auxiliary teacher of this round: this site's own, or the selection that came with the task."""
+    if task.recipe.stage != "distil":
+        return None
+    if task.auxiliary_digest is not None:
+        selected = incoming_state(arrays.get("auxiliary"), "auxiliary", task.architecture, task.auxiliary_digest)
+        store.save_auxiliary(selected, task.architecture, after_round=0)
+    auxiliary = store.load_auxiliary(before_round=task.round)
+    if auxiliary is None:
+        raise ProtocolError(f"site '{site}' has no auxiliary teacher for round {task.round}; send it again")
+    return auxiliary
+
+
+def score(message: Message, node: Node) -> RecordDict:
+    """Score a model on this site's own images, and let out what the site's policy lets out."""
+    task, arrays = unpack(message.content, EvaluateTask)
+    with node.at_work_on(task, message.metadata.ttl) as site:
+        return scored(task, arrays, site)

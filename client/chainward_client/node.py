@@ -1,0 +1,141 @@
+"""Whose data a node works on: a deployed one is the hospital that its own site.yaml says, and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
+from chainward_client.store import SiteStore
+from chainward_shared.errors import ModelError, PolicyRefusal, ProtocolError, WeightsError
+from chainward_shared.protocol import (
+    AtWork,
+    AtWorkRequest,
+    EvaluateTask,
+    Hello,
+    HelloRequest,
+    LinkTask,
+    Refusal,
+    SimulatedSite,
+    StudentTask,
+    fingerprint,
+)
+
+SITE_CONFIG_KEY = "site-config"
+"""Key of the node configuration that names a hospital's site.yaml."""
+
+PRIVATE_REASON = "something is wrong at the site with its data, its disk or its software; the site's own log says what"
+
+SHAREABLE = (PolicyRefusal, ModelError, ProtocolError, WeightsError)
+"""Errors whose words may leave a hospital: they speak of the request. All others may name files, rows and patients."""
+
+Task = LinkTask | StudentTask | EvaluateTask
+
+
+class Node(ABC):
+    """The site that a node is, as the handlers of its messages see it.
+
+    Parameters
+    ----------
+    node_config : the configuration with which Flower started the node
+    """
+
+    @abstractmethod
+    def __init__(self, node_config: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
+    def hello(self, request: HelloRequest) -> Hello:
+        """Say which site this is."""
+
+    @abstractmethod
+    def at_work(self, request: AtWorkRequest) -> AtWork:
+        """Say whether one of the site's processes is at work on a task."""
+
+    @abstractmethod
+    def open(self, simulated: SimulatedSite | None) -> OpenSite:
+        """Return the site; `simulated`: which one the message wants it to be."""
+
+    @abstractmethod
+    def at_work_on(self, task: Task, seconds: float) -> AbstractContextManager[OpenSite]:
+        """Open the site, for `seconds` at most, to work on a task."""
+
+    @staticmethod
+    @abstractmethod
+    def refusal(error: Exception) -> Refusal | None:
+        """Return what the coordinator is told of an error; None where the error itself may be seen."""
+
+
+class DeployedNode(Node):
+    """A hospital. What a message says about a site to play is refused; there is no code here that could.
+
+    Raises
+    ------
+    ProtocolError
+        The node's configuration does not say where the site.yaml is.
+    DataError
+        The site.yaml can't be used.
+    """
+
+    def __init__(self, node_config: Mapping[str, Any]) -> None:
+        self._path = site_yaml_path(node_config)
+        self._config: SiteConfig = load_site_config(self._path)
+
+    def hello(self, request: HelloRequest) -> Hello:
+        return Hello(site=self._config.site)
+
+    def at_work(self, request: AtWorkRequest) -> AtWork:
+        return AtWork(site=self._config.site, at_work=self._store(request.run_id).lock(request.task).held)
+
+    def open(self, simulated: SimulatedSite | None) -> OpenSite:
+        self._refuse_to_play(simulated)
+        return open_site(self._path)
+
+    @contextmanager
+    def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:
+        """Let the site be seen at work on the task, from before its data are read."""
+        self._refuse_to_play(task.simulated)
+        with self._store(task.run_id).lock(fingerprint(task)).hold(seconds):
+            yield open_site(self._path)
+
+    @staticmethod
+    def refusal(error: Exception) -> Refusal:
+        """Keep to the site's own log what may name files, rows and patients, as any exception may."""
+        reason = str(error) if isinstance(error, SHAREABLE) else PRIVATE_REASON
+        return Refusal(reason=reason, final=isinstance(error, PolicyRefusal))
+
+    def _store(self, run_id: str) -> SiteStore:
+        return SiteStore(self._config.state_dir(self._path), run_id)
+
+    def _refuse_to_play(self, simulated: SimulatedSite | None) -> None:
+        if simulated is not None:
+            raise ProtocolError(
+                f"site '{self._config.site}' knows who it is from its own site.yaml and refuses to play simulated site "
+                f"{simulated.index}; simulations run with `flwr run simulations/six_sites`"
+            )
+
+
+def site_yaml_path(node_config: Mapping[str, Any]) -> Path:
+    """Return the path of the site.yaml that a deployed node was started with.
+
+    Raises
+    ------
+    ProtocolError
+        It was started without, or with something like it.
+    """
+    path = node_config.get(SITE_CONFIG_KEY)
+    if isinstance(path, str) and path.strip():
+        return Path(path)
+    keys = {str(key).lower().replace("_", "-"): str(key)[:64] for key in node_config}
+    meant = difflib.get_close_matches(SITE_CONFIG_KEY, keys, n=1)
+    if SITE_CONFIG_KEY in node_config:
+        found = f"its '{SITE_CONFIG_KEY}' is empty or no text"
+    else:
+        found = f"it has '{keys[meant[0]]}'" if meant else "it has none"
+    raise ProtocolError(
+        f"this node must be started with '{SITE_CONFIG_KEY}' in its node configuration, and {found}; start it with "
+        f"--node-config '{SITE_CONFIG_KEY}=\"/path/to/site.yaml\"'. Until then it does nothing"
+    )

@@ -1,0 +1,99 @@
+"""The answer to a request for scores: as they are, with noise, or none, as the site's policy says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, RecordDict
+from torch import nn
+
+from chainward_client.data.site_data import SiteData
+from chainward_client.evaluation import class_probabilities, localisation_values
+from chainward_client.incoming import incoming_state
+from chainward_client.noised_scores import noised, one_image_each
+from chainward_client.site import OpenSite
+from chainward_client.store import SiteStore
+from chainward_shared.evaluation.classification import (
+    COUNT_FIELDS,
+    PredictionCounts,
+    counts_to_arrays,
+    counts_to_state,
+    evaluate,
+    pool,
+)
+from chainward_shared.evaluation.localisation import LocalisationSums
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import build_model
+from chainward_shared.protocol import (
+    EvaluateResult,
+    EvaluateTask,
+    pack,
+)
+from chainward_shared.weights import to_full_arrays
+
+
+def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
+    """Return the answer: scores as they are, with noise, or none."""
+    release = "exact" if site.policy is None else site.policy.metrics
+    if release == "withhold" or (release == "noised" and not task.splits):
+        return pack(EvaluateResult(site=site.data.site, scores={}, release="withhold"))
+    if release == "noised":
+        return _noised_scores(task, site, arrays)
+    result, counts = _scores(task, site.data, _model(task, arrays))
+    return pack(result, {name: counts_to_arrays(of_split) for name, of_split in counts.items()})
+
+
+def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord]) -> nn.Module:
+    model = build_model(task.architecture)
+    model.load_state_dict(incoming_state(arrays.get("model"), "model", task.architecture, task.digest))
+    return model
+
+
+def _scores(task: EvaluateTask, data: SiteData, model: nn.Module) -> tuple[EvaluateResult, dict[str, PredictionCounts]]:
+    """Return the scores as they are, and the counts by name of their arrays."""
+    scores: dict[str, Scores] = {}
+    counts = {}
+    size = task.architecture.image_size
+    for split in task.splits:
+        cases = data.splits[split]
+        probabilities = class_probabilities(model, cases, len(data.classes), task.threads, image_size=size)
+        labels = cases.labels.numpy()
+        scores[split] = evaluate(probabilities, labels)
+        counts[f"counts_{split}"] = PredictionCounts.of(probabilities, labels)
+    values = None
+    if task.localisation:
+        values = localisation_values(model, data.splits["test"], task.threads, image_size=size)
+    sums = None if values is None else LocalisationSums.of(values)
+    return EvaluateResult(site=data.site, scores=scores, localisation=sums), counts
+
+
+def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRecord]) -> RecordDict:
+    """Return scores with noise, charged to the ledger; the stored ones where the same was asked before."""
+    privacy = site.open_privacy()
+    assert privacy is not None
+    if task.seen_head is not None:
+        privacy.ledger.require(task.seen_head)
+    work, store = privacy.work(task.run_id, task.hop), SiteStore(site.state_dir, task.run_id)
+    answer = store.load_answer(task, EvaluateResult)
+    if answer is None:
+        model = _model(task, arrays)
+        data, policy = site.data, privacy.policy
+        if not work.release():
+            return pack(EvaluateResult(site=data.site, scores={}, release="withhold"))
+        if policy.unit == "patient":
+            data = replace(data, splits={split: one_image_each(cases) for split, cases in data.splits.items()})
+        exact = _scores(task.model_copy(update={"localisation": False}), data, model)[1]
+        counts = {name: noised(of_split, policy, privacy.entropy) for name, of_split in exact.items()}
+        scores = {split: pool([counts[f"counts_{split}"]]) for split in task.splits}
+        result = EvaluateResult(site=data.site, scores=scores, release="noised")
+        stored = {
+            f"{name}.{part}": tensor for name, of in counts.items() for part, tensor in counts_to_state(of).items()
+        }
+        answer = result, stored
+        store.save_answer(task, *answer)
+    result, state = answer
+    parts = {
+        name: {key: state[f"{name}.{key}"] for key in COUNT_FIELDS} for name in map("counts_{}".format, task.splits)
+    }
+    result = result.model_copy(update={"statement": work.statement()})
+    return pack(result, {name: to_full_arrays(of_split) for name, of_split in parts.items()})

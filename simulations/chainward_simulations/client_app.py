@@ -1,0 +1,88 @@
+"""The Flower `ClientApp` of a simulation: its nodes play the sites that messages name, with the files that messages name.
+
+No hospital runs it: it works only on a node that Flower's simulation has started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from chainward_client.data.site_data import SiteData
+from chainward_client.handlers import client_app
+from chainward_client.node import Node, Task
+from chainward_client.site import OpenSite
+from chainward_shared.errors import ChainwardError, DataError, PolicyRefusal, ProtocolError
+from chainward_shared.protocol import AtWork, AtWorkRequest, Hello, HelloRequest, Refusal, SimulatedSite
+from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
+
+SIMULATED_NODE = {"partition-id", "num-partitions"}
+"""The configuration of a node that Flower's simulation starts has these keys, and no others."""
+
+
+class SimulatedNode(Node):
+    """A node of Flower's simulation, which is whatever site a message says.
+
+    Raises
+    ------
+    ProtocolError
+        The node is not one that Flower's simulation has started.
+    """
+
+    def __init__(self, node_config: Mapping[str, Any]) -> None:
+        if set(node_config) != SIMULATED_NODE:
+            raise ProtocolError(
+                "this app plays simulated sites, and only on the nodes that Flower's simulation starts "
+                "(`flwr run simulations/six_sites`); a hospital's node takes part in runs of `server/app`"
+            )
+        self._partition = int(node_config["partition-id"])
+
+    def hello(self, request: HelloRequest) -> Hello:
+        try:
+            sites = simulated_site_ids(request.source, num_sites=request.num_sites, label_skew=request.label_skew)
+        except DataError as error:
+            return Hello(site=None, problem=str(error), partition=self._partition)
+        return Hello(site=None, simulated_sites=list(sites), partition=self._partition)
+
+    def at_work(self, request: AtWorkRequest) -> AtWork:
+        raise ProtocolError("a simulated site was asked whether it is at work: only deployed ones are")
+
+    def open(self, simulated: SimulatedSite | None) -> OpenSite:
+        if simulated is None:
+            raise ProtocolError("this node of a simulation was not told which site to be")
+        data = _opened(
+            simulated.source,
+            simulated.index,
+            simulated.num_sites,
+            simulated.label_skew,
+            simulated.seed,
+            _stamp(simulated.source),
+        )
+        return OpenSite(data, Path(simulated.state_dir) / data.site, simulated.policy, simulated=True)
+
+    @contextmanager
+    def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:
+        yield self.open(task.simulated)
+
+    @staticmethod
+    def refusal(error: Exception) -> Refusal | None:
+        """Say all of what a person can act on; anything else is a defect and stays an exception."""
+        if not isinstance(error, ChainwardError):
+            return None
+        return Refusal(reason=str(error), final=isinstance(error, PolicyRefusal))
+
+
+def _stamp(source: str) -> float:
+    path = Path(source)
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+@lru_cache(maxsize=64)
+def _opened(source: str, index: int, num_sites: int, label_skew: float, seed: int, stamp: float) -> SiteData:
+    return simulated_site(source, index, num_sites=num_sites, label_skew=label_skew, seed=seed)
+
+
+app = client_app(SimulatedNode)
