@@ -19,6 +19,8 @@ from rich.console import Console
 from chainward_client.site import load_site_config
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
+from chainward_shared.pretrained.commands import weights_commands
+from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.audit import Audit, Finding, audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.empirical import Empirical
@@ -39,6 +41,16 @@ def main() -> None:
     except ChainwardError as error:
         errors.print(f"chainward-site: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _weights_of(site_yaml: Path) -> WeightsStore:
+    return WeightsStore(load_site_config(site_yaml).weights_dir(site_yaml))
+
+
+app.add_typer(
+    weights_commands(typer.Argument(metavar="SITE_YAML", help="The site's site.yaml."), ..., _weights_of),
+    name="weights",
+)
 
 
 @app.command()

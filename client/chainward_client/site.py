@@ -41,6 +41,10 @@ class SiteConfig(BaseModel):
         """Return the state folder of the site whose site.yaml is in `path`."""
         return path.parent / Path(self.state).expanduser()
 
+    def weights_dir(self, path: Path) -> Path:
+        """Return the site's weights store; `path`: of its site.yaml."""
+        return self.state_dir(path) / "weights"
+
 
 @dataclass(frozen=True)
 class OpenSite:

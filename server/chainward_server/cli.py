@@ -24,6 +24,8 @@ from chainward_server.watch.watching import Output
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config.docs import configuration_markdown, flower_app_config
 from chainward_shared.errors import ChainwardError, ConfigError
+from chainward_shared.pretrained.commands import weights_commands
+from chainward_shared.pretrained.store import WeightsStore, default_store
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.statements import read_privacy_record
@@ -34,6 +36,10 @@ errors = Console(stderr=True)
 
 RunsDir = Annotated[Path, typer.Option("--dir", help="Folder of the run folders.")]
 DEFAULT_DIR = Path(OutputConfig().dir).expanduser()
+app.add_typer(
+    weights_commands(typer.Option("--store", help="Folder of the store."), default_store().root, WeightsStore),
+    name="weights",
+)
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 """From stored pixels to what a model sees. The constants are fixed, not fitted to anybody's images: a statistic of
-private images would leave with the model."""
+private images would leave with the model. A model that starts from pretrained weights sees pixels as those did."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,9 +15,40 @@ PIXEL_MEAN, PIXEL_SCALE = 0.5, 0.25
 RESIZED_AT_ONCE = 256
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images (n, c, h, w) as float32, ``(x / 255 - 0.5) / 0.25``."""
-    return (images.float() / 255.0 - PIXEL_MEAN) / PIXEL_SCALE
+class Pixels(BaseModel):
+    """How a model's pixels are scaled: within 0 and 1, less `mean`, over `std`, both by channel."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: tuple[float, ...] = Field(min_length=1, max_length=64)
+    std: tuple[float, ...] = Field(min_length=1, max_length=64)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Pixels:
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"{len(self.mean)} means and {len(self.std)} standard deviations; expected one each per channel"
+            )
+        if not all(-10 <= mean <= 10 for mean in self.mean) or not all(1e-4 <= std <= 10 for std in self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std} are not of pixels within 0 and 1")
+        return self
+
+
+def to_float(images: Tensor, pixels: Pixels | None = None) -> Tensor:
+    """Return uint8 images (n, c, h, w) as float32, ``(x / 255 - mean) / std``; without `pixels`, ``(x / 255 - 0.5) / 0.25``."""
+    if pixels is None:
+        return (images.float() / 255.0 - PIXEL_MEAN) / PIXEL_SCALE
+    mean, std = (_by_channel(values, images.device) for values in (pixels.mean, pixels.std))
+    return (images.float() / 255.0 - mean) / std
+
+
+def brightness_scale(pixels: Pixels | None, device: torch.device) -> Tensor | float:
+    """Return by what a change of brightness, pixels within 0 and 1, is divided to be one of scaled images (n, c, h, w)."""
+    return PIXEL_SCALE if pixels is None else _by_channel(pixels.std, device)
+
+
+def _by_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -35,6 +68,12 @@ def resized(images: Tensor, size: int) -> Tensor:
     return torch.cat([part.round().clamp(0, 255).to(images.dtype) for part in parts])
 
 
-def preprocessing_metadata() -> dict[str, str]:
+def scaling(pixels: Pixels | None) -> tuple[float | list[float], float | list[float]]:
+    """Return mean and standard deviation as they are written down: a number each, or a list by channel."""
+    return (PIXEL_MEAN, PIXEL_SCALE) if pixels is None else (list(pixels.mean), list(pixels.std))
+
+
+def preprocessing_metadata(pixels: Pixels | None = None) -> dict[str, str]:
     """Return the metadata with which a model's file tells how its pixels are scaled."""
-    return {"chainward.pixels": json.dumps({"divide_by": 255, "mean": PIXEL_MEAN, "std": PIXEL_SCALE})}
+    mean, std = scaling(pixels)
+    return {"chainward.pixels": json.dumps({"divide_by": 255, "mean": mean, "std": std})}

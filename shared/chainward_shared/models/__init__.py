@@ -6,6 +6,7 @@
 
 from chainward_shared.models.architecture import (
     Architecture,
+    Start,
     build_model,
     compact_architecture,
     count_parameters,
@@ -19,6 +20,7 @@ from chainward_shared.models.selection import Selection, select_weights, uniform
 __all__ = [
     "Architecture",
     "Selection",
+    "Start",
     "build_model",
     "compact_architecture",
     "count_parameters",

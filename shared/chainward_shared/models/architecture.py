@@ -1,4 +1,5 @@
-"""Name, check and build a timm backbone; never pretrained, never from the network.
+"""Name, check and build a timm backbone with fresh weights, never from the network; pretrained ones are put in by
+`chainward_shared.pretrained`.
 
 timm takes seconds of CPU to import, with torchvision and PyTorch's compiler, which it brings: it is imported where a model is
 built or looked at, so that a command or a message that needs no model does not wait for it.
@@ -19,14 +20,17 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from torch import nn
 
 from chainward_shared.errors import ModelError, nearest
 from chainward_shared.models.families import Family, describe_families, find_family
+from chainward_shared.preprocessing import Pixels
 
 METADATA_KEY: Final = "chainward.architecture"
 
@@ -60,8 +64,26 @@ LAYER_SCALE = 1.0
 leaves the blocks all but switched off (phantoms: chain 0.48 -> 0.55, a hospital alone 0.26 -> 0.35 balanced accuracy)."""
 
 
+class Start(BaseModel):
+    """Pretrained weights that a model starts from, and which part of it is trained further.
+
+    Attributes:
+        name: of the weights, as timm has it, e.g. ``"vit_small_patch14_dinov2.lvd142m"``.
+        file: SHA-256 of the weights file.
+        digest: of the tensors that the model takes from it, as they travel; see `chainward_shared.weights.digest`.
+        part: "all", "head", "norms-and-biases" or "last-N"; see `models.parts`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=256)
+    file: str = Field(pattern=r"^[0-9a-f]{64}$")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    part: str = Field("all", pattern=r"^(all|head|norms-and-biases|last-[1-9]\d{0,2})$")
+
+
 class Architecture(BaseModel):
-    """Everything that decides a model's shapes, so that plain timm can rebuild it.
+    """Everything that decides a model's shapes, so that plain timm can rebuild it, and what it starts from.
 
     Attributes:
         name: the timm model, without the tag of a pretrained version, e.g. ``"vit_tiny_patch16_224"``.
@@ -70,6 +92,8 @@ class Architecture(BaseModel):
         image_size: side of the square image, pixels.
         options: further arguments of `timm.create_model`, e.g. ``{"img_size": 64, "embed_dim": 96}``. Default
             none.
+        pixels: how its images are scaled; None: as of models that start at random.
+        start: the pretrained weights it starts from; None: none.
 
     Raises:
         ModelError: the name is unknown to timm or asks for a download, or an option would load weights.
@@ -83,6 +107,14 @@ class Architecture(BaseModel):
     in_chans: int = Field(ge=1)
     image_size: int = Field(ge=1)
     options: dict[str, JsonValue] = Field(default_factory=dict)
+    pixels: Pixels | None = None
+    start: Start | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # files and digests of models that start at random stay what they were before there were others
+        content: dict[str, Any] = serialise(self)
+        return {key: value for key, value in content.items() if value is not None}
 
     @field_validator("name")
     @classmethod
@@ -100,6 +132,10 @@ class Architecture(BaseModel):
             raise ModelError(
                 f"architecture '{self.name}' has image_size {self.image_size} but the option "
                 f"img_size {img_size}: make them equal"
+            )
+        if self.pixels is not None and len(self.pixels.mean) != self.in_chans:
+            raise ModelError(
+                f"architecture '{self.name}' reads {self.in_chans} channels, its pixels have {len(self.pixels.mean)} means"
             )
         return self
 
@@ -134,16 +170,18 @@ class Architecture(BaseModel):
 
 
 def resolve_architecture(
-    name: str, *, num_classes: int, in_chans: int, image_size: int, patch_size: int = 0
+    name: str, *, num_classes: int, in_chans: int, image_size: int, patch_size: int = 0, pretrained: bool = False
 ) -> Architecture:
     """Return the architecture of the timm model `name` for square images of `image_size` pixels.
 
-    A ConvNeXt gets another initial layer scale than timm's, a ResNetV2 with batch norm gets group norm: see `LAYER_SCALE`
-    and `families.resnetv2`. An `Architecture` without options is the model exactly as timm names it.
+    A ConvNeXt gets another initial layer scale than timm's, a ResNetV2 with batch norm gets group norm, unless it is to take
+    pretrained weights: see `LAYER_SCALE` and `families.resnetv2`. An `Architecture` without options is the model exactly as
+    timm names it.
 
     Args:
         patch_size: side in pixels of the patches that the model cuts an image into; 0, the default, keeps the
             backbone's.
+        pretrained: the model takes pretrained weights, so it is built as those were.
 
     Raises:
         ModelError: timm has no such model, the name is that of pretrained weights, a size is below 1, the
@@ -162,6 +200,8 @@ def resolve_architecture(
     if patch_size:
         _check_patch_size_is_used(architecture, patch_size)
     _check_image_size(architecture, takes_image_size)
+    if pretrained:
+        return architecture
     if any(name.endswith(".gamma") for name in skeleton(architecture).state_dict()) and _takes(
         skeleton(architecture), "ls_init_value"
     ):
@@ -239,7 +279,7 @@ def compact_architecture(
     a convolutional model) become ``depth`` times as large, rounded, at least 1.
 
     Args:
-        large: the teacher's architecture. The classes are kept.
+        large: the teacher's architecture. The classes are kept, and the scaling of the pixels; what it started from is not.
         width: factor on the widths, within (0, 1].
         depth: factor on the depths, within (0, 1].
         name: a timm model of the same family to take the sizes of instead; then `width` and `depth` are not
@@ -276,7 +316,7 @@ def compact_architecture(
             f"compact student '{student.name}' is as large as its teacher '{large.name}' in every dimension: "
             "lower the width or the depth factor, or name a smaller model"
         )
-    return student
+    return student.model_copy(update={"start": None})
 
 
 def check_selectable(teacher: Architecture, student: Architecture) -> Family:
@@ -336,7 +376,7 @@ def _check_name(name: str) -> None:
     plain, _, tag = name.partition(".")
     if tag and timm.is_model(plain):
         raise ModelError(
-            f"backbone '{name}' asks for pretrained weights, '{tag}', which are never loaded: use '{plain}'"
+            f"backbone '{name}' names pretrained weights, '{tag}': use '{plain}', and chain.start-from for the weights"
         )
     if not timm.is_model(name):
         raise ModelError(f"timm {timm.__version__} has no model '{name}'{nearest(name, timm.list_models())}")
