@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from chainward_client.site import load_site_config
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared import __version__
 from chainward_shared.errors import DataError, StoreError
+from chainward_shared.files import sync_folder
 from chainward_shared.privacy.signing import fingerprint
 
 STATE = "state"
@@ -156,11 +156,7 @@ def _move(staged: Path, folder: Path, names: Sequence[str]) -> None:
                 raise DataError(f"{target}: appeared just now and is not overwritten; is somebody else at work here?")
             (staged / name).rename(target)
             moved.append(target)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(folder)
     except BaseException:
         for target in moved:
             if target.is_dir():

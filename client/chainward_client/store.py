@@ -17,6 +17,7 @@ from chainward_shared.errors import StoreError, WeightsError
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import Body, EvaluateTask, fingerprint
 from chainward_shared.weights import StateDict, digest, load_file, save_file
+from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward.client")
 
@@ -85,7 +86,7 @@ class SiteStore:
                 raise WeightsError(f"{path}: not what was written")
             body = expected.model_validate_json(metadata.get("body", ""))
         except (WeightsError, ValidationError, OSError) as error:
-            logger.warning("%s: damaged (%s); the work is done again", path, str(error).splitlines()[0])
+            logger.warning("%s: damaged (%s); the work is done again", path, first_problem(error))
             return None
         logger.info("the same was asked before; the stored answer is sent again")
         return body, state

@@ -23,12 +23,13 @@ from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results, SiteSummary
 from chainward_server.run_folder import Phase, RunFolder
 from chainward_server.scoring import shown
-from chainward_server.students import run_students, student_architecture
+from chainward_server.students import run_students
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError
-from chainward_shared.models import Architecture, resolve_architecture
+from chainward_shared.models import Architecture
+from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.weights import StateDict
 
@@ -99,15 +100,11 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
     with _timed("rendezvous", folder, timings):
         consortium = meet(grid, config, state_dir=folder.path / "simulated-sites")
         card = consortium.any_card
-        architecture = resolve_architecture(
-            config.chain.backbone,
-            num_classes=len(card.classes),
-            in_chans=card.channels,
-            image_size=card.image_size,
-            patch_size=config.chain.patch_size,
+        models = run_architectures(
+            config, classes=len(card.classes), channels=card.channels, image_size=card.image_size
         )
-        small = student_architecture(config.student, architecture) if config.student.rounds else None
-        _check_privacy(config, consortium, [architecture, *([] if small is None else [small])])
+        _check_privacy(config, consortium, models)
+        architecture = models[0]
         data = _data_summary(consortium, config)
         results = _continued(results, data, folder, config)
         results.timings = timings
@@ -124,7 +121,7 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
     results.models["chain"] = summarize_model(architecture, chain.model, folder.model_path("chain"))
     final: dict[str, tuple[Architecture, StateDict]] = {"chain": (architecture, chain.model)}
     if config.student.rounds:
-        small = student_architecture(config.student, architecture)
+        small = models[1]
         with _timed("students", folder, timings):
             teachers = chain.strands if config.chain.merge == "ensemble" else [chain.model]
             student = run_students(run, chain.model, teachers)

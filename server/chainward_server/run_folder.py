@@ -23,10 +23,12 @@ from chainward_server.results import Results
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig, options
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
+from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
 from chainward_shared.preprocessing import preprocessing_metadata
 from chainward_shared.task import Task
-from chainward_shared.weights import StateDict, check_state, load_file, save_file, write_atomically
+from chainward_shared.weights import StateDict, check_state, load_file, save_file
+from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward")
 
@@ -138,7 +140,7 @@ class RunFolder:
             raise RunFolderError(f"{error.filename}: can't be read ({error.strerror})") from error
         except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             name = "run.json" if isinstance(error, ValidationError) and error.title == "RunState" else "config.toml"
-            raise RunFolderError(f"{path / name}: damaged ({_first_problem(error)})") from error
+            raise RunFolderError(f"{path / name}: damaged ({first_problem(error)})") from error
         if state.config not in (None, hashlib.sha256(settings).hexdigest()):
             raise RunFolderError(
                 f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it"
@@ -163,7 +165,7 @@ class RunFolder:
         try:
             results = Results.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
-            raise RunFolderError(f"{file}: damaged ({_first_problem(error)})") from error
+            raise RunFolderError(f"{file}: damaged ({first_problem(error)})") from error
         done = set(self.state.finished)
         results.links = [link for link in results.links if link.key in done]
         results.alone = [alone for alone in results.alone if alone.key in done]
@@ -300,11 +302,3 @@ def _reconciled(stored: RunConfig, given: RunConfig) -> RunConfig:
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
-
-
-def _first_problem(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,10 +18,10 @@ from chainward_shared.models import (
     Architecture,
     Selection,
     build_model,
-    compact_architecture,
     select_weights,
     skeleton,
 )
+from chainward_shared.models.planned import student_architecture
 from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import Transfer
@@ -36,25 +36,6 @@ from chainward_shared.weights import (
 )
 
 logger = logging.getLogger("chainward")
-
-
-def student_architecture(config: StudentConfig, large: Architecture) -> Architecture:
-    """Return the architecture of the compact student.
-
-    Raises
-    ------
-    ModelError
-        The backbone's family is not one from which weights can be selected, the student isn't smaller, or it can't work
-        on images or patches of the size asked for.
-    """
-    return compact_architecture(
-        large,
-        width=config.width,
-        depth=config.depth,
-        name=config.model,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-    )
 
 
 def initial_students(

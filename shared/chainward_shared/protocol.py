@@ -24,6 +24,7 @@ from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy, Terms
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
 from chainward_shared.task import Task
+from chainward_shared.words import first_problem
 
 PROTOCOL_VERSION = 3
 
@@ -383,11 +384,7 @@ def _parse(text: str, expected: type[B]) -> B:
     try:
         return expected.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise ProtocolError(
-            f"a message '{expected.KIND}' with a bad field '{where}': {first['msg'].lower()}"
-        ) from error
+        raise ProtocolError(f"a message '{expected.KIND}' with a bad field: {first_problem(error)}") from error
 
 
 class SiteRefusal(ProtocolError):

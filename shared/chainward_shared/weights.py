@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from chainward_shared.errors import WeightsError, nearest
+from chainward_shared.files import write_atomically
 from chainward_shared.settings import Transfer
+from chainward_shared.words import first_line
 
 StateDict = dict[str, Tensor]
 Template = Mapping[str, Tensor]
@@ -214,7 +215,7 @@ def _values(name: str, array: Array) -> np.ndarray:
     try:
         values = array.numpy()  # np.load without pickle
     except Exception as error:
-        raise WeightsError(f"array '{name}': its bytes can't be read ({_first_line(error)}); sent again?") from error
+        raise WeightsError(f"array '{name}': its bytes can't be read ({first_line(error)}); sent again?") from error
     if not isinstance(values, np.ndarray):  # np.load also opens archives
         raise WeightsError(f"array '{name}': its bytes are an archive of arrays; expected one array")
     if tuple(array.shape) != values.shape or array.dtype != str(values.dtype):
@@ -304,34 +305,11 @@ def load_file(path: Path, expected_sha256: str | None = None) -> tuple[StateDict
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
-
-
-def write_atomically(path: Path, contents: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        raise WeightsError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    return _short((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _short(text: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from chainward_server.report.from_folder import EXAMPLES
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import ConfigError, RunFolderError
+from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
 from chainward_shared.models.architecture import METADATA_KEY
-from chainward_shared.weights import StateDict, load_file, write_atomically
+from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.examples import example_figure
 from chainward_simulations.runner import open_sites
 

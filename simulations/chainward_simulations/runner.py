@@ -21,12 +21,13 @@ from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
 from chainward_server.decisions import best_strand, forgetting, weakest_site
 from chainward_server.schedule import plan, site_order
-from chainward_server.students import initial_students, student_architecture
+from chainward_server.students import initial_students
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.classification import PredictionCounts, evaluate, pool
 from chainward_shared.evaluation.localisation import LocalisationScores, LocalisationValues
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.models import Architecture, build_model, resolve_architecture
+from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.planned import chain_architecture, student_architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict, rounded, weighted_average
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
@@ -84,12 +85,8 @@ def run_in_process(
     """
     some_site = next(iter(sites.values()))
     images = some_site.splits["train"].images
-    architecture = resolve_architecture(
-        config.chain.backbone,
-        num_classes=len(some_site.classes),
-        in_chans=images.shape[1],
-        image_size=images.shape[-1],
-        patch_size=config.chain.patch_size,
+    architecture = chain_architecture(
+        config.chain, classes=len(some_site.classes), channels=images.shape[1], image_size=images.shape[-1]
     )
     outcome = Outcome(architecture)
     sizes = {site: len(data.splits["train"]) for site, data in sites.items()}

@@ -12,6 +12,7 @@ from chainward_client.data.splits import split_by_patient
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator
+from chainward_shared.words import listed
 from chainward_simulations.partition import partition_by_label_skew, partition_by_site
 from chainward_simulations.phantoms.cases import phantom_site, phantom_site_ids
 
@@ -104,7 +105,7 @@ def _natural_sites(source: str, table: Table, num_sites: int) -> list[str]:
     if num_sites not in (0, len(names)):
         raise DataError(
             f"federation.num-sites: found {num_sites}, but the site column of {Path(source).name} names "
-            f"{len(names)} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''}); "
+            f"{len(names)} ({listed(names, 8)}); "
             f"set it to 0 or {len(names)}, or partition by label with data.label-skew=0.5"
         )
     return names

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from chainward_shared import files as files_module
 from chainward_shared.errors import LedgerError
 from chainward_shared.privacy import ledger as ledger_module
 from chainward_shared.privacy.accounting import Mechanism
@@ -82,10 +83,16 @@ class Disk:
         return {path.name: self.synced[inode] for path, inode in self.names.items() if inode in self.synced}
 
 
+def put_in(patch: pytest.MonkeyPatch, disk: Disk) -> None:
+    """Let everything that the ledger writes go through `disk`."""
+    for module in (ledger_module, files_module):
+        patch.setattr(module, "os", disk)
+
+
 @pytest.fixture(autouse=True)
 def disk_that_works(monkeypatch):
     """Unless a test brings another."""
-    monkeypatch.setattr(ledger_module, "os", Disk())
+    put_in(monkeypatch, Disk())
 
 
 def work(ledger: Ledger, tell: Callable[[str, int], None]) -> None:
@@ -111,7 +118,7 @@ def life(path: Path, tell: Callable[[str, int], None]) -> None:
 def points_of_a_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     disk = Disk()
     with monkeypatch.context() as patch:
-        patch.setattr(ledger_module, "os", disk)
+        put_in(patch, disk)
         life(tmp_path / "counted" / "ledger.jsonl", lambda hop, steps: None)
     assert len(disk.points) > 150
     return disk.points
@@ -156,7 +163,7 @@ def test_killed_at_any_point_the_ledger_never_says_less_than_was_spent(tmp_path,
         child = os.fork()
         if not child:
             os.close(reading)
-            ledger_module.os = Disk(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            ledger_module.os = files_module.os = Disk(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
             life(path, lambda hop, steps, fd=writing: os.write(fd, f"{hop} {steps}\n".encode()) and None)
             os._exit(0)
         os.close(writing)
@@ -181,7 +188,7 @@ def test_when_the_power_fails_at_any_point_what_was_synced_never_says_less_than_
         path = tmp_path / f"cut-{number}" / "ledger.jsonl"
         disk, truth = Disk(number, cut), {}
         with monkeypatch.context() as patch:
-            patch.setattr(ledger_module, "os", disk)
+            put_in(patch, disk)
             with pytest.raises(PowerCut):
                 life(path, truth.__setitem__)
         left = tmp_path / f"left-{number}"
@@ -196,7 +203,7 @@ def test_when_the_power_fails_again_while_a_killed_process_is_made_up_for(tmp_pa
 
     def lives(path: Path, disk: Disk, truth: dict[str, int], kill_at: int) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(ledger_module, "os", disk)
+            put_in(patch, disk)
             first, disk.strike_at, disk.strike = disk.strike_at, kill_at, cut
             try:
                 life(path, truth.__setitem__)
@@ -235,7 +242,7 @@ def test_a_disk_that_fails_at_any_point_stops_the_training_in_one_line(tmp_path,
             raise OSError(code, os.strerror(code))
 
         with monkeypatch.context() as patch:
-            patch.setattr(ledger_module, "os", Disk(number, fail))
+            put_in(patch, Disk(number, fail))
             with pytest.raises(LedgerError) as caught:
                 life(path, truth.__setitem__)
         message = str(caught.value)

@@ -16,6 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from chainward_shared.errors import WeightsError
+from chainward_shared.files import write_atomically
 from chainward_shared.weights import (
     as_sent,
     byte_count,
@@ -28,7 +29,6 @@ from chainward_shared.weights import (
     save_file,
     to_arrays,
     to_full_arrays,
-    write_atomically,
 )
 
 
@@ -454,19 +454,9 @@ def disk_full(*_args: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class _FullDisk(io.BytesIO):
-    def write(self, contents: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.fixture(params=["while writing", "while flushing", "while replacing"])
 def full_disk(request, monkeypatch):
     """Return a context in which the disk is full, at one of the moments at which it can turn out to be."""
-    real_open = Path.open
-
-    def takes_nothing(self, mode="r", *args, **kwargs):
-        real_open(self, mode, *args, **kwargs).close()  # the file is there, but no byte fits
-        return _FullDisk()
 
     @contextmanager
     def context():
@@ -474,9 +464,9 @@ def full_disk(request, monkeypatch):
             if request.param == "while flushing":
                 patch.setattr(os, "fsync", disk_full)
             elif request.param == "while replacing":
-                patch.setattr(Path, "replace", disk_full)
+                patch.setattr(os, "replace", disk_full)
             else:
-                patch.setattr(Path, "open", takes_nothing)
+                patch.setattr(os, "write", disk_full)  # the file is there, but no byte fits
             yield
 
     return context

@@ -17,9 +17,9 @@ import torch
 from chainward_server.results import LinkRecord
 from chainward_server.run_folder import RunState
 from chainward_shared.config import RunConfig
+from chainward_shared.files import write_atomically
 from chainward_shared.models import build_model
 from chainward_shared.protocol import TrainingLog
-from chainward_shared.weights import write_atomically
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.training import (
     VARIANTS,

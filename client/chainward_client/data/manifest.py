@@ -20,6 +20,7 @@ from chainward_client.data.description import (
 from chainward_client.data.images import box_masks, counted, load_images, load_masks
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases
 from chainward_shared.errors import DataError, nearest
+from chainward_shared.words import listed
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
@@ -233,7 +234,9 @@ class _Checks:
             if cell in _MISSING:
                 missing.append(f"row {row}")
             else:
-                outside.append(f"row {row}, '{cell}'{nearest(cell, classes)}; expected {_listed(classes)}")
+                outside.append(
+                    f"row {row}, '{cell}'{nearest(cell, classes)}; expected {listed(classes, 12, last='or')}"
+                )
         self._report(column, "row without a label", "rows without a label", missing)
         self._report(column, "label outside the classes", "labels outside the classes", outside)
         return np.array([index_of.get(cell, 0) for cell in cells], dtype=np.int64)
@@ -261,7 +264,9 @@ class _Checks:
                 expected = "an empty cell" if no_finding is None else f"'{no_finding}'"
                 missing.append(f"row {row}, '{words[0]}'; expected {expected} where there is no finding")
             elif strange:
-                unknown.append(f"row {row}, '{strange[0]}'{nearest(strange[0], classes)}; expected {_listed(classes)}")
+                unknown.append(
+                    f"row {row}, '{strange[0]}'{nearest(strange[0], classes)}; expected {listed(classes, 12, last='or')}"
+                )
             elif len(found) < len(words):
                 torn.append(f"row {row}, '{SEPARATOR.join(words)}'; keep one or the other")
             elif len(set(found)) < len(found):
@@ -395,7 +400,7 @@ class _Checks:
             known = cell in declared.values
             values.append(cell if known else None)
             if not known and cell not in _MISSING:
-                expected = f"{nearest(cell, declared.values)}; expected {_listed(declared.values)}"
+                expected = f"{nearest(cell, declared.values)}; expected {listed(declared.values, 12, last='or')}"
                 other.append(f"row {row}, '{cell}'{expected}")
         self._report(column, "value that is not declared", "values that are not declared", other)
         return tuple(values)
@@ -435,7 +440,3 @@ def _number(cell: str) -> float | None:
     except ValueError:
         return None
     return number if np.isfinite(number) else None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:12])}, ..."

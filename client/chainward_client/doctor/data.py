@@ -22,9 +22,10 @@ from chainward_client.data.images import ImageProblem, ImageStore
 from chainward_client.data.manifest import NO_PATIENTS, read_manifest
 from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.data.sources import local_site
-from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
+from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_shared.errors import DataError
+from chainward_shared.words import listed
 
 _TURNED = 0x0112  # EXIF orientation
 _LONG = 3.0

@@ -23,6 +23,7 @@ from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.site_ledger import ledger_path
 from chainward_shared import __version__
 from chainward_shared.protocol import PROTOCOL_VERSION
+from chainward_shared.words import first_line
 
 GIB = 2**30
 
@@ -207,7 +208,7 @@ def check_gpu() -> Check:
         except RuntimeError as error:
             return problem(
                 "GPU",
-                f"{name}: PyTorch sees it and can't compute on it ({_first_line(error)})",
+                f"{name}: PyTorch sees it and can't compute on it ({first_line(error)})",
                 "driver and PyTorch differ",
             )
         if not right:
@@ -221,10 +222,6 @@ def check_gpu() -> Check:
             "is it a CPU build of PyTorch, is the driver too old, is the device passed into the container?",
         )
     return ok("GPU", f"none; trains on {cores} CPU cores")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- clock ---

@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from cryptography.x509.oid import NameOID
 
-from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
+from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_shared.errors import ConfigError
+from chainward_shared.words import listed
 
 TIMEOUT = 8.0
 """Seconds to wait for an answer of the network."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
-from chainward_client.doctor.report import Check, listed, ok, problem, skipped, warning
+from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.policy import check_request, check_run, check_units
 from chainward_client.private_site import declared_units
 from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
@@ -15,11 +15,10 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models import (
     Architecture,
-    compact_architecture,
     count_parameters,
-    resolve_architecture,
     skeleton,
 )
+from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.audit import audit_ledger
@@ -27,6 +26,7 @@ from chainward_shared.privacy.plan import run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.signing import load_public_key, public_key_path
 from chainward_shared.recipes import PrivacyRecipe
+from chainward_shared.words import listed
 
 _PLANNED_RUN = "the planned run"
 _WEIGHT = 4
@@ -106,25 +106,9 @@ def architectures(config: RunConfig, data: SiteData) -> list[Architecture]:
         A backbone is unknown, or doesn't suit the site's images.
     """
     image = data.splits["train"].images
-    large = resolve_architecture(
-        config.chain.backbone,
-        num_classes=len(data.classes),
-        in_chans=int(image.shape[1]),
-        image_size=int(image.shape[-1]),
-        patch_size=config.chain.patch_size,
+    return run_architectures(
+        config, classes=len(data.classes), channels=int(image.shape[1]), image_size=int(image.shape[-1])
     )
-    if not config.student.rounds:
-        return [large]
-    student = config.student
-    small = compact_architecture(
-        large,
-        width=student.width,
-        depth=student.depth,
-        name=student.model,
-        image_size=student.image_size,
-        patch_size=student.patch_size,
-    )
-    return [large, small]
 
 
 def need_of(config: RunConfig, data: SiteData | None, *, planned: bool) -> Need:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -97,9 +96,3 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     console.print(table)
     style = "red" if diagnosis.exit_code else "green"
     console.print(diagnosis.summary, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def listed(words: Sequence[str], most: int = 6) -> str:
-    """Return ``"a, b, c and 4 more"``."""
-    shown = ", ".join(words[:most])
-    return shown if len(words) <= most else f"{shown} and {len(words) - most} more"

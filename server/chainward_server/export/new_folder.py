@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chainward_shared.errors import ExportError
+from chainward_shared.files import sync_folder
 
 
 def check_target(target: Path, own_files: Collection[str], *, force: bool) -> None:
@@ -56,7 +56,7 @@ def new_folder(target: Path, own_files: Collection[str], *, force: bool) -> Iter
     try:
         staging.mkdir()
         yield staging
-        _sync(staging)
+        sync_folder(staging)
         check_target(target, own_files, force=force)
         _move_into_place(staging, target)
     except OSError as error:
@@ -78,11 +78,3 @@ def _move_into_place(staging: Path, target: Path) -> None:
         before.rename(target)
         raise
     shutil.rmtree(before, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

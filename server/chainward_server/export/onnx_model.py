@@ -18,6 +18,7 @@ from chainward_shared.errors import ExportError
 from chainward_shared.models import Architecture
 from chainward_shared.preprocessing import to_float
 from chainward_shared.task import Task
+from chainward_shared.words import first_line
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
@@ -163,7 +164,7 @@ def compare(
         raise
     except Exception as error:  # onnxruntime has exceptions of its own for every status, without a common base
         raise ExportError(
-            f"{architecture.name}: onnxruntime can't run the ONNX file ({_first_line(error)}); use --no-onnx"
+            f"{architecture.name}: onnxruntime can't run the ONNX file ({first_line(error)}); use --no-onnx"
         ) from error
     return OnnxCheck(sum(BATCHES), BATCHES, logits_off, probabilities_off, opset, version("onnxruntime"))
 
@@ -209,7 +210,7 @@ def _traced(model: nn.Module, architecture: Architecture, task: Task, takes: Onn
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the exporter answers with whatever its passes raise
         raise ExportError(
-            f"PyTorch {torch.__version__} can't export '{architecture.name}' to ONNX ({_first_line(error)}); use --no-onnx"
+            f"PyTorch {torch.__version__} can't export '{architecture.name}' to ONNX ({first_line(error)}); use --no-onnx"
         ) from error
     return proto
 
@@ -250,7 +251,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

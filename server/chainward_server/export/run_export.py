@@ -18,12 +18,13 @@ from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.errors import ExportError
+from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture, build_model, skeleton
 from chainward_shared.preprocessing import PIXEL_MEAN, PIXEL_SCALE, preprocessing_metadata
 from chainward_shared.privacy.audit import Audit, audit_statements
 from chainward_shared.privacy.statements import read_privacy_record
 from chainward_shared.task import Task
-from chainward_shared.weights import check_state, load_file, write_atomically
+from chainward_shared.weights import check_state, load_file
 
 ModelName = Literal["student", "chain"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chainward_server.results import Results
+from chainward_shared.words import listed
 
 _RELEASES = {
     "withhold": "withheld",
@@ -66,18 +67,18 @@ def outside_the_guarantee(rows: list[PrivacyRow], results: Results) -> list[str]
     found = []
     if open_sites := [row.site for row in rows if row.mode == "without privacy"]:
         who = "this hospital" if len(open_sites) == 1 else "these hospitals"
-        found.append(f"All that left {_named(open_sites)}: {who} trained without differential privacy.")
+        found.append(f"All that left {listed(open_sites)}: {who} trained without differential privacy.")
     if exact := [row.site for row in private if row.scores == _RELEASES["exact"]]:
         found.append(
-            f"Scores, counts of cases and notes of {_named(exact)}: their policies let them leave as they are. Figures over "
+            f"Scores, counts of cases and notes of {listed(exact)}: their policies let them leave as they are. Figures over "
             "few cases, and choices made on them (which strand, which link is refused), can betray single cases."
         )
     if declared := [row.site for row in private if row.scores != _RELEASES["exact"]]:
         found.append(
-            f"The numbers of training cases that {_named(declared)} declared or rounded; they are taken as public."
+            f"The numbers of training cases that {listed(declared)} declared or rounded; they are taken as public."
         )
     if seeded := [row.site for row in private if row.seeded]:
-        found.append(f"Everything of {_named(seeded)}: noise came from a seed, which is for tests only.")
+        found.append(f"Everything of {listed(seeded)}: noise came from a seed, which is for tests only.")
     if any(link.training and link.training.privacy for link in results.links):
         found.append("The time that trainings took, side channels, and software that a hospital did not install.")
     return found
@@ -89,8 +90,4 @@ def notes(results: Results) -> list[str]:
     for link in results.links:
         for note in link.training.notes if link.training else []:
             lines.setdefault(note, []).append(link.site)
-    return [f"{_named(list(dict.fromkeys(sites)))}: {note}." for note, sites in lines.items()]
-
-
-def _named(sites: list[str]) -> str:
-    return sites[0] if len(sites) == 1 else f"{', '.join(sites[:-1])} and {sites[-1]}"
+    return [f"{listed(list(dict.fromkeys(sites)))}: {note}." for note, sites in lines.items()]

@@ -31,6 +31,7 @@ from torch import nn
 from chainward_shared.errors import ModelError, nearest
 from chainward_shared.models.families import Family, describe_families, find_family
 from chainward_shared.preprocessing import Pixels
+from chainward_shared.words import first_line, first_problem
 
 METADATA_KEY: Final = "chainward.architecture"
 
@@ -166,7 +167,7 @@ class Architecture(BaseModel):
         try:
             return cls.model_validate_json(metadata[METADATA_KEY])
         except ValidationError as error:
-            raise ModelError(f"the file's '{METADATA_KEY}' is damaged: {_first_problem(error)}") from error
+            raise ModelError(f"the file's '{METADATA_KEY}' is damaged: {first_problem(error)}") from error
 
 
 def resolve_architecture(
@@ -191,7 +192,7 @@ def resolve_architecture(
     try:
         plain = Architecture(name=name, num_classes=num_classes, in_chans=in_chans, image_size=image_size)
     except ValidationError as error:
-        raise ModelError(f"backbone '{name}': {_first_problem(error)}") from error
+        raise ModelError(f"backbone '{name}': {first_problem(error)}") from error
     if patch_size < 0:
         raise ModelError(f"patch size {patch_size} of '{name}' is negative: give pixels, or 0 for the backbone's own")
     # such a model checks and stores its image size; any other works on any size, and has no argument for it
@@ -390,7 +391,7 @@ def _create(architecture: Architecture, device: str) -> nn.Module:
             return timm.create_model(architecture.name, pretrained=False, **architecture.timm_kwargs())
     except Exception as error:  # timm answers a bad argument with whatever its layers raise
         raise ModelError(
-            f"timm can't build '{architecture.name}' with {architecture.timm_kwargs()}: {_first_line(error)}"
+            f"timm can't build '{architecture.name}' with {architecture.timm_kwargs()}: {first_line(error)}"
         ) from error
 
 
@@ -472,7 +473,7 @@ def _forward_problem(architecture: Architecture) -> str:
     except NotImplementedError:
         return ""  # an operation that the meta device lacks says nothing about the size
     except (RuntimeError, AssertionError, ValueError) as error:
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
@@ -491,13 +492,3 @@ def _named_student(large: Architecture, family: Family, name: str) -> Architectu
 def _components(model: nn.Module) -> set[str]:
     """Return the names of the parameters with the number of the layer left out."""
     return {re.sub(r"\.\d+\.", ".*.", name) for name in model.state_dict()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return f"{place or 'value'}: {problem['msg']}"

@@ -10,10 +10,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from chainward_shared.errors import WeightsError, nearest
+from chainward_shared.files import write_atomically
 from chainward_shared.pretrained.card import UNKNOWN, WeightsCard
 from chainward_shared.pretrained.files import SAFETENSORS, precision_of, read_weights, sha256_of
 from chainward_shared.pretrained.loading import load_plain, own_channels, own_classes, split_name, timm_config
-from chainward_shared.weights import write_atomically
 
 PLACE = "CHAINWARD_WEIGHTS"
 """Environment variable that names another folder than the usual one."""

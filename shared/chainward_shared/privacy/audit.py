@@ -28,6 +28,7 @@ from chainward_shared.privacy.statements import (
     check_statement,
     parse_statement,
 )
+from chainward_shared.words import listed
 
 Severity = Literal["note", "violation", "damage"]
 """note: worth knowing, nothing is wrong. violation: over budget, or two things that must agree don't. damage: can't be
@@ -317,7 +318,7 @@ def _unit_and_delta(ledger: Ledger, terms: Terms | None, findings: list[Finding]
     units = {entry.unit for entry in reserved if entry.unit is not None}
     deltas = {entry.delta for entry in reserved if entry.delta is not None}
     if len(units | ({terms.unit} if terms else set())) > 1:
-        named = " and ".join(sorted(units))
+        named = listed(sorted(units))
         what = f"counted per {named}" + (f", while the policy protects one {terms.unit}" if terms else "")
         findings.append(Finding("violation", f"{what}: no epsilon holds for both", where))
     if terms is None:

@@ -37,6 +37,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from chainward_shared.errors import LedgerError
+from chainward_shared.files import sync_folder, write_all, write_atomically
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.entries import (
     NO_HASH,
@@ -51,6 +52,7 @@ from chainward_shared.privacy.entries import (
     software,
 )
 from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, public_text, sign
+from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward")
 
@@ -232,7 +234,7 @@ class Ledger:
         try:
             record = MechanismRecord.of(mechanism, clip_norm)
         except ValidationError as error:
-            raise LedgerError(f"{self.path}: can't reserve {mechanism}: {_first_problem(error)}") from error
+            raise LedgerError(f"{self.path}: can't reserve {mechanism}: {first_problem(error)}") from error
         with self.exclusive():
             if other := next((entry.unit for entry in self._entries if entry.unit not in (None, unit)), None):
                 raise LedgerError(
@@ -374,7 +376,7 @@ class Ledger:
                 }
             )
         except ValidationError as error:
-            raise LedgerError(f"{self.path}: no valid entry: {_first_problem(error)}") from error
+            raise LedgerError(f"{self.path}: no valid entry: {first_problem(error)}") from error
         content = entry.model_dump(mode="json", by_alias=True, exclude={"hash", "signature"})
         digest = hashlib.sha256(canonical_json(content)).hexdigest()
         signature = sign(self._key, _ENTRY, digest.encode())
@@ -385,11 +387,11 @@ class Ledger:
                 if self._torn:
                     os.ftruncate(descriptor, len(self._verified))
                     os.fsync(descriptor)
-                _write_all(descriptor, line)
+                write_all(descriptor, line)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise self._unwritable(error) from error
         entry = entry.model_copy(update={"hash": digest, "signature": signature})
@@ -403,16 +405,8 @@ class Ledger:
         assert self._key is not None
         content = {"schema": SCHEMA, "site": self.site, **head.model_dump()}
         signature = sign(self._key, _HEAD, canonical_json(content))
-        temporary = self._head_path.with_name(f"{self._head_path.name}.part")
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                _write_all(descriptor, canonical_json({**content, "signature": signature}) + b"\n")
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, self._head_path)  # noqa: PTH105, beside the other system calls
-            _sync_folder(self.path.parent)
+            write_atomically(self._head_path, canonical_json({**content, "signature": signature}) + b"\n", mode=0o600)
         except OSError as error:
             raise self._unwritable(error) from error
         self._counted = head
@@ -515,7 +509,7 @@ class Ledger:
         try:
             entry = Entry.model_validate(raw)
         except ValidationError as error:
-            raise bad(_first_problem(error)) from error
+            raise bad(first_problem(error)) from error
         content = {name: value for name, value in raw.items() if name not in ("hash", "signature")}
         if hashlib.sha256(canonical_json(content)).hexdigest() != entry.hash:
             raise bad("its content does not match its hash: it was edited")
@@ -628,22 +622,3 @@ def named_key_and_site(path: Path) -> tuple[str, str]:
             f"{path}: its first line is not the first entry of a ledger; name a site.yaml or a ledger"
         ) from error
     return public, str(site)
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()

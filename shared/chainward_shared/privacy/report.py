@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from chainward_shared.privacy.audit import Audit, SiteAudit, Spent
 from chainward_shared.privacy.entries import MechanismRecord
+from chainward_shared.words import listed
 
 MISSING = "–"
 
@@ -74,12 +74,8 @@ def verdict(audit: Audit) -> str:
     of_all = {1: "The one hospital", 2: "Both hospitals"}.get(len(private), f"All {len(private)} hospitals")
     kept = f"{of_all} that trained privately kept within {'its' if len(private) == 1 else 'their'} budget, as signed."
     if others := [site.site for site in audit.sites if not site.private]:
-        kept += f" Nothing bounds what left {_listed(others)}, which trained without privacy."
+        kept += f" Nothing bounds what left {listed(others)}, which trained without privacy."
     return kept
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def outside(audit: Audit) -> list[Outside]:
@@ -87,18 +83,16 @@ def outside(audit: Audit) -> list[Outside]:
     found: list[Outside] = []
     if others := [site.site for site in audit.sites if not site.private]:
         found.append(
-            Outside(f"Everything of {', '.join(others)}", "Trained without differential privacy; no bound holds there.")
+            Outside(f"Everything of {listed(others)}", "Trained without differential privacy; no bound holds there.")
         )
     if exact := [site.site for site in audit.sites if site.metrics == "exact"]:
         found.append(
-            Outside(
-                f"Scores and counts of {', '.join(exact)}", "Its policy lets them leave as they are (metrics: exact)."
-            )
+            Outside(f"Scores and counts of {listed(exact)}", "Its policy lets them leave as they are (metrics: exact).")
         )
     if images := [site.site for site in audit.sites if site.unit == "image"]:
         found.append(
             Outside(
-                f"A patient with several images at {', '.join(images)}",
+                f"A patient with several images at {listed(images)}",
                 "There one image is protected. For a patient with k images epsilon is about k times as large, and delta "
                 "grows with it.",
             )

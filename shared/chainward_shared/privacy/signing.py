@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from chainward_shared.errors import PrivacyError
+from chainward_shared.files import write_atomically
 
 
 def canonical_json(content: Mapping[str, object]) -> bytes:
@@ -46,8 +47,8 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write_new(public_key_path(path), public, 0o644)
-        _write_new(path, pem, 0o600)  # last: where the private key is, the public one is too
+        write_atomically(public_key_path(path), public, mode=0o644)
+        write_atomically(path, pem, mode=0o600)  # last: where the private key is, the public one is too
     except OSError as error:
         raise PrivacyError(
             f"{path}: can't be written ({error.strerror}); free space or fix the folder's rights"
@@ -133,19 +134,3 @@ def _read(path: Path, remedy: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise PrivacyError(f"{path}: can't be read ({error.strerror}); {remedy}") from error
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.unlink(missing_ok=True)  # a crash left it; nobody has used it
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -18,6 +18,7 @@ from chainward_shared.privacy.entries import Head, MechanismRecord, merged
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, public_text, sign
+from chainward_shared.words import first_problem, listed
 
 _PURPOSE = "privacy statement"
 
@@ -137,9 +138,7 @@ def parse_statement(content: object) -> Statement:
             else Statement.model_validate(content)
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "content"
-        raise StatementError(f"not a privacy statement ({where}: {first['msg'].lower()})") from error
+        raise StatementError(f"not a privacy statement ({first_problem(error)})") from error
 
 
 def read_statements(path: Path) -> list[object]:
@@ -323,16 +322,16 @@ def privacy_record(
     if private:
         said = f"{len(private)} of {len(sites)} sites trained with differential privacy."
         if others:
-            said += f" Nothing bounds what left {', '.join(others)}."
+            said += f" Nothing bounds what left {listed(others)}."
     else:
         said = (
             "No site trained with differential privacy. Images, reports and tables stayed at the sites, but nothing bounds "
             "what the models, the scores and the class counts that left them reveal about a patient."
         )
     if absent:
-        said += f" No model came from {', '.join(absent)}."
+        said += f" No model came from {listed(absent)}."
     if exact := [site for site in private if _last(statements, site).terms.metrics == "exact"]:
-        said += f" Scores and counts of {', '.join(exact)} left as they are: they are outside of the guarantee."
+        said += f" Scores and counts of {listed(exact)} left as they are: they are outside of the guarantee."
     facts: dict[str, dict[str, object]] = {}
     for site in sites:
         if site not in private:

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from chainward_client.training.precision import training_environment
 from chainward_client.training.private import PrivateTraining
-from chainward_server.students import student_architecture
 from chainward_shared.config import StudentConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
+from chainward_shared.models.planned import student_architecture
 from chainward_shared.models.private_ready import GradSampleMode, right_modes
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_simulations.benchmark.figures import Aim, Measured, Table

@@ -10,7 +10,8 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.training.link import train_link
 from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.config import RunConfig
-from chainward_shared.models import Architecture, build_model, resolve_architecture
+from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.planned import chain_architecture
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.settings import Augmentation
 from chainward_shared.weights import StateDict
@@ -198,12 +199,8 @@ def _chain_accuracy(variant: Variant, config: RunConfig, sites: Mapping[str, Sit
 def architecture_for(config: RunConfig, data: SiteData) -> Architecture:
     """Return the architecture of a configuration's backbone for the images of a site."""
     images = data.splits["train"].images
-    return resolve_architecture(
-        config.chain.backbone,
-        num_classes=len(data.classes),
-        in_chans=images.shape[1],
-        image_size=images.shape[-1],
-        patch_size=config.chain.patch_size,
+    return chain_architecture(
+        config.chain, classes=len(data.classes), channels=images.shape[1], image_size=images.shape[-1]
     )
 
 

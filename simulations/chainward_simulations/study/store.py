@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,15 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import ValidationError
 
 from chainward_client.data.description import CsvDescription, load_description
 from chainward_shared import __version__
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import StudyError, WeightsError
+from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import TrainingLog
-from chainward_shared.weights import load_file, save_file, write_atomically
+from chainward_shared.weights import load_file, save_file
+from chainward_shared.words import first_problem
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study.records import ArmRecord, StudyState
 from chainward_simulations.study.settings import NOT_A_SETTING, PHANTOM
@@ -75,7 +76,7 @@ def default_folder(settings: Mapping[str, ConfigScalar]) -> Path:
 class StudyFolder:
     """One study's folder, held by this process alone. Make it with `open`."""
 
-    def __init__(self, path: Path, state: StudyState, lock: int) -> None:
+    def __init__(self, path: Path, state: StudyState, lock: BaseFileLock) -> None:
         self.path, self.state, self._lock = path, state, lock
 
     @classmethod
@@ -95,22 +96,20 @@ class StudyFolder:
         try:
             for folder in (path / "predictions", path / "chains"):
                 folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+            lock = FileLock(path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise StudyError(
+                f"{path}: another process is running this study; wait for it, or name another --out"
+            ) from None
         except OSError as error:
             raise StudyError(
                 f"{path}: the study's folder can't be written ({error.strerror}); name another with --out"
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise StudyError(
-                f"{path}: another process is running this study; wait for it, or name another --out"
-            ) from None
-        try:
             return cls(path, cls._load(path, settings, resume), lock)
         except BaseException:
-            os.close(lock)
+            lock.release()
             raise
 
     @staticmethod
@@ -141,7 +140,7 @@ class StudyFolder:
 
     def close(self) -> None:
         """Let other processes have the folder."""
-        os.close(self._lock)
+        self._lock.release()
 
     def record_of(self, arm: str, seed: int) -> ArmRecord | None:
         """Return the finished record of an arm and seed."""
@@ -190,11 +189,8 @@ def read_study(path: Path) -> StudyState:
     except OSError as error:
         raise StudyError(f"{file}: can't be read ({error.strerror})") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        said = " ".join(str(problem["msg"]).split())
         raise StudyError(
-            f"{file}: damaged ({where + ': ' if where else ''}{said}); start anew with --fresh or name another --out"
+            f"{file}: damaged ({first_problem(error)}); start anew with --fresh or name another --out"
         ) from error
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from chainward_server.measure import summarize_model
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import StudyError, nearest
+from chainward_shared.files import write_atomically
 from chainward_shared.models import build_model
-from chainward_shared.weights import write_atomically
 from chainward_simulations.simulated_sites import simulated_site_ids
 from chainward_simulations.study.arms import PlannedArm, plan_arms
 from chainward_simulations.study.attention_pictures import attention_pictures

@@ -13,7 +13,8 @@ from safetensors.torch import save as safetensors_bytes
 
 from chainward_client.data.site_data import SiteData
 from chainward_server.schedule import site_order
-from chainward_shared.models import Architecture, build_model, count_parameters, resolve_architecture
+from chainward_shared.models import Architecture, build_model, count_parameters
+from chainward_shared.models.planned import chain_architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict
 from chainward_simulations import runner
@@ -98,12 +99,8 @@ def architecture_of(planned: PlannedArm, sites: Mapping[str, SiteData]) -> Archi
     """Return the backbone of the arm for these images."""
     some_site = next(iter(sites.values()))
     images = some_site.splits["train"].images
-    return resolve_architecture(
-        planned.config.chain.backbone,
-        num_classes=len(some_site.classes),
-        in_chans=images.shape[1],
-        image_size=images.shape[-1],
-        patch_size=planned.config.chain.patch_size,
+    return chain_architecture(
+        planned.config.chain, classes=len(some_site.classes), channels=images.shape[1], image_size=images.shape[-1]
     )
 
 

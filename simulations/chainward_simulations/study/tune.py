@@ -18,8 +18,8 @@ from rich.console import Console
 from chainward_client.data.site_data import SiteData
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import ChainwardError, StudyError
+from chainward_shared.files import write_atomically
 from chainward_shared.seeds import derive_seed
-from chainward_shared.weights import write_atomically
 from chainward_simulations import runner
 from chainward_simulations.study.arms import PlannedArm, plan_arms
 from chainward_simulations.study.progress import StudyProgress

@@ -1,0 +1,49 @@
+"""Files that are there whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, contents: bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
+
+    Parameters
+    ----------
+    mode : rights of the file, from which the umask takes away. Default: those of any new file
+
+    Raises
+    ------
+    OSError
+        The disk is full or can't be written; what was at `path` is there as before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        try:
+            write_all(descriptor, contents)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)  # noqa: PTH105, beside the other system calls
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_all(descriptor: int, contents: bytes) -> None:
+    """Write all of `contents`, in as many calls as the system needs."""
+    view = memoryview(contents)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep the folder's list of files, so that a power failure does not undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,50 @@
+"""The models that a run's configuration asks for."""
+
+from __future__ import annotations
+
+from chainward_shared.config import ChainConfig, RunConfig, StudentConfig
+from chainward_shared.models.architecture import Architecture, compact_architecture, resolve_architecture
+
+
+def chain_architecture(config: ChainConfig, *, classes: int, channels: int, image_size: int) -> Architecture:
+    """Return the architecture that travels along the chain, for square images of `image_size` pixels.
+
+    Raises
+    ------
+    ModelError
+        The backbone is unknown, or doesn't suit such images.
+    """
+    return resolve_architecture(
+        config.backbone, num_classes=classes, in_chans=channels, image_size=image_size, patch_size=config.patch_size
+    )
+
+
+def student_architecture(config: StudentConfig, large: Architecture) -> Architecture:
+    """Return the architecture of the compact student.
+
+    Raises
+    ------
+    ModelError
+        The backbone's family is not one from which weights can be selected, the student isn't smaller, or it can't work
+        on images or patches of the size asked for.
+    """
+    return compact_architecture(
+        large,
+        width=config.width,
+        depth=config.depth,
+        name=config.model,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+    )
+
+
+def run_architectures(config: RunConfig, *, classes: int, channels: int, image_size: int) -> list[Architecture]:
+    """Return the models of a run: the chain's, and the students' where there are any.
+
+    Raises
+    ------
+    ModelError
+        See `chain_architecture` and `student_architecture`.
+    """
+    large = chain_architecture(config.chain, classes=classes, channels=channels, image_size=image_size)
+    return [large, student_architecture(config.student, large)] if config.student.rounds else [large]
