@@ -88,7 +88,7 @@ def test_all_unusable_images_of_a_site_are_counted_over_its_splits(tmp_path: Pat
 
 def test_a_number_of_sites_that_the_column_does_not_have_is_refused(tmp_path: Path) -> None:
     message = refusal(two_sites(tmp_path), num_sites=3)
-    assert "federation.num-sites: found 3, but the site column of data.yaml names 2 (north, south)" in message
+    assert "federation.num-sites: found 3, but the site column of data.yaml names 2 (north and south)" in message
 
 
 def test_no_site_column_and_no_label_skew_is_refused_with_advice(tmp_path: Path) -> None:
