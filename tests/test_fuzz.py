@@ -283,7 +283,7 @@ def test_a_malformed_manifest_or_description_is_read_or_refused_in_one_line(data
     (folder / "cases.csv").write_bytes(manifest)
     (folder / "data.yaml").write_text(yaml.safe_dump(document))
     try:
-        local_site(folder / "data.yaml", "oak", seed=0)
+        local_site(folder / "data.yaml", "oak", b"key")
     except ChainwardError as error:
         one_line(error)
 

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 
 from chainward_client.site import load_site_config
+from chainward_client.site_key import site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.pretrained.commands import weights_commands
@@ -55,13 +56,17 @@ app.add_typer(
 
 @app.command()
 def keys(site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")]) -> None:
-    """Make the site's key pair and its privacy ledger, if it has none; print the public key's fingerprint."""
+    """Make the site's secret, key pair and privacy ledger, if it has none; print the public key's fingerprint."""
     config = load_site_config(site_yaml)
     state = config.state_dir(site_yaml)
     ledger = create_site_ledger(state, config.site)
+    site_key(state)
     console.print(f"site         {config.site}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"ledger       {ledger.path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"private key  {key_path(state)}  (keep it, and a copy, to yourself)", markup=False, soft_wrap=True)
+    console.print(
+        f"secret       {site_key_path(state)}  (deals patients to splits; the same)", markup=False, soft_wrap=True
+    )
     console.print(f"public key   {public_key_path(key_path(state))}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"fingerprint  {fingerprint(ledger.public_key)}", markup=False, highlight=False, soft_wrap=True)
 

@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from chainward_client.site import load_site_config
+from chainward_client.site_key import site_key
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared import __version__
 from chainward_shared.errors import DataError, StoreError
@@ -124,6 +125,7 @@ def _stage(staged: Path, folder: Path, site: str, data: Path, describes: Path | 
         (staged / "data.yaml").write_text(_data_yaml(describes, folder / "site.yaml"), encoding="utf-8")
     (staged / STATE).mkdir(mode=0o700)
     ledger = create_site_ledger(staged / STATE, site)
+    site_key(staged / STATE)
     shown_key = fingerprint(ledger.public_key)
     policy = config.privacy
     checklist = _rendered(

@@ -13,6 +13,7 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site
 from chainward_client.private_site import PrivateSite
 from chainward_client.privileged.checks import with_privileged_notes
+from chainward_client.site_key import site_key
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.privacy.policy import PrivacyPolicy
 
@@ -117,12 +118,15 @@ def open_site(site_yaml: Path) -> OpenSite:
     ------
     DataError
         site.yaml or the data can't be used.
+    StoreError
+        The site's secret can't be read or made.
     """
     config = load_site_config(site_yaml)
-    data = _local_site((site_yaml.parent / Path(config.data).expanduser()).resolve(), config.site)
-    return OpenSite(data, config.state_dir(site_yaml), config.privacy)
+    state_dir = config.state_dir(site_yaml)
+    path = (site_yaml.parent / Path(config.data).expanduser()).resolve()
+    return OpenSite(_local_site(path, config.site, site_key(state_dir)), state_dir, config.privacy)
 
 
 @lru_cache(maxsize=1)
-def _local_site(path: Path, site: str) -> SiteData:
-    return with_privileged_notes(local_site(path, site, seed=0))
+def _local_site(path: Path, site: str, key: bytes) -> SiteData:
+    return with_privileged_notes(local_site(path, site, key))

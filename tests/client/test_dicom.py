@@ -145,9 +145,9 @@ def test_the_numbers_of_patients_are_the_same_in_every_process(
     for index in range(20):
         save(tmp_path / f"i{index}", dicom(filled(index), PatientID=f"P{index // 2}"))
         lines.append(f"i{index},{('ill', 'healthy')[index % 2]}")
-    first = local_site(describe(tmp_path, lines), "north", 0)
+    first = local_site(describe(tmp_path, lines), "north", b"key")
     monkeypatch.setattr(dicom_headers, "_KEY", b"another process")
-    second = local_site(describe(tmp_path, lines), "north", 0)
+    second = local_site(describe(tmp_path, lines), "north", b"key")
     for split, cases in first.splits.items():
         assert cases.patients.tolist() == second.splits[split].patients.tolist()
         assert cases.images.equal(second.splits[split].images)
@@ -417,7 +417,7 @@ def test_a_site_of_dicom_files_is_one_like_any_other(dicom: Write, tmp_path: Pat
         save(tmp_path / f"i{index}", dicom(pixels, PatientID=f"P{index}"))
         Image.fromarray(pixels).save(tmp_path / f"i{index}.png")
         lines.append(f"i{index},{('ill', 'healthy')[index % 2]}")
-    site = local_site(describe(tmp_path, lines), "north", 0)
+    site = local_site(describe(tmp_path, lines), "north", b"key")
     assert [len(cases) for cases in site.splits.values()] == [8, 2, 2]
     cases = read(tmp_path, lines).cases(np.arange(12))
     for index in range(12):
@@ -451,6 +451,6 @@ def test_the_example_of_the_documentation_reads_such_a_hospital(dicom: Write, tm
         name = f"1.2.826.{index}" if index % 2 else f"IM{index:04d}"
         lines.append(f"{name},{('normal', 'effusion', 'pneumothorax')[index % 3]}")
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
-    site = local_site(tmp_path / "dicom.yaml", "north", 0)
+    site = local_site(tmp_path / "dicom.yaml", "north", b"key")
     assert site.splits["train"].images.shape[1:] == (1, 224, 224)
     assert site.classes == ("normal", "effusion", "pneumothorax")

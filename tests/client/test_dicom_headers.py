@@ -261,7 +261,7 @@ def test_private_fields_and_overlays_and_declared_files_are_counted(dicom: Write
 def test_nothing_of_a_header_is_in_notes_logs_warnings_or_cases(dicom: Write, tmp_path: Path, heard: Any) -> None:
     pixels = [np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8) for index in range(40)]
     path = make(tmp_path, [hospital_file(dicom, index, pixels[index]) for index in range(40)], by_uid=True)
-    site = local_site(path, "north", 0)
+    site = local_site(path, "north", b"key")
     held = [patient for cases in site.splits.values() for patient in cases.patients.tolist()]
     assert any("PatientName 40" in note for note in site.notes)
     assert any(note.startswith("mixed") or "private header fields" in note for note in site.notes)
@@ -290,7 +290,7 @@ def test_nothing_of_a_damaged_file_is_in_its_message_or_in_logs(
     assert files[7] != hospital_file(dicom, 7)
     path = make(tmp_path, files)
     with pytest.raises(DataError) as caught:
-        local_site(path, "north", 0)
+        local_site(path, "north", b"key")
     assert "row 9" in str(caught.value)
     assert found_in([*heard(), str(caught.value), repr(caught.value), repr(caught.value.__cause__)]) == set()
 
@@ -320,19 +320,19 @@ def test_nothing_of_an_unusable_header_is_in_its_message_or_in_logs(
     every = wrong.get("PatientID", "")  # one id in all of them
     files = [spoilt(index) if index == 9 or every else hospital_file(dicom, index) for index in range(20)]
     with pytest.raises(DataError) as caught:
-        local_site(make(tmp_path, files), "north", 0)
+        local_site(make(tmp_path, files), "north", b"key")
     assert found_in([*heard(), str(caught.value)]) == set()
 
 
 def test_a_repeated_patient_or_image_is_refused_without_its_id(dicom: Write, tmp_path: Path, heard: Any) -> None:
     files = [hospital_file(dicom, index, PatientID=f"ZPAT-{index % 3:04d}") for index in range(20)]
     with pytest.raises(DataError, match="PatientID of the files: 3 patients in more than one split") as caught:
-        local_site(make(tmp_path, files), "north", 0)
+        local_site(make(tmp_path, files), "north", b"key")
     path = make(tmp_path, files, by_uid=True)
     lines = (tmp_path / "cases.csv").read_text().splitlines()
     (tmp_path / "cases.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
     with pytest.raises(DataError, match="1 image in more than one row; first: rows 2, 22") as repeated:
-        local_site(path, "north", 0)
+        local_site(path, "north", b"key")
     assert found_in([*heard(), str(caught.value), str(repeated.value)]) == set()
 
 

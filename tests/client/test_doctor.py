@@ -137,7 +137,7 @@ def test_data_that_can_not_be_used_are_a_problem_that_names_the_row(hospital, ol
 
 def test_an_image_that_can_not_be_read_is_counted_and_named(hospital):
     (hospital.parent / "scans/train-3.png").write_bytes(b"no picture")
-    _, checks = open_data(hospital.parent / "data.yaml", "oak")
+    _, checks = open_data(hospital.parent / "data.yaml", "oak", hospital.parent / "state")
     assert [check.outcome for check in checks] == ["problem"]
     assert "1 unreadable image" in checks[0].found and "train-3" in checks[0].found
 
@@ -176,7 +176,7 @@ def test_a_picture_unlike_the_others_is_told(odd, name, says):
 
 
 def test_the_same_picture_in_two_splits_is_told(hospital):
-    data, checks = open_data(hospital.parent / "data.yaml", "oak")
+    data, checks = open_data(hospital.parent / "data.yaml", "oak", hospital.parent / "state")
     assert data is not None
     assert "patients: copies" not in [check.name for check in checks]
     train, test = data.splits["train"], data.splits["test"]

@@ -293,7 +293,7 @@ def test_notes_name_findings_that_teach_nothing(tmp_path: Path) -> None:
         "{format: npz, images: set.npz, task: multilabel, classes: [effusion, mass, nodule], "
         "image: {size: 8, channels: 1}}"
     )
-    site = local_site(tmp_path / "data.yaml", "north", seed=0)
+    site = local_site(tmp_path / "data.yaml", "north", b"key")
     assert site.task == "multilabel"
     assert {"finding 'mass': 1 training case", "finding 'nodule': 0 training cases"} <= set(site.notes)
     assert "finding 'effusion': all training cases have it" in site.notes

@@ -41,7 +41,7 @@ def write(folder: Path, rows: list[str], privileged: object = None, **columns: o
 
 
 def opened(path: str) -> SiteData:
-    return with_privileged_notes(local_site(path, "north", 0))
+    return with_privileged_notes(local_site(path, "north", b"key"))
 
 
 def site(folder: Path, cells: list[str], privileged: object = None, **columns: object) -> SiteData:

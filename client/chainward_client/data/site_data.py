@@ -100,6 +100,7 @@ class SiteData:
     notes : one line each, things a person should know about this site's data (a class without cases, say)
     privileged : how its privileged teachers read its reports and table
     has_patient_ids : whether the data say which images are of one patient; else each image counts as a patient
+    key : a deployed hospital's secret, by which its patients keep their labels or not; None in a simulation, whose seed decides
     """
 
     site: str
@@ -110,6 +111,7 @@ class SiteData:
     task: Task = "single"
     privileged: PrivilegedSetup = field(default_factory=PrivilegedSetup)
     has_patient_ids: bool = True
+    key: bytes | None = field(default=None, repr=False)
 
     def class_counts(self, split: SplitName) -> list[int]:
         """Return the number of cases of each class (multi-label: with each finding) in `split`, in the order of `classes`."""

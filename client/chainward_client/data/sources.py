@@ -13,22 +13,21 @@ from chainward_client.data.dicom import DicomManifest, read_dicom
 from chainward_client.data.manifest import NO_PATIENTS, Manifest, read_manifest
 from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
-from chainward_client.data.splits import split_by_patient
+from chainward_client.data.splits import split_by_key
 from chainward_shared.errors import DataError
-from chainward_shared.seeds import numpy_generator
 
 _Stamp = tuple[int, int]
 Table = Manifest | NpzCases
 
 
-def local_site(data: Path | str | DataDescription, site_id: str, seed: int) -> SiteData:
+def local_site(data: Path | str | DataDescription, site_id: str, key: bytes) -> SiteData:
     """Return the data of a deployed hospital: all rows of its data file.
 
     Parameters
     ----------
     data : path of the data file, or its parsed content (the `data` block of a `site.yaml`)
     site_id : the hospital's id
-    seed : decides the splits where the file has none
+    key : the hospital's secret, which decides the splits where the file has none, and which patients keep their labels
 
     Raises
     ------
@@ -36,11 +35,8 @@ def local_site(data: Path | str | DataDescription, site_id: str, seed: int) -> S
         If the data can't be used, or there are no training cases.
     """
     table = read_table(Path(data)) if isinstance(data, Path | str) else _read_described(data)
-    splits = table.splits
-    if splits is None:
-        generator = numpy_generator(seed, "splits", site_id)
-        splits = split_by_patient(table.labels, table.patients, len(table.classes), generator)
-    return site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes)
+    splits = split_by_key(table.patients, key) if table.splits is None else table.splits
+    return replace(site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes), key=key)
 
 
 def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, notes: tuple[str, ...]) -> SiteData:
@@ -60,7 +56,8 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
     by_split = [rows[splits[rows] == split] for split in SPLITS]
     if len(by_split[0]) == 0:
         raise DataError(
-            f"Site '{site}' has {number_of(len(rows), 'case')} but none for training; check its split column"
+            f"Site '{site}' has {number_of(len(rows), 'case')} but none for training; "
+            + ("too few to be divided" if table.splits is None else "check its split column")
         )
     # Decoded together, so that one message counts all unusable images of the site.
     if isinstance(table, DicomManifest):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import warnings
 
 import numpy as np
@@ -36,6 +38,49 @@ def strata(labels: np.ndarray) -> np.ndarray:
 def num_strata(labels: np.ndarray, classes: int) -> int:
     """Return how many strata cases of `classes` classes can have."""
     return classes if labels.ndim == 1 else classes + 1
+
+
+def keyed_fractions(patients: np.ndarray, key: bytes, purpose: str) -> np.ndarray:
+    """Return a number in [0, 1) for the patient of every row, float64 (n,): HMAC-SHA-256 of the patient's id.
+
+    It depends on the patient, the key and the purpose, and on nothing else: not on other patients, their number or order,
+    nor on labels. Without the key nobody can compute it, or find a patient whose number is small.
+
+    Parameters
+    ----------
+    patients : (n,)
+    key : a hospital's secret (`site_key`)
+    purpose : numbers for another purpose have nothing to do with these
+    """
+    numbers: dict[str, float] = {}
+    for patient in map(str, patients):
+        if patient not in numbers:
+            message = f"{purpose}\0{patient}".encode(errors="surrogatepass")
+            digest = hmac.new(key, message, hashlib.sha256).digest()
+            numbers[patient] = (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+    return np.array([numbers[str(patient)] for patient in patients], dtype=np.float64)
+
+
+def split_by_key(patients: np.ndarray, key: bytes) -> np.ndarray:
+    """Split cases into train, val and test, each patient with probability 0.7, 0.1 and 0.2 by `keyed_fractions`.
+
+    What happens to one patient does not depend on any other, so neighbouring hospitals have neighbouring training sets.
+    The price: shares are met on average only, and a small hospital may have no val or test case at all.
+
+    Returns
+    -------
+    str (n,)
+    """
+    ends = np.cumsum(list(_SPLIT_FRACTIONS.values()))[:-1]
+    return np.array(SPLITS)[np.searchsorted(ends, keyed_fractions(patients, key, "split"), side="right")]
+
+
+def labelled_by_key(patients: np.ndarray, fraction: float, key: bytes) -> np.ndarray:
+    """Return the rows whose labels are kept, ascending: about `fraction` of the patients by `keyed_fractions`.
+
+    Of one key, a smaller fraction is a subset of a larger one. `fraction`: 0 to 1.
+    """
+    return np.flatnonzero(keyed_fractions(patients, key, "labels") < fraction)
 
 
 def split_by_patient(

@@ -24,7 +24,8 @@ from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.data.sources import local_site
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.privileged.checks import with_privileged_notes
-from chainward_shared.errors import DataError
+from chainward_client.site_key import site_key_to_look_with
+from chainward_shared.errors import DataError, StoreError
 from chainward_shared.words import listed
 
 _TURNED = 0x0112  # EXIF orientation
@@ -43,16 +44,21 @@ class Header:
     turned: bool
 
 
-def open_data(path: Path, site: str) -> tuple[SiteData | None, list[Check]]:
+def open_data(path: Path, site: str, state: Path) -> tuple[SiteData | None, list[Check]]:
     """Return the site's cases, and what is to be said of them; None where they can't be used.
 
     Parameters
     ----------
     path : the data file
-    site : id of the site, which names the draw of the splits
+    site : id of the site
+    state : its state folder, where the secret lies that divides the cases if the data file doesn't
     """
     try:
-        data = with_privileged_notes(local_site(path, site, seed=0))
+        key = site_key_to_look_with(state)
+    except StoreError as error:
+        return None, [problem("site key", str(error), "docs/operations.md says what belongs in a backup")]
+    try:
+        data = with_privileged_notes(local_site(path, site, key))
     except DataError as error:
         return None, [
             problem("data", str(error), f"correct {path.name} or what it names; docs/data.md explains the keys")

@@ -65,7 +65,7 @@ def examine(site_yaml: Path, asked: Asked | None = None) -> Diagnosis:
 def _of_site(site_yaml: Path, config: SiteConfig, plan: RunConfig | None) -> list[Check]:
     state = config.state_dir(site_yaml).absolute()
     path = (site_yaml.parent / Path(config.data).expanduser()).resolve()
-    data, checks = open_data(path, config.site)
+    data, checks = open_data(path, config.site, state)
     need = need_of(plan or RunConfig(), data, planned=plan is not None)
     checks += [*check_state(state), check_disk(state, need), check_memory(need), check_own_clock(state)]
     checks += check_policy(config.privacy, state, config.site, data)

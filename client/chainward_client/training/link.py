@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.data.splits import keep_label_fraction
+from chainward_client.data.splits import keep_label_fraction, labelled_by_key
 from chainward_client.private_site import PrivateWork
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.checkpoint import Checkpoint
@@ -133,11 +133,14 @@ class LinkObjective(Objective):
 def labelled_rows(data: SiteData, recipe: TrainingRecipe, *, private: bool = False) -> np.ndarray:
     """Return which training cases keep their labels under the recipe's label fraction, ascending.
 
-    `private`: each patient's by a hash of the patient alone, instead of a fraction of each class.
+    At a deployed hospital each patient's, by its secret and the patient alone. In a simulation by the run's seed: a fraction of
+    each class, or, `private`, each patient's by a hash of the patient.
     """
     cases = data.splits["train"]
     if recipe.label_fraction == 1.0:
         return np.arange(len(cases))
+    if data.key is not None:
+        return labelled_by_key(cases.patients, recipe.label_fraction, data.key)
     if private:
         return keeps_labels(cases.patients, recipe.label_fraction, recipe.seed, data.site)
     return keep_label_fraction(cases.labels.numpy(), recipe.label_fraction, recipe.seed, data.site)
