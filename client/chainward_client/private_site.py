@@ -26,7 +26,6 @@ from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.entropy import Entropy, OperatingSystem
 from chainward_client.training.private import PrivateTraining, declared_counts
 from chainward_shared.errors import PolicyRefusal, PrivacyError
-from chainward_shared.models.private_ready import GradSampleMode
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units, run_mechanisms
@@ -172,7 +171,6 @@ class PrivateWork:
         self,
         recipe: TrainingRecipe,
         data: SiteData,
-        mode: GradSampleMode,
         *,
         phase: str,
         epochs: int | None = None,
@@ -188,7 +186,7 @@ class PrivateWork:
         ----------
         phase : "link", "alone", "student" or "teacher-text", for the ledger
         epochs, batch_size : default those of the recipe, or the batch size of its privacy
-        mode, unlabelled_patients, declared_prior, private_teachers : see `PrivateTraining`
+        unlabelled_patients, declared_prior, private_teachers : see `PrivateTraining`
         checkpoint : what an interrupted training left: it goes on inside its reservation, which pays for it already
 
         Raises
@@ -212,7 +210,6 @@ class PrivateWork:
             checkpoint.reservation = reservation.entry.sequence
         private = PrivateTraining(
             planned,
-            mode,
             unlabelled_patients=unlabelled_patients,
             declared_prior=declared_prior,
             private_teachers=private_teachers,

@@ -108,8 +108,8 @@ def test_training_without_noise_or_clipping_betrays_every_canary(sabotage):
 def test_noise_ten_times_too_small_is_found_out():
     claimed = PLAN.model_copy(update={"noise_multiplier": PLAN.noise_multiplier / 10})
 
-    def weak(plan, mode):
-        return PrivateTraining(claimed, mode)
+    def weak(plan):
+        return PrivateTraining(claimed)
 
     found = audit_training(PLAN, canaries=2000, training=weak)
     assert found.measured > found.claimed

@@ -30,8 +30,8 @@ from chainward_client.training.private import (
 )
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError, PrivacyError
-from chainward_shared.models import build_model, private_ready, resolve_architecture
-from chainward_shared.models.private_ready import PerExampleGradients, check_private_ready
+from chainward_shared.models import build_model, ghost, resolve_architecture
+from chainward_shared.models.ghost import ROOM
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.recipes import PrivilegedRecipe
 
@@ -100,17 +100,16 @@ def slow_reference(model, objective, cases, rows, unlabelled, clip):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         length = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
         for sum_of, gradient in zip(total, gradients, strict=True):
-            sum_of += gradient * min(1.0, clip / length)
+            sum_of += gradient * min(1.0, ROOM * clip / length)
     for parameter in parameters:
         parameter.grad = None
     return total
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("together", [1, 3, 64])
 @pytest.mark.parametrize("clip", [0.05, 4.0, 1e6])
 def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_over_the_expected_batch(
-    architecture, together, clip, mode
+    architecture, together, clip
 ):
     cases, unlabelled = cases_of(), cases_of(5).images.flip(0)
     model, objective = build_model(architecture, 1), Projecting()
@@ -118,7 +117,6 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
     expected = slow_reference(model, objective, cases, chosen, unlabelled, clip)
     private = PrivateTraining(
         PLAN.model_copy(update={"clip": clip, "noise_multiplier": 0.0}),
-        mode,
         unlabelled_patients=np.array(["u"] * 5),
         together=together,
     )
@@ -126,17 +124,14 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
     private.start(model, objective.extra_modules(), parameters, cases.patients)
     for rows in private.parts(torch.tensor(chosen)):
         mine, rest = rows[rows < 12], rows[rows >= 12] - 12
-        private.accumulate(
-            objective.losses(private.model, batch_of(cases.images[mine], cases.labels[mine], unlabelled[rest]))
-        )
+        private.accumulate(objective.losses(model, batch_of(cases.images[mine], cases.labels[mine], unlabelled[rest])))
     private.finish_step()
     for parameter, reference in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name, mode):
+def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
     """It leaves the model in its middle, where gradients taken at the model's output miss it."""
     patch_size = 8 if name == "test_vit" else 0
     found = resolve_architecture(name, num_classes=3, in_chans=1, image_size=32, patch_size=patch_size)
@@ -146,17 +141,16 @@ def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name, mode)
     objective.start(torch.device("cpu"), 1)
     expected = slow_reference(model, objective, cases, [0, 1, 4], None, 0.1)
     fresh = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
-    private = PrivateTraining(PLAN.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}), mode)
+    private = PrivateTraining(PLAN.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}))
     private.start(model, [], list(model.parameters()), cases.patients)
     chosen = torch.tensor([0, 1, 4])
-    private.accumulate(fresh.losses(private.model, batch_of(cases.images[chosen], cases.labels[chosen])))
+    private.accumulate(fresh.losses(model, batch_of(cases.images[chosen], cases.labels[chosen])))
     private.finish_step()
     for parameter, reference in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, reference / 6.0, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
-def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_training(architecture, mode):
+def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_training(architecture):
     cases = cases_of()
     plain, private_model = build_model(architecture, 1), build_model(architecture, 1)
     counts = class_counts(cases.labels, 3)
@@ -165,7 +159,7 @@ def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_trai
     everyone = PLAN.model_copy(
         update={"noise_multiplier": 0.0, "clip": 1e6, "sample_rate": 1.0, "expected_batch": 12.0, "steps": 3}
     )
-    private = PrivateTraining(everyone, mode)
+    private = PrivateTraining(everyone)
     log = train(
         private_model, cases, recipe, LinkObjective(recipe, private_model, None, counts), "link", private=private
     )
@@ -179,20 +173,19 @@ def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_trai
     assert (log.steps, log.images, log.loss) == (3, 36, [])
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others(architecture, mode, bad):
+def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others(architecture, bad):
     cases, objective = cases_of(), Projecting()
     images = cases.images[:4].float() / 255
     images[2] = bad
 
     def step(rows):
         model = build_model(architecture, 1).train()
-        private = PrivateTraining(PLAN.model_copy(update={"noise_multiplier": 0.0}), mode)
+        private = PrivateTraining(PLAN.model_copy(update={"noise_multiplier": 0.0}))
         private.start(
             model, objective.extra_modules(), [*model.parameters(), *objective.extra_parameters()], cases.patients
         )
-        logits = private.model(images[rows])
+        logits = model(images[rows])
         loss = nn.functional.cross_entropy(logits, cases.labels[rows], reduction="none")
         private.accumulate(loss + objective.projector(logits).square().sum(dim=1))
         private.finish_step()
@@ -206,7 +199,7 @@ def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others(architect
 
 def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
     model, cases = build_model(architecture, 1), cases_of()
-    private = PrivateTraining(PLAN, check_private_ready(architecture))
+    private = PrivateTraining(PLAN)
     train(model, cases, RECIPE, LinkObjective(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
     assert not any(hasattr(p, "grad_sample") or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
@@ -214,14 +207,13 @@ def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
     assert not private.spent.seeded
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
-def test_what_was_spent_is_known_after_a_crash(architecture, mode):
+def test_what_was_spent_is_known_after_a_crash(architecture):
     class Failing(LinkObjective):
         def after_step(self, model):
             raise RuntimeError("power cut")
 
     model, cases = build_model(architecture, 1), cases_of()
-    private = PrivateTraining(PLAN, mode)
+    private = PrivateTraining(PLAN)
     with pytest.raises(RuntimeError, match="power cut"):
         train(model, cases, RECIPE, Failing(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
     assert private.spent.mechanism.steps == 1
@@ -229,7 +221,7 @@ def test_what_was_spent_is_known_after_a_crash(architecture, mode):
 
 
 def test_no_step_goes_beyond_the_plan(architecture):
-    private = PrivateTraining(PLAN.model_copy(update={"steps": 1}), "hooks")
+    private = PrivateTraining(PLAN.model_copy(update={"steps": 1}))
     model = build_model(architecture, 1)
     private.start(model, [], list(model.parameters()), cases_of().patients)
     private.finish_step()
@@ -244,7 +236,7 @@ def test_a_parameter_that_would_not_be_clipped_is_found(architecture):
 
     model = build_model(architecture, 1)
     with pytest.raises(ModelError, match="per-example gradients"):
-        train(model, cases_of(), RECIPE, Forgetting(), "x", private=PrivateTraining(PLAN, "hooks"))
+        train(model, cases_of(), RECIPE, Forgetting(), "x", private=PrivateTraining(PLAN))
 
 
 # --- randomness ---
@@ -253,7 +245,7 @@ def test_a_parameter_that_would_not_be_clipped_is_found(architecture):
 def test_two_private_trainings_with_one_seed_differ_and_two_with_a_seeded_entropy_are_marked(architecture):
     def weights(entropy):
         model, cases = build_model(architecture, 1), cases_of()
-        private = PrivateTraining(PLAN, "hooks", entropy=entropy)
+        private = PrivateTraining(PLAN, entropy=entropy)
         recipe = RECIPE.model_copy(update={"augmentation": "upright"})
         train(
             model,
@@ -279,7 +271,7 @@ def test_the_run_seed_reaches_no_generator_of_a_private_training(architecture, m
     for seed in (3, 4):
         model = build_model(architecture, 1)
         recipe = RECIPE.model_copy(update={"seed": seed, "augmentation": "upright"})
-        private = PrivateTraining(PLAN, "hooks", entropy=SeededForTests(9))
+        private = PrivateTraining(PLAN, entropy=SeededForTests(9))
         train(
             model,
             cases,
@@ -330,7 +322,7 @@ def test_the_systems_numbers_are_uniform_and_normal():
 
 def test_patients_are_sampled_at_the_planned_rate_and_give_one_image_each_of_theirs():
     patients = ["a"] * 6 + ["b"] * 3 + ["c"]
-    private = PrivateTraining(PLAN.model_copy(update={"unit": "patient", "sample_rate": 0.3}), "hooks")
+    private = PrivateTraining(PLAN.model_copy(update={"unit": "patient", "sample_rate": 0.3}))
     model = nn.Linear(2, 2)
     private.start(model, [], list(model.parameters()), np.array(patients))
     draws, images = 6000, np.zeros(10)
@@ -389,8 +381,8 @@ def test_the_number_of_patients_is_rounded_down():
 def test_counts_of_private_labels_are_refused_and_a_declared_prior_is_taken(architecture, balance):
     recipe = RECIPE.model_copy(update={"class_balance": balance})
     with pytest.raises(PrivacyError, match="declare the prior"):
-        PrivateTraining(PLAN, "hooks").check(recipe, 0)
-    PrivateTraining(PLAN, "hooks", declared_prior=True).check(recipe, 0)
+        PrivateTraining(PLAN).check(recipe, 0)
+    PrivateTraining(PLAN, declared_prior=True).check(recipe, 0)
     assert declared_counts([0.5, 0.3, 0.2], multilabel=False).tolist() == [500_000, 300_000, 200_000]
     assert declared_counts([0.5, 0.1], multilabel=True).tolist() == [[500_000, 500_000], [900_000, 100_000]]
     with pytest.raises(PrivacyError, match="expected 1"):
@@ -402,15 +394,15 @@ def test_a_teacher_trained_without_privacy_is_refused():
         update={"privileged": PrivilegedRecipe(use="all", logit_weight=1, embedding_weight=0, temperature=2, epochs=1)}
     )
     with pytest.raises(PrivacyError, match="privileged teachers"):
-        PrivateTraining(PLAN, "hooks").check(taught, 0)
-    PrivateTraining(PLAN, "hooks", private_teachers=True).check(taught, 0)
+        PrivateTraining(PLAN).check(taught, 0)
+    PrivateTraining(PLAN, private_teachers=True).check(taught, 0)
 
 
 def test_images_without_label_need_patients_and_bf16_is_off():
     with pytest.raises(PrivacyError, match="their patients"):
-        PrivateTraining(PLAN, "hooks").check(RECIPE, 4)
+        PrivateTraining(PLAN).check(RECIPE, 4)
     with pytest.raises(PrivacyError, match="bf16"):
-        PrivateTraining(PLAN, "hooks").check(RECIPE.model_copy(update={"precision": "bf16"}), 0)
+        PrivateTraining(PLAN).check(RECIPE.model_copy(update={"precision": "bf16"}), 0)
 
 
 def test_an_image_without_patient_is_refused_where_patients_are_protected():
@@ -432,7 +424,7 @@ def test_a_link_with_predecessor_attention_and_images_without_label_trains_priva
     recipe = RECIPE.model_copy(update={"attention_weight": 0.5, "unlabelled_weight": 0.5})
     model, predecessor, cases = build_model(architecture, 1), build_model(architecture, 2), cases_of()
     before = [p.detach().clone() for p in model.parameters()]
-    private = PrivateTraining(PLAN, "hooks", unlabelled_patients=np.array(list("abcdefgh")))
+    private = PrivateTraining(PLAN, unlabelled_patients=np.array(list("abcdefgh")))
     objective = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
     train(model, cases, recipe, objective, "x", unlabelled=cases_of(8).images, private=private)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -441,13 +433,8 @@ def test_a_link_with_predecessor_attention_and_images_without_label_trains_priva
 # --- sabotage ---
 
 
-def with_mode(mode):
-    return lambda plan, _: PrivateTraining(plan, mode)
-
-
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
-def test_the_honest_step_passes_every_check(mode):
-    assert checks.mechanism_problems(with_mode(mode)) == []
+def test_the_honest_step_passes_every_check():
+    assert checks.mechanism_problems() == []
 
 
 def without_noise(monkeypatch):
@@ -468,12 +455,12 @@ def with_one_noise_for_all_weights(monkeypatch):
 
 
 def without_clipping(monkeypatch):
-    monkeypatch.setattr(private_ready, "clip_factors", lambda squares, clip: torch.ones(squares.shape[1]))
+    monkeypatch.setattr(ghost, "clip_factors", lambda lengths, clip: torch.full_like(lengths[0], 1 / clip))
 
 
 def clipping_each_layer_alone(monkeypatch):
-    honest = private_ready.clip_factors
-    monkeypatch.setattr(private_ready, "clip_factors", lambda squares, clip: honest(squares[-1:], clip))
+    honest = ghost.clip_factors
+    monkeypatch.setattr(ghost, "clip_factors", lambda lengths, clip: honest(lengths[-1:], clip))
 
 
 def noise_from_torchs_global_generator(monkeypatch):
@@ -560,13 +547,12 @@ def no_noise_on_an_empty_sample(monkeypatch):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
-def test_sabotage_is_caught(sabotage, said, mode, monkeypatch):
+def test_sabotage_is_caught(sabotage, said, monkeypatch):
     sabotage(monkeypatch)
-    problems = checks.mechanism_problems(with_mode(mode))
+    problems = checks.mechanism_problems()
     assert any(any(part in problem for part in said.split("|")) for problem in problems), problems
 
 
 def test_the_modules_under_sabotage_are_those_that_train():
     assert private_module.OperatingSystem is entropy_module.OperatingSystem
-    assert private_module.PerExampleGradients is PerExampleGradients
+    assert private_module.GhostClipping is ghost.GhostClipping

@@ -21,7 +21,7 @@ from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.privileged import targets
 from chainward_client.privileged import teacher as teacher_module
 from chainward_client.privileged.targets import PrivilegedTargets, privileged_targets
-from chainward_client.privileged.teacher import PRIVATE_MODE, PrivilegedTeacher, train_teacher_privately
+from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher_privately
 from chainward_client.training import link as link_module
 from chainward_client.training.entropy import SeededForTests
 from chainward_client.training.link import train_link
@@ -31,6 +31,7 @@ from chainward_client.training.student import train_student
 from chainward_shared.distillation.losses import classification_loss
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal
 from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.models.ghost import ROOM
 from chainward_shared.privacy import plan as plan_module
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.ledger import Ledger
@@ -159,7 +160,7 @@ def slow_reference(
             gradients = torch.autograd.grad(loss.sum(), parameters)
             length = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
             for sum_of, gradient in zip(total, gradients, strict=True):
-                sum_of += gradient * min(1.0, PLAN.clip / length)
+                sum_of += gradient * min(1.0, ROOM * PLAN.clip / length)
         noises = entropy.normal([p.shape for p in parameters], torch.device("cpu"))
         for parameter, sum_of, noise in zip(parameters, total, noises, strict=True):
             parameter.grad = (sum_of + PLAN.noise_multiplier * PLAN.clip * noise) / PLAN.expected_batch
@@ -178,7 +179,7 @@ def test_a_teacher_is_what_gradients_clipped_and_added_one_by_one_make_of_it(mul
     patients = np.array([f"p{i // 2}" if i < 6 else f"q{i}" for i in range(14)])
     training = RECIPE.model_copy(update={"class_balance": balance})
     counts = declared_counts([0.5, 0.3, 0.2], multilabel=multilabel)
-    private = PrivateTraining(PLAN, PRIVATE_MODE, declared_prior=True, entropy=SeededForTests(4), together=3)
+    private = PrivateTraining(PLAN, declared_prior=True, entropy=SeededForTests(4), together=3)
     trained = train_teacher_privately(
         vectors, available, labels, patients, 3, PRIVILEGED, training, counts, private, "x"
     )
@@ -195,7 +196,7 @@ def first_gradient(keep: np.ndarray, available: Tensor, labels: Tensor, clip: fl
     plan = PLAN.model_copy(
         update={"noise_multiplier": 0.0, "sample_rate": 1.0, "expected_batch": 14.0, "steps": 1, "clip": clip}
     )
-    private = PrivateTraining(plan, PRIVATE_MODE, entropy=SeededForTests(2))
+    private = PrivateTraining(plan, entropy=SeededForTests(2))
     found: list[Tensor] = []
     close = private.close
 
@@ -221,7 +222,7 @@ def test_one_patient_moves_a_step_by_the_clipping_norm_over_the_expected_batch_a
         without = [first_gradient(np.setdiff1d(all_rows, [row]), available, labels, clip) for row in all_rows]
         moved = [float((whole - other).norm()) for other in without]
         if clip < 1:  # every gradient here is longer, so that the bound is reached
-            assert moved == pytest.approx([clip / 14] * 14, rel=1e-3)
+            assert moved == pytest.approx([ROOM * clip / 14] * 14, rel=1e-3)
         else:
             assert min(moved) > 0.1 / 14  # without clipping the bound is far
 
@@ -254,7 +255,7 @@ def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
         PRIVILEGED.model_copy(update={"hidden": 32}),
         RECIPE,
         torch.ones(5, dtype=torch.int64),
-        PrivateTraining(plan, PRIVATE_MODE),
+        PrivateTraining(plan),
         "x",
     )
     with torch.no_grad():
@@ -265,7 +266,7 @@ def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
 def test_weights_that_are_not_finite_are_refused(monkeypatch):
     monkeypatch.setattr(teacher_module, "LEARNING_RATE", math.inf)
     vectors, available = vectors_of()
-    private = PrivateTraining(PLAN, PRIVATE_MODE)
+    private = PrivateTraining(PLAN)
     with pytest.raises(ModelError, match="not finite"):
         train_teacher_privately(
             vectors,

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from chainward_shared.errors import ModelError
-from chainward_shared.models import build_model, resolve_architecture
-from chainward_shared.models.ghost import GhostClipping
-from chainward_shared.models.private_ready import PerExampleGradients, right_modes
+from chainward_shared.models import build_model, per_example, private_ready, resolve_architecture
+from chainward_shared.models.ghost import ROOM, GhostClipping
+from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.taps import Taps
 
 N = 5
@@ -31,7 +31,7 @@ def clipped_one_by_one(modules, losses, images, clip):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         lengths.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
         for sum_of, gradient in zip(total, gradients, strict=True):
-            sum_of += gradient * min(1.0, clip / lengths[-1])
+            sum_of += gradient * min(1.0, ROOM * clip / lengths[-1])
     for parameter in parameters:
         parameter.grad = None
     return total, sorted(lengths)
@@ -44,10 +44,10 @@ def assert_clips_as_one_by_one(modules, losses, images, rtol=1e-3):
     for clip in (0.5 * lengths[0], (lengths[0] + lengths[-1]) / 2, 2 * lengths[-1]):
         expected, _ = clipped_one_by_one(modules, losses, images, clip)
         whole = math.sqrt(sum(float(e.square().sum()) for e in expected))
-        per_example = PerExampleGradients(modules[0], "ghost", modules[1:])
-        losses(per_example.forward_of, images).sum().backward()
-        found = per_example.clipped_sum(len(images), clip)
-        per_example.close()
+        ghost = GhostClipping(modules)
+        losses(modules[0], images).sum().backward()
+        found = [clip * one for one in ghost.clipped_sum(len(images), clip)]
+        ghost.close()
         assert [f.shape for f in found] == [e.shape for e in expected]
         for mine, theirs in zip(found, expected, strict=True):
             assert float((mine - theirs).norm()) <= rtol * (float(theirs.norm()) + 1e-2 * whole)
@@ -73,16 +73,23 @@ def squares(model, images):
 BACKBONES = [("convnext_atto", 64, 0), ("test_convnext", 32, 0), ("test_vit", 32, 8), ("vit_tiny_patch16_224", 32, 8)]
 
 
+def architecture_of(name, size, patch):
+    return resolve_architecture(name, num_classes=3, in_chans=3, image_size=size, patch_size=patch)
+
+
 def backbone_of(name, size, patch):
-    return noisy(
-        build_model(resolve_architecture(name, num_classes=3, in_chans=3, image_size=size, patch_size=patch), 0)
-    )
+    return noisy(build_model(architecture_of(name, size, patch), 0))
+
+
+SMALL_RESNETV2 = architecture_of("resnetv2_18", 32, 0).model_copy(
+    update={
+        "options": {"norm_layer": "groupnorm", "channels": [32, 32, 64, 64], "layers": [1, 1, 1, 1], "stem_chs": 32}
+    }
+)
 
 
 def small_resnetv2():
-    found = resolve_architecture("resnetv2_18", num_classes=3, in_chans=3, image_size=32)
-    small = {"norm_layer": "groupnorm", "channels": [32, 32, 64, 64], "layers": [1, 1, 1, 1], "stem_chs": 32}
-    return noisy(build_model(found.model_copy(update={"options": small}), 0))
+    return noisy(build_model(SMALL_RESNETV2, 0))
 
 
 @pytest.mark.parametrize(("name", "size", "patch"), BACKBONES)
@@ -185,7 +192,7 @@ def test_layers_called_twice_and_weights_that_are_shared_are_added_up_before_the
     assert_clips_as_one_by_one([model], squares, torch.randn(N, 7, 6) * torch.arange(1, N + 1)[:, None, None])
 
 
-def test_an_unknown_layer_in_the_middle_goes_through_functorch():
+def test_an_unknown_layer_in_the_middle_is_computed_example_by_example():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), Own(), nn.Linear(6, 2))
     ghost = GhostClipping([model])
@@ -206,28 +213,28 @@ def test_a_layer_that_only_the_first_examples_reach_adds_nothing_to_the_others()
         return loss + projector(outputs).square().sum(dim=1) if next(rows) else loss
 
     expected, _ = clipped_one_by_one([model, projector], one_loss, tokens, clip)
-    per_example = PerExampleGradients(model, "ghost", [projector])
+    ghost = GhostClipping([model, projector])
     outputs = model(tokens)
     loss = outputs.square().sum(dim=1)
     torch.cat([loss[:2] + projector(outputs[:2]).square().sum(dim=1), loss[2:]]).sum().backward()
-    for mine, theirs in zip(per_example.clipped_sum(N, clip), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(ghost.clipped_sum(N, clip), expected, strict=True):
+        torch.testing.assert_close(clip * mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_parameter_used_outside_of_its_layer_is_refused():
     model = nn.Linear(6, 6)
-    per_example = PerExampleGradients(model, "ghost")
+    ghost = GhostClipping([model])
     (model(torch.randn(N, 6)).square().sum() + model.weight.sum()).backward()
     with pytest.raises(ModelError, match="used outside of its layer"):
-        per_example.clipped_sum(N, 1.0)
+        ghost.clipped_sum(N, 1.0)
 
 
 def test_a_layer_whose_rows_are_no_examples_is_refused():
     model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 6))
-    per_example = PerExampleGradients(model, "ghost")
+    ghost = GhostClipping([model])
     model(torch.randn(N, 3, 6)).square().sum().backward()
     with pytest.raises(ModelError, match=f"15 gradients of {N} examples"):
-        per_example.clipped_sum(N, 1.0)
+        ghost.clipped_sum(N, 1.0)
 
 
 def test_an_input_that_is_changed_in_place_is_refused():
@@ -242,7 +249,7 @@ def test_an_input_that_is_changed_in_place_is_refused():
             return x.mul_(2.0) + y
 
     model = InPlace()
-    PerExampleGradients(model, "ghost")
+    GhostClipping([model])
     with pytest.raises(ModelError, match="changed in place"):
         model(torch.randn(N, 6)).square().sum().backward()
 
@@ -254,9 +261,9 @@ def test_a_gradient_that_cancels_over_its_tokens_is_never_taken_for_shorter_than
     tokens = torch.randn(1, 1, 64).repeat(1, 2, 1)
     tokens[:, 1] += 1e-5 * torch.randn(64)
     signs = 1e4 * torch.tensor([1.0, -1.0])[None, :, None]
-    per_example = PerExampleGradients(model, "ghost")
+    ghost = GhostClipping([model])
     (model(tokens) * signs).sum().backward()
-    (total,) = per_example.clipped_sum(1, 1.0)
+    (total,) = ghost.clipped_sum(1, 1.0)
     assert float(total.norm()) <= 1.0
 
 
@@ -272,15 +279,15 @@ def test_a_model_is_as_before_after_closing_also_after_an_error_in_the_middle(ma
     images = torch.randn(2, 3, 6) if isinstance(model, nn.Sequential) else pictures(n=2)
     expected = model(images)
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    per_example = PerExampleGradients(model, "ghost")
-    assert all(p.requires_grad for p in per_example.parameters())
+    ghost = GhostClipping([model])
+    assert all(p.requires_grad for p in ghost.parameters)
     last = list(model.modules())[-1]
     forward, last.forward = last.forward, Stop().forward
     with pytest.raises(RuntimeError, match="stop"):
         model(images)
     last.forward = forward
     del last.forward
-    per_example.close()
+    ghost.close()
     for name, module in model.named_modules():
         assert module.__dict__.keys() == before[name].keys(), name
         assert not module._forward_hooks
@@ -295,22 +302,31 @@ def test_a_kept_loss_keeps_no_activations_of_a_step_that_is_done():
     import weakref
 
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    per_example, kept = PerExampleGradients(model, "ghost"), []
+    ghost, kept = GhostClipping([model]), []
     handle = model[0].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
     loss = model(torch.randn(N, 3, 6)).square().sum()
     loss.backward()
-    per_example.clipped_sum(N, 1.0)
+    ghost.clipped_sum(N, 1.0)
     handle.remove()
     gc.collect()
     assert loss.requires_grad
     assert kept[0]() is None
 
 
-def test_the_check_finds_a_wrong_length_that_the_gradients_themselves_do_not_show(monkeypatch):
-    from chainward_shared.models import ghost
+def test_as_many_images_are_computed_together_as_their_gradients_fit_into_memory():
+    known = GhostClipping([nn.Linear(4096, 4096, bias=False)])  # 64 MiB, which nobody holds for each image
+    unknown = GhostClipping([nn.ModuleList([nn.Bilinear(256, 256, 256, bias=False)])])
+    assert (known.most_together(), unknown.most_together()) == (64, 8)
 
-    honest = ghost.OfTokens.squares
-    monkeypatch.setattr(ghost.OfTokens, "squares", lambda self: 0.9 * honest(self))
-    found = right_modes(resolve_architecture("test_vit", num_classes=3, in_chans=1, image_size=32, patch_size=8))
-    assert "the sum of clipped gradients" in str(found["ghost"])
-    assert isinstance(found["hooks"], float)
+
+@pytest.mark.parametrize("broken", ["OfTokens", "OfConvolution", "Held"])
+def test_the_check_of_a_backbone_finds_lengths_that_are_too_short(monkeypatch, broken):
+    kind = getattr(per_example, broken)
+    honest = kind.lengths
+    monkeypatch.setattr(kind, "lengths", lambda self: 0.9 * honest(self))
+    private_ready._problem_of.cache_clear()
+    try:
+        with pytest.raises(ModelError, match="the sum of clipped gradients"):
+            check_private_ready(SMALL_RESNETV2 if broken == "OfConvolution" else architecture_of("test_vit", 32, 8))
+    finally:
+        private_ready._problem_of.cache_clear()

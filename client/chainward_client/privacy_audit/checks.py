@@ -20,13 +20,12 @@ from chainward_client.data.site_data import Cases
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
-from chainward_shared.models.private_ready import GradSampleMode
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
 
-MakeTraining = Callable[[PrivatePlan, GradSampleMode], PrivateTraining]
+MakeTraining = Callable[[PrivatePlan], PrivateTraining]
 
 _SIDE = 16
 _CLASSES = 8
@@ -109,7 +108,7 @@ def normalisation_problem(training: MakeTraining = PrivateTraining) -> str:
 
 def sampling_problem(training: MakeTraining = PrivateTraining) -> str:
     """Every patient is sampled with the planned probability, independently, and yields one image."""
-    private = training(_PLAN, "hooks")
+    private = training(_PLAN)
     cases = _cases()
     _begin(private, _model(), cases)
     draws = 3000
@@ -138,7 +137,7 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
     ends, firsts = [], []
     for _ in range(2):
         model = _model()
-        private = training(_PLAN, "hooks")
+        private = training(_PLAN)
         train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
         if private.spent.seeded:
             return "the noise comes from a seeded generator, which is for tests only"
@@ -155,7 +154,7 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
 def empty_batch_problem(training: MakeTraining = PrivateTraining) -> str:
     """A step whose sample is empty still adds noise, is counted, and changes the weights."""
     plan = _PLAN.model_copy(update={"sample_rate": 1e-9, "steps": 2})
-    model, private = _model(), training(plan, "hooks")
+    model, private = _model(), training(plan)
     before = _flat([p.detach().clone() for p in model.parameters()])
     train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
     if private.spent.mechanism.steps != 2:
@@ -169,7 +168,7 @@ def buffers_problem(training: MakeTraining = PrivateTraining) -> str:
     """Training leaves buffers untouched."""
     model = _model()
     model.register_buffer("note", torch.ones(3))
-    train(model, _cases(), _RECIPE, _Squares(), "audit", private=training(_PLAN, "hooks"))
+    train(model, _cases(), _RECIPE, _Squares(), "audit", private=training(_PLAN))
     if not torch.equal(dict(model.named_buffers())["note"], torch.ones(3)):
         return "training changes buffers, which are neither clipped nor noised"
     return ""
@@ -180,7 +179,7 @@ def teachers_problem(training: MakeTraining = PrivateTraining) -> str:
     teacher = PrivilegedRecipe(use="all", logit_weight=1.0, embedding_weight=0.0, temperature=2.0, epochs=1)
     taught = _RECIPE.model_copy(update={"privileged": teacher})
     try:
-        train(_model(), _cases(), taught, _Squares(), "audit", private=training(_PLAN, "hooks"))
+        train(_model(), _cases(), taught, _Squares(), "audit", private=training(_PLAN))
     except PrivacyError:
         return ""
     return "a privileged teacher that was trained without privacy is let in"
@@ -224,11 +223,11 @@ CHECKS = len(_STEP_CHECKS) + 1
 
 def _step(plan: PrivatePlan, rows: list[int], training: MakeTraining) -> Tensor:
     """Return the gradient, all parameters in one vector, that a private step of exactly these images yields."""
-    model, private, cases = _model(), training(plan, "hooks"), _cases()
+    model, private, cases = _model(), training(plan), _cases()
     _begin(private, model, cases)
     for part in private.parts(torch.tensor(rows, dtype=torch.int64)):
         batch = Batch(cases.images[part], cases.labels[part], part, None, "none", torch.Generator())
-        private.accumulate(_Squares().losses(private.model, batch))
+        private.accumulate(_Squares().losses(model, batch))
     private.finish_step()
     gradient = _flat([p.grad for p in model.parameters() if p.grad is not None])
     private.close()

@@ -22,7 +22,7 @@ from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.models.private_ready import GradSampleMode, check_private_ready
+from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.preprocessing import to_float
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.empirical import Attack
@@ -120,7 +120,6 @@ def audit_training(
     if canaries < _FEWEST:
         raise PrivacyError(f"an attack on {canaries} canaries says nothing; expected at least {_FEWEST}")
     generator = np.random.default_rng(secrets.randbits(128))
-    mode: GradSampleMode = "hooks"
     if architecture is None:
         images, model = _single_pixels(canaries), _linear(canaries)
         classes, scale = _CLASSES, _GRADIENT_LENGTH
@@ -128,7 +127,7 @@ def audit_training(
         shape = (canaries, architecture.in_chans, architecture.image_size, architecture.image_size)
         images = torch.from_numpy(generator.integers(0, 2, shape, dtype=np.uint8) * 255)
         model, classes, scale = build_model(architecture, seed=0), architecture.num_classes, 1.0
-        mode = check_private_ready(architecture)
+        check_private_ready(architecture)
     labels = torch.from_numpy(generator.integers(0, classes, canaries))
     inside = generator.random(canaries) < 0.5
     before = _losses(model, images, labels)
@@ -146,7 +145,7 @@ def audit_training(
         class_balance="none",
         label_fraction=1.0,
     )
-    train(model, cases, recipe, _CrossEntropy(scale), "audit", private=training(plan, mode))
+    train(model, cases, recipe, _CrossEntropy(scale), "audit", private=training(plan))
     fell = (before - _losses(model, images, labels)).numpy()
     order = np.argsort(-fell, kind="stable")
     quarter = canaries // 4

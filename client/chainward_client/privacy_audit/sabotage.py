@@ -14,7 +14,6 @@ from torch import Tensor
 from chainward_client.privacy_audit.checks import MakeTraining
 from chainward_client.training.entropy import OperatingSystem, SeededForTests
 from chainward_client.training.private import PrivateTraining
-from chainward_shared.models.private_ready import GradSampleMode
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.plan import PrivatePlan
@@ -39,25 +38,25 @@ class ForgetfulLedger(Ledger):
         return tuple(record for record in spent[-1:] if record is not None)
 
 
-def without_noise(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+def without_noise(plan: PrivatePlan) -> PrivateTraining:
     """Every step's noise is zero."""
-    return PrivateTraining(plan, mode, entropy=_Silence())
+    return PrivateTraining(plan, entropy=_Silence())
 
 
-def without_clipping(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+def without_clipping(plan: PrivatePlan) -> PrivateTraining:
     """The noise is as planned, and no gradient is shortened."""
     loose = {"clip": plan.clip * _BEYOND_CLIPPING, "noise_multiplier": plan.noise_multiplier / _BEYOND_CLIPPING}
-    return PrivateTraining(plan.model_copy(update=loose), mode)
+    return PrivateTraining(plan.model_copy(update=loose))
 
 
-def noise_from_a_seed(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+def noise_from_a_seed(plan: PrivatePlan) -> PrivateTraining:
     """Noise and sampling can be replayed by whoever knows the seed."""
-    return PrivateTraining(plan, mode, entropy=_HiddenSeed(3))
+    return PrivateTraining(plan, entropy=_HiddenSeed(3))
 
 
-def any_teacher(plan: PrivatePlan, mode: GradSampleMode) -> PrivateTraining:
+def any_teacher(plan: PrivatePlan) -> PrivateTraining:
     """Privileged teachers that were trained without privacy are let in."""
-    return PrivateTraining(plan, mode, private_teachers=True)
+    return PrivateTraining(plan, private_teachers=True)
 
 
 @dataclass(frozen=True)

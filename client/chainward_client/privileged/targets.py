@@ -35,7 +35,7 @@ from chainward_client.policy import check_run
 from chainward_client.private_site import Prepared, PrivateWork
 from chainward_client.privileged.checks import MIN_CASES
 from chainward_client.privileged.table import table_vectors
-from chainward_client.privileged.teacher import PRIVATE_MODE, train_teacher, train_teacher_privately
+from chainward_client.privileged.teacher import train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
 from chainward_client.training.precision import training_environment
 from chainward_shared.distillation.losses import class_counts
@@ -234,7 +234,6 @@ def _private_modality(
     with work.training(
         training,
         data,
-        PRIVATE_MODE,
         phase=phase,
         epochs=recipe.epochs,
         batch_size=PRIVILEGED_BATCH,

@@ -12,7 +12,6 @@ from chainward_client.training.precision import training_environment
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.distillation.losses import class_counts, classification_loss
 from chainward_shared.errors import ModelError
-from chainward_shared.models.private_ready import GradSampleMode
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed, torch_generator
 
@@ -23,10 +22,6 @@ STEPS_PER_EPOCH = 16
 """At most; a site with more cases has larger batches, not a training of minutes."""
 
 DROPOUT = 0.5
-
-PRIVATE_MODE: GradSampleMode = "ghost"
-"""How a teacher's gradients are clipped one by one. Of two linear layers without tokens the ghost norms are exact and cost
-next to nothing, where gradients held for each example would take minutes in a training."""
 
 
 class PrivilegedTeacher(nn.Module):
@@ -145,7 +140,7 @@ def train_teacher_privately(
 
         def losses(rows: Tensor) -> Tensor:
             of_each = classification_loss(
-                private.model(vectors[rows]), labels[rows], counts, training.class_balance, training.prior_strength
+                teacher(vectors[rows]), labels[rows], counts, training.class_balance, training.prior_strength
             )
             return torch.where(available[rows], of_each, 0.0)
 

@@ -4,7 +4,8 @@
 that is made that way: whoever receives a model could try all of its noises. Here the sampling takes its bits from the
 system directly, PyTorch's generator gets its whole state, and the noise of every step comes from AES-256 in counter mode
 with a fresh key: who sees a part of a step's noise (in a weight that no gradient reached) can't compute the rest from it, as
-with a Mersenne twister, and it takes half the time of NumPy's generators.
+with a Mersenne twister, and it takes half the time of NumPy's generators. The noise of a training on a GPU is made on the
+CPU, too, and copied: a GPU's own generator has a key of 64 bits.
 """
 
 from __future__ import annotations
@@ -52,9 +53,6 @@ class OperatingSystem:
         return bits.astype(np.float64) * 2.0**-53
 
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
-        if device.type == "cuda":  # its generator takes all 64 bits
-            generator = torch.Generator(device=device).manual_seed(self.integer())
-            return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
         sizes = [shape.numel() for shape in shapes]
         numbers = _secret_normal(sum(sizes)).to(device)
         return [part.view(shape) for part, shape in zip(numbers.split(sizes), shapes, strict=True)]

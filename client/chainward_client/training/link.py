@@ -3,8 +3,7 @@ teachers as teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.precision import best_device
-from chainward_client.training.private import PrivateTraining, keeps_labels
+from chainward_client.training.private import keeps_labels
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import (
@@ -185,48 +184,6 @@ def privileged_term(
     return PrivilegedTerm(targets, recipe.privileged, embedding_size(model), seed)
 
 
-@contextmanager
-def training_privately(
-    work: PrivateWork | None,
-    recipe: TrainingRecipe,
-    data: SiteData,
-    architecture: Architecture,
-    *,
-    phase: str,
-    guide: PrivilegedTerm | None = None,
-    declared_prior: bool = False,
-    unlabelled_patients: np.ndarray | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> Iterator[PrivateTraining | None]:
-    """Hand out the private training that `work` pays for; None where the site trains without privacy (`work` is None).
-
-    `guide`: the privileged teachers' part of it, None where there is none. `checkpoint`: what an interrupted training left; it
-    goes on inside its reservation.
-
-    Raises
-    ------
-    ModelError
-        The backbone can't be trained privately.
-    PrivacyError
-        Policy, budget or ledger don't allow it.
-    """
-    if work is None:
-        yield None
-        return
-    mode = check_private_ready(architecture, best_device().type)
-    with work.training(
-        recipe,
-        data,
-        mode,
-        phase=phase,
-        declared_prior=declared_prior,
-        unlabelled_patients=unlabelled_patients,
-        private_teachers=guide is None or guide.private,
-        checkpoint=checkpoint,
-    ) as private:
-        yield private
-
-
 def train_link(
     data: SiteData,
     architecture: Architecture,
@@ -280,17 +237,20 @@ def train_link(
     objective = LinkObjective(recipe, model, teacher, counts, guide)
     part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
     patients = None if others is None else others.patients
-    with training_privately(
-        work,
-        recipe,
-        data,
-        architecture,
-        phase="alone" if alone else "link",
-        guide=guide,
-        declared_prior=declared,
-        unlabelled_patients=patients,
-        checkpoint=checkpoint,
-    ) as privately:
+    spending = (
+        nullcontext()
+        if work is None
+        else work.training(
+            recipe,
+            data,
+            phase="alone" if alone else "link",
+            declared_prior=declared,
+            unlabelled_patients=patients,
+            private_teachers=guide is None or guide.private,
+            checkpoint=checkpoint,
+        )
+    )
+    with spending as privately:
         unlabelled = None if others is None else others.images
         log = train(
             model,

@@ -246,7 +246,7 @@ def _train_privately(
         chosen = rows[rows < n].to(device)
         beside = None if others is None or len(chosen) == len(rows) else others[rows[rows >= n] - n]
         batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
-        return objective.losses(private.model, batch)
+        return objective.losses(model, batch)
 
     first = 0
     if checkpoint is not None and (saved := checkpoint.load()) is not None:

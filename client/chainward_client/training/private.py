@@ -29,6 +29,7 @@ bf16                                  off: clipping has been verified in fp32 on
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,13 +39,18 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.training.entropy import Entropy, OperatingSystem
-from chainward_shared.errors import ModelError, PolicyRefusal, PrivacyError
-from chainward_shared.models.private_ready import GradSampleMode, PerExampleGradients
+from chainward_shared.errors import ChainwardError, ModelError, PolicyRefusal, PrivacyError
+from chainward_shared.models.ghost import GhostClipping
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
 from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import PrivacyUnit
+
+logger = logging.getLogger("chainward.client")
+
+_OF_ONE_RECORD = (ArithmeticError, LookupError, RuntimeError, ValueError)
+"""What computing a loss may raise because of what a record holds."""
 
 __all__ = [
     "PrivacyRecipe",
@@ -80,11 +86,10 @@ class PrivateTraining:
     Parameters
     ----------
     plan : fixed for the whole training; reserve ``plan.mechanism`` in the ledger first
-    mode : how per-example gradients are computed, from `check_private_ready`
     unlabelled_patients : str (m,), the patient of each image without label; needed where there are such images
     declared_prior : the objective's class counts are declared, not counted (`declared_counts`)
     private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
-    together : examples computed at once; 0, the default: as many as fit into memory in this mode. Changes no result
+    together : examples computed at once; 0, the default: as many as fit into memory. Changes no result
     entropy : the operating system, unless a test wants to repeat itself
     begin : called once, before the first noisy step: from then on the plan counts as spent
     """
@@ -92,7 +97,6 @@ class PrivateTraining:
     def __init__(
         self,
         plan: PrivatePlan,
-        mode: GradSampleMode,
         *,
         unlabelled_patients: np.ndarray | None = None,
         declared_prior: bool = False,
@@ -101,16 +105,17 @@ class PrivateTraining:
         entropy: Entropy | None = None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.plan, self.mode, self.together = plan, mode, together
+        self.plan, self.together = plan, together
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
         self.begin = begin
         self.steps_done = 0
         self._units: list[np.ndarray] = []
-        self._gradients: PerExampleGradients | None = None
+        self._ghost: GhostClipping | None = None
         self._parameters: list[nn.Parameter] = []
         self._sums: list[Tensor] = []
+        self._left_out = 0
 
     @property
     def spent(self) -> PrivacySpent:
@@ -118,13 +123,6 @@ class PrivateTraining:
         steps = min(self.steps_done, self.plan.steps)
         done = Mechanism("dp-sgd", self.plan.noise_multiplier, self.plan.sample_rate, steps)
         return PrivacySpent(done, self.plan.mechanism, self.entropy.seeded)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model to call for losses, while the training lasts."""
-        if self._gradients is None:
-            raise ModelError("a private training has no model before it starts")
-        return self._gradients.forward_of
 
     def check(self, recipe: TrainingRecipe, unlabelled: int) -> None:
         """Refuse what is not a function of one record and public things.
@@ -170,14 +168,14 @@ class PrivateTraining:
         PrivacyError
             The unit is the patient and an image has none.
         """
-        self._gradients = PerExampleGradients(model, self.mode, others)
-        self._parameters = self._gradients.parameters()
+        self._ghost = GhostClipping([model, *others])
+        self._parameters = self._ghost.parameters
         if {id(p) for p in parameters if p.requires_grad} != {id(p) for p in self._parameters}:
             raise ModelError(
                 "the optimiser's parameters are not those with per-example gradients; that is a fault here"
             )
         if not self.together:
-            self.together = self._gradients.most_together()
+            self.together = self._ghost.most_together()
         beside = np.array([], dtype=str) if self.unlabelled_patients is None else self.unlabelled_patients
         self._units = units_of(np.concatenate([patients, beside]), self.plan.unit)
         self._sums = []
@@ -204,47 +202,72 @@ class PrivateTraining:
 
     def accumulate(self, losses: Tensor) -> None:
         """Add the clipped gradient of each example's loss, (n,), to the step's sum."""
-        assert self._gradients is not None
+        assert self._ghost is not None
         for parameter in self._parameters:
             parameter.grad = None  # the noisy one of the step before
         losses.sum().backward()
-        clipped = self._gradients.clipped_sum(len(losses), self.plan.clip)
+        clipped = self._ghost.clipped_sum(len(losses), self.plan.clip)
         if not self._sums:
             self._sums = clipped
             return
-        for total, more in zip(self._sums, clipped, strict=True):
-            total += more
+        # in float64: what one example adds must not change how the sum of all the others is rounded
+        self._sums = [total.double().add_(more) for total, more in zip(self._sums, clipped, strict=True)]
 
     def finish_step(self) -> None:
-        """Set each parameter's ``grad`` to the noisy mean: (sum + noise) / expected batch. Also after an empty sample."""
+        """Set each parameter's ``grad`` to the noisy mean: (sum + noise) / expected batch. Also after an empty sample.
+
+        Sum and noise are in units of the clipping norm, which comes in last, when nothing is private any more.
+        """
         if self.steps_done >= self.plan.steps:
             raise PrivacyError(f"the plan's {self.plan.steps} private steps are done; one more was not reserved")
         self.steps_done += 1
-        std = self.plan.noise_multiplier * self.plan.clip
         noises = self.entropy.normal([p.shape for p in self._parameters], self._parameters[0].device)
         for i, (parameter, noise) in enumerate(zip(self._parameters, noises, strict=True)):
-            noise.mul_(std)  # in place: three passes over new memory cost as much as a third of a small model's step
+            noise.mul_(self.plan.noise_multiplier)  # in place: new memory costs as much as a third of a small step
             if self._sums:
                 noise.add_(self._sums[i])
-            parameter.grad = noise.div_(self.plan.expected_batch)
+            parameter.grad = noise.mul_(self.plan.clip / self.plan.expected_batch)
         self._sums = []
 
     def step(self, losses: Callable[[Tensor], Tensor]) -> None:
         """Do one step up to the optimiser's: a Poisson sample, in parts that fit into memory, and one draw of noise.
 
+        An image whose loss can't be computed adds nothing, like one whose gradient is not finite: that a training fails,
+        or what it says then, would tell whether the image is there.
+
         Parameters
         ----------
-        losses : the loss of each example of some rows, (n,), by `model`; a row without a loss of its own has 0
+        losses : the loss of each example of some rows, (n,); a row without a loss of its own has 0
         """
         for rows in self.parts(self.sample()):
-            self.accumulate(losses(rows))
+            self._add(losses, rows)
         self.finish_step()
+
+    def _add(self, losses: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+        assert self._ghost is not None
+        try:
+            self.accumulate(losses(rows))
+        except ChainwardError:  # of the model or the recipe, whatever the images
+            raise
+        except _OF_ONE_RECORD as error:
+            self._ghost.forget()
+            if len(rows) > 1:
+                for row in rows.split(1):
+                    self._add(losses, row)
+                return
+            if not self._left_out:
+                logger.error("the loss of an image can't be computed, it adds nothing: %s", error, exc_info=True)
+            self._left_out += 1
 
     def close(self) -> None:
         """Leave the model without any trace of single examples."""
-        if self._gradients is not None:
-            self._gradients.close()
-        self._gradients, self._parameters, self._sums = None, [], []
+        if self._left_out:
+            logger.error("losses that could not be computed in this private training: %d", self._left_out)
+        if self._ghost is not None:
+            self._ghost.close()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._ghost, self._parameters, self._sums = None, [], []
 
 
 def units_of(patients: np.ndarray, unit: PrivacyUnit) -> list[np.ndarray]:

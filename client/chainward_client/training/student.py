@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateWork
 from chainward_client.training.checkpoint import Checkpoint
-from chainward_client.training.link import labelled_cases, privileged_term, training_privately
+from chainward_client.training.link import labelled_cases, privileged_term
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.precision import best_device
 from chainward_shared.distillation.losses import (
@@ -214,16 +215,19 @@ def train_student(
     )
     seen = replace(cases, images=resized(cases.images, architecture.image_size))
     guide = None if privileged is None else privileged[0]
-    with training_privately(
-        work,
-        recipe,
-        data,
-        architecture,
-        phase="student",
-        guide=guide,
-        declared_prior=declared,
-        checkpoint=checkpoint,
-    ) as privately:
+    spending = (
+        nullcontext()
+        if work is None
+        else work.training(
+            recipe,
+            data,
+            phase="student",
+            declared_prior=declared,
+            private_teachers=guide is None or guide.private,
+            checkpoint=checkpoint,
+        )
+    )
+    with spending as privately:
         log = train(model, seen, recipe, objective, *names, private=privately, checkpoint=checkpoint)
     log = log.model_copy(update={"notes": notes})
     state = dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""What privacy costs: one private step beside a plain one, for each way in which gradients of single images are clipped."""
+"""What privacy costs: one private step beside a plain one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from chainward_client.training.private import PrivateTraining
 from chainward_shared.config import StudentConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.models.planned import student_architecture
-from chainward_shared.models.private_ready import GradSampleMode, right_modes
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.training import Backbone
 
-StepKind = Literal["plain"] | GradSampleMode
+StepKind = Literal["plain", "private"]
+KINDS: tuple[StepKind, ...] = ("plain", "private")
 
 PRIVATE_AIM = Aim("at most", 1.5)
 CLASSES, CHANNELS = 4, 1
@@ -85,9 +85,7 @@ class StepCost:
     Attributes
     ----------
     seconds : of a whole step, forward, backward, noise and optimiser, by kind
-    noise_seconds : of these in a private step for noise and division, by mode
-    wrong : modes whose gradients are not right for this model, and why
-    chosen : the mode that private training takes
+    noise_seconds : of these in a private step for noise and division
     peak_bytes : largest resident memory of a fresh process during two steps, less that of the model before the first
     """
 
@@ -95,18 +93,17 @@ class StepCost:
     parameters: int
     threads: int
     seconds: dict[StepKind, Measured]
-    noise_seconds: dict[GradSampleMode, Measured]
-    wrong: dict[GradSampleMode, str]
-    chosen: GradSampleMode
+    noise_seconds: Measured
     peak_bytes: dict[StepKind, int]
 
-    def ratio(self, kind: StepKind) -> Measured:
-        """Return the ratio of the seconds to those of a plain step, repeat by repeat."""
-        return self.seconds[kind].ratio_to(self.seconds["plain"])
+    @property
+    def ratio(self) -> Measured:
+        """The ratio of the private step's seconds to those of a plain step, repeat by repeat."""
+        return self.seconds["private"].ratio_to(self.seconds["plain"])
 
     def to_json(self) -> dict[str, Any]:
-        """Return every measurement, and the median ratios to a plain step."""
-        return {**asdict(self), "ratio_to_plain": {kind: self.ratio(kind).median for kind in self.seconds}}
+        """Return every measurement, and the median ratio to a plain step."""
+        return {**asdict(self), "ratio_to_plain": self.ratio.median}
 
 
 class _Steps:
@@ -131,7 +128,7 @@ class _Steps:
                 steps=10**6,
                 clip=1.0,
             )
-            self.private = PrivateTraining(plan, kind)
+            self.private = PrivateTraining(plan)
             patients = np.array([str(row) for row in range(batch)])
             self.private.start(self.model, [], list(self.model.parameters()), patients)
 
@@ -143,7 +140,7 @@ class _Steps:
             functional.cross_entropy(self.model(self.images), self.labels).backward()
         else:
             for rows in self.private.parts(torch.arange(len(self.images))):
-                self.private.accumulate(self._losses(self.private, rows))
+                self.private.accumulate(self._losses(rows))
             before = time.perf_counter()
             self.private.finish_step()
             self.noise_seconds = time.perf_counter() - before
@@ -154,35 +151,30 @@ class _Steps:
         if self.private is not None:
             self.private.close()
 
-    def _losses(self, private: PrivateTraining, rows: Tensor) -> Tensor:
-        return functional.cross_entropy(private.model(self.images[rows]), self.labels[rows], reduction="none")
+    def _losses(self, rows: Tensor) -> Tensor:
+        return functional.cross_entropy(self.model(self.images[rows]), self.labels[rows], reduction="none")
 
 
 def measure_private_steps(plan: PrivateStepPlan, on_step: Callable[[str], None] = lambda step: None) -> list[StepCost]:
-    """Return the cost of a private step in every mode that is right, for each model and number of threads of the plan.
+    """Return the cost of a private step for each model and number of threads of the plan.
 
-    In each repeat every kind does one step; the order rotates, so that a machine that slows down does so for all of them.
+    In each repeat both kinds do one step; the order changes, so that a machine that slows down does so for both.
     """
     measured = []
     for name, architecture in plan.models().items():
-        found = right_modes(architecture)
-        seconds = {mode: value for mode, value in found.items() if isinstance(value, float)}
-        wrong = {mode: value for mode, value in found.items() if isinstance(value, str)}
-        kinds: list[StepKind] = ["plain", *seconds]
-        peaks = {kind: peak_bytes(architecture, kind, plan.batch) for kind in kinds}
+        peaks = {kind: peak_bytes(architecture, kind, plan.batch) for kind in KINDS}
         on_step(f"memory of a step of {name}")
         for threads in plan.threads:
-            with training_environment(threads, 0), _all_of(architecture, kinds, plan.batch) as steps:
-                times: dict[StepKind, list[float]] = {kind: [] for kind in kinds}
-                noises: dict[GradSampleMode, list[float]] = {mode: [] for mode in seconds}
+            with training_environment(threads, 0), _all_of(architecture, plan.batch) as steps:
+                times: dict[StepKind, list[float]] = {kind: [] for kind in KINDS}
+                noises: list[float] = []
                 for repeat in range(-1, plan.repeats):
-                    turn = repeat % len(kinds)
-                    for kind in kinds[turn:] + kinds[:turn]:
+                    for kind in KINDS if repeat % 2 else KINDS[::-1]:
                         taken = steps[kind].step()
                         if repeat >= 0:
                             times[kind].append(taken)
-                            if kind != "plain":
-                                noises[kind].append(steps[kind].noise_seconds)
+                    if repeat >= 0:
+                        noises.append(steps["private"].noise_seconds)
                     on_step(f"steps of {name}, {threads} thread(s): {repeat + 1} of {plan.repeats}")
             measured.append(
                 StepCost(
@@ -190,9 +182,7 @@ def measure_private_steps(plan: PrivateStepPlan, on_step: Callable[[str], None] 
                     parameters=sum(p.numel() for p in steps["plain"].model.parameters()),
                     threads=threads,
                     seconds={kind: Measured(tuple(values)) for kind, values in times.items()},
-                    noise_seconds={mode: Measured(tuple(values)) for mode, values in noises.items()},
-                    wrong=wrong,
-                    chosen=min(seconds, key=lambda mode: seconds[mode]),
+                    noise_seconds=Measured(tuple(noises)),
                     peak_bytes=peaks,
                 )
             )
@@ -200,8 +190,8 @@ def measure_private_steps(plan: PrivateStepPlan, on_step: Callable[[str], None] 
 
 
 @contextmanager
-def _all_of(architecture: Architecture, kinds: Sequence[StepKind], batch: int) -> Iterator[dict[StepKind, _Steps]]:
-    steps = {kind: _Steps(architecture, kind, batch) for kind in kinds}
+def _all_of(architecture: Architecture, batch: int) -> Iterator[dict[StepKind, _Steps]]:
+    steps = {kind: _Steps(architecture, kind, batch) for kind in KINDS}
     try:
         yield steps
     finally:
@@ -244,31 +234,25 @@ def private_table(measured: Sequence[StepCost], plan: PrivateStepPlan) -> Table:
         ("model", "threads", "step", "ms", "ratio to plain", "of it noise, ms", "aim", "memory, MiB"),
         notes=[
             f"Median (smallest to largest) of {plan.repeats} steps of {plan.batch} images of {plan.image_size} pixels, fp32, "
-            "all kinds in one process in turn: forward, backward, clipping, noise, AdamW. Ratios are taken within a repeat. "
-            "Memory: by how much a fresh process grows at most during two steps, beyond the model. Chosen: the mode that "
-            "private training takes by itself, the fastest right one when it was checked."
+            "both kinds in one process in turn: forward, backward, clipping, noise, AdamW. Ratios are taken within a repeat. "
+            "Memory: by how much a fresh process grows at most during two steps, beyond the model."
         ],
     )
     for cost in measured:
         for kind, seconds in cost.seconds.items():
             plain = kind == "plain"
-            ratio = cost.ratio(kind)
-            chosen = kind == cost.chosen
             table.rows.append(
                 (
                     f"{cost.model} ({cost.parameters / 1e6:.1f} M)",
                     str(cost.threads),
-                    f"{kind} (chosen)" if chosen else kind,
+                    kind,
                     _milliseconds(seconds),
-                    "-" if plain else ratio.text(2),
-                    "-" if kind == "plain" else f"{1e3 * cost.noise_seconds[kind].median:.1f}",
-                    PRIVATE_AIM.text(ratio.median) if chosen else "-",
+                    "-" if plain else cost.ratio.text(2),
+                    "-" if plain else f"{1e3 * cost.noise_seconds.median:.1f}",
+                    "-" if plain else PRIVATE_AIM.text(cost.ratio.median),
                     f"{cost.peak_bytes[kind] / MIB:.0f}",
                 )
             )
-    for cost in measured:
-        if cost.threads == plan.threads[0]:
-            table.notes += [f"Wrong for {cost.model}: {mode}, {reason}." for mode, reason in cost.wrong.items()]
     return table
 
 
