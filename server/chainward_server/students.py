@@ -41,7 +41,7 @@ logger = logging.getLogger("chainward")
 def initial_students(
     config: StudentConfig, large: Architecture, chain_model: StateDict, seed: int, transfer: Transfer
 ) -> tuple[StateDict, StateDict]:
-    """Return the first weights of the student A and of the auxiliary teacher B (methods, section 3), `rounded` as they travel.
+    """Return the first weights of the student A and of the auxiliary teacher B, `rounded` as they travel.
 
     "dual": complementary selections; "single": B is A; "random": both have the same random start, a control.
     Which channels, heads and layers are selected is the configuration's choice; draws derive from `seed`.

@@ -14,6 +14,7 @@ from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.private_site import PrivateSite
 from chainward_client.training import link as link_module
 from chainward_client.training.link import train_link
+from chainward_shared import files as files_module
 from chainward_shared.errors import LedgerError
 from chainward_shared.models import resolve_architecture
 from chainward_shared.privacy import ledger as ledger_module
@@ -72,7 +73,8 @@ def test_no_step_is_taken_when_the_ledger_can_not_be_written(data, tmp_path, mon
     honest = link_module.train
     monkeypatch.setattr(link_module, "train", lambda *args, **more: steps.append(1) or honest(*args, **more))
     with monkeypatch.context() as broken:
-        broken.setattr(ledger_module, "os", FailingDisk(call, code))
+        for module in (ledger_module, files_module):
+            broken.setattr(module, "os", FailingDisk(call, code))
         with pytest.raises(LedgerError) as caught:
             train_link(data, architecture, RECIPE, None, strand=0, lap=0, work=site.work("r", "h"))
     message = str(caught.value)

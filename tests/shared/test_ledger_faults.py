@@ -1,7 +1,7 @@
 """The ledger when its process is killed, the power fails, the disk is full, or others want it at the same time.
 
-Whatever happens, it must never say less than was spent. The faults are not chosen by hand: a first pass counts all
-system calls with which the ledger changes the disk, and each of them is then hit, before, in the middle and after.
+Whatever happens, it must never say less than was spent. The faults are not chosen by hand: at every system call with which
+the ledger changes the disk, before, in its middle and after it, it is noted what a kill, or a power cut, would leave.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ Hit = Callable[[], None]
 
 
 class Disk:
-    """Stands in for the module `os`: counts the calls that change the disk, and strikes at one of them.
+    """Stands in for the module `os`: counts the calls that change the disk, and strikes at one of them, or at all.
 
     It also keeps what a power cut would leave: of a file what was last synced, of a folder the names that were in it
     when it was last synced.
@@ -52,7 +54,7 @@ class Disk:
 
     def point(self, name: str) -> None:
         self.points.append(name)
-        if len(self.points) - 1 == self.strike_at and self.strike is not None:
+        if self.strike is not None and self.strike_at in (None, len(self.points) - 1):
             self.strike()
 
     def _call(self, name: str, real: Any, *args: Any) -> Any:
@@ -112,7 +114,58 @@ def work(ledger: Ledger, tell: Callable[[str, int], None]) -> None:
 
 
 def life(path: Path, tell: Callable[[str, int], None]) -> None:
-    work(Ledger.create(path, "oak", KEY), tell)
+    work(Ledger.create(path, "oak", KEY, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC)), tell)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a life: where, what a fault there would leave, and what had been spent until then."""
+
+    number: int
+    point: str
+    files: dict[str, bytes]
+    truth: dict[str, int]
+
+
+class Observer:
+    """Notes a moment at each point of a disk's life; those after which the same is left and spent count once."""
+
+    def __init__(self, disk: Disk, left: Callable[[], dict[str, bytes]]) -> None:
+        self.disk, self.left = disk, left
+        self.truth: dict[str, int] = {}
+        self.seen: dict[Any, Moment] = {}
+        disk.strike = self.note
+
+    def note(self) -> None:
+        moment = Moment(len(self.disk.points) - 1, self.disk.points[-1], self.left(), dict(self.truth))
+        self.seen.setdefault((*sorted(moment.files.items()), *sorted(moment.truth.items())), moment)
+
+    @property
+    def moments(self) -> list[Moment]:
+        return list(self.seen.values())
+
+
+def on(folder: Path) -> dict[str, bytes]:
+    """What a process that is killed leaves: all that was written."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def observed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, power: bool) -> list[Moment]:
+    """All different moments of a life; left is what was written or, after a cut of the `power`, what was synced."""
+    disk, folder = Disk(), tmp_path / "observed"
+    observer = Observer(disk, disk.after_power_cut if power else lambda: on(folder))
+    with monkeypatch.context() as patch:
+        put_in(patch, disk)
+        life(folder / "ledger.jsonl", observer.truth.__setitem__)
+    assert len(disk.points) > 150
+    return observer.moments
+
+
+def put_back(moment: Moment, folder: Path) -> Path:
+    folder.mkdir()
+    for name, content in moment.files.items():
+        (folder / name).write_bytes(content)
+    return folder / "ledger.jsonl"
 
 
 def points_of_a_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -156,22 +209,28 @@ def check_survivor(path: Path, truth: dict[str, int], where: str) -> None:
 
 
 def test_killed_at_any_point_the_ledger_never_says_less_than_was_spent(tmp_path, monkeypatch):
-    points = points_of_a_life(tmp_path, monkeypatch)
-    for number, point in enumerate(points):
-        path = tmp_path / f"killed-{number}" / "ledger.jsonl"
-        reading, writing = os.pipe()
+    moments = observed(tmp_path, monkeypatch, power=False)
+    assert len(moments) > 40
+    for moment in moments:
+        path = put_back(moment, tmp_path / f"killed-{moment.number}")
+        check_survivor(path, moment.truth, f"killed {moment.point} ({moment.number})")
+
+
+def test_a_process_that_is_really_killed_leaves_what_was_noted(tmp_path, monkeypatch):
+    """At one point of each kind, in the middle of the life."""
+    of_each_kind = {moment.point: moment for moment in observed(tmp_path, monkeypatch, power=False)[10:]}
+    assert len(of_each_kind) >= 4
+    for moment in of_each_kind.values():
+        folder = tmp_path / f"killed-{moment.number}"
         child = os.fork()
         if not child:
-            os.close(reading)
-            ledger_module.os = files_module.os = Disk(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            life(path, lambda hop, steps, fd=writing: os.write(fd, f"{hop} {steps}\n".encode()) and None)
+            ledger_module.os = files_module.os = Disk(moment.number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            life(folder / "ledger.jsonl", lambda hop, steps: None)
             os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            told = dict(line.split() for line in pipe.read().splitlines())
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"the child was killed {point}"
-        check_survivor(path, {hop: int(steps) for hop, steps in told.items()}, f"killed {point} ({number})")
+        assert os.WIFSIGNALED(status), f"the child was killed {moment.point}"
+        found = {name.replace(f".{child}.", f".{os.getpid()}."): content for name, content in on(folder).items()}
+        assert found == moment.files, f"killed {moment.point} ({moment.number})"
 
 
 class PowerCut(BaseException):
@@ -183,52 +242,32 @@ def cut() -> None:
 
 
 def test_when_the_power_fails_at_any_point_what_was_synced_never_says_less_than_was_spent(tmp_path, monkeypatch):
-    points = points_of_a_life(tmp_path, monkeypatch)
-    for number, point in enumerate(points):
-        path = tmp_path / f"cut-{number}" / "ledger.jsonl"
-        disk, truth = Disk(number, cut), {}
-        with monkeypatch.context() as patch:
-            put_in(patch, disk)
-            with pytest.raises(PowerCut):
-                life(path, truth.__setitem__)
-        left = tmp_path / f"left-{number}"
-        left.mkdir()
-        for name, content in disk.after_power_cut().items():
-            (left / name).write_bytes(content)
-        check_survivor(left / path.name, truth, f"power cut {point} ({number})")
+    moments = observed(tmp_path, monkeypatch, power=True)
+    assert len(moments) >= 20
+    for moment in moments:
+        path = put_back(moment, tmp_path / f"cut-{moment.number}")
+        check_survivor(path, moment.truth, f"power cut {moment.point} ({moment.number})")
 
 
 def test_when_the_power_fails_again_while_a_killed_process_is_made_up_for(tmp_path, monkeypatch):
     """Killed between entry and head, restarted, and a power cut while the head is brought up to the entry."""
-
-    def lives(path: Path, disk: Disk, truth: dict[str, int], kill_at: int) -> None:
-        with monkeypatch.context() as patch:
-            put_in(patch, disk)
-            first, disk.strike_at, disk.strike = disk.strike_at, kill_at, cut
-            try:
-                life(path, truth.__setitem__)
-            except PowerCut:
-                disk.strike_at = None if first is None else len(disk.points) + first
-            work(open_or_create(path), truth.__setitem__)
-
     # the first entry "reserved" is written, its head is not
     points = points_of_a_life(tmp_path, monkeypatch)
     writes = [number for number, point in enumerate(points) if point == "in the middle of write"]
-    kill_at = writes[3] + 1  # head 0, created, head 1, reserved: after the line, before it is synced
-    count = Disk()
-    lives(tmp_path / "counted-again" / "ledger.jsonl", count, {}, kill_at)
-    later = len(count.points) - kill_at - 1
-    assert later > 100
-    for number in range(60):
-        path, truth = tmp_path / f"again-{number}" / "ledger.jsonl", dict[str, int]()
-        disk = Disk(number)
+    path, disk = tmp_path / "again" / "ledger.jsonl", Disk()
+    observer = Observer(disk, disk.after_power_cut)
+    with monkeypatch.context() as patch:
+        put_in(patch, disk)
+        # head 0, created, head 1, reserved: after the line, before it is synced
+        disk.strike_at, disk.strike = writes[3] + 1, cut
         with pytest.raises(PowerCut):
-            lives(path, disk, truth, kill_at)
-        left = tmp_path / f"left-again-{number}"
-        left.mkdir()
-        for name, content in disk.after_power_cut().items():
-            (left / name).write_bytes(content)
-        check_survivor(left / path.name, truth, f"second power cut, {number} calls later")
+            life(path, observer.truth.__setitem__)
+        disk.strike_at, disk.strike = None, observer.note
+        work(open_or_create(path), observer.truth.__setitem__)
+    assert len(observer.moments) >= 15
+    for moment in observer.moments:
+        left = put_back(moment, tmp_path / f"again-{moment.number}")
+        check_survivor(left, moment.truth, f"second power cut, {moment.point} ({moment.number})")
 
 
 def test_a_disk_that_fails_at_any_point_stops_the_training_in_one_line(tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ from chainward_shared.weights import StateDict
 
 class LinkObjective(Objective):
     """``L = (1-a) CE + a w T^2 KL(predecessor || link) + b AT + P`` on labelled images and ``c T^2 KL`` on unlabelled ones
-    (methods, section 1); P is the privileged teachers' part (section 2). Without a predecessor, CE + P.
+    (distillation: Hinton et al. 2015, arXiv:1503.02531; AT, attention transfer: Zagoruyko and Komodakis 2017,
+    arXiv:1612.03928). P is the privileged teachers' part, `PrivilegedTerm`. Without a predecessor, CE + P.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from chainward_shared.recipes import PrivilegedRecipe
 
 
 class PrivilegedTerm(nn.Module):
-    """``l_kd T^2 KL(softmax(g/T) || softmax(z/T)) + l_emb (1 - cos(W h, h_g))`` of each example (methods, section 2).
+    """``l_kd T^2 KL(softmax(g/T) || softmax(z/T)) + l_emb (1 - cos(W h, h_g))`` of each example (see `distillation.privileged`).
 
     Holds the teachers' logits g and embeddings h_g of the site's training cases, and the projector W: linear, without
     bias, trained beside the model, and never sent. W is None where the embeddings don't count.

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 class StudentObjective(Objective):
     """``L = CE(y, A(x1)) + l T^2 KL(B(x2) || A(x1)) + g T^2 KL(large(x1) || A(x1)) + P``; after each step
-    ``B <- m B + (1-m) A`` (methods, section 3). P is the privileged teachers' part (section 2).
+    ``B <- m B + (1-m) A`` (mean teacher: Tarvainen and Valpola 2017, arXiv:1703.01780). P is the privileged teachers' part,
+    `PrivilegedTerm`.
 
     Parameters
     ----------

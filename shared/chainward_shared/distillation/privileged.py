@@ -1,4 +1,8 @@
-"""The losses of privileged teachers (methods, section 2): per example, zero where a case has nothing privileged."""
+"""The losses of privileged teachers: per example, zero where a case has nothing privileged.
+
+Distillation from teachers that see what the model never will: Lopez-Paz et al. 2016, "Unifying Distillation and Privileged
+Information", arXiv:1511.03643.
+"""
 
 from __future__ import annotations
 

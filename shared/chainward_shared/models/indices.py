@@ -17,7 +17,7 @@ Variant: TypeAlias = Literal["A", "B"]
 
 @dataclass(frozen=True)
 class Selection:
-    """How weights are selected (methods, section 3). The same selection gives coordinator and runner the same student.
+    """How weights are selected (Xu et al. 2024, arXiv:2311.18823).
 
     Attributes:
         channels: "strided", the default: evenly spread, see `uniform_indices`. "consecutive": A the first channels,
