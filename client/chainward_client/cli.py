@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from rich.console import Console
 
 from chainward_client.site import load_site_config
 from chainward_client.site_key import site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.store import WeightsStore
@@ -31,8 +31,8 @@ from chainward_shared.privacy.signing import fingerprint, load_public_key, publi
 from chainward_shared.privacy.statements import read_statements
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
-errors = Console(stderr=True)
+console = PlainConsole()
+errors = PlainConsole(stderr=True)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site
@@ -15,6 +15,7 @@ from chainward_client.private_site import PrivateSite
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.site_key import site_key
 from chainward_shared.errors import DataError, nearest
+from chainward_shared.outside import SiteId
 from chainward_shared.privacy.policy import PrivacyPolicy
 
 
@@ -33,7 +34,7 @@ class SiteConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    site: str = Field(min_length=1, max_length=64)
+    site: SiteId
     data: str
     state: str = "~/.chainward/site"
     privacy: PrivacyPolicy | None = None

@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 
+from chainward_server.claims import check_training
 from chainward_server.context import Run
 from chainward_server.decisions import best_strand, forgetting, weakest_site
 from chainward_server.exchange import Failure, Reply, Request
@@ -244,8 +245,7 @@ def checked_model(run: Run, reply: Reply[LinkResult], hop: str, site: str, *, la
     body, asked = reply.body, run.config.link_recipe(laps=laps).epochs
     if (body.hop, body.site) != (hop, site):
         raise ChainwardError(f"it answers hop '{body.hop}' of site '{body.site}'; expected '{hop}' of '{site}'")
-    if body.training.epochs != asked:
-        raise ChainwardError(f"it was trained for {body.training.epochs} epochs; {asked} were asked for")
+    check_training(body.training, run.consortium.cards[site], asked, run.folder.age)
     if "model" not in reply.arrays:
         raise ChainwardError("there are no arrays in it")
     state = from_arrays(reply.arrays["model"], run.template)

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 import click
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -23,6 +22,7 @@ from chainward_server.watch.display import QUIET
 from chainward_server.watch.watching import Output
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config.docs import configuration_markdown, flower_app_config
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ChainwardError, ConfigError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.store import WeightsStore, default_store
@@ -31,8 +31,8 @@ from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.statements import read_privacy_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
-errors = Console(stderr=True)
+console = PlainConsole()
+errors = PlainConsole(stderr=True)
 
 RunsDir = Annotated[Path, typer.Option("--dir", help="Folder of the run folders.")]
 DEFAULT_DIR = Path(OutputConfig().dir).expanduser()
@@ -40,6 +40,11 @@ app.add_typer(
     weights_commands(typer.Option("--store", help="Folder of the store."), default_store().root, WeightsStore),
     name="weights",
 )
+
+
+def say(line: str) -> None:
+    """Print a line of plain text."""
+    console.print(line, soft_wrap=True)
 
 
 def main() -> None:
@@ -105,7 +110,7 @@ def watch_run(
     output: Output = "json" if as_json else "live" if console.is_terminal else "lines"
     try:
         path = find_run(run, directory, wait=wait)
-        code = watch(path, console, output, interval=interval, timeout=timeout, write=typer.echo)
+        code = watch(path, console, output, interval=interval, timeout=timeout, write=typer.echo if as_json else say)
     except KeyboardInterrupt:
         errors.print("no longer watching; the run goes on without it", markup=False)
         code = 130

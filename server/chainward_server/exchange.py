@@ -14,6 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from chainward_shared.errors import ChainwardError
+from chainward_shared.outside import Shown
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
@@ -93,15 +94,16 @@ class Reply(Generic[B]):
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Shown):
     """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again;
-    `lost`: Flower did not bring the request there, or the answer back."""
+    `lost`: Flower did not bring the request there, or the answer back; `malformed`: what came is not an answer."""
 
     reason: str
     seconds: float
     refused: bool = False
     final: bool = False
     lost: bool = False
+    malformed: bool = False
 
 
 class Exchange:
@@ -311,5 +313,5 @@ def _read(site: str, message: Message, expected: type[B], seconds: float) -> Rep
     except SiteRefusal as refusal:
         return Failure(f"site '{site}' refused: {refusal}", seconds, refused=True, final=refusal.final)
     except ChainwardError as error:
-        return Failure(f"site '{site}': {error}", seconds)
+        return Failure(f"site '{site}': {error}", seconds, malformed=True)
     return Reply(body, arrays, seconds, sum(byte_count(record) for record in arrays.values()), message)

@@ -24,7 +24,7 @@ def one_line_for(error: ChainwardError) -> None:
         while raised is not None and raised is not error:
             raised = raised.__cause__ or raised.__context__
         if raised is error:
-            record.exc_info = None
+            record.exc_info = record.exc_text = None
             record.msg, record.args = "The run failed: %s", (str(error),)
         return "Traceback (most recent call last)" not in record.getMessage()
 

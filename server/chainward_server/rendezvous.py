@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from chainward_server.exchange import Exchange, Failure, Member, Request
+from chainward_server.claims import check_card
+from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
-from chainward_shared.errors import ChainwardError, nearest
+from chainward_shared.errors import ChainwardError, ProtocolError, nearest
 from chainward_shared.protocol import CardRequest, Hello, HelloRequest, SimulatedSite, SiteCard
 
 logger = logging.getLogger("chainward")
@@ -56,8 +58,8 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     Raises
     ------
     ChainwardError
-        An expected site is missing at the deadline, two nodes claim one site, a site runs another version, a site's data
-        can't be used, or the sites don't agree on task, classes and images.
+        An expected site is missing at the deadline or refuses, two nodes claim one site, a site runs another version, or the
+        sites don't agree on task, classes and images.
     """
     started = time.monotonic()
     deadline = config.federation.deadline
@@ -72,13 +74,37 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     requests = {site: Request("query", CardRequest(simulated=member.simulated)) for site, member in members.items()}
     left = max(1.0, deadline - (time.monotonic() - started))
     answers = exchange.ask(requests, SiteCard, deadline=left, patience=left)
-    failures = [answer.reason for answer in answers.values() if isinstance(answer, Failure)]
+    cards = _cards(answers)
+    exchange.members = {site: members[site] for site in cards}
+    _check_cards(cards)
+    return Consortium(exchange, cards)
+
+
+def _cards(answers: Mapping[str, Reply[SiteCard] | Failure]) -> dict[str, SiteCard]:
+    """Return the cards of the sites that take part; one whose card can't be true is left out, and said.
+
+    Raises
+    ------
+    ChainwardError
+        A site did not answer, or refused; or none is left.
+    """
+    failures = [answer.reason for answer in answers.values() if isinstance(answer, Failure) and not answer.malformed]
     if failures:
         more = f" (and {len(failures) - 1} more sites)" if len(failures) > 1 else ""
         raise ChainwardError(f"{failures[0]}{more}")
-    cards = {site: answer.body for site, answer in answers.items() if not isinstance(answer, Failure)}
-    _check_cards(cards)
-    return Consortium(exchange, cards)
+    cards, left_out = {}, []
+    for site, answer in answers.items():
+        try:
+            if isinstance(answer, Failure):
+                raise ProtocolError(answer.reason)
+            check_card(answer.body)
+            cards[site] = answer.body
+        except ProtocolError as error:
+            left_out.append(f"site '{site}' is left out of the run, its card can't be used: {error}")
+            logger.warning("%s", left_out[-1])
+    if not cards:
+        raise ChainwardError(left_out[0])
+    return cards
 
 
 def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float) -> dict[str, Member]:

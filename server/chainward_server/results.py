@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.evaluation.localisation import LocalisationScores
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.protocol import TrainingLog
+from chainward_shared.outside import (
+    MAX_RECORDS,
+    MAX_SITES,
+    BySite,
+    Bytes,
+    Count,
+    Fraction,
+    Line,
+    Lines,
+    Name,
+    PerClass,
+    RunId,
+    Seconds,
+    Seed,
+    SiteId,
+    Word,
+)
+from chainward_shared.protocol import Split, TrainingLog
 from chainward_shared.task import Task
 
 LinkStatus = Literal["done", "retried", "skipped", "refused", "failed"]
+
+T = TypeVar("T")
+ByModel = Annotated[dict[Word, T], Field(max_length=8)]
 
 
 class Record(BaseModel):
@@ -20,17 +40,23 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Progressing(Record):
+    """Base of what is filled in while the work is under way: what is set later is checked like what is given at first."""
+
+    model_config = ConfigDict(validate_assignment=True)
+
+
 class SiteScores(Record):
     """One model on every site's own images, and on all of them together."""
 
-    sites: dict[str, Scores]
+    sites: BySite[Scores]
     pooled: Scores
 
 
 class SiteLocalisation(Record):
     """How well one model's attention finds the regions of interest: at every site that has some, and over all of them."""
 
-    sites: dict[str, LocalisationScores]
+    sites: BySite[LocalisationScores]
     pooled: LocalisationScores
 
 
@@ -39,24 +65,24 @@ class SiteSummary(Record):
     images with each finding. A site with a privacy policy that withholds them: `train` is what it declares, the others
     None, and there are no counts."""
 
-    site: str
-    train: int
-    val: int | None
-    test: int | None
-    class_counts: dict[str, list[int]] = Field(default_factory=dict)
-    notes: list[str] = Field(default_factory=list)
+    site: SiteId
+    train: Count
+    val: Count | None
+    test: Count | None
+    class_counts: dict[Split, PerClass[Count]] = Field(default_factory=dict, max_length=3)
+    notes: Lines = Field(default_factory=list)
 
 
 class DataSummary(Record):
     """What the run was trained and scored on."""
 
-    source: str
+    source: Line
     synthetic: bool
     task: Task = "single"
-    classes: list[str]
-    image_size: int
-    channels: int
-    sites: list[SiteSummary]
+    classes: PerClass[Name]
+    image_size: Count
+    channels: Count
+    sites: list[SiteSummary] = Field(max_length=MAX_SITES)
 
 
 class LinkMetrics(Record):
@@ -64,24 +90,24 @@ class LinkMetrics(Record):
 
     test: SiteScores
     validation: Scores
-    validation_sites: dict[str, Scores] = Field(default_factory=dict)
+    validation_sites: BySite[Scores] = Field(default_factory=dict)
 
 
-class LinkRecord(Record):
+class LinkRecord(Progressing):
     """One hop of the chain. `predecessor`: site whose model it started from; None for the first. `reason`: what went
     wrong, for every status but "done"."""
 
-    strand: int
-    lap: int
-    step: int
-    site: str
-    predecessor: str | None
+    strand: Count
+    lap: Count
+    step: Count
+    site: SiteId
+    predecessor: SiteId | None
     status: LinkStatus
-    attempts: int
-    seconds: float
-    bytes_down: int
-    bytes_up: int
-    reason: str | None = None
+    attempts: Count
+    seconds: Seconds
+    bytes_down: Bytes
+    bytes_up: Bytes
+    reason: Line | None = None
     training: TrainingLog | None = None
     metrics: LinkMetrics | None = None
 
@@ -94,10 +120,10 @@ class LinkRecord(Record):
 class AloneRecord(Record):
     """A hospital that trained without the others, with the budget of a link: what the chain is compared with."""
 
-    site: str
+    site: SiteId
     status: LinkStatus
-    seconds: float
-    reason: str | None = None
+    seconds: Seconds
+    reason: Line | None = None
     metrics: LinkMetrics | None = None
 
     @property
@@ -106,19 +132,19 @@ class AloneRecord(Record):
         return f"alone-{self.site}"
 
 
-class StudentRound(Record):
+class StudentRound(Progressing):
     """One round of the compact students. `failed`: site -> why it is missing from the average. `auxiliary_kept`: fraction
     of its own selection that the auxiliary teacher still holds after this round, mean over the sites; None in fine-tuning."""
 
-    round: int
+    round: Count
     stage: Literal["distil", "finetune"]
-    sites: list[str]
-    failed: dict[str, str] = Field(default_factory=dict)
-    seconds: float
-    bytes_down: int
-    bytes_up: int
+    sites: list[SiteId] = Field(max_length=MAX_SITES)
+    failed: BySite[Line] = Field(default_factory=dict)
+    seconds: Seconds
+    bytes_down: Bytes
+    bytes_up: Bytes
     validation: Scores | None = None
-    auxiliary_kept: float | None = None
+    auxiliary_kept: Fraction | None = None
 
     @property
     def key(self) -> str:
@@ -129,10 +155,10 @@ class StudentRound(Record):
 class ModelSummary(Record):
     """Size and speed of a model. `latency_ms`: median of one image on this machine's CPU, one thread."""
 
-    architecture: str
-    parameters: int
-    file_bytes: int
-    latency_ms: float
+    architecture: Name
+    parameters: Bytes
+    file_bytes: Bytes
+    latency_ms: Seconds
 
 
 class Results(Record):
@@ -143,15 +169,15 @@ class Results(Record):
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
-    run_id: str
-    seed: int
+    run_id: RunId
+    seed: Seed
     data: DataSummary
-    links: list[LinkRecord] = Field(default_factory=list)
-    alone: list[AloneRecord] = Field(default_factory=list)
-    student_rounds: list[StudentRound] = Field(default_factory=list)
-    models: dict[str, ModelSummary] = Field(default_factory=dict)
-    final: dict[str, SiteScores] = Field(default_factory=dict)
-    localization: dict[str, SiteLocalisation] = Field(default_factory=dict)
-    timings: dict[str, float] = Field(default_factory=dict)
+    links: list[LinkRecord] = Field(default_factory=list, max_length=MAX_RECORDS)
+    alone: list[AloneRecord] = Field(default_factory=list, max_length=MAX_SITES)
+    student_rounds: list[StudentRound] = Field(default_factory=list, max_length=MAX_RECORDS)
+    models: ByModel[ModelSummary] = Field(default_factory=dict)
+    final: ByModel[SiteScores] = Field(default_factory=dict)
+    localization: ByModel[SiteLocalisation] = Field(default_factory=dict)
+    timings: dict[Word, Seconds] = Field(default_factory=dict, max_length=32)
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)

@@ -25,6 +25,7 @@ from chainward_shared.config import RunConfig, options
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
+from chainward_shared.outside import MAX_RECORDS, Digest, HopKey, Line, Moment, RunId, Word
 from chainward_shared.preprocessing import preprocessing_metadata
 from chainward_shared.task import Task
 from chainward_shared.weights import StateDict, check_state, load_file, save_file
@@ -46,19 +47,19 @@ class RunState(BaseModel):
     finished : names of finished pieces of work: hops, sites trained alone, student rounds
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     schema_: Literal[1] = Field(default=1, alias="schema")
-    run_id: str
+    run_id: RunId
     status: Status = "running"
-    reason: str | None = None
+    reason: Line | None = None
     phase: Phase = "rendezvous"
-    started: str
-    updated: str
-    version: str = __version__
-    config: str | None = None
-    models: dict[str, str] = Field(default_factory=dict)
-    finished: list[str] = Field(default_factory=list)
+    started: Moment
+    updated: Moment
+    version: Word = __version__
+    config: Digest | None = None
+    models: dict[HopKey, Digest] = Field(default_factory=dict, max_length=MAX_RECORDS)
+    finished: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
 
 
 class RunFolder:
@@ -175,6 +176,11 @@ class RunFolder:
         if lost := sorted(done - present):
             raise RunFolderError(f"{file}: damaged (it lacks '{lost[0]}', which run.json lists as finished)")
         return results
+
+    @property
+    def age(self) -> float:
+        """Seconds since the run was first started."""
+        return (datetime.now(UTC) - datetime.fromisoformat(self.state.started)).total_seconds()
 
     def is_finished(self, key: str) -> bool:
         """Return whether the piece of work called `key` is done."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from chainward_server.watch.snapshot import Snapshot, look
 from chainward_shared.errors import RunFolderError
+from chainward_shared.outside import MAX_LINE, Shown, visible
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunSummary(Shown):
     """One run. `chain` and `student`: balanced accuracy on the pooled test images, three decimals.
 
     Attributes
@@ -82,6 +83,6 @@ def _summary(path: Path) -> RunSummary:
 
 def _privacy(run: Snapshot) -> str:
     try:
-        return str(json.loads((run.path / "privacy.json").read_bytes())["mode"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return visible(str(json.loads((run.path / "privacy.json").read_bytes())["mode"]), MAX_LINE)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return f"{run.config.privacy.mode}" if run.ended else f"{run.config.privacy.mode} (asked)"

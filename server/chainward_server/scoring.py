@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+from chainward_server.claims import check_counted, check_looks
 from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.privacy import RunPrivacy
 from chainward_server.rendezvous import Consortium
 from chainward_server.results import LinkMetrics, SiteLocalisation, SiteScores
-from chainward_shared.errors import ChainwardError, ModelError, StatementError, WeightsError
+from chainward_shared.errors import ChainwardError, ModelError, ProtocolError, StatementError, WeightsError
 from chainward_shared.evaluation.attention_maps import check_mappable
 from chainward_shared.evaluation.classification import PredictionCounts, check_scores, counts_from_arrays, pool
 from chainward_shared.evaluation.localisation import pool_sums
@@ -64,10 +65,11 @@ def score_everywhere(
                 privacy.take(reply.body.statement, site, task.hop)
             received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, kind) for split in splits}
             found = {split: reply.body.scores[split] for split in splits}
+            check_counted(found, consortium.cards[site])
             declared = consortium.cards[site].class_counts if reply.body.release == "exact" else {}
             for split in splits:
                 check_scores(found[split], received[split], declared.get(split))
-        except (KeyError, WeightsError, StatementError) as error:
+        except (KeyError, ProtocolError, WeightsError, StatementError) as error:
             problems.append(f"site '{site}' sent scores that can't be used: {error}")
             continue
         for split in splits:
@@ -110,8 +112,16 @@ def localise_everywhere(
     for site, reply in _ask_all(consortium, privacy, task, state, deadline).items():
         if isinstance(reply, Failure):
             logger.warning("where the model looks is scored without a site: %s", reply.reason)
-        elif reply.body.localisation is not None and reply.body.localisation.n:
-            sums[site] = reply.body.localisation
+            continue
+        found = reply.body.localisation
+        if found is None or not found.n:
+            continue
+        try:
+            check_looks(found, consortium.cards[site], architecture.image_size)
+        except ProtocolError as error:
+            logger.warning("where the model looks is scored without a site: site '%s': %s", site, error)
+            continue
+        sums[site] = found
     if not sums:
         return None
     return SiteLocalisation(

@@ -8,12 +8,13 @@ from typing import Literal
 
 from flwr.serverapp.strategy import FedAvg
 
+from chainward_server.claims import check_training
 from chainward_server.context import Run
 from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import StudentRound
 from chainward_server.scoring import shown
 from chainward_shared.config import StudentConfig
-from chainward_shared.errors import ChainwardError, StatementError
+from chainward_shared.errors import ChainwardError, ProtocolError, StatementError
 from chainward_shared.models import (
     Architecture,
     Selection,
@@ -236,9 +237,12 @@ def _problem(run: Run, reply: Reply[StudentResult], site: str, number: int, temp
     if digest(state) != body.digest:
         return f"site '{site}' sent a student with another digest than it states"
     try:
+        check_training(body.training, run.consortium.cards[site], run.config.student.epochs, run.folder.age)
         run.privacy.take(body.statement, site, f"student-round-{number}")
     except StatementError as error:
         return str(error)
+    except ProtocolError as error:
+        return f"site '{site}' sent a student that can't be used: {error}"
     return None
 
 

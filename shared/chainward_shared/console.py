@@ -1,10 +1,51 @@
-"""What a process of ours prints while it works: one line each, with the time of day."""
+"""What our processes print: progress as log lines with the time of day, tables and findings on a terminal.
+
+Whatever text ends there, it is shown, not obeyed: see `chainward_shared.outside`.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import TextIO
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from chainward_shared.outside import visible, visible_lines
+
+
+class PlainConsole(Console):
+    """A terminal on which no text acts: no markup in it, no highlighting of it, no control character gets through."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"markup": False, "highlight": False, **settings})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Return the pieces of which a renderable consists, as Rich does, the text of each made visible."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield segment._replace(text="\n".join(map(visible, segment.text.split("\n"))))
+
+
+class VisibleRecord(logging.LogRecord):
+    """A log record whose message, and traceback, say what they hold without acting on a terminal."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = visible_lines(logging.Formatter().formatException(self.exc_info))
+
+    def getMessage(self) -> str:
+        return visible_lines(super().getMessage())
+
+
+def guard_logs() -> None:
+    """Make every log record of this process a `VisibleRecord`, whoever writes it (Flower, Ray) and wherever it ends."""
+    logging.setLogRecordFactory(VisibleRecord)
 
 
 class _CurrentStdout(logging.StreamHandler[TextIO]):
@@ -24,6 +65,7 @@ class _CurrentStdout(logging.StreamHandler[TextIO]):
 
 def show_progress() -> None:
     """Print what the "chainward" loggers say from INFO on; calling it again changes nothing."""
+    guard_logs()
     logger = logging.getLogger("chainward")
     if not any(isinstance(handler, _CurrentStdout) for handler in logger.handlers):
         handler = _CurrentStdout()

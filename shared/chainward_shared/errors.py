@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from chainward_shared.outside import LONGEST, visible
+
 
 class ChainwardError(Exception):
     """Base of all errors with a message for the user; shown as one line, never as a traceback.
 
-    What is quoted from a damaged file may hold line breaks; the message never does.
+    What is quoted from a file or a message may be long and hold line breaks and escape sequences; the message never does.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(" ".join(str(message).splitlines()))
+        super().__init__(visible(" ".join(str(message).splitlines()), LONGEST))
 
 
 class ConfigError(ChainwardError):

@@ -18,6 +18,23 @@ from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
+from chainward_shared.outside import (
+    MAX_SITES,
+    Count,
+    Digest,
+    Fraction,
+    HopKey,
+    Line,
+    Lines,
+    Loss,
+    Name,
+    PerClass,
+    PerEpoch,
+    RunId,
+    Seconds,
+    SiteId,
+    Word,
+)
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy, Terms
@@ -32,8 +49,11 @@ EXAMPLES_KEY = "num-examples"
 """Name under which Flower's FedAvg finds a site's weight."""
 
 
-RunId = Annotated[str, Field(min_length=1, max_length=128)]
-HopKey = Annotated[str, Field(min_length=1, max_length=128)]
+MAX_BODY = 2**23
+"""Characters of a message's body: a thousand times what a usual one has. Arrays are not among them."""
+
+
+Split = Literal["train", "val", "test"]
 
 
 class Body(BaseModel):
@@ -76,11 +96,11 @@ class Hello(Body):
 
     KIND: ClassVar[str] = "hello"
 
-    site: str | None
-    simulated_sites: list[str] = Field(default_factory=list)
-    problem: str | None = None
-    partition: int | None = None
-    version: str = __version__
+    site: SiteId | None
+    simulated_sites: list[SiteId] = Field(default_factory=list, max_length=MAX_SITES)
+    problem: Line | None = None
+    partition: Count | None = None
+    version: Name = __version__
 
 
 class CardRequest(Body):
@@ -105,7 +125,7 @@ class AtWork(Body):
 
     KIND: ClassVar[str] = "at-work"
 
-    site: str
+    site: SiteId
     at_work: bool
 
 
@@ -127,17 +147,17 @@ class SiteCard(Body):
 
     KIND: ClassVar[str] = "site-card"
 
-    site: str
+    site: SiteId
     task: Task = "single"
-    classes: list[str]
-    image_size: int
-    channels: int
-    train: int
-    val: int | None
-    test: int | None
-    class_counts: dict[str, list[int]]
+    classes: PerClass[Name]
+    image_size: Count
+    channels: Count
+    train: Count
+    val: Count | None
+    test: Count | None
+    class_counts: dict[Split, PerClass[Count]] = Field(max_length=3)
     synthetic: bool
-    notes: list[str]
+    notes: Lines
     privacy: SitePrivacy | None = None
 
 
@@ -174,20 +194,20 @@ class TrainingLog(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int
-    steps: int
-    images: int
-    unlabelled: int = 0
-    loss: list[float]
-    temperature: list[float] = Field(default_factory=list)
-    teacher_trust: list[float] = Field(default_factory=list)
-    attention: list[float] = Field(default_factory=list)
-    unlabelled_loss: list[float] = Field(default_factory=list)
-    privileged: list[float] = Field(default_factory=list)
-    seconds: float
-    precision: str
+    epochs: Count
+    steps: Count
+    images: Count
+    unlabelled: Count = 0
+    loss: PerEpoch[Loss]
+    temperature: PerEpoch[Loss] = Field(default_factory=list)
+    teacher_trust: PerEpoch[Loss] = Field(default_factory=list)
+    attention: PerEpoch[Loss] = Field(default_factory=list)
+    unlabelled_loss: PerEpoch[Loss] = Field(default_factory=list)
+    privileged: PerEpoch[Loss] = Field(default_factory=list)
+    seconds: Seconds
+    precision: Word
     privacy: PrivatePlan | None = None
-    notes: list[str] = Field(default_factory=list)
+    notes: Lines = Field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
@@ -201,9 +221,9 @@ class LinkResult(Body):
     KIND: ClassVar[str] = "link-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
 
-    hop: str
-    site: str
-    digest: str
+    hop: HopKey
+    site: SiteId
+    digest: Digest
     training: TrainingLog
     statement: Statement | None = None
 
@@ -248,12 +268,12 @@ class StudentResult(Body):
     KIND: ClassVar[str] = "student-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student"})
 
-    round: int
-    site: str
-    digest: str
+    round: Count
+    site: SiteId
+    digest: Digest
     training: TrainingLog
-    auxiliary_kept: float | None
-    examples: int
+    auxiliary_kept: Fraction | None
+    examples: Count
     statement: Statement | None = None
 
 
@@ -290,8 +310,8 @@ class EvaluateResult(Body):
     KIND: ClassVar[str] = "evaluate-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"counts_val", "counts_test"})
 
-    site: str
-    scores: dict[str, Scores]
+    site: SiteId
+    scores: dict[Split, Scores] = Field(max_length=3)
     localisation: LocalisationSums | None = None
     release: MetricsRelease = "exact"
     statement: Statement | None = None
@@ -302,7 +322,7 @@ class Refusal(Body):
 
     KIND: ClassVar[str] = "refusal"
 
-    reason: str
+    reason: Line
     final: bool = False
 
 
@@ -381,6 +401,8 @@ def unpack(content: RecordDict, expected: type[B]) -> tuple[B, dict[str, ArrayRe
 
 
 def _parse(text: str, expected: type[B]) -> B:
+    if len(text) > MAX_BODY:
+        raise ProtocolError(f"a message '{expected.KIND}' of {len(text)} characters; at most {MAX_BODY} are read")
     try:
         return expected.model_validate_json(text)
     except ValidationError as error:

@@ -134,7 +134,7 @@ def test_more_canaries_than_memory_is_meant_for_are_refused():
 def typed(monkeypatch, capsys):
     def type_(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["chainward-site", *map(str, words)])
-        monkeypatch.setattr("chainward_client.cli.console", cli.Console(width=200))
+        monkeypatch.setattr("chainward_client.cli.console", cli.PlainConsole(width=200))
         with pytest.raises(SystemExit) as caught:
             cli.main()
         captured = capsys.readouterr()

@@ -33,7 +33,7 @@ def typed(monkeypatch, capsys):
 
     def type_(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["chainward-site", *map(str, words)])
-        monkeypatch.setattr("chainward_client.cli.console", cli.Console(width=250))
+        monkeypatch.setattr("chainward_client.cli.console", cli.PlainConsole(width=250))
         with pytest.raises(SystemExit) as caught:
             cli.main()
         captured = capsys.readouterr()

@@ -394,9 +394,9 @@ def test_scores_that_sites_withhold_are_dashes(make_run, tmp_path):
 
 
 def test_names_from_sites_can_neither_break_a_table_nor_bring_html(make_run, tmp_path):
-    card = card_of(make_run(sites=("ash|oak", "<img src=x onerror=alert(1)>")), tmp_path / "out")
-    assert "<img" not in card
-    assert "ash\\|oak" in card
+    card = card_of(make_run(sites=("ash_oak & elm", "birch")), tmp_path / "out")
+    assert "ash\\_oak &amp; elm" in card
+    assert plain("ash|oak <img src=x onerror=alert(1)>") == "ash\\|oak &lt;img src=x onerror=alert(1)&gt;"
     assert plain("a\n\n# b <i>|`c`[d](e)") == "a \\# b &lt;i&gt;\\|\\`c\\`\\[d\\](e)"
 
 

@@ -484,7 +484,8 @@ def test_remark_says_when_the_test_images_are_too_few_to_tell_chain_and_best_hos
 
 def test_strings_from_sites_are_escaped_in_text_and_pictures() -> None:
     evil = "<script>alert('x')</script> & $a_b$"
-    run = finished_run().model_dump_json(by_alias=True).replace("vidir_molemax", evil)
+    run = finished_run().model_dump_json(by_alias=True).replace("vidir_molemax", "vidir & s_o's")
+    run = run.replace('"nv"', f'"{evil}"')
     run = run.replace("node offline for 30 min", "<b onload=x>offline</b>").replace("no training cases of: df", "<i>df")
     html = render(Results.model_validate_json(run), reason="</title><script>")
     assert "<script" not in html
@@ -494,6 +495,7 @@ def test_strings_from_sites_are_escaped_in_text_and_pictures() -> None:
     assert parsed.open == parsed.badly_closed == []
     assert "<script>alert('x')</script>" in parsed.text
     assert "$a_b$" in parsed.text
+    assert "vidir & s_o's" in parsed.text
 
 
 def test_missing_scores_are_en_dashes_not_zeros_or_none() -> None:

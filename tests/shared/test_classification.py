@@ -210,12 +210,13 @@ def test_counts_arrive_as_they_were_sent():
     [
         ("confusion", np.zeros((4, 4), np.int64), r"'confusion': shape \(4, 4\); expected \(3, 3\)"),
         ("confusion", np.zeros((3, 3)), "'confusion': float64; expected int64"),
-        ("confusion", np.full((3, 3), -1), "a count is negative"),
+        ("confusion", np.full((3, 3), -1), "not between 0 and"),
         ("calibration", np.zeros((CALIBRATION_BINS + 1, 3)), "'calibration': shape"),
         ("calibration", np.full((CALIBRATION_BINS, 3), np.nan), "'calibration': 45 of 45 values are NaN"),
-        ("calibration", np.full((CALIBRATION_BINS, 3), -0.5), "a count is negative"),
+        ("calibration", np.full((CALIBRATION_BINS, 3), -0.5), "not between 0 and"),
         ("histograms", np.zeros((3, SCORE_BINS), np.int64), "'histograms': shape"),
-        ("histograms", np.full((3, 2, SCORE_BINS), -1), "a count is negative"),
+        ("histograms", np.full((3, 2, SCORE_BINS), -1), "not between 0 and"),
+        ("histograms", np.full((3, 2, SCORE_BINS), 10**12), "not between 0 and 1,000,000,000"),
         ("patients", np.zeros(3), "unexpected array.*'patients'"),
     ],
 )

@@ -314,7 +314,9 @@ def test_the_page_of_a_failed_audit_says_so_first(ledger, content, verdict):
 
 
 def test_the_page_loads_nothing_and_escapes_names(ledger):
-    train(ledger, 5, run="<script>alert(1)</script>")
+    reserved = ledger.reserve(gaussian(5), run="<script>alert(1)</script>", hop="h", **WORK)
+    reserved.begin()
+    ledger.commit(reserved, 5)
     page = render_audit(audited(ledger))
     assert "<script" not in page
     assert not re.search(r"(src|href)\s*=|url\(|@import", page)

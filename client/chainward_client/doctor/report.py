@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chainward_shared.outside import Shown
+
 Outcome = Literal["ok", "warning", "problem", "skipped"]
 
 _STYLES: dict[Outcome, str] = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Shown):
     """One thing that was looked at.
 
     Attributes
@@ -35,6 +37,7 @@ class Check:
         # causes come from files and from the network, and may hold line breaks
         for field in ("found", "advice"):
             object.__setattr__(self, field, " ".join(getattr(self, field).split()))
+        super().__post_init__()
 
 
 def ok(name: str, found: str) -> Check:

@@ -9,6 +9,7 @@ from pathlib import Path
 from chainward_server.report.page import render_report
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import RunFolderError
+from chainward_shared.outside import visible_values
 from chainward_shared.privacy.statements import Statements, privacy_record
 
 EXAMPLES = "examples.png"
@@ -31,11 +32,11 @@ def write_report(folder: RunFolder) -> Path:
     privacy_file = folder.path / "privacy.json"
     try:
         privacy = (
-            json.loads(privacy_file.read_text(encoding="utf-8"))
+            visible_values(json.loads(privacy_file.read_text(encoding="utf-8")))
             if privacy_file.exists()
             else privacy_record(Statements(), [site.site for site in results.data.sites])
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{privacy_file}: damaged ({error})") from error
     examples = folder.path / EXAMPLES
     try:

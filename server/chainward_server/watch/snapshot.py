@@ -215,7 +215,7 @@ def _private_sites(file: Path) -> frozenset[str]:
     try:
         sites = json.loads(file.read_bytes())["sites"]
         return frozenset(site for site, facts in sites.items() if facts["epsilon"] is not None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return frozenset()  # none yet; whether it is damaged is the audit's to say
 
 

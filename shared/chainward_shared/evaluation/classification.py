@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord
 
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.outside import MAX_COUNT
 from chainward_shared.task import Task
 from chainward_shared.weights import from_full_arrays
 
@@ -169,12 +170,33 @@ def check_scores(scores: Scores, counts: PredictionCounts, class_counts: Sequenc
             raise WeightsError(
                 f"its {name.replace('_', ' ')} is {said}; {follows} follows from the predictions that it counted"
             )
+    _check_totals(counts)
     if class_counts is not None:
         cases = counts.confusion.sum(axis=-1) if counts.confusion.ndim == 2 else counts.confusion[:, 1].sum(axis=-1)
         if cases.tolist() != list(class_counts):
             raise WeightsError(
                 f"it counted {cases.tolist()} cases of the classes; it has declared {list(class_counts)}"
             )
+
+
+def _check_totals(counts: PredictionCounts) -> None:
+    """Check that calibration and histograms are of the cases in the confusion matrix, or (with noise) of none at all.
+
+    They weigh a site's share in pooled figures, each for itself.
+
+    Raises
+    ------
+    WeightsError
+        They are of more or fewer.
+    """
+    decisions, single = int(counts.confusion.sum()), counts.confusion.ndim == 2
+    calibrated = float(counts.calibration[:, 0].sum())
+    if calibrated and abs(calibrated - decisions) > 0.5:
+        raise WeightsError(f"its calibration is of {calibrated:g} decisions; it counted {decisions}")
+    cases = decisions if single else decisions // len(counts.confusion)
+    for scored in counts.histograms.sum(axis=(1, 2)).tolist():
+        if scored not in (0, cases):
+            raise WeightsError(f"its scores of a class are of {scored} cases; it counted {cases}")
 
 
 def _binned_auc(histogram: np.ndarray) -> float:
@@ -216,6 +238,7 @@ def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single")
     dtypes = {"confusion": torch.int64, "calibration": torch.float64, "histograms": torch.int64}
     template = {name: torch.empty(shapes[name], dtype=dtypes[name]) for name in COUNT_FIELDS}
     values = {name: tensor.numpy() for name, tensor in from_full_arrays(arrays, template).items()}
-    if any((array < 0).any() for array in values.values()):
-        raise WeightsError("counts of predictions: a count is negative")
+    for name, array in values.items():
+        if not ((array >= 0) & (array <= MAX_COUNT)).all():
+            raise WeightsError(f"counts of predictions: a value of '{name}' is not between 0 and {MAX_COUNT:,}")
     return PredictionCounts(**values)

@@ -12,10 +12,11 @@ from statistics import NormalDist
 from typing import Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from chainward_shared.errors import DataError
+from chainward_shared.outside import Count, Figure, Total
 from chainward_shared.seeds import numpy_generator
 
 METRICS: Final = ("lift", "pointing", "auprc", "iou")
@@ -129,9 +130,9 @@ class Record(BaseModel):
 class Interval(Record):
     """A mean over images and its 95 % confidence interval; `low` and `high` are None where one image is all there is."""
 
-    mean: float
-    low: float | None
-    high: float | None
+    mean: Figure
+    low: Figure | None
+    high: Figure | None
 
 
 class LocalisationScores(Record):
@@ -145,8 +146,8 @@ class LocalisationScores(Record):
     lift, pointing, auprc, iou : means over images. Lift first: regions differ in size, and it alone allows for that
     """
 
-    n: int
-    left_out: int
+    n: Count
+    left_out: Count
     lift: Interval | None
     pointing: Interval | None
     auprc: Interval | None
@@ -181,8 +182,8 @@ class LocalisationScores(Record):
 class Moments(Record):
     """Sum and sum of squares of one metric over images."""
 
-    sum: float = Field(0.0, ge=0)
-    squares: float = Field(0.0, ge=0)
+    sum: Total = 0.0
+    squares: Total = 0.0
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(sum=self.sum + other.sum, squares=self.squares + other.squares)
@@ -204,8 +205,8 @@ class LocalisationSums(Record):
         A sum is negative, not finite, or can't be that of `n` values.
     """
 
-    n: int = Field(0, ge=0)
-    left_out: int = Field(0, ge=0)
+    n: Count = 0
+    left_out: Count = 0
     lift: Moments = Moments()
     pointing: Moments = Moments()
     auprc: Moments = Moments()

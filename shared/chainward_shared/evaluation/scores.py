@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from chainward_shared.outside import Count, Fraction
+
 
 class Scores(BaseModel):
     """Metrics of one model on one set of cases.
@@ -26,8 +28,8 @@ class Scores(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n: int
-    accuracy: float | None
-    balanced_accuracy: float | None
-    macro_auc: float | None
-    ece: float | None
+    n: Count
+    accuracy: Fraction | None
+    balanced_accuracy: Fraction | None
+    macro_auc: Fraction | None
+    ece: Fraction | None

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from chainward_shared.errors import LedgerError, StatementError
+from chainward_shared.outside import Shown
 from chainward_shared.privacy.accounting import Epsilons, epsilons
 from chainward_shared.privacy.empirical import Empirical
 from chainward_shared.privacy.entries import Entry, Head, MechanismRecord, Unit
@@ -39,7 +40,7 @@ _EXIT_CODES: dict[Severity, int] = {"note": 0, "violation": 1, "damage": 2}
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Shown):
     """Something that the audit noticed: how bad, what, and where (a site, a run, an entry, a file)."""
 
     severity: Severity
@@ -48,7 +49,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Spent:
+class Spent(Shown):
     """What one run, or a site's lifetime, has spent.
 
     Attributes
@@ -73,7 +74,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class SiteAudit:
+class SiteAudit(Shown):
     """What the audit found of one site.
 
     Attributes
@@ -104,7 +105,7 @@ class SiteAudit:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Shown):
     """The outcome of an audit.
 
     Attributes
@@ -200,7 +201,7 @@ def audit_ledger(
         runs=tuple(spent[run] for run in runs),
         open=sum(spending.end is None for spending in ledger.spendings()),
         seeded=any(entry.seeded for entry in ledger.entries),
-        entries=tuple(ledger.entries),
+        entries=tuple(entry.shown() for entry in ledger.entries),
     )
     return _outcome("ledger", site, [audited], findings)
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from chainward_shared.outside import MAX_LINE, visible, visible_values
 from chainward_shared.privacy.accounting import Mechanism
 
 SCHEMA = 1
@@ -111,6 +112,14 @@ class Entry(BaseModel):
         if (self.state in ("committed", "released")) != (self.reservation is not None):
             raise ValueError("a commitment or release names its reservation, and nothing else does")
         return self
+
+    def shown(self) -> Entry:
+        """Return the entry for people to read. The ledger's own keeps every character: its hash is over them."""
+        texts = ("site", "run", "phase", "hop", "note", "previous", "hash", "signature", "public_key")
+        shown = {
+            name: None if getattr(self, name) is None else visible(getattr(self, name), MAX_LINE) for name in texts
+        }
+        return self.model_copy(update={**shown, "versions": visible_values(self.versions)})
 
     @property
     def head(self) -> Head:

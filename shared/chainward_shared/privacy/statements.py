@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_shared.errors import StatementError
+from chainward_shared.outside import MAX_RECORDS, Base64, Figure, HopKey, RunId, SiteId, visible_values
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.entries import Head, MechanismRecord, merged
 from chainward_shared.privacy.ledger import Ledger
@@ -46,19 +47,19 @@ class Statement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     schema_: Literal[1] = Field(default=1, alias="schema")
-    site: str = Field(min_length=1, max_length=64)
-    run: str = Field(min_length=1, max_length=256)
-    hop: str = Field(max_length=256)
+    site: SiteId
+    run: RunId
+    hop: HopKey
     head: Head
-    of_run: tuple[MechanismRecord, ...]
-    of_lifetime: tuple[MechanismRecord, ...]
-    epsilon_run: float = Field(ge=0, allow_inf_nan=False)
-    epsilon_lifetime: float = Field(ge=0, allow_inf_nan=False)
+    of_run: tuple[MechanismRecord, ...] = Field(max_length=MAX_RECORDS)
+    of_lifetime: tuple[MechanismRecord, ...] = Field(max_length=MAX_RECORDS)
+    epsilon_run: Figure = Field(ge=0)
+    epsilon_lifetime: Figure = Field(ge=0)
     terms: Terms
     seeded: bool
     time: datetime
     public_key: str = Field(pattern="^[0-9a-f]{64}$")
-    signature: str = ""
+    signature: Base64 = ""
 
     @property
     def left(self) -> float:
@@ -161,7 +162,7 @@ def read_privacy_record(path: Path) -> dict[str, Any]:
         The file can't be read, or is no privacy.json.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record = visible_values(json.loads(path.read_bytes()))
     except OSError as error:
         raise StatementError(f"{path}: can't be read ({error.strerror}); name the privacy.json of a run") from error
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,110 @@
+"""Whether what a site says with an answer can be true, beside what it declared in its card.
+
+A site could as well declare a lie that holds together; what its word can weigh is then bounded by its card, which the report
+shows, and by `chain.max-drift` and the scores of the other sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from chainward_shared.errors import ProtocolError
+from chainward_shared.evaluation.localisation import LocalisationSums
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.protocol import SiteCard, TrainingLog
+
+NOISED_CASES = 10
+"""A split of a site that withholds its counts has at most this many times the units it declares for training, plus a thousand:
+more than that is neither a usual split nor noise."""
+
+
+def check_card(card: SiteCard) -> None:
+    """Check that a card does not contradict itself.
+
+    Raises
+    ------
+    ProtocolError
+        It has no classes or no training cases, or counts that can't be those of its splits.
+    """
+    if card.train < 1 or not card.classes:
+        raise ProtocolError(f"it declares {card.train} training cases of {len(card.classes)} classes")
+    for split, counts in card.class_counts.items():
+        size: int | None = getattr(card, split)
+        if len(counts) != len(card.classes):
+            raise ProtocolError(f"it counts {len(counts)} classes in '{split}'; it has {len(card.classes)}")
+        most = max(counts) if card.task == "multilabel" else sum(counts)
+        if size is not None and most > size:
+            raise ProtocolError(f"it counts {most} cases in '{split}', of which it declares {size}")
+
+
+def check_training(log: TrainingLog, card: SiteCard, epochs: int, elapsed: float) -> None:
+    """Check what a site says of a training.
+
+    Parameters
+    ----------
+    epochs : how many were asked for
+    elapsed : seconds since the run was first started
+
+    Raises
+    ------
+    ProtocolError
+        It trained otherwise than asked, on more images than it has, or for longer than the run has lasted.
+    """
+    if log.epochs != epochs:
+        raise ProtocolError(f"it was trained for {log.epochs} epochs; {epochs} were asked for")
+    if log.seconds > 1.01 * elapsed + 60:
+        raise ProtocolError(f"it says it trained for {log.seconds:.0f} s; the run began {elapsed:.0f} s ago")
+    for name in ("loss", "temperature", "teacher_trust", "attention", "unlabelled_loss", "privileged"):
+        if len(values := getattr(log, name)) > epochs:
+            raise ProtocolError(f"it sent {len(values)} values of '{name}' for {epochs} epochs")
+    if log.privacy is None and card.val is None:
+        return  # trained without privacy by a site that declares units and no counts: there is nothing to compare with
+    # a private training is planned in whole steps, which may come to a little more
+    most = card.train * (epochs + (log.privacy is not None))
+    steps = max(most, epochs) if log.privacy is None else log.privacy.steps
+    for what, said, limit in (
+        ("images", log.images, most),
+        ("images without labels", log.unlabelled, card.train),
+        ("steps", log.steps, steps),
+    ):
+        if said > limit:
+            raise ProtocolError(f"it says it trained with {said} {what}; at most {limit} follow from its card")
+
+
+def check_counted(scores: Mapping[Any, Scores], card: SiteCard) -> None:
+    """Check that a model was not scored on more images than a site has.
+
+    Raises
+    ------
+    ProtocolError
+        It was.
+    """
+    for split, found in scores.items():
+        declared: int | None = getattr(card, split)
+        most = NOISED_CASES * card.train + 1_000 if declared is None else declared
+        if found.n > most:
+            raise ProtocolError(f"it scored {found.n} images of '{split}'; at most {most} follow from its card")
+
+
+def check_looks(sums: LocalisationSums, card: SiteCard, image_size: int) -> None:
+    """Check that the figures on where a model looks can be those of a site's test images.
+
+    Parameters
+    ----------
+    image_size : side of the images that the model saw, pixels
+
+    Raises
+    ------
+    ProtocolError
+        They are of more images than it has, or higher than any attention on images of that size can be.
+    """
+    images = sums.n + sums.left_out
+    if card.test is None or images > card.test:
+        raise ProtocolError(f"it scored {images} test images; it declares {card.test or 'none'}")
+    # all attention on one marked pixel: attention over chance is then the number of pixels
+    highest = max(card.image_size, image_size) ** 2
+    if sums.lift.sum > sums.n * highest * (1 + 1e-6) or sums.lift.squares > sums.lift.sum * highest * (1 + 1e-6):
+        raise ProtocolError(
+            f"its lift sums to {sums.lift.sum:g} over {sums.n} images; in one of {highest} pixels it is at most {highest}"
+        )
