@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from chainward_client.site import load_site_config
 from chainward_client.site_key import site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
-from chainward_shared.console import PlainConsole
+from chainward_shared.console import PlainConsole, speak_plainly
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.store import WeightsStore
@@ -37,6 +37,7 @@ errors = PlainConsole(stderr=True)
 
 def main() -> None:
     """Run the command; an error that a person can act on is one line and exit code 2."""
+    speak_plainly()
     try:
         app()
     except ChainwardError as error:

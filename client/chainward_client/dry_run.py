@@ -26,7 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from chainward_client.app import app
 from chainward_client.data.description import NpzDescription, load_description
-from chainward_client.data.images import ImageStore
+from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import read_manifest
 from chainward_client.data.site_data import SiteData
 from chainward_client.disclosure import what_it_tells

@@ -22,7 +22,7 @@ from chainward_server.watch.display import QUIET
 from chainward_server.watch.watching import Output
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config.docs import configuration_markdown, flower_app_config
-from chainward_shared.console import PlainConsole
+from chainward_shared.console import PlainConsole, speak_plainly
 from chainward_shared.errors import ChainwardError, ConfigError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.store import WeightsStore, default_store
@@ -49,6 +49,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     """Run the command; an error that a person can act on is one line and exit code 2."""
+    speak_plainly()
     try:
         app()
     except ChainwardError as error:
@@ -106,8 +107,7 @@ def watch_run(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for all that happens.")] = False,
 ) -> None:
-    """Watch a run until it ends. 0: it finished, 1: it failed or gave no sign of life, 2: no such run, 3: it ended
-    incomplete, 130: Ctrl-C."""
+    """Watch a run until it ends. 0: it finished, 1: it failed or gave no sign of life, 2: no such run, 130: Ctrl-C."""
     output: Output = "json" if as_json else "live" if console.is_terminal else "lines"
     try:
         path = find_run(run, directory, wait=wait)

@@ -5,8 +5,11 @@ Whatever text ends there, it is shown, not obeyed: see `chainward_shared.outside
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, TextIO
 
@@ -48,6 +51,50 @@ def guard_logs() -> None:
     logging.setLogRecordFactory(VisibleRecord)
 
 
+_ANSWERS_TO = "chainward-plain"
+_PLAIN = str.maketrans(
+    {
+        **dict(zip("▁▂▃▄▅▆▇█", ".:-=+*#@", strict=True)),
+        **dict.fromkeys("–—‐", "-"),
+        **dict.fromkeys("·•", "*"),
+        "…": "...",
+        "→": "->",
+        "←": "<-",
+        "≤": "<=",
+        "≥": ">=",
+        "×": "x",
+        "ε": "epsilon",
+        "δ": "delta",
+        "“": '"',
+        "”": '"',
+        "„": '"',
+        "‘": "'",
+        "’": "'",
+        "ß": "ss",
+    }
+)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for letters that an output has no code for."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
+    shown = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return "".join(letter if letter.isascii() else "?" for letter in shown), error.end
+
+
+def speak_plainly() -> None:
+    """Let standard output and error show what their encoding has no letter for by others, where they would end the program.
+
+    A terminal that is not UTF-8, a pipe under the C locale: a name with an accent, a histogram or an arrow is no reason to die.
+    """
+    codecs.register_error(_ANSWERS_TO, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ANSWERS_TO)
+
+
 class _CurrentStdout(logging.StreamHandler[TextIO]):
     """Writes to whatever `sys.stdout` is now: Flower replaces it to stream a run's output to the user."""
 
@@ -66,6 +113,7 @@ class _CurrentStdout(logging.StreamHandler[TextIO]):
 def show_progress() -> None:
     """Print what the "chainward" loggers say from INFO on; calling it again changes nothing."""
     guard_logs()
+    speak_plainly()
     logger = logging.getLogger("chainward")
     if not any(isinstance(handler, _CurrentStdout) for handler in logger.handlers):
         handler = _CurrentStdout()

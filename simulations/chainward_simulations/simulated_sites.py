@@ -70,7 +70,7 @@ def simulated_site(source: str, index: int, *, num_sites: int, label_skew: float
 def _site_of_file(source: str, index: int, ids: tuple[str, ...], label_skew: float, seed: int) -> SiteData:
     table = _source_table(source)
     if label_skew > 0:
-        splits = _splits(table, seed, None)
+        splits = simulated_splits(table, seed, None)
         parts = partition_by_label_skew(table.labels, table.patients, len(ids), label_skew, seed, splits=splits)
         return site_data(ids[index], table, splits, parts[index], notes=table.notes)
     sites = partition_by_site(_required_sites(source, table))
@@ -81,7 +81,7 @@ def _site_of_file(source: str, index: int, ids: tuple[str, ...], label_skew: flo
     }
     if shared:
         notes += (f"{number_of(len(shared), 'patient')} of this site also at another site",)
-    return site_data(ids[index], table, _splits(table, seed, table.sites), rows, notes=notes)
+    return site_data(ids[index], table, simulated_splits(table, seed, table.sites), rows, notes=notes)
 
 
 def _source_table(source: str) -> Table:
@@ -111,7 +111,7 @@ def _natural_sites(source: str, table: Table, num_sites: int) -> list[str]:
     return names
 
 
-def _splits(table: Table, seed: int, sites: np.ndarray | None) -> np.ndarray:
+def simulated_splits(table: Table, seed: int, sites: np.ndarray | None) -> np.ndarray:
     """Return the file's own splits, or else seeded ones that give each of `sites` its train, val and test.
 
     A site's draw is named by its id, so that a hospital alone and in a simulation splits the same rows alike.

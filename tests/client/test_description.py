@@ -168,9 +168,9 @@ def test_all_wrong_keys_are_reported_together(folder: Path) -> None:
     [
         ({"format": "dicom"}, "key 'manifest' is missing"),
         ({"format": "phantom"}, "phantoms need no data file"),
-        ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv, dicom or npz"),
+        ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv, dicom, npz or folders"),
         ({"formt": "csv"}, "key 'format' is missing (there is 'formt')"),
-        ({"format": ["csv"]}, "expected csv, dicom or npz"),
+        ({"format": ["csv"]}, "expected csv, dicom, npz or folders"),
         ({"format": "npz", "images": "cases.npz", "manifest": "cases.csv"}, "unknown key 'manifest'"),
         (["format"], "expected a mapping ('format: csv', ...), found a list"),
         ("csv", "found 'csv'"),

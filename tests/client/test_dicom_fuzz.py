@@ -15,7 +15,7 @@ from chainward_client.data.description import DicomBlock
 from chainward_client.data.dicom_file import parse, require_pydicom
 from chainward_client.data.dicom_headers import facts
 from chainward_client.data.dicom_picture import mask_image, picture
-from chainward_client.data.images import ImageProblem
+from chainward_client.data.unusable import ImageProblem
 
 SYNTAXES = {
     "implicit": "1.2.840.10008.1.2",

@@ -298,10 +298,8 @@ def test_nothing_of_a_damaged_file_is_in_its_message_or_in_logs(
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"WindowCenter": "Zfenster"},
         {"NumberOfFrames": 3},
         {"RescaleSlope": 2},
-        {"PixelSpacing": [1, 900]},
         {"BitsStored": 77},
         {"PatientID": ""},
         {"PatientID": "ZPAT-0000-" + "x" * 70},
@@ -311,17 +309,21 @@ def test_nothing_of_a_damaged_file_is_in_its_message_or_in_logs(
 def test_nothing_of_an_unusable_header_is_in_its_message_or_in_logs(
     dicom: Write, tmp_path: Path, heard: Any, wrong: dict[str, Any]
 ) -> None:
-    def spoilt(index: int) -> bytes:
-        if "WindowCenter" not in wrong:
-            return hospital_file(dicom, index, **wrong)
-        data = hospital_file(dicom, index, WindowCenter="12345678", WindowWidth="1")
-        return data.replace(b"12345678", b"Zfenster")
-
     every = wrong.get("PatientID", "")  # one id in all of them
-    files = [spoilt(index) if index == 9 or every else hospital_file(dicom, index) for index in range(20)]
+    files = [hospital_file(dicom, index, **(wrong if index == 9 or every else {})) for index in range(20)]
     with pytest.raises(DataError) as caught:
         local_site(make(tmp_path, files), "north", b"key")
     assert found_in([*heard(), str(caught.value)]) == set()
+
+
+def test_nothing_of_a_header_that_is_passed_over_is_in_a_note_or_in_logs(
+    dicom: Write, tmp_path: Path, heard: Any
+) -> None:
+    odd = hospital_file(dicom, 9, WindowCenter="12345678", WindowWidth="1").replace(b"12345678", b"Zfenster")
+    files = [odd if index == 9 else hospital_file(dicom, index) for index in range(20)]
+    site = local_site(make(tmp_path, files), "north", 0)
+    assert any("WindowCenter that is no number" in note for note in site.notes)
+    assert found_in([*heard(), *site.notes]) == set()
 
 
 def test_a_repeated_patient_or_image_is_refused_without_its_id(dicom: Write, tmp_path: Path, heard: Any) -> None:

@@ -12,18 +12,15 @@ import torch
 from PIL import Image
 
 from chainward_client.data.description import Fit, ImageShape
-from chainward_client.data.images import (
-    ImageProblem,
-    ImageStore,
-    box_masks,
-    load_images,
-    load_masks,
-    open_image,
-    placement,
-    to_channels,
-)
+from chainward_client.data.image_store import ImageStore
+from chainward_client.data.images import load_images, open_image, to_channels
+from chainward_client.data.placement import placement
+from chainward_client.data.regions import box_masks, load_masks
+from chainward_client.data.scale import Scale
+from chainward_client.data.unusable import ImageProblem
 from chainward_shared.errors import DataError
 
+FULL = Scale(0, 65535)
 GREY8 = ImageShape(size=8, channels=1)
 
 
@@ -41,7 +38,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 
 def load(location: Path, *names: str, shape: ImageShape = GREY8) -> torch.Tensor:
-    return load_images(location, names, range(2, 2 + len(names)), shape)[0]
+    return load_images(location, names, range(2, 2 + len(names)), shape, lambda: FULL)[0]
 
 
 def refusal(location: Path, *names: str) -> str:
@@ -183,26 +180,32 @@ def test_several_images_in_one_file_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_every_usual_mode_becomes_grey_or_rgb(image: Image.Image, grey: int, rgb: tuple[int, int, int]) -> None:
-    assert to_channels(image, 1).getpixel((0, 0)) == grey
-    assert to_channels(image, 3).getpixel((0, 0)) == rgb
+    assert to_channels(image, 1, lambda: FULL).getpixel((0, 0)) == grey
+    assert to_channels(image, 3, lambda: FULL).getpixel((0, 0)) == rgb
 
 
 @pytest.mark.parametrize("top", [255, 4095, 65535])
 def test_sixteen_bit_grey_keeps_its_contrast_at_any_bit_depth(top: int) -> None:
     stored = np.array([[0, top // 2, top]], dtype=np.uint16)
     decoded = open_image(png(Image.fromarray(stored)))
-    assert np.asarray(to_channels(decoded, 1)).tolist() == [[0, 127, 255]]
+    assert np.asarray(to_channels(decoded, 1, lambda: Scale(0, top))).tolist() == [[0, 127, 255]]
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "F", "YCbCr", "LAB"])
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB"])
 def test_other_modes_are_refused_by_name(mode: str) -> None:
     with pytest.raises(ImageProblem, match=f"mode {mode}; expected grey"):
-        to_channels(Image.new(mode, (2, 2)), 3)
+        to_channels(Image.new(mode, (2, 2)), 3, lambda: FULL)
 
 
-def test_32_bit_values_beyond_16_bits_are_refused() -> None:
-    with pytest.raises(ImageProblem, match="mode I with values"):
-        to_channels(Image.fromarray(np.array([[70000]], dtype=np.int32)), 1)
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_the_scale_reaches_below_0_beyond_16_bits_and_into_fractions(kind: type) -> None:
+    image = Image.fromarray(np.array([[-100000, -50000, 0, 75000, 200000]], dtype=kind))
+    assert np.asarray(to_channels(image, 1, lambda: Scale(-50000, 100000))).tolist() == [[0, 0, 85, 213, 255]]
+
+
+def test_pixels_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ImageProblem, match="not finite numbers"):
+        to_channels(Image.fromarray(np.array([[np.nan, 1]], dtype=np.float32)), 1, lambda: FULL)
 
 
 def test_an_image_is_turned_upright_as_its_exif_orientation_says(tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_an_image_is_turned_upright_as_its_exif_orientation_says(tmp_path: Path)
     exif = Image.Exif()
     exif[0x0112] = 8  # turn by 90 degrees, anticlockwise: what was above comes to the left
     image.save(tmp_path / "a.png", exif=exif)
-    images, sizes = load_images(tmp_path, ["a"], [2], ImageShape(size=8, channels=1, fit="stretch"))
+    images, sizes = load_images(tmp_path, ["a"], [2], ImageShape(size=8, channels=1, fit="stretch"), lambda: FULL)
     assert sizes == [(16, 8)]
     assert images[0, 0, :, 0].min() > 250
     assert images[0, 0, :, -1].max() < 5
@@ -285,7 +288,7 @@ def test_masks_and_boxes_lie_where_the_same_region_of_the_image_lies(
     image.paste(255, box)
     save(tmp_path / "a.png", image)
     shape = ImageShape(size=32, channels=1, fit=fit)
-    images, sizes = load_images(tmp_path, ["a"], [2], shape)
+    images, sizes = load_images(tmp_path, ["a"], [2], shape, lambda: FULL)
     mask = load_masks(tmp_path, ["a"], [2], sizes, shape)
     from_box = box_masks(np.array([box], dtype=float), [2], sizes, shape)
     bright = (images[0, 0] > 127).to(torch.uint8)

@@ -195,7 +195,7 @@ def test_broken_boxes_are_refused(tmp_path: Path, boxes: list[str], expected: st
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (["image;dx;patient;split", "a;ill;p;train"], "separated by ';', expected commas"),
+        (["image|dx|patient|split", "a|ill|p|train"], "separated by '|', expected commas"),
         (["image,dx,patient,split"], "has a header but no rows"),
         (["image,dx,patient,split", "a,ill,p,train", "b,ill,q,train,extra"], "line 3"),
         (["image,dx,patient,split", "a,ill,p,train,extra", "b,ill,q,train,extra"], "not a well-formed CSV"),

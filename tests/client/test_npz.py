@@ -96,18 +96,19 @@ def test_missing_arrays_are_named(tmp_path: Path) -> None:
     [
         (
             {"train_labels": np.array([0, 1, 2, 0, 5, 1])},
-            "2 labels outside the classes; first: train_labels[2] is 2",
+            "2 labels outside the classes: 2 (1 in train), 5 (1 in train); expected 0 to 1",
         ),
         (
             {"val_labels": np.array([0, -1])},
-            "1 label outside the classes; first: val_labels[1] is -1; expected 0 to 1",
+            "a label outside the classes: -1 (1 in val); expected 0 to 1",
         ),
         (
             {"train_labels": np.zeros((6, 14), dtype=np.uint8)},
             "train_labels has 14 columns, expected shape (n,) or (n, 1); if they are several",
         ),
-        ({"train_labels": np.zeros(6)}, "train_labels is float64 (6,); expected whole numbers"),
-        ({"test_images": np.zeros((3, 8, 8))}, "test_images is float64 (3, 8, 8); expected uint8"),
+        ({"train_labels": np.full(6, 0.5)}, "train_labels is float64 (6,); expected whole numbers"),
+        ({"test_images": np.zeros((3, 8, 8), complex)}, "test_images is complex128 (3, 8, 8); expected numbers"),
+        ({"test_images": np.full((3, 8, 8), np.nan)}, "test_images holds values that are not finite numbers"),
         (
             {"test_images": np.zeros((3, 3, 8, 8), dtype=np.uint8)},
             "test_images is uint8 (3, 3, 8, 8); expected",
@@ -149,3 +150,38 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="There is no file"):
         read_npz(description)
+
+
+@pytest.mark.parametrize("stray", [255, 10**9, -1, 2**40])
+def test_a_stray_label_is_named_with_its_count_and_may_be_ignored(tmp_path: Path, stray: int) -> None:
+    labels = np.array([0, 1, stray, 0, stray, 1])
+    message = refusal(tmp_path, arrays(train_labels=labels))
+    assert f"a label outside the classes: {stray} (2 in train); the other labels are 0, 1" in message
+    assert f"ignore_labels: [{stray}]" in message
+    cases = read(tmp_path, arrays(train_labels=labels), ignore_labels=[stray])
+    assert cases.classes == ("0", "1")
+    assert cases.patients.tolist()[:4] == ["train-0", "train-1", "train-3", "train-5"]
+    assert "2 images left out: their label is one of ignore_labels" in cases.notes
+    stored = arrays(train_labels=labels)["train_images"]
+    assert np.array_equal(cases.cases(np.arange(4)).images[:, 0].numpy(), stored[[0, 1, 3, 5]])
+
+
+def test_classes_are_the_labels_that_occur_or_those_that_are_named(tmp_path: Path) -> None:
+    changes = {
+        "train_labels": np.array([1, 2, 3, 1, 2, 3]),
+        "val_labels": np.array([1, 2]),
+        "test_labels": np.array([3, 1, 2]),
+    }
+    occurring = read(tmp_path, arrays(**changes))
+    assert occurring.classes == ("1", "2", "3")
+    assert occurring.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    named = read(tmp_path, arrays(**changes), classes=["0", "1", "2", "3"])
+    assert named.labels.tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]
+    assert "3 (2 in train, 1 in test); expected 0 to 2" in refusal(tmp_path, arrays(**changes), classes=["a", "b", "c"])
+
+
+def test_whole_numbers_of_any_type_are_labels(tmp_path: Path) -> None:
+    for kind in (float, bool, np.uint64, np.int8):
+        stored = arrays()
+        stored |= {name: values.astype(kind) for name, values in stored.items() if name.endswith("labels")}
+        assert read(tmp_path, stored).labels.tolist() == read(tmp_path, arrays()).labels.tolist()

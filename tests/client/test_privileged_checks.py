@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from chainward_client.data.description import CategoryColumn, NumberColumn
+from chainward_client.data.columns import CategoryColumn, NumberColumn
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site
 from chainward_client.privileged.checks import with_privileged_notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainward_client.data.description import CategoryColumn, NumberColumn
+from chainward_client.data.columns import CategoryColumn, NumberColumn
 from chainward_client.privileged.table import column_vectors, table_vectors
 
 AGE = NumberColumn(kind="number", min=20, max=100)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+
+import pytest
+
+from chainward_shared.console import speak_plainly
 
 PROGRAM = """
 import logging
@@ -21,3 +26,21 @@ def test_every_line_is_printed_once_whatever_a_library_does_to_the_logging():
     lines = [line[8:].strip() for line in done.stdout.splitlines()]
     assert lines == ["one line", "another line"]
     assert "line" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_letters_that_an_output_lacks_are_shown_by_others(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    speak_plainly()
+    text = "Müller → ≥ 5 … ▁█ 患者"
+    print(text, flush=True)
+    shown = raw.getvalue().decode(encoding).rstrip()
+    assert (
+        shown
+        == {
+            "ascii": "Muller -> >= 5 ... .@ ??",
+            "cp1252": "Müller -> >= 5 … .@ ??",
+            "utf-8": text,
+        }[encoding]
+    )

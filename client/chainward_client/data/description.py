@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,44 +9,22 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
     FiniteFloat,
-    Tag,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
 
+from chainward_client.data.columns import SEPARATOR, Block, Columns, refuse_repeats
+from chainward_client.data.description_errors import clause_of, yaml_problem
+from chainward_client.data.folder_layout import folder_layout
+from chainward_client.data.paths import FilePath, Folder, FolderOrZip, ManifestPath, beside_data_file, folder_or_zip
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.task import Task
 
 Fit = Literal["pad", "crop", "stretch"]
-
-SEPARATOR = "|"
-"""Between the findings of one image in the label column."""
-
-
-class Block(BaseModel):
-    """Base of every mapping in a data file: frozen, and unknown keys are refused."""
-
-    # A class called 1 is a name here, though YAML reads a number.
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_keys(cls, block: Any) -> Any:
-        if not isinstance(block, Mapping):
-            raise ValueError("expected a mapping ('key: value' lines)")
-        known = list(cls.model_fields)
-        unknown = [str(key) for key in block if key not in known]
-        if unknown:
-            named = ", ".join(f"'{key}'{nearest(key, known)}" for key in unknown)
-            raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {named}; known: {', '.join(known)}")
-        return block
 
 
 class ImageShape(Block):
@@ -60,149 +36,27 @@ class ImageShape(Block):
     channels : 1 (grey) or 3 (RGB), default 3
     fit : how another shape becomes square: "pad" (default) keeps the whole image between black bars, "crop"
         keeps the centre (the shorter side fills the square), "stretch" changes the proportions
+    scale : the values shown black and white in grey images of more than 8 bits, in DICOM files in the units of the modality;
+        default: measured once over the data set (DICOM: each file's own window, and so measured where it has none)
     """
 
     size: int = Field(default=64, ge=8, le=2048)
     channels: Literal[1, 3] = 3
     fit: Fit = "pad"
-
-
-class NumberColumn(Block):
-    """A privileged column of numbers within the declared range `min` to `max`, both included."""
-
-    kind: Literal["number"]
-    min: FiniteFloat
-    max: FiniteFloat
+    scale: tuple[FiniteFloat, FiniteFloat] | None = None
 
     @model_validator(mode="after")
-    def _range_is_not_empty(self) -> Self:
-        if not self.min < self.max:
-            raise ValueError(f"min {self.min:g} is not below max {self.max:g}")
+    def _scale_is_not_empty(self) -> Self:
+        if self.scale is not None and not self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale {self.scale[0]:g}, {self.scale[1]:g} is not from a lower to a higher value")
         return self
-
-
-class CategoryColumn(Block):
-    """A privileged column that holds one of the declared `values`."""
-
-    kind: Literal["category"]
-    values: tuple[str, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _values_differ(self) -> Self:
-        _refuse_repeats(self.values, "value")
-        return self
-
-
-TabularColumn = Annotated[NumberColumn | CategoryColumn, Field(discriminator="kind")]
-
-
-LabelColumns = Annotated[
-    Annotated[str, Tag("one")] | Annotated[tuple[str, ...], Tag("several")],
-    Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
-]
-
-
-class Columns(Block):
-    """Which column of the manifest plays which role; only `image` and `label` are required.
-
-    Attributes
-    ----------
-    image : file name of the image; extension and folders optional
-    label : class name, or index into the classes; multi-label: the findings' names or indices with "|" between them,
-        or a list of columns, one per class in the order of `classes`, that hold 1 or 0
-    patient : what must stay together in one split and at one site; default: every image its own
-    split : train, val or test; default: split by patient, seeded
-    site : the hospital; the natural partition of a simulation
-    text : free-text report; privileged
-    mask : file name of the region of interest's mask; for scoring only
-    box : the columns of x0, y0, x1, y1 in pixels of the original image; for scoring only
-    tabular : privileged columns by name, with their declared ranges or values
-    """
-
-    image: str
-    label: LabelColumns
-    patient: str | None = None
-    split: str | None = None
-    site: str | None = None
-    text: str | None = None
-    mask: str | None = None
-    box: tuple[str, str, str, str] | None = None
-    tabular: dict[str, TabularColumn] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _roles_agree(self) -> Self:
-        if self.mask is not None and self.box is not None:
-            raise ValueError("both 'mask' and 'box' are given; keep one of them")
-        if self.box is not None:
-            _refuse_repeats(self.box, "box column")
-        _refuse_repeats(self.label_columns, "label column")
-        for label in self.label_columns:
-            if label == self.text or label in self.tabular:
-                raise ValueError(
-                    f"column '{label}' is both label and privileged: the privileged teacher would only copy "
-                    "the label; take it out of 'text' or 'tabular'"
-                )
-        return self
-
-    @property
-    def label_columns(self) -> tuple[str, ...]:
-        """Return the columns that hold the label."""
-        return (self.label,) if isinstance(self.label, str) else self.label
-
-    def by_key(self) -> dict[str, str]:
-        """Return the column name of every key in use, e.g. ``{"label": "dx", "box[0]": "left", ...}``."""
-        single = ("image", "label", "patient", "split", "site", "text", "mask")
-        named = {key: name for key in single if isinstance(name := getattr(self, key), str)}
-        if not isinstance(self.label, str):
-            named |= {f"label[{position}]": name for position, name in enumerate(self.label)}
-        named |= {f"box[{position}]": name for position, name in enumerate(self.box or ())}
-        return named | {f"tabular.{name}": name for name in self.tabular}
-
-
-def _refuse_repeats(names: tuple[str, ...], what: str) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{what} '{repeated[0]}' is given more than once")
-
-
-def _beside_data_file(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path())
-    path = folder / path
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        raise ValueError(f"there is no {path}; give the path relative to the data file") from None
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    return path
-
-
-def _file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder; expected a file")
-    return path
-
-
-def _folder_or_zip(path: Path) -> Path:
-    if not path.is_dir() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a whole zip")
-    return path
-
-
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"{path} is a file; expected a folder")
-    return path
 
 
 def _class_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    _refuse_repeats(names, "class")
+    refuse_repeats(names, "class")
     return names
 
 
-FilePath = Annotated[Path, AfterValidator(_beside_data_file), AfterValidator(_file)]
-Folder = Annotated[Path, AfterValidator(_beside_data_file), AfterValidator(_folder)]
-FolderOrZip = Annotated[Path, AfterValidator(_beside_data_file), AfterValidator(_folder_or_zip)]
 ClassNames = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_class_names)]
 # `image:` with nothing behind it means the defaults, like leaving it out.
 OptionalImageShape = Annotated[ImageShape, BeforeValidator(lambda block: {} if block is None else block)]
@@ -227,6 +81,9 @@ class PrivilegedBlock(Block):
 OptionalPrivilegedBlock = Annotated[PrivilegedBlock, BeforeValidator(lambda block: {} if block is None else block)]
 
 
+Unusable = Literal["refuse", "leave-out"]
+
+
 class CsvDescription(Block):
     """Images in a folder or zip, and a CSV manifest with one row per image.
 
@@ -240,11 +97,14 @@ class CsvDescription(Block):
     no_finding : multi-label with one label column: the word for an image without any finding; default: an empty cell
     columns : the roles of the manifest's columns
     image : what every image is brought to
+    unusable : what becomes of files that can't be used: "refuse" (default) the data, naming them all, or "leave-out" their
+        cases, with a note that says how many
+    ignore_labels : labels that mean "not labelled", 255 or -1 say: their rows are left out, with a note that says how many
     privileged : how privileged teachers read reports and table
     """
 
     format: Literal["csv"]
-    manifest: FilePath
+    manifest: ManifestPath
     images: FolderOrZip | None = None
     masks: FolderOrZip | None = None
     task: Task = "single"
@@ -252,6 +112,8 @@ class CsvDescription(Block):
     no_finding: str | None = None
     columns: Columns
     image: OptionalImageShape = ImageShape()
+    unusable: Unusable = "refuse"
+    ignore_labels: tuple[str, ...] = ()
     privileged: OptionalPrivilegedBlock = PrivilegedBlock()
 
     @model_validator(mode="after")
@@ -320,8 +182,9 @@ class NpzDescription(Block):
     ----------
     images : the .npz file
     task : "single" (default): labels (n,) or (n, 1); "multilabel": labels (n, classes) of 1 and 0
-    classes : class names; default "0", "1", ... up to the largest label, or as many as the labels have columns
+    classes : class names; default: the labels that occur, or as many as the labels have columns
     image : what every image is brought to
+    ignore_labels : labels that mean "not labelled", 255 or -1 say: their images are left out, with a note that says how many
     """
 
     format: Literal["npz"]
@@ -329,6 +192,7 @@ class NpzDescription(Block):
     task: Task = "single"
     classes: ClassNames | None = None
     image: OptionalImageShape = ImageShape()
+    ignore_labels: tuple[int, ...] = ()
 
 
 class OwnWindow(Block):
@@ -384,12 +248,65 @@ class DicomDescription(CsvDescription):
     format: Literal["dicom"]  # type: ignore[assignment]
     dicom: Annotated[DicomBlock, BeforeValidator(lambda block: {} if block is None else block)] = DicomBlock()
 
+    @model_validator(mode="after")
+    def _one_scale(self) -> Self:
+        if self.image.scale is not None and (self.dicom.window is not None or self.dicom.view != 1):
+            given = "dicom.window" if self.dicom.window is not None else "dicom.view"
+            raise ValueError(f"both 'image.scale' and '{given}' say which values are black and white; keep one of them")
+        return self
 
-DataDescription = CsvDescription | DicomDescription | NpzDescription
-_FORMATS: dict[str, type[CsvDescription] | type[DicomDescription] | type[NpzDescription]] = {
+    @property
+    def block(self) -> DicomBlock:
+        """Return how pictures come out of the files; `image.scale` is one window for all, like `dicom.window`."""
+        if self.image.scale is None:
+            return self.dicom
+        low, high = self.image.scale
+        return self.dicom.model_copy(update={"window": OwnWindow(center=(low + high) / 2, width=high - low)})
+
+
+class FoldersDescription(CsvDescription):
+    """Images in folders that are called what they show: ``CLASS/...``, or ``SPLIT/CLASS/...`` with train, val and test.
+
+    It stands for the manifest that could be written of it, and has no other columns.
+
+    Attributes
+    ----------
+    images : the folder or zip that holds them
+    classes : names of the folders, in the order of the label indices; default: those that are there, sorted
+    image, unusable : as in `CsvDescription`
+    """
+
+    format: Literal["folders"]  # type: ignore[assignment]
+    images: FolderOrZip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_a_manifest(cls, block: Any, info: ValidationInfo) -> Any:
+        if not isinstance(block, Mapping):
+            return block
+        foreign = [str(key) for key in block if key not in ("format", "images", "classes", "image", "unusable")]
+        if foreign:
+            known = ("format", "images", "classes", "image", "unusable")
+            named = ", ".join(f"'{key}'{nearest(key, known)}" for key in foreign)
+            raise ValueError(
+                f"'format: folders' has no key {named}; known: {', '.join(known)}. More needs a manifest: "
+                "`chainward check DATA.yaml --write-manifest FILE` writes one to begin with"
+            )
+        if not isinstance(block.get("images"), str | Path):
+            return block
+        location = folder_or_zip(beside_data_file(Path(block["images"]), info))
+        layout = folder_layout(location)
+        columns = {"image": "image", "label": "label"} | ({"split": "split"} if layout.has_splits else {})
+        return {**block, "manifest": location, "classes": block.get("classes") or layout.classes, "columns": columns}
+
+
+DataDescription = CsvDescription | DicomDescription | NpzDescription | FoldersDescription
+_Formats = type[CsvDescription] | type[DicomDescription] | type[NpzDescription] | type[FoldersDescription]
+_FORMATS: dict[str, _Formats] = {
     "csv": CsvDescription,
     "dicom": DicomDescription,
     "npz": NpzDescription,
+    "folders": FoldersDescription,
 }
 
 
@@ -411,7 +328,7 @@ def load_description(path: Path | str) -> DataDescription:
     except UnicodeDecodeError as error:
         raise DataError(f"Data file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, say
-        raise DataError(f"Data file {path} is not valid YAML: {_yaml_problem(error)}") from None
+        raise DataError(f"Data file {path} is not valid YAML: {yaml_problem(error)}") from None
     if block is None:
         raise DataError(f"Data file {path} is empty; expected 'format: csv' and the other keys of a data file")
     return parse_description(block, path)
@@ -433,69 +350,25 @@ def parse_description(block: Any, origin: Path) -> DataDescription:
     try:
         return _model_of(block).model_validate(block, context={"folder": folder})
     except ValidationError as error:
-        problems = "; ".join(_problem(item) for item in error.errors())
+        problems = "; ".join(clause_of(item) for item in error.errors())
     except ValueError as error:
         problems = str(error)
     raise DataError(" ".join(f"Data file {origin}: {problems}".split()))  # names may hold line breaks
 
 
-def _model_of(block: Mapping[str, Any]) -> type[CsvDescription] | type[DicomDescription] | type[NpzDescription]:
+def _model_of(block: Mapping[str, Any]) -> _Formats:
     if "format" not in block:
-        raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; expected csv, dicom or npz")
+        raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; expected csv, dicom, npz or folders")
     found = block["format"]
     if isinstance(found, str) and found in _FORMATS:
         return _FORMATS[found]
     if found == "phantom":
         raise ValueError('phantoms need no data file; set data.source to "phantom" in the run\'s configuration')
-    raise ValueError(f"key 'format': found {found!r}{nearest(str(found), _FORMATS)}; expected csv, dicom or npz")
+    raise ValueError(
+        f"key 'format': found {found!r}{nearest(str(found), _FORMATS)}; expected csv, dicom, npz or folders"
+    )
 
 
 def _misspelt_format(block: Mapping[str, Any]) -> str:
     near = [str(key) for key in block if nearest(str(key), ["format"])]
     return f" (there is '{near[0]}')" if near else ""
-
-
-def _problem(error: Any) -> str:
-    """Return one pydantic error as a clause that starts with the key."""
-    location = [str(part) for part in error["loc"]]
-    if location[:2] == ["columns", "tabular"]:
-        del location[3:4]  # pydantic puts the column's kind into the path
-    if location[:2] == ["columns", "label"]:
-        del location[2:3]  # and whether there are several
-    key = ".".join(location)
-    prefix = f"key '{key}'" if key else "the file"
-    found = error.get("input")
-    match error["type"]:
-        case "missing":
-            return f"{prefix} is missing"
-        case "value_error":
-            reason = str(error["ctx"]["error"])
-            return f"{prefix}: {reason}" if key else reason
-        case "union_tag_not_found":
-            return f"{prefix}: 'kind' is missing; expected number or category"
-        case "union_tag_invalid":
-            return f"{prefix}: found kind {error['ctx']['tag']!r}; expected number or category"
-        case "model_attributes_type":
-            return f"{prefix}: found {_shown(found)}; expected a mapping, {{kind: number, min: 0, max: 100}} say"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    hint = ""
-    if isinstance(found, bool):
-        hint = " (YAML reads a bare yes, no, on or off as true or false: put it in quotes)"
-    return f"{prefix}: found {_shown(found)}; {message}{hint}"
-
-
-def _shown(found: Any) -> str:
-    if found is None:
-        return "nothing"
-    if isinstance(found, float) and math.isnan(found):
-        return "nan"
-    shown = repr(list(found) if isinstance(found, tuple) else found)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _yaml_problem(error: Exception) -> str:
-    """Return a YAML error on one line."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-    return " ".join(str(problem).split()) + where

@@ -21,22 +21,18 @@ from PIL import Image
 
 from chainward_client.data.description import DicomBlock, DicomDescription
 from chainward_client.data.dicom_file import is_dicom, parse, require_pydicom
+from chainward_client.data.dicom_geometry import Geometry
 from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person, shared_persons
-from chainward_client.data.dicom_picture import Geometry, mask_image, picture
-from chainward_client.data.dicom_pixels import close_decoders
-from chainward_client.data.images import (
-    ImageProblem,
-    ImageStore,
-    attempt_all,
-    box_masks,
-    counted,
-    fit_image,
-    load_masks,
-    open_image,
-    to_channels,
-)
+from chainward_client.data.dicom_picture import deep_values, mask_image, picture
+from chainward_client.data.dicom_workers import close_decoders
+from chainward_client.data.image_store import ImageStore
+from chainward_client.data.images import open_image
 from chainward_client.data.manifest import Manifest, read_manifest
+from chainward_client.data.placement import fit_image
+from chainward_client.data.regions import box_masks, load_masks
+from chainward_client.data.scale import Scale, measure
 from chainward_client.data.site_data import Cases
+from chainward_client.data.unusable import ImageProblem, attempt_all, counted
 from chainward_shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,21 +96,31 @@ class DicomManifest(Manifest):
                 )
         return cases, lines
 
+    def _measured_scale(self) -> Scale:
+        with ImageStore(self.description.image_location, EXTENSIONS) as store:
+            return measure(len(self), lambda index: self._measured_values(store, index))
+
+    def _measured_values(self, store: ImageStore, index: int) -> np.ndarray | None:
+        try:
+            return deep_values(parse(_bytes(store, self.members[index])), self.block)
+        except ImageProblem:  # decoding the image for training says so
+            return None
+
     def _decoded(self, indices: np.ndarray) -> list[tuple[np.ndarray, Facts]]:
         shape, rows = self.description.image, self.rows[indices]
         with ImageStore(self.description.image_location, EXTENSIONS) as store, _quiet():
 
             def attempt(position: int) -> tuple[np.ndarray, Facts]:
                 dataset = parse(_bytes(store, self.members[indices[position]]))
-                shown = picture(dataset, self.block)
-                image = to_channels(shown.image, shape.channels)
+                shown = picture(dataset, self.block, self.scale)
+                image = shown.image.convert("L" if shape.channels == 1 else "RGB")
                 array = np.asarray(fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC))
                 return array if array.ndim == 2 else array.transpose(2, 0, 1), facts(dataset, shown.origin)
 
             return attempt_all(
                 "image",
                 self.description.image_location,
-                len(indices),
+                rows.tolist(),
                 attempt,
                 lambda position, problem, _: f"row {rows[position]}: {problem}",
             )
@@ -161,12 +167,12 @@ def read_dicom(description: DicomDescription) -> DicomManifest:
         members = _located(store, manifest)
         patients = manifest.patients
         if description.columns.patient is None:
-            patients = _patients(store, manifest, members)
+            patients, members = _patients(store, manifest, members)
             _check_splits(manifest, patients)
     found = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
     if description.columns.patient is None:
         found |= {"patients": patients, "notes": ("no patient column: PatientID says which files are of one patient",)}
-    return DicomManifest(**found, block=description.dicom, members=tuple(members))
+    return DicomManifest(**found, block=description.block, members=tuple(members))
 
 
 @contextmanager
@@ -269,15 +275,19 @@ def _by_instance(store: ImageStore) -> dict[bytes | None, list[str]]:
 
     members = store.members
     found: dict[bytes | None, list[str]] = {}
-    instances = attempt_all("image", store.location, len(members), attempt, lambda *_: "")
+    instances = attempt_all("image", store.location, range(len(members)), attempt, lambda *_: "")
     for member, instance in zip(members, instances, strict=True):
         if instance is not None:
             found.setdefault(instance, []).append(member)
     return found
 
 
-def _patients(store: ImageStore, manifest: Manifest, members: Sequence[str | ImageProblem]) -> np.ndarray:
-    """Return the patients of all rows, numbered in the order in which they first come.
+def _patients(
+    store: ImageStore, manifest: Manifest, members: list[str | ImageProblem]
+) -> tuple[np.ndarray, list[str | ImageProblem]]:
+    """Return the patients of all rows, numbered in the order in which they first come, and the files.
+
+    Where the data file leaves out what can't be used, a file without a patient is one of those, and a patient of its own.
 
     Raises
     ------
@@ -285,6 +295,14 @@ def _patients(store: ImageStore, manifest: Manifest, members: Sequence[str | Ima
         If a file can't be read or has no PatientID, or all have the same.
     """
     rows = manifest.rows.tolist()
+
+    def tried(position: int) -> tuple[bytes | ImageProblem]:
+        try:
+            return (attempt(position),)
+        except ImageProblem as problem:
+            if manifest.description.unusable == "leave-out":
+                return (problem,)
+            raise
 
     def attempt(position: int) -> bytes:
         member = members[position]
@@ -298,16 +316,27 @@ def _patients(store: ImageStore, manifest: Manifest, members: Sequence[str | Ima
             )
         return found
 
-    persons = attempt_all(
-        "image", store.location, len(rows), attempt, lambda position, problem, _: f"row {rows[position]}: {problem}"
-    )
-    numbers = {found: number for number, found in enumerate(dict.fromkeys(persons), start=1)}
-    if len(numbers) == 1 and len(rows) > 1:
+    persons = [
+        found
+        for (found,) in attempt_all(
+            "image", store.location, rows, tried, lambda position, problem, _: f"row {rows[position]}: {problem}"
+        )
+    ]
+    known = [found for found in persons if not isinstance(found, ImageProblem)]
+    numbers = {found: number for number, found in enumerate(dict.fromkeys(known), start=1)}
+    if len(numbers) == 1 and len(known) > 1:
         raise DataError(
-            f"{store.location.name}: all {len(rows)} files have the same PatientID, so they can't be split by patient; name a "
+            f"{store.location.name}: all {len(known)} files have the same PatientID, so they can't be split by patient; name a "
             "patient column in columns.patient"
         )
-    return np.array([f"patient-{numbers[found]:07d}" for found in persons])
+    patients = [
+        f"unusable-{position}" if isinstance(found, ImageProblem) else f"patient-{numbers[found]:07d}"
+        for position, found in enumerate(persons)
+    ]
+    files = [
+        found if isinstance(found, ImageProblem) else member for found, member in zip(persons, members, strict=True)
+    ]
+    return np.array(patients), files
 
 
 def _check_splits(manifest: Manifest, patients: np.ndarray) -> None:

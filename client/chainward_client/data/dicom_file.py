@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from chainward_client.data.images import ImageProblem
+from chainward_client.data.unusable import ImageProblem
 from chainward_shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ def parse(data: bytes) -> FileDataset:
     if not data:
         raise unreadable("the file is empty")
     try:
-        return dcmread(io.BytesIO(data))
+        dataset = dcmread(io.BytesIO(data))
+        for tag in [tag for tag in dataset.keys() if tag.group == 0xFFFE]:  # noqa: SIM118 (iterating converts elements)
+            del dataset[tag]  # a delimiter that delimits nothing
+            dataset.stray_delimiter = True
+        return dataset
     except InvalidDicomError:
         raise unreadable("not a DICOM file (no DICM at byte 128)") from None
     except MemoryError:
@@ -88,11 +92,25 @@ def unreadable(reason: str) -> ImageProblem:
 
 
 class Header:
-    """Elements of a file by keyword, for one frame: those of its functional groups count as if they stood in the file."""
+    """Elements of a file by keyword, for one frame: those of its functional groups count as if they stood in the file.
 
-    def __init__(self, dataset: Dataset, frame: int) -> None:
+    Parameters
+    ----------
+    dataset : the file, or an item of a sequence
+    frame : index of the frame
+    oddities : where what is odd but does no harm is noted, in words without any value; shared by all that come from one file
+    """
+
+    def __init__(self, dataset: Dataset, frame: int, oddities: set[str] | None = None) -> None:
         self.dataset = dataset
         self._frame = frame
+        self.oddities = set() if oddities is None else oddities
+        if getattr(dataset, "stray_delimiter", False):
+            self.note("a delimiter that delimits nothing: left out")
+
+    def note(self, oddity: str) -> None:
+        """Note what is odd but does no harm."""
+        self.oddities.add(oddity)
 
     def get(self, keyword: str) -> Any:
         """Return the converted value, None where it is missing or empty."""
@@ -105,13 +123,13 @@ class Header:
             if _is_sequence(items) and len(items) > index:
                 found = converted(items[index], sequence)
                 if _is_sequence(found) and found and converted(found[0], keyword) is not None:
-                    return Header(found[0], 0)
+                    return Header(found[0], 0, self.oddities)
         return self
 
     def items(self, keyword: str) -> list[Header]:
         """Return the items of a sequence."""
         value = self.get(keyword)
-        return [Header(item, 0) for item in value] if _is_sequence(value) else []
+        return [Header(item, 0, self.oddities) for item in value] if _is_sequence(value) else []
 
     def numbers(self, keyword: str) -> list[float]:
         """Return the numbers of an element, none where it is missing.
@@ -146,15 +164,36 @@ class Header:
             return default
         if not numbers:
             raise unreadable(f"{keyword} is missing")
-        if len(numbers) > 1 or not numbers[0].is_integer():
+        if not numbers[0].is_integer():
             raise unreadable(f"{keyword} is not a whole number")
+        if len(numbers) > 1:
+            self.note(f"several values in {keyword}: the first taken")
         return int(numbers[0])
 
+    def usable(self, keyword: str, meaning: str) -> list[float]:
+        """Return the numbers of an element that a picture can do without; where they aren't numbers none, and a note."""
+        try:
+            return self.numbers(keyword)
+        except ImageProblem:
+            self.note(f"{keyword} that is no number: {meaning}")
+            return []
+
     def word(self, keyword: str, known: Sequence[str]) -> str | None:
-        """Return a word if it is one of those known."""
+        """Return a word if it is one of those known, whatever its case and the blanks in and around it."""
         value = self.get(keyword)
-        word = value.strip().upper() if isinstance(value, str) else None
-        return word if word in known else None
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            self.note(f"several values in {keyword}: the first taken")
+            value = value[0]
+        if not isinstance(value, str):
+            return None
+        found = {_plain(word): word for word in known}.get(_plain(value))
+        if found is not None and found != value.strip(" \0"):
+            self.note(f"{keyword} in an unusual spelling")
+        return found
+
+
+def _plain(word: str) -> str:
+    return "".join(letter for letter in word.upper() if letter.isalnum())
 
 
 def converted(dataset: Dataset, keyword: str) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chainward_client.data.dicom_picture import Origin
-from chainward_client.data.images import ImageProblem
+from chainward_client.data.unusable import ImageProblem
 
 if TYPE_CHECKING:
     from pydicom import Dataset, FileDataset
@@ -142,6 +142,7 @@ class Facts:
     modality : one of the common ones, or ""
     instance, person : digests of SOPInstanceUID and PatientID, for comparison within this process; None where missing
     origin : how its picture came about
+    unreadable : elements of it can't be read, and may identify
     """
 
     identifying: frozenset[str]
@@ -153,6 +154,7 @@ class Facts:
     instance: bytes | None
     person: bytes | None
     origin: Origin
+    unreadable: bool = False
 
 
 def facts(dataset: FileDataset, origin: Origin) -> Facts:
@@ -164,8 +166,11 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
         If its elements are damaged.
     """
     identifying: set[str] = set()
-    private = overlays = False
+    private = overlays = unreadable = False
     for element in _elements(dataset, 0):
+        if element is None:
+            unreadable = True
+            continue
         private |= element.tag.is_private
         overlays |= 0x6000 <= element.tag.group <= 0x60FF and element.tag.element == 0x3000
         keyword, is_name = _described(element)
@@ -181,6 +186,7 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
         instance=digest(_text(dataset, "SOPInstanceUID")),
         person=person(dataset),
         origin=origin,
+        unreadable=unreadable,
     )
 
 
@@ -212,8 +218,8 @@ def _text(dataset: Dataset, keyword: str) -> str:
         raise ImageProblem("unreadable {}", f"{keyword} can't be read") from None
 
 
-def _elements(dataset: Dataset, depth: int) -> Iterator[DataElement | RawDataElement]:
-    """Yield all elements, also those within sequences, without converting values."""
+def _elements(dataset: Dataset, depth: int) -> Iterator[DataElement | RawDataElement | None]:
+    """Yield all elements, also those within sequences, without converting values; None for one that can't be read."""
     for tag in dataset.keys():  # noqa: SIM118 (a Dataset iterates over converted elements)
         try:
             element = dataset.get_item(tag)
@@ -225,7 +231,8 @@ def _elements(dataset: Dataset, depth: int) -> Iterator[DataElement | RawDataEle
         except MemoryError:
             raise
         except Exception:
-            raise ImageProblem("unreadable {}", "an element of its header can't be read") from None
+            yield None
+            continue
         yield element
         for item in nested:
             yield from _elements(item, depth + 1)
@@ -292,8 +299,13 @@ def notes(found: Sequence[Facts], *, view: int = 1, own_window: bool = False) ->
             [file.origin.views > 1 and not own_window for file in found],
         ),
         (
-            "more than 8 bits and no window: shown from percentile 0.5 to 99.5 of each (dicom.window sets one for all)",
-            [file.origin.contrast == "percentiles" for file in found],
+            "more than 8 bits and no window: shown by the scale of the data set (dicom.window or image.scale declares it)",
+            [file.origin.contrast == "scale of the set" for file in found],
+        ),
+        ("elements that can't be read, and that no picture needs", [file.unreadable for file in found]),
+        *(
+            (f"something odd, which does no harm: {oddity}", [oddity in file.origin.oddities for file in found])
+            for oddity in sorted(set().union(*(file.origin.oddities for file in found)))
         ),
     )
     clean = sum(file.declared_clean for file in found)

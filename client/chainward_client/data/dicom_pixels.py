@@ -1,46 +1,41 @@
-"""The stored values of one frame of a DICOM file, uncompressed.
+"""The stored values of one frame of a DICOM file, uncompressed, and what they are.
 
-Decoders of compressed pixels are C and Rust code that aborts on some damaged streams, and with it the process. All but Pillow's
-therefore run in processes of their own (dicom_worker.py), which get the stream and the numbers of its format, nothing else.
+Where the header and a compressed stream differ, the stream decides (dicom_stream.py); where the pixels can't be what the header
+says, they are refused. The installed decoders of a transfer syntax are tried one after the other, each but Pillow in a process
+of its own (dicom_workers.py).
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import json
-import subprocess
-import sys
-import threading
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from chainward_client.data.dicom_file import PHOTOMETRIC, Header, transfer_syntax, unreadable
-from chainward_client.data.images import ImageProblem
+from chainward_client.data.dicom_file import Header, transfer_syntax, unreadable
+from chainward_client.data.dicom_format import YBR, Format, declared_format
+from chainward_client.data.dicom_stream import StreamFormat, has_end, stream_format
+from chainward_client.data.dicom_workers import DecodingError, decode_in_process
+from chainward_client.data.unusable import ImageProblem
 
-MAX_PIXELS = 178_956_970
-"""As Pillow's: what claims more is damaged, or no image for a classifier."""
-
-DECODING_TIMEOUT = 120.0
-"""Seconds after which a decoder that does not answer is ended."""
+OUTSIDE = 0.02
+"""Share of the pixels that may be colours that no RGB has, before YBR is taken to be a wrong tag."""
 
 _DECODERS = {
-    "1.2.840.10008.1.2.4.50": ("pillow",),  # JPEG baseline
-    "1.2.840.10008.1.2.4.51": ("pillow",),  # JPEG extended
+    "1.2.840.10008.1.2.4.50": ("pillow", "gdcm"),  # JPEG baseline
+    "1.2.840.10008.1.2.4.51": ("pillow", "gdcm"),  # JPEG extended
     "1.2.840.10008.1.2.4.57": ("gdcm",),  # JPEG lossless
     "1.2.840.10008.1.2.4.70": ("gdcm",),  # JPEG lossless, first-order prediction
-    "1.2.840.10008.1.2.4.80": ("pyjpegls",),  # JPEG-LS
-    "1.2.840.10008.1.2.4.81": ("pyjpegls",),
-    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "pillow"),  # JPEG 2000
-    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "pillow"),
+    "1.2.840.10008.1.2.4.80": ("pyjpegls", "gdcm"),  # JPEG-LS
+    "1.2.840.10008.1.2.4.81": ("pyjpegls", "gdcm"),
+    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "pillow", "gdcm"),  # JPEG 2000
+    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "pillow", "gdcm"),
     "1.2.840.10008.1.2.4.201": ("pylibjpeg",),  # HTJ2K
     "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
     "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
     "1.2.840.10008.1.2.5": ("pylibjpeg", "pydicom"),  # RLE
 }
-"""Which of pydicom's plugins decodes a transfer syntax, best first: always the same one, because lossy decoders differ."""
+"""Which of pydicom's plugins decodes a transfer syntax, best first: always in the same order, because lossy decoders differ."""
 
 _PACKAGES = {
     "gdcm": "python-gdcm",
@@ -49,122 +44,122 @@ _PACKAGES = {
     "pillow": "pillow",
 }
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
-_IN_PROCESS = ("", "pillow", "pydicom")
+_IN_PROCESS = ("pillow", "pydicom")
 
 
-def frame_index(header: Header, wanted: int | None) -> int:
-    """Return the index of the frame to be read."""
-    frames = header.whole("NumberOfFrames", default=1)
-    if frames < 1:
-        raise unreadable("NumberOfFrames is not 1 or more")
-    if wanted is None and frames > 1:
-        raise ImageProblem(
-            "multi-frame {}", f"{frames} frames; expected one: split it, or choose one for all files with dicom.frame"
-        )
-    if wanted is not None and frames > 1 and wanted > frames:
-        raise ImageProblem("{} without the frame asked for", f"{frames} frames; dicom.frame is {wanted}")
-    return 0 if wanted is None or frames == 1 else wanted - 1
+@dataclass(frozen=True)
+class Stored:
+    """The stored values (rows, columns), or (rows, columns, 3) in RGB, and their format."""
+
+    values: np.ndarray
+    format: Format
 
 
-def stored_values(header: Header, frame: int) -> np.ndarray:
-    """Return the stored values (rows, columns), or (rows, columns, 3) in RGB.
+def stored_values(header: Header, frame: int) -> Stored:
+    """Return the stored values of a frame, colours in RGB.
 
     Raises
     ------
     ImageProblem
         If there are none, their format is damaged or no decoder reads it.
     """
-    dataset = header.dataset
-    if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if not any(keyword in header.dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise unreadable("it holds no image (PixelData is missing)")
-    photometric = header.word("PhotometricInterpretation", PHOTOMETRIC)
-    if photometric is None:
-        raise unreadable("PhotometricInterpretation is missing or unknown")
-    rows, columns = header.whole("Rows"), header.whole("Columns")
-    samples = header.whole("SamplesPerPixel", default=1)
-    allocated = header.whole("BitsAllocated")
-    if rows < 1 or columns < 1 or rows * columns > MAX_PIXELS:
-        raise unreadable(f"Columns x Rows is {columns}x{rows}; expected 1 to {MAX_PIXELS} pixels")
-    if samples not in (1, 3) or (samples == 1) != (photometric in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")):
-        raise unreadable(f"SamplesPerPixel {samples} does not suit PhotometricInterpretation {photometric}")
-    if allocated not in (1, 8, 16, 32, 64):
-        raise unreadable(f"BitsAllocated is {allocated}; expected 1, 8, 16 or 32")
-    if "PixelData" in dataset:
-        stored = header.whole("BitsStored", default=allocated)
-        if not 1 <= stored <= allocated:
-            raise unreadable(f"BitsStored is {stored}, with BitsAllocated {allocated}")
-        if header.whole("HighBit", default=stored - 1) != stored - 1:
-            raise unreadable(f"HighBit is not {stored - 1}, BitsStored less one")
-        if header.whole("PixelRepresentation", default=0) not in (0, 1):
-            raise unreadable("PixelRepresentation is neither 0 nor 1")
-    decoder, plugin = _decoder(header)
-    try:
-        if plugin in _IN_PROCESS:
-            # YBR becomes RGB.
-            values, properties = decoder.as_array(dataset, index=frame, decoding_plugin=plugin)
-            colours = properties["photometric_interpretation"]
-        else:
-            values, colours = _WORKERS.decode(_request(header, photometric, plugin), _stream(header, frame))
-    except ImageProblem:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged pixels raise nearly anything
-        raise unreadable(f"its pixels can't be decoded ({type(error).__name__}): truncated or damaged") from None
-    if samples == 3 and colours != "RGB":
-        raise unreadable(f"{photometric} can't be turned into RGB")
-    if values.shape != ((rows, columns) if samples == 1 else (rows, columns, 3)):
+    decoder = _decoder(header)
+    if decoder.is_encapsulated:
+        stream = _stream(header, frame)
+        says = stream_format(stream)
+        form = declared_format(header, says)
+        values, colours = _decompressed(decoder, form, stream, says)
+    else:
+        form = declared_format(header, None)
+        values, colours = _native(header, decoder, frame, form)
+    if form.samples == 3 and colours in YBR:
+        values, colours = _rgb(header, values), "RGB"
+    if form.samples == 3 and colours != "RGB":
+        raise unreadable(f"{form.photometric} can't be turned into RGB")
+    if values.shape != ((form.rows, form.columns) if form.samples == 1 else (form.rows, form.columns, 3)):
         raise unreadable("its pixels are of another shape than its Rows and Columns")
     if not np.isfinite(values).all():
         raise unreadable("pixels that are not finite numbers")
-    native: np.ndarray = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return native
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return _within_bits(header, values, form)
 
 
-def _decoder(header: Header) -> tuple[Any, str]:
-    """Return pydicom's decoder of the file's transfer syntax, and its plugin ("" for uncompressed)."""
+def _decoder(header: Header) -> Any:
+    """Return pydicom's decoder of the file's transfer syntax."""
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
     syntax = UID(transfer_syntax(header.dataset))
-    kind = "{} in a transfer syntax without a decoder"
+    try:
+        return get_decoder(syntax)
+    except Exception:
+        reason = f"{_name(syntax)}; convert it to an uncompressed one"
+        raise ImageProblem("{} in a transfer syntax without a decoder", reason) from None
+
+
+def _name(syntax: Any) -> str:
     # UID.name is the UID itself where it is none of the standard's.
     known = syntax.name != str(syntax) and syntax.is_transfer_syntax
-    name = syntax.name if known else "a private or damaged one"
-    try:
-        decoder = get_decoder(syntax)
-    except Exception:
-        raise ImageProblem(kind, f"{name}; convert it to an uncompressed one") from None
-    if not decoder.is_encapsulated:
-        return decoder, ""
+    return str(syntax.name) if known else "a private or damaged one"
+
+
+def _plugins(decoder: Any, bits: int) -> list[str]:
+    """Return the installed plugins that decode such a stream, in the order in which they are tried."""
+    kind = "{} in a transfer syntax without a decoder"
+    syntax = decoder.UID
     usable = decoder.available_plugins
-    if syntax == _JPEG_EXTENDED and header.whole("BitsStored", default=8) != 8:
+    if syntax == _JPEG_EXTENDED and bits != 8:
         usable = tuple(plugin for plugin in usable if plugin == "pylibjpeg")  # the others are built for 8 bits
         if not usable:
-            raise ImageProblem(kind, f"{name} of 12 bits; convert it, or install pylibjpeg-libjpeg (GPL)")
+            raise ImageProblem(kind, f"{_name(syntax)} of 12 bits; convert it, or install pylibjpeg-libjpeg (GPL)")
     preferred = _DECODERS.get(str(syntax), ())
-    for plugin in (*preferred, *sorted(usable)):
-        if plugin in usable:
-            return decoder, plugin
-    packages = _PACKAGES[preferred[0]] if preferred else "a decoder for it"
-    raise ImageProblem(kind, f"{name}; pip install {packages} (part of 'chainward[dicom]')")
+    if not usable:
+        packages = _PACKAGES[preferred[0]] if preferred else "a decoder for it"
+        raise ImageProblem(kind, f"{_name(syntax)}; pip install {packages} (part of 'chainward[dicom]')")
+    return list(dict.fromkeys(plugin for plugin in (*preferred, *sorted(usable)) if plugin in usable))
 
 
-def _request(header: Header, photometric: str, plugin: str) -> dict[str, int | str]:
-    """Return what a decoder must know of the pixels."""
-    allocated = header.whole("BitsAllocated")
-    return {
-        "transfer_syntax": transfer_syntax(header.dataset),
-        "plugin": plugin,
-        "rows": header.whole("Rows"),
-        "columns": header.whole("Columns"),
-        "samples_per_pixel": header.whole("SamplesPerPixel", default=1),
-        "photometric_interpretation": photometric,
-        "bits_allocated": allocated,
-        "bits_stored": header.whole("BitsStored", default=allocated),
-        "pixel_representation": header.whole("PixelRepresentation", default=0),
-        "planar_configuration": header.whole("PlanarConfiguration", default=0),
-    }
+def _decompressed(decoder: Any, form: Format, stream: bytes, says: StreamFormat | None) -> tuple[np.ndarray, str]:
+    """Return the values that the first decoder that can read the stream makes of it, and how their colours are to be read.
+
+    Raises
+    ------
+    ImageProblem
+        If no decoder can.
+    """
+    from pydicom.encaps import encapsulate
+
+    words: dict[str, str] = {}
+    for plugin in _plugins(decoder, form.bits):
+        try:
+            if plugin in _IN_PROCESS:
+                options = form.options() | {"number_of_frames": 1, "pixel_keyword": "PixelData"}
+                values, found = decoder.as_array(encapsulate([stream]), index=0, decoding_plugin=plugin, **options)
+                colours = str(found["photometric_interpretation"])
+            else:
+                request = form.options() | {"transfer_syntax": str(decoder.UID), "plugin": plugin}
+                values, colours = decode_in_process(request, stream)
+            by_itself = plugin == "pillow" and says is not None and says.adobe and form.samples == 3
+            return values, "RGB" if by_itself else colours
+        except MemoryError:
+            raise
+        except DecodingError as error:
+            words[plugin] = str(error)
+        except Exception as error:  # decoders of damaged pixels raise nearly anything
+            words[plugin] = f"{type(error).__name__}: {error}"
+    if says is not None and not has_end(stream):
+        raise unreadable("its pixels can't be decoded: truncated, the stream has no end marker")
+    told = "; ".join(f"{plugin}: {_shortened(found)}" for plugin, found in words.items())
+    raise unreadable(f"its pixels can't be decoded ({told})")
+
+
+def _shortened(words: str) -> str:
+    """Return what a decoder said, on one line: of pydicom's chain of reasons the last."""
+    line = " ".join(words.replace(chr(0), " ").split())
+    line = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= 120 else f"{line[:40]} ... {line[-75:]}"
 
 
 def _stream(header: Header, frame: int) -> bytes:
@@ -172,93 +167,95 @@ def _stream(header: Header, frame: int) -> bytes:
     from pydicom.encaps import get_frame
 
     dataset = header.dataset
-    offsets = None
-    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
-        offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
-    frames = header.whole("NumberOfFrames", default=1)
-    return get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
-
-
-class _Workers:
-    """Processes that decode, one request at a time each; started when needed, and kept until `close`."""
-
-    def __init__(self) -> None:
-        self._idle: list[subprocess.Popen[bytes]] = []
-        self._lock = threading.Lock()
-
-    def decode(self, request: dict[str, int | str], stream: bytes) -> tuple[np.ndarray, str]:
-        """Return the stored values, and how their colours are to be read.
-
-        Raises
-        ------
-        ImageProblem
-            If the decoder refuses the stream, dies of it or does not come to an end.
-        """
-        with self._lock:
-            process = self._idle.pop() if self._idle else None
-        if process is None:
-            process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__).with_name("dicom_worker.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        timer = threading.Timer(DECODING_TIMEOUT, process.kill)
-        timer.start()
-        try:
-            answer, values = _exchange(process, request, stream)
-        except (OSError, ValueError, EOFError):
-            process.kill()
-            _end(process)
-            raise unreadable("its pixels can't be decoded (the decoder broke down): truncated or damaged") from None
-        finally:
-            timer.cancel()
-        with self._lock:
-            self._idle.append(process)
-        if "error" in answer:
-            raise unreadable(f"its pixels can't be decoded ({answer['error']}): truncated or damaged")
-        return np.frombuffer(values, answer["dtype"]).reshape(answer["shape"]), str(answer["photometric"])
-
-    def close(self) -> None:
-        """End the processes that are idle."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for process in idle:
-            _end(process)
-
-
-def _exchange(
-    process: subprocess.Popen[bytes], request: dict[str, int | str], stream: bytes
-) -> tuple[dict[str, Any], bytes]:
-    assert process.stdin is not None and process.stdout is not None
-    head = json.dumps({**request, "length": len(stream)}).encode()
-    process.stdin.write(len(head).to_bytes(8) + head + stream)
-    process.stdin.flush()
-    answer = json.loads(_read(process, int.from_bytes(_read(process, 8))))
-    return answer, _read(process, answer["length"])
-
-
-def _read(process: subprocess.Popen[bytes], length: int) -> bytes:
-    assert process.stdout is not None
-    data = process.stdout.read(length)
-    if len(data) < length:
-        raise EOFError
-    return data
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # what it had not read
-                pipe.close()
     try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        offsets = None
+        if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
+            offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+        frames = max(header.whole("NumberOfFrames", default=1), 1)
+        return get_frame(dataset.PixelData, frame, number_of_frames=frames, extended_offsets=offsets)
+    except (ImageProblem, MemoryError):
+        raise
+    except Exception as error:
+        raise unreadable(f"the stream of its frame can't be found ({type(error).__name__})") from None
 
 
-_WORKERS = _Workers()
-close_decoders = _WORKERS.close
-"""Ends the processes that decode; the next file that needs one starts it anew."""
-atexit.register(close_decoders)
+def _native(header: Header, decoder: Any, frame: int, form: Format) -> tuple[np.ndarray, str]:
+    """Return uncompressed values, and how their colours are to be read."""
+    keyword = next(name for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if name in header.dataset)
+    frames = max(header.whole("NumberOfFrames", default=1), 1)
+    channels = 2 if form.photometric == "YBR_FULL_422" else form.samples
+    expected = (form.rows * form.columns * channels * form.allocated * frames + 7) // 8
+    data = header.get(keyword)
+    if not isinstance(data, bytes | bytearray):
+        raise unreadable(f"{keyword} holds no bytes")
+    if len(data) < expected:
+        raise unreadable(f"truncated: {len(data)} bytes of pixels, expected {expected}")
+    options = form.options() | {"number_of_frames": frames, "pixel_keyword": keyword}
+    options["pixel_vr"] = header.dataset[keyword].VR
+    try:
+        values, found = decoder.as_array(data, index=frame, decoding_plugin="", **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise unreadable(f"its pixels can't be read ({_shortened(f'{type(error).__name__}: {error}')})") from None
+    return values, str(found["photometric_interpretation"])
+
+
+def _rgb(header: Header, values: np.ndarray) -> np.ndarray:
+    """Return YBR as RGB (PS3.3 C.7.6.3.1.2).
+
+    Raises
+    ------
+    ImageProblem
+        If the pixels can't be YBR: too many would be colours that there are not. Black is 0, 128, 128 in YBR, so that RGB with a
+        wrong tag is found by its background alone.
+    """
+    from pydicom.pixels.processing import convert_color_space
+
+    if values.dtype != np.uint8:
+        raise unreadable("YBR of more than 8 bits can't be turned into RGB")
+    few = values[:: max(1, values.shape[0] // 128), :: max(1, values.shape[1] // 128)].reshape(-1, 3).astype(np.float32)
+    light, blue, red = few[:, 0], few[:, 1] - 128, few[:, 2] - 128
+    made = np.stack([light + 1.402 * red, light - 0.344136 * blue - 0.714136 * red, light + 1.772 * blue])
+    outside = float(((made < -24) | (made > 279)).any(axis=0).mean())
+    if outside > OUTSIDE:
+        raise unreadable(
+            f"PhotometricInterpretation says YBR, but {outside:.0%} of the pixels can't be: RGB with a wrong tag? "
+            "Correct the tag"
+        )
+    return convert_color_space(values, "YBR_FULL", "RGB")
+
+
+def _within_bits(header: Header, values: np.ndarray, form: Format) -> Stored:
+    """Return the values without what lies above BitsStored, or with it where it belongs to them.
+
+    Overlays were once kept there, and some devices leave garbage; others only tell too few bits. In the first case the picture
+    jumps where they are left in, in the second where they are taken out: the smoother of the two is taken.
+    """
+    if "PixelData" not in header.dataset or not np.issubdtype(values.dtype, np.integer):
+        return Stored(values, form)
+    form = replace(form, bits=form.meant)
+    width = values.dtype.itemsize * 8
+    if form.bits >= width or form.bits == 1:
+        return Stored(values, form)
+    low, high = (-(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1) if form.signed else (0, 2**form.bits - 1)
+    if values.min() >= low and values.max() <= high:
+        return Stored(values, form)
+    cut = values & (2**form.bits - 1)
+    if form.signed:
+        zero_filled = np.array_equal(cut, values)
+        cut = cut - ((cut > high).astype(values.dtype) << form.bits)
+        if zero_filled:
+            return Stored(cut, form)
+    if _variation(cut) <= _variation(values):
+        header.note("bits above BitsStored (overlays or garbage): taken out")
+        return Stored(cut, form)
+    header.note("values larger than BitsStored allows: left as they are")
+    largest = int(max(abs(int(values.min())), abs(int(values.max()))))
+    return Stored(values, replace(form, bits=min(width, largest.bit_length() + form.signed)))
+
+
+def _variation(values: np.ndarray) -> float:
+    """Return the mean jump from a pixel to the next, along rows and along columns."""
+    wide = values.astype(np.float64)
+    return sum(float(np.abs(np.diff(wide, axis=axis)).mean()) for axis in (0, 1) if wide.shape[axis] > 1)

@@ -1,6 +1,6 @@
 """A process that decodes compressed pixels, so that a decoder that dies of a damaged stream takes nothing else with it.
 
-A script, started by dicom_pixels.py: imports of the package would cost seconds. Requests come on standard input, answers go to
+A script, started by dicom_workers.py: imports of the package would cost seconds. Requests come on standard input, answers go to
 standard output: the length of a JSON object (8 bytes, big-endian), the object, and as many bytes as its "length" says.
 """
 
@@ -28,7 +28,7 @@ def decoded(request: dict[str, Any], stream: bytes) -> tuple[dict[str, Any], byt
         values = np.ascontiguousarray(values)
         data = values.tobytes()
     except BaseException as error:  # Rust code panics with what is no Exception
-        return {"error": type(error).__name__, "length": 0}, b""
+        return {"error": f"{type(error).__name__}: {error}", "length": 0}, b""
     answer = {
         "dtype": values.dtype.str,
         "shape": values.shape,

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 
 from chainward_client.data.description import NpzDescription
-from chainward_client.data.images import counted, fit_image, to_channels
 from chainward_client.data.manifest import NO_PATIENTS
+from chainward_client.data.placement import fit_image
+from chainward_client.data.scale import Scale, ScaleOfSet, measure
 from chainward_client.data.site_data import SPLITS, Cases, SplitName
+from chainward_client.data.unusable import counted
 from chainward_shared.errors import DataError, nearest
 
 
@@ -31,6 +34,7 @@ class NpzCases:
     labels : int64 (n,); multi-label: float32 (n, classes), 1 for each finding, else 0
     patients : str (n,), each image its own: the layout has no patients
     splits : str (n,)
+    positions : int64 (n,), the place of each in the arrays of its split
     sites : None: the layout has no sites
     notes : things a person should know
     """
@@ -40,11 +44,22 @@ class NpzCases:
     labels: np.ndarray
     patients: np.ndarray
     splits: np.ndarray
+    positions: np.ndarray
     sites: None = None
     notes: tuple[str, ...] = (NO_PATIENTS,)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def scale(self) -> ScaleOfSet:
+        """Return the scale of images of more than 8 bits: of all splits, whichever cases are asked for."""
+        return ScaleOfSet(self.description.image.scale, self._measured_scale)
+
+    def _measured_scale(self) -> Scale:
+        with _opened(self.description.images) as archive:
+            stored = {split: archive[f"{split}_images"] for split in SPLITS}
+        return measure(len(self), lambda index: stored[self.splits[index]][self.positions[index]])
 
     def cases(self, indices: np.ndarray) -> Cases:
         """Resize the images at `indices`, in that order.
@@ -52,23 +67,24 @@ class NpzCases:
         Raises
         ------
         DataError
-            If the images are not uint8 (n, H, W) or (n, H, W, 3), or not as many as the labels.
+            If the images are not numbers (n, H, W) or (n, H, W, 3), or not as many as the labels.
         """
         shape = self.description.image
         images = np.empty((len(indices), shape.channels, shape.size, shape.size), dtype=np.uint8)
         with _opened(self.description.images) as archive:
             for split in SPLITS:
-                in_split = np.flatnonzero(self.splits == split)
                 wanted = np.flatnonzero(self.splits[indices] == split)
                 if len(wanted) == 0:
                     continue
-                stored = _images(archive, self.description.images, split, len(in_split))
-                for position in wanted:
-                    image = Image.fromarray(stored[indices[position] - in_split[0]])
-                    image = to_channels(image, shape.channels)
+                stored = _images(archive, self.description.images, split)
+                for place in wanted:
+                    pixels = stored[self.positions[indices[place]]]
+                    if pixels.dtype != np.uint8:
+                        pixels = self.scale().eight_bits(pixels)
+                    image = Image.fromarray(pixels).convert("L" if shape.channels == 1 else "RGB")
                     image = fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC)
                     array = np.asarray(image)
-                    images[position] = array if shape.channels == 1 else array.transpose(2, 0, 1)
+                    images[place] = array if shape.channels == 1 else array.transpose(2, 0, 1)
         return Cases(torch.from_numpy(images), torch.from_numpy(self.labels[indices]), self.patients[indices])
 
 
@@ -95,28 +111,107 @@ def read_npz(description: NpzDescription) -> NpzCases:
             _check_findings(path, labels, classes)
             labels = {split: values.astype(np.float32) for split, values in labels.items()}
         else:
-            labels = {split: _labels(archive, path, split) for split in SPLITS}
-            highest = max((int(values.max()) for values in labels.values() if len(values)), default=-1)
-            classes = description.classes or tuple(str(index) for index in range(highest + 1))
-            _check_range(path, labels, classes)
-    splits = np.repeat(np.array(SPLITS), [len(labels[split]) for split in SPLITS])
-    patients = np.array([f"{split}-{index}" for split in SPLITS for index in range(len(labels[split]))])
-    return NpzCases(description, classes, np.concatenate([labels[split] for split in SPLITS]), patients, splits)
+            found = {split: _labels(archive, path, split) for split in SPLITS}
+    notes: tuple[str, ...] = (NO_PATIENTS,)
+    kept = {
+        split: np.arange(len(values))
+        for split, values in (labels if description.task == "multilabel" else found).items()
+    }
+    if description.task == "single":
+        kept = {split: np.flatnonzero(~np.isin(values, description.ignore_labels)) for split, values in found.items()}
+        ignored = sum(len(found[split]) - len(kept[split]) for split in SPLITS)
+        if ignored:
+            notes += (f"{ignored} images left out: their label is one of ignore_labels",)
+        found = {split: found[split][kept[split]] for split in SPLITS}
+        classes = description.classes or _occurring(path, found)
+        labels = _indices(path, found, classes)
+    return NpzCases(
+        description,
+        classes,
+        np.concatenate([labels[split] for split in SPLITS]),
+        np.array([f"{split}-{index}" for split in SPLITS for index in kept[split]]),
+        np.repeat(np.array(SPLITS), [len(kept[split]) for split in SPLITS]),
+        np.concatenate([kept[split] for split in SPLITS]),
+        notes=notes,
+    )
 
 
 def _labels(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.ndarray:
-    """Return int64 (n,)."""
+    """Return whole numbers (n,), of whatever type."""
     values = archive[f"{split}_labels"]
     if values.ndim == 2 and values.shape[1] > 1:
         raise DataError(
             f"{path.name}: {split}_labels has {values.shape[1]} columns, expected shape (n,) or (n, 1); if they are "
             "several findings per image, set task: multilabel"
         )
-    if values.ndim not in (1, 2) or not np.issubdtype(values.dtype, np.integer):
+    whole = values.dtype == bool or np.issubdtype(values.dtype, np.integer)
+    if np.issubdtype(values.dtype, np.floating) and np.isfinite(values).all() and (np.abs(values) < 2**53).all():
+        whole = bool((values == np.floor(values)).all())
+        values = values.astype(np.int64) if whole else values
+    if values.ndim not in (1, 2) or not whole:
         raise DataError(
             f"{path.name}: {split}_labels is {values.dtype} {values.shape}; expected whole numbers, (n,) or (n, 1)"
         )
-    return values.reshape(-1).astype(np.int64)
+    flat: np.ndarray = values.reshape(-1)
+    return flat.astype(np.int64) if flat.dtype == bool else flat
+
+
+def _occurring(path: Path, labels: dict[SplitName, np.ndarray]) -> tuple[str, ...]:
+    """Return the labels that occur as names of classes.
+
+    Raises
+    ------
+    DataError
+        If one can hardly be a class: below 0, or far above the number of labels that there are.
+    """
+    values = sorted({int(value) for split in SPLITS for value in np.unique(labels[split])})
+    stray = [value for value in values if value < 0 or value >= 2 * max(2, len(values))]
+    if stray:
+        others = [str(value) for value in values if value not in stray]
+        raise DataError(
+            f"{path.name}: {_strange(labels, stray)}; the other labels are {', '.join(others[:12]) or 'none'}. If it means that "
+            f"nobody has labelled the image, set ignore_labels: [{stray[0]}]; if it is a class, name all of them with 'classes'"
+        )
+    if len(values) < 2:
+        raise DataError(f"{path.name} holds {len(values)} class; expected at least 2")
+    return tuple(map(str, values))
+
+
+def _indices(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str, ...]) -> dict[SplitName, np.ndarray]:
+    """Return int64 class indices. Labels are names where all classes are numbers, else indices.
+
+    Raises
+    ------
+    DataError
+        Naming every label that is no class, with its count.
+    """
+    by_name = all(name.lstrip("-").isdigit() for name in classes)
+    index_of = {int(name) if by_name else index: index for index, name in enumerate(classes)}
+    indices: dict[SplitName, np.ndarray] = {}
+    stray: list[int] = []
+    for split, values in labels.items():
+        kinds, inverse = np.unique(values, return_inverse=True)
+        stray += [int(kind) for kind in kinds if int(kind) not in index_of]
+        known = np.array([index_of.get(int(kind), 0) for kind in kinds], dtype=np.int64)
+        indices[split] = known[inverse.reshape(-1)]
+    if stray:
+        expected = ", ".join(classes[:12]) if by_name else f"0 to {len(classes) - 1}"
+        raise DataError(
+            f"{path.name}: {_strange(labels, sorted(set(stray)))}; expected {expected}. ignore_labels leaves out what "
+            "nobody has labelled"
+        )
+    return indices
+
+
+def _strange(labels: dict[SplitName, np.ndarray], stray: list[int]) -> str:
+    """Return ``"a label outside the classes: 255 (8 in train, 2 in test)"``."""
+    shown = []
+    for value in stray[:5]:
+        counts = {split: int((labels[split] == value).sum()) for split in SPLITS}
+        shown.append(f"{value} ({', '.join(f'{count} in {split}' for split, count in counts.items() if count)})")
+    more = f" and {len(stray) - 5} more" if len(stray) > 5 else ""
+    what = "a label outside the classes" if len(stray) == 1 else f"{len(stray)} labels outside the classes"
+    return f"{what}: {', '.join(shown)}{more}"
 
 
 def _findings(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.ndarray:
@@ -149,27 +244,19 @@ def _check_findings(path: Path, labels: dict[SplitName, np.ndarray], classes: tu
         raise DataError(f"{path.name}: {found}")
 
 
-def _check_range(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str, ...]) -> None:
-    problems = [
-        f"{split}_labels[{position}] is {values[position]}; expected 0 to {len(classes) - 1}"
-        for split, values in labels.items()
-        for position in np.flatnonzero((values < 0) | (values >= len(classes)))
-    ]
-    if problems:
-        raise DataError(f"{path.name}: {counted('label outside the classes', 'labels outside the classes', problems)}")
-    if len(classes) < 2:
-        raise DataError(f"{path.name} holds {len(classes)} class; expected at least 2")
-
-
-def _images(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName, count: int) -> np.ndarray:
-    """Return uint8 (count, H, W) or (count, H, W, 3)."""
+def _images(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.ndarray:
+    """Return numbers (count, H, W) or (count, H, W, 3)."""
     stored = archive[f"{split}_images"]
     if stored.ndim == 4 and stored.shape[3] == 1:
         stored = stored[..., 0]
-    if stored.dtype != np.uint8 or not (stored.ndim == 3 or (stored.ndim == 4 and stored.shape[3] == 3)):
+    number = np.issubdtype(stored.dtype, np.integer) or np.issubdtype(stored.dtype, np.floating)
+    if not number or not (stored.ndim == 3 or (stored.ndim == 4 and stored.shape[3] == 3)):
         raise DataError(
-            f"{path.name}: {split}_images is {stored.dtype} {stored.shape}; expected uint8 (n, H, W) or (n, H, W, 3)"
+            f"{path.name}: {split}_images is {stored.dtype} {stored.shape}; expected numbers (n, H, W) or (n, H, W, 3)"
         )
+    if np.issubdtype(stored.dtype, np.floating) and not np.isfinite(stored).all():
+        raise DataError(f"{path.name}: {split}_images holds values that are not finite numbers")
+    count = len(archive[f"{split}_labels"])
     if len(stored) != count:
         raise DataError(f"{path.name}: {split}_images has {len(stored)} entries, {split}_labels has {count}")
     return stored

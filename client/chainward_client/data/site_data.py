@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from chainward_client.data.description import TabularColumn
+from chainward_client.data.columns import TabularColumn
+from chainward_client.data.scale import Scale
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.task import Task
 
@@ -100,6 +102,8 @@ class SiteData:
     notes : one line each, things a person should know about this site's data (a class without cases, say)
     privileged : how its privileged teachers read its reports and table
     has_patient_ids : whether the data say which images are of one patient; else each image counts as a patient
+    left_out : one line for each file that can't be used and was left out; never leaves the site
+    scale : what is black and white in images of more than 8 bits, where that was measured; never leaves the site
     key : a deployed hospital's secret, by which its patients keep their labels or not; None in a simulation, whose seed decides
     """
 
@@ -111,6 +115,8 @@ class SiteData:
     task: Task = "single"
     privileged: PrivilegedSetup = field(default_factory=PrivilegedSetup)
     has_patient_ids: bool = True
+    left_out: tuple[str, ...] = ()
+    scale: Scale | None = None
     key: bytes | None = field(default=None, repr=False)
 
     def class_counts(self, split: SplitName) -> list[int]:
@@ -118,3 +124,12 @@ class SiteData:
         counts = class_counts(self.splits[split].labels, len(self.classes))
         cases: list[int] = (counts if self.task == "single" else counts[:, 1]).tolist()
         return cases
+
+    def copies(self) -> int:
+        """Return how many pictures, pixel for pixel, are in two splits under different names or patients."""
+        seen: dict[bytes, set[str]] = {}
+        for split in SPLITS:
+            for image in self.splits[split].images:
+                digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
+                seen.setdefault(digest, set()).add(split)
+        return sum(len(splits) > 1 for splits in seen.values())

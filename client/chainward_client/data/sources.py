@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +15,12 @@ from chainward_client.data.manifest import NO_PATIENTS, Manifest, read_manifest
 from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import split_by_key
+from chainward_client.data.unusable import UnusableFile, without_unusable
 from chainward_shared.errors import DataError
 
 _Stamp = tuple[int, int]
 Table = Manifest | NpzCases
+COPIES = " in two splits, pixel for pixel, under two names or patients: scores on them are too good"
 
 
 def local_site(data: Path | str | DataDescription, site_id: str, key: bytes) -> SiteData:
@@ -60,11 +63,16 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
             + ("too few to be divided" if table.splits is None else "check its split column")
         )
     # Decoded together, so that one message counts all unusable images of the site.
-    if isinstance(table, DicomManifest):
-        cases, found = table.cases_with_notes(np.concatenate(by_split))
-        notes += found
-    else:
-        cases = table.cases(np.concatenate(by_split))
+    wanted = np.concatenate(by_split)
+    (cases, found), kept, left_out = _decoded(table, wanted)
+    notes += found
+    if left_out:
+        notes += (f"{len(left_out)} of {len(wanted)} images left out: their files can't be used (unusable: leave-out)",)
+        by_split = [part[np.isin(part, kept)] for part in by_split]
+        if len(by_split[0]) == 0:
+            raise DataError(f"Site '{site}' has no case for training once {len(left_out)} unusable files are left out")
+    if table.scale.measured is not None:
+        notes += (table.scale.measured.note,)
     ends = np.cumsum([len(part) for part in by_split]).tolist()
     data = {
         split: _between(cases, end - len(part), end) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
@@ -72,7 +80,7 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
     privileged = PrivilegedSetup()
     if isinstance(table, Manifest):
         privileged = _privileged_setup(table.description)
-        notes += _lost_regions(table, np.concatenate(by_split), cases)
+        notes += _lost_regions(table, kept, cases)
     opened = SiteData(
         site,
         table.classes,
@@ -80,8 +88,23 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
         task=table.description.task,
         privileged=privileged,
         has_patient_ids=NO_PATIENTS not in table.notes,
+        left_out=tuple(file.shown for file in left_out),
+        scale=table.scale.measured,
     )
     return replace(opened, notes=notes + _findings(opened))
+
+
+def _decoded(
+    table: Table, rows: np.ndarray
+) -> tuple[tuple[Cases, tuple[str, ...]], np.ndarray, tuple[UnusableFile, ...]]:
+    """Return the cases of rows with notes on their files, the rows that these are, and the files that were left out."""
+
+    def decode(indices: np.ndarray) -> tuple[Cases, tuple[str, ...]]:
+        return table.cases_with_notes(indices) if isinstance(table, DicomManifest) else (table.cases(indices), ())
+
+    if isinstance(table, Manifest) and table.description.unusable == "leave-out":
+        return without_unusable(decode, rows)
+    return decode(rows), rows, ()
 
 
 def _privileged_setup(description: CsvDescription) -> PrivilegedSetup:
@@ -129,6 +152,9 @@ def _findings(site: SiteData) -> tuple[str, ...]:
         cases = len(site.splits["train"])
         notes += [f"finding '{name}': all training cases have it" for name, count in counts.items() if count == cases]
     notes += [f"the {split} split is empty" for split in SPLITS if len(site.splits[split]) == 0]
+    copies = site.copies()
+    if copies:
+        notes.append(f"{number_of(copies, 'picture')}{COPIES}")
     if len(site.splits["test"]) == 1:
         notes.append("1 test case: scores on it say little")
     return tuple(notes)
@@ -140,8 +166,11 @@ def number_of(count: int, what: str) -> str:
 
 
 def _stamp(path: Path) -> _Stamp:
-    """Return what changes when the file does: time of modification and size."""
+    """Return what changes when the file does: time of modification and size; of a folder those of all folders in it."""
     try:
+        if path.is_dir():
+            below = [Path(folder).stat() for folder, _, _ in os.walk(path)]
+            return (max(status.st_mtime_ns for status in below), len(below))
         status = path.stat()
     except OSError:
         return (0, 0)  # reading it says what is wrong

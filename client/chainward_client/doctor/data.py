@@ -6,22 +6,22 @@ the splits, shows. The lines stay at the site: they may name files.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from chainward_client.data.description import CsvDescription, ImageShape, load_description
-from chainward_client.data.images import ImageProblem, ImageStore
+from chainward_client.data.description import CsvDescription, DicomDescription, ImageShape, load_description
+from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import NO_PATIENTS, read_manifest
 from chainward_client.data.site_data import SPLITS, SiteData
-from chainward_client.data.sources import local_site
+from chainward_client.data.sources import COPIES, local_site
+from chainward_client.data.unusable import ImageProblem, UnusableFiles
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.site_key import site_key_to_look_with
@@ -60,10 +60,22 @@ def open_data(path: Path, site: str, state: Path) -> tuple[SiteData | None, list
     try:
         data = with_privileged_notes(local_site(path, site, key))
     except DataError as error:
-        return None, [
-            problem("data", str(error), f"correct {path.name} or what it names; docs/data.md explains the keys")
-        ]
-    return data, [
+        return None, [unusable_data(path, error)]
+    return data, checks_of(path, data)
+
+
+def unusable_data(path: Path, error: DataError) -> Check:
+    """Return the check of data that can't be used; with all files that are the reason, where files are."""
+    if isinstance(error, UnusableFiles):
+        files = tuple(file.shown for file in error.files)
+        advice = "correct or remove them, or set unusable: leave-out; --json lists all. docs/messages.md explains the reasons"
+        return replace(problem("data", str(error), advice), items=files)
+    return problem("data", str(error), f"correct {path.name} or what it names; docs/data.md explains the keys")
+
+
+def checks_of(path: Path, data: SiteData) -> list[Check]:
+    """Return what is to be said of a site's cases; `path` is their data file."""
+    return [
         *check_counts(data),
         *check_images(path, data),
         *check_patients(data),
@@ -100,15 +112,26 @@ def check_images(path: Path, data: SiteData) -> list[Check]:
     side = next(iter(data.splits.values())).images.shape[-1]
     checks = [ok("images", f"all {total} can be read; training sees them at {side} px")]
     description = load_description(path)
-    if type(description) is CsvDescription:
+    if isinstance(description, CsvDescription) and not isinstance(description, DicomDescription):
         headers = read_headers(description)
         checks += odd_headers(headers, description.image)
+    checks += check_scale(data)
     blank = sum(_blank(data, split) for split in SPLITS)
     if blank:
         checks.append(
             warning("images: blank", f"{blank} of {total} have the same value in every pixel", "are the files whole?")
         )
     return checks
+
+
+def check_scale(data: SiteData) -> list[Check]:
+    """Show which values of more than 8 bits become black and white, and how the others lie between them."""
+    if data.scale is None:
+        return []
+    scale = data.scale
+    found = f"black {scale.low:g}, white {scale.high:g}, measured on {scale.images} images: {scale.histogram()}"
+    advice = f"declare it, so that all hospitals have the same: image.scale: [{scale.low:g}, {scale.high:g}]"
+    return [warning("images: grey scale", found, advice)]
 
 
 def _blank(data: SiteData, split: str) -> int:
@@ -216,20 +239,6 @@ def check_patients(data: SiteData) -> list[Check]:
         )
     else:
         checks.append(ok("patients", "none is in two splits"))
-    seen: dict[bytes, set[str]] = {}
-    for split in SPLITS:
-        for image in data.splits[split].images:
-            digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
-            seen.setdefault(digest, set()).add(split)
-    shared = sum(len(splits) > 1 for splits in seen.values())
-    if shared:
-        checks.append(
-            warning(
-                "patients: copies",
-                f"{shared} pictures are in two splits, pixel for pixel, under two names or patients",
-                "scores on them are too good: remove the copies, or give them the same patient",
-            )
-        )
     return checks
 
 
@@ -248,7 +257,16 @@ def check_privileged(data: SiteData) -> list[Check]:
 
 
 def _notes(data: SiteData) -> list[Check]:
-    def name(note: str) -> str:
-        return "privileged columns" if note.startswith(("privileged column", "reports:")) else "data: note"
+    shown_above = {NO_PATIENTS, *([data.scale.note] if data.scale is not None else [])}
+    return [_of_note(data, note) for note in data.notes if note not in shown_above]
 
-    return [warning(name(note), note) for note in data.notes if note != NO_PATIENTS]
+
+def _of_note(data: SiteData, note: str) -> Check:
+    if note.endswith(COPIES):
+        return warning("patients: copies", note, "remove the copies, or give them the same patient")
+    if data.left_out and note.endswith("(unusable: leave-out)"):
+        shown = f"{note}; first: {'; '.join(data.left_out[:3])}"
+        return replace(warning("images: left out", shown, "--json lists all"), items=data.left_out)
+    if note.startswith(("privileged column", "reports:")):
+        return warning("privileged columns", note)
+    return warning("data: note", note)

@@ -26,12 +26,14 @@ class Check(Shown):
     outcome : "ok"; "warning": works, a person should know; "problem": the site can't take part so; "skipped"
     found : what was found, one line
     advice : what to do; empty where nothing is to be done
+    items : all that was found, where `found` names only the first few; in JSON only
     """
 
     name: str
     outcome: Outcome
     found: str
     advice: str = ""
+    items: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # causes come from files and from the network, and may hold line breaks
@@ -62,10 +64,11 @@ def skipped(name: str, why: str, advice: str = "") -> Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All checks of a site, in the order in which they were made."""
+    """All checks of a site, or (`what`) of a data file, in the order in which they were made."""
 
     site: str
     checks: tuple[Check, ...]
+    what: str = "site"
 
     def count(self, outcome: Outcome) -> int:
         """Return how many checks came out so."""
@@ -82,7 +85,7 @@ class Diagnosis:
         verdict = "not ready" if self.exit_code else "ready"
         words: dict[Outcome, str] = {"problem": "problems", "warning": "warnings", "skipped": "skipped", "ok": "ok"}
         counts = ", ".join(f"{self.count(outcome)} {word}" for outcome, word in words.items())
-        return f"site {self.site}: {verdict} ({counts})"
+        return f"{self.what} {self.site}: {verdict} ({counts})"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from chainward_client.data.description import CategoryColumn, TabularColumn
+from chainward_client.data.columns import CategoryColumn, TabularColumn
 
 Value = float | str | None
 

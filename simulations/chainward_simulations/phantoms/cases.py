@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from chainward_client.data.description import TabularColumn
+from chainward_client.data.columns import TabularColumn
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData, SplitName
 from chainward_shared.seeds import numpy_generator
 from chainward_simulations.phantoms.anatomy import (

@@ -1,0 +1,105 @@
+"""Images in folders that are called what they show: which classes and splits there are, and the manifest that says the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from chainward_client.data.image_store import ImageStore
+from chainward_client.data.unusable import counted
+from chainward_shared.errors import DataError
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """The images of a folder or zip, by what their folders are called.
+
+    Attributes
+    ----------
+    images : paths inside the location, sorted
+    labels : the class of each
+    splits : train, val or test of each; empty where folders are classes at once
+    classes : names of the classes that occur, sorted
+    """
+
+    images: tuple[str, ...]
+    labels: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    @property
+    def has_splits(self) -> bool:
+        """Return whether the uppermost folders are splits."""
+        return bool(self.splits)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes that occur, sorted."""
+        return tuple(sorted(set(self.labels)))
+
+    def rows(self) -> list[list[str]]:
+        """Return header and rows of the manifest that says the same."""
+        names = ["image", "label", *(["split"] if self.splits else [])]
+        columns = [self.images, self.labels, *([self.splits] if self.splits else [])]
+        return [names, *(list(row) for row in zip(*columns, strict=True))]
+
+
+def folder_layout(location: Path) -> FolderLayout:
+    """Return the images below a folder, or in a zip, with what their folders say of them.
+
+    Files that are no images by their ending, and hidden files and folders, are passed over.
+
+    Raises
+    ------
+    DataError
+        If there are no images, or some of them lie in no class folder.
+    """
+    endings = Image.registered_extensions()
+    with ImageStore(location) as store:
+        paths = [PurePosixPath(member) for member in store.members]
+    paths = [path for path in paths if path.suffix.lower() in endings and not _hidden(path)]
+    if not paths:
+        raise DataError(
+            f"{location.name} holds no images; expected a folder per class, or train, val and test with such folders"
+        )
+    top = _common_folders(paths)
+    above = {path.parts[top].lower() for path in paths if len(path.parts) > top + 1}
+    has_splits = bool(above) and above <= _SPLITS.keys()
+    class_at = top + has_splits
+    stray = [f"'{path}'" for path in paths if len(path.parts) < class_at + 2]
+    if stray:
+        where = "SPLIT/CLASS/image" if has_splits else "CLASS/image"
+        raise DataError(
+            f"{location.name}: {counted('image in no class folder', 'images in no class folder', stray, 3)}; expected {where}"
+        )
+    return FolderLayout(
+        images=tuple(map(str, paths)),
+        labels=tuple(path.parts[class_at] for path in paths),
+        splits=tuple(_SPLITS[path.parts[top].lower()] for path in paths) if has_splits else (),
+    )
+
+
+def _common_folders(paths: list[PurePosixPath]) -> int:
+    """Return how many folders all lie in before the first that can be a class: the one that a zip was made of, say."""
+    top = 0
+    while min(len(path.parts) for path in paths) > top + 2 and len({path.parts[top] for path in paths}) == 1:
+        if paths[0].parts[top].lower() in _SPLITS:
+            break
+        top += 1
+    return top
+
+
+def _hidden(path: PurePosixPath) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
