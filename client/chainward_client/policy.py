@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, largest_steps, spent
-from chainward_shared.privacy.entries import Unit
 from chainward_shared.privacy.ledger import Ledger, Reservation
+from chainward_shared.privacy.plan import run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_shared.recipes import PrivacyRecipe
+from chainward_shared.settings import PrivacyUnit
 
 logger = logging.getLogger("chainward")
+
+DAY = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool) -> 
 
 
 def check_run(
-    policy: PrivacyPolicy | None, *, private: bool, unit: Unit | None = None, privileged: bool = False
+    policy: PrivacyPolicy | None, *, private: bool, unit: PrivacyUnit | None = None, privileged: bool = False
 ) -> None:
     """Check what kind of training a run asks for, before anything is planned.
 
@@ -104,7 +109,7 @@ def check_run(
 
 
 def check_request(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechanism], run: str) -> None:
-    """Check that `asked` fits into what the policy leaves, over the site's lifetime and within the run.
+    """Check that `asked` fits into what the policy leaves: over the site's lifetime, within 24 hours, within the run.
 
     The answer holds only while the ledger is held: `reserve` checks and reserves in one go.
 
@@ -116,12 +121,7 @@ def check_request(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechani
         The ledger can't be read.
     """
     ledger.reload()
-    for scope, budget, before in (
-        ("in the site's lifetime", policy.epsilon, ledger.mechanisms()),
-        ("in this run", policy.epsilon_per_run, ledger.mechanisms(run)),
-    ):
-        if budget is None:
-            continue
+    for scope, budget, before in _budgets(policy, ledger, run):
         after = spent([*before, *asked], policy.delta)
         if after <= budget:
             continue
@@ -174,6 +174,51 @@ def reserve(
         ]
 
 
+def _budgets(policy: PrivacyPolicy, ledger: Ledger, run: str) -> Iterator[tuple[str, float, list[Mechanism]]]:
+    """Yield what limits spending: in which scope, how much, and what is spent of it."""
+    yield "in the site's lifetime", policy.epsilon, ledger.mechanisms()
+    if policy.epsilon_per_day is not None:
+        yield "in the last 24 hours", policy.epsilon_per_day, ledger.mechanisms_within(DAY)
+    if policy.epsilon_per_run is not None:
+        yield "in this run", policy.epsilon_per_run, ledger.mechanisms(run)
+
+
+def planned_releases(policy: PrivacyPolicy, asked: PrivacyRecipe) -> list[Mechanism]:
+    """Return the noised scores of a run, which are planned into its epsilon: all that one run may have.
+
+    Raises
+    ------
+    PolicyRefusal
+        They leave nothing of it.
+    """
+    releases = policy.metrics_mechanism(policy.metrics_releases)
+    if releases is None:
+        return []
+    if asked.epsilon is not None and (cost := spent([releases], asked.delta)) >= asked.epsilon:
+        raise PolicyRefusal(
+            f"noised scores alone, {policy.metrics_releases} releases at epsilon {policy.metrics_epsilon:g} each, come to "
+            f"{cost:.4g} of the epsilon {asked.epsilon:.4g} that the run asks for (privacy.epsilon): the policy needs a lower "
+            "metrics_epsilon or metrics_releases, or the run a higher epsilon"
+        )
+    return [releases]
+
+
+def whole_run(policy: PrivacyPolicy, asked: PrivacyRecipe, units: int) -> list[Mechanism]:
+    """Return all that a run costs this site when it is carried out to its end: noised scores, then its trainings.
+
+    Raises
+    ------
+    PrivacyError
+        No noise is enough.
+    """
+    return run_mechanisms(asked, units=units, before=planned_releases(policy, asked))
+
+
+def releases_in(mechanisms: Sequence[Mechanism]) -> int:
+    """Return the number of noised releases among what was spent."""
+    return sum(mechanism.steps for mechanism in mechanisms if mechanism.kind == "laplace")
+
+
 def _largest_plan(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechanism], run: str) -> str:
     trainings = [mechanism for mechanism in asked if mechanism.kind == "dp-sgd" and mechanism.noise_multiplier > 0]
     if not trainings:
@@ -182,8 +227,8 @@ def _largest_plan(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechani
     others = list(asked)
     others.remove(longest)
     fitting = longest.steps
-    for budget, before in ((policy.epsilon, ledger.mechanisms()), (policy.epsilon_per_run, ledger.mechanisms(run))):
-        if budget is not None and fitting:
+    for _, budget, before in _budgets(policy, ledger, run):
+        if fitting:
             already = [*before, *others]
             possible = math.isfinite(spent(already, policy.delta)) and spent(already, policy.delta) <= budget
             fitting = min(

@@ -20,7 +20,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from chainward_client.data.site_data import SiteData
-from chainward_client.policy import Planned, check_request, check_units, reserve
+from chainward_client.policy import (
+    Planned,
+    check_request,
+    check_units,
+    planned_releases,
+    releases_in,
+    reserve,
+    whole_run,
+)
 from chainward_client.site_ledger import create_site_ledger, open_site_ledger
 from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.entropy import Entropy, OperatingSystem
@@ -28,7 +36,7 @@ from chainward_client.training.private import PrivateTraining, declared_counts
 from chainward_shared.errors import PolicyRefusal, PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger, Reservation
-from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units, run_mechanisms
+from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.statements import Statement, sign_statement
 from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
@@ -153,7 +161,7 @@ class PrivateWork:
         return declared_counts([shares[name] for name in data.classes], multilabel=data.task == "multilabel")
 
     def plan(self, recipe: TrainingRecipe, data: SiteData, *, epochs: int, batch_size: int) -> PrivatePlan:
-        """Return the plan of a training: its noise is that of all the run's trainings together.
+        """Return the plan of a training: its noise is that of all the run's trainings and noised scores together.
 
         Raises
         ------
@@ -162,7 +170,10 @@ class PrivateWork:
         """
         self.site.check_data(data)
         try:
-            return plan(self._asked(recipe), units=self._units(recipe, data), epochs=epochs, batch_size=batch_size)
+            asked = self._asked(recipe)
+            before = planned_releases(self.site.policy, asked)
+            units = self._units(recipe, data)
+            return plan(asked, units=units, epochs=epochs, batch_size=batch_size, before=before)
         except PrivacyError as error:
             raise PolicyRefusal(str(error)) from error
 
@@ -240,19 +251,24 @@ class PrivateWork:
         return reservation
 
     def release(self) -> bool:
-        """Charge one release of noised scores; False where the budget has nothing left for it.
+        """Charge one release of noised scores; False where the run has had all of its own, or the budget has none left.
 
         Raises
         ------
         LedgerError
             The ledger can't be written.
         """
-        mechanism = self.site.policy.metrics_mechanism()
+        policy, ledger = self.site.policy, self.site.ledger
+        mechanism = policy.metrics_mechanism()
         assert mechanism is not None
+        ledger.reload()
+        if releases_in(ledger.mechanisms(self.run)) >= policy.metrics_releases:
+            logger.warning("scores are withheld: the run has had its %d noised releases", policy.metrics_releases)
+            return False
         try:
             (reservation,) = reserve(
-                self.site.policy,
-                self.site.ledger,
+                policy,
+                ledger,
                 [Planned(mechanism, "scores", self.hop)],
                 self.run,
                 seeded=self.site.entropy.seeded,
@@ -261,7 +277,7 @@ class PrivateWork:
             logger.warning("scores are withheld: %s", refusal)
             return False
         reservation.begin()
-        self.site.ledger.commit(reservation, 1)
+        ledger.commit(reservation, 1)
         return True
 
     def statement(self) -> Statement:
@@ -284,14 +300,18 @@ class PrivateWork:
         """Refuse at once a run that can't be carried out to its end, and what goes beyond what a run asked for."""
         policy, ledger = self.site.policy, self.site.ledger
         ledger.reload()
-        done = [mechanism for mechanism in ledger.mechanisms(self.run) if mechanism.kind == "dp-sgd"]
+        spent_here = ledger.mechanisms(self.run)
+        done = [mechanism for mechanism in spent_here if mechanism.kind == "dp-sgd"]
         if not done and asked.run:
-            check_request(policy, ledger, run_mechanisms(asked, units=units), self.run)
+            left = policy.metrics_mechanism(max(0, policy.metrics_releases - releases_in(spent_here)))
+            trainings = [one for one in whole_run(policy, asked, units) if one.kind == "dp-sgd"]
+            check_request(policy, ledger, [*trainings, *([left] if left else [])], self.run)
         if asked.epsilon is None:
             return
-        if spent([*done, training], asked.delta) > asked.epsilon * _ROUNDING:
+        together = [*done, *planned_releases(policy, asked)]
+        if spent([*together, training], asked.delta) > asked.epsilon * _ROUNDING:
             raise PolicyRefusal(
                 f"over what the run asks for: epsilon {spent([training], asked.delta):.4g} more after "
-                f"{spent(done, asked.delta):.4g} of {asked.epsilon:.4g} (privacy.epsilon); work that failed or was repeated "
+                f"{spent(together, asked.delta):.4g} of {asked.epsilon:.4g} (privacy.epsilon); work that failed or was repeated "
                 "has used the rest"
             )

@@ -250,6 +250,7 @@ def test_a_noised_release_costs_what_the_policy_says(tmp_path):
         ("{epsilon: 8, delta: 0.1, metrics: noised}", "privacy: metrics_epsilon says what a release"),
         ("{epsilon: 8, delta: 0.1, metrics_epsilon: 1}", "privacy: metrics_epsilon says what a release"),
         ("{epsilon: 8, delta: 0.1, epsilon_per_run: 9}", "privacy: epsilon_per_run 9 is above epsilon 8"),
+        ("{epsilon: 8, delta: 0.1, epsilon_per_day: 9}", "privacy: epsilon_per_day 9 is above epsilon 8"),
     ],
 )
 def test_a_policy_that_can_not_be_is_refused_in_one_line(tmp_path, text, expected):

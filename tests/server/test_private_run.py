@@ -199,7 +199,6 @@ def test_noised_scores_are_charged_and_hold_nothing_but_a_noisy_confusion_matrix
     # full: of a link of two steps half precision may leave nothing, and a model that was scored before costs nothing
     noised_scores = {
         "privacy.simulated-metrics": "noised",
-        "privacy.simulated-budget": "30",
         "federation.transfer": "full",
     }
     folder, results = coordinated(one_private | noised_scores, loopback(2, watch))
@@ -211,17 +210,17 @@ def test_noised_scores_are_charged_and_hold_nothing_but_a_noisy_confusion_matrix
         assert all((arrays[name]["histograms"].numpy() == 0).all() for name in arrays)
     record = record_of(folder)
     assert audit_statements(folder.state.run_id, record["statements"], SITES).exit_code == 0
-    assert record["sites"]["birch"]["epsilon"] > 8.0, "the scores come on top of the trainings"
+    assert 7.5 < record["sites"]["birch"]["epsilon"] <= 8.0, "trainings and scores together are what the run asked for"
     assert results.final["chain"].sites["birch"].macro_auc is None
 
 
 def test_scores_that_the_budget_does_not_hold_any_more_are_withheld(one_private, coordinated):
-    folder, results = coordinated(
-        one_private | {"privacy.simulated-metrics": "noised", "privacy.simulated-budget": "8.3"}
-    )
-    scored = [link.site for link in results.links if "birch" in link.metrics.test.sites]
-    assert len(scored) < 4
-    assert record_of(folder)["sites"]["birch"]["epsilon_lifetime"] <= 8.3
+    """Without the training, which is refused for lack of budget, some of the scores fit."""
+    few = {"privacy.simulated-metrics": "noised", "privacy.simulated-budget": "1.2", "federation.transfer": "full"}
+    folder, results = coordinated(one_private | few)
+    assert 1 <= sum("birch" in link.metrics.test.sites for link in results.links if link.metrics) <= 2
+    charged = ledger_of(folder, "birch").spendings()
+    assert {one.reserved.phase for one in charged} == {"scores"}
 
 
 # -- budgets and refusals

@@ -7,7 +7,7 @@ from pathlib import Path
 from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
-from chainward_client.policy import check_request, check_run, check_units
+from chainward_client.policy import check_request, check_run, check_units, whole_run
 from chainward_client.private_site import declared_units
 from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
 from chainward_client.training.precision import best_device
@@ -22,7 +22,6 @@ from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.audit import audit_ledger
-from chainward_shared.privacy.plan import run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.signing import load_public_key, public_key_path
 from chainward_shared.recipes import PrivacyRecipe
@@ -160,7 +159,7 @@ def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data
     asked = asked_of_site(config, policy)
     units = max(1, round(declared_units(policy, data) * asked.share))
     try:
-        mechanisms = run_mechanisms(asked, units=units)
+        mechanisms = whole_run(policy, asked, units)
     except PrivacyError as error:
         return problem(name, f"this site would refuse: {error}", "agree on another plan with the coordinator")
     trainings = ", ".join(
@@ -169,7 +168,7 @@ def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data
     cost = spent(mechanisms, policy.delta)
     plan = (
         f"epsilon {cost:.4g} at delta {policy.delta:g} per {policy.unit}, noise multiplier "
-        f"{mechanisms[0].noise_multiplier:.3g}, {trainings}, of {units} {policy.unit}s"
+        f"{mechanisms[-1].noise_multiplier:.3g}, {trainings}, of {units} {policy.unit}s"
     )
     try:
         ledger, _ = open_site_ledger(state, site)
@@ -185,11 +184,7 @@ def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data
         )
     found = f"{plan}; {before:.4g} of {policy.epsilon:g} spent, together {together:.4g}: fits"
     if policy.metrics == "noised":
-        return warning(
-            name,
-            found,
-            f"every release of noised scores costs epsilon {policy.metrics_epsilon:g} on top, while budget lasts",
-        )
+        found += f"; {policy.metrics_releases} releases of noised scores are in it"
     if together > 0.9 * policy.epsilon:
         return warning(name, found, "work that has to be done again pays again: there is little left for that")
     return ok(name, found)

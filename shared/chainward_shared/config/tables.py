@@ -230,7 +230,7 @@ class PrivacyConfig(Table, PrivacySettings):
     )
     epsilon: Epsilon = Field(
         8.0,
-        description="Epsilon that each private site may spend in this run, all its trainings together",
+        description="Epsilon that each private site may spend in this run, all its trainings and noised scores together",
     )
     simulated_sites: str = Field(
         "", description="Simulations only: the sites that have a privacy policy, comma-separated. Empty: all"
@@ -238,7 +238,7 @@ class PrivacyConfig(Table, PrivacySettings):
     simulated_budget: str = Field(
         "",
         description="Simulations only: the lifetime budgets in the policies, one number for all, or by site "
-        "('site-1=8, site-3=0.5'). Empty: privacy.epsilon, with noised scores twice that",
+        "('site-1=8, site-3=0.5'). Empty: privacy.epsilon",
     )
     simulated_metrics: MetricsRelease = Field(
         "exact",
@@ -261,7 +261,7 @@ class PrivacyConfig(Table, PrivacySettings):
         ConfigError
             It is neither a number nor a list of SITE=NUMBER.
         """
-        budgets = {"": self.epsilon * (2 if self.simulated_metrics == "noised" else 1)}
+        budgets = {"": self.epsilon}
         for part in ids_in(self.simulated_budget):
             site, _, number = part.rpartition("=")
             try:

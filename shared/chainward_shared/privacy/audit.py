@@ -18,7 +18,7 @@ from chainward_shared.errors import LedgerError, StatementError
 from chainward_shared.outside import Shown
 from chainward_shared.privacy.accounting import Epsilons, epsilons
 from chainward_shared.privacy.empirical import Empirical
-from chainward_shared.privacy.entries import Entry, Head, MechanismRecord, Unit
+from chainward_shared.privacy.entries import Entry, Head, MechanismRecord
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import MetricsRelease, Terms
 from chainward_shared.privacy.signing import fingerprint
@@ -29,6 +29,7 @@ from chainward_shared.privacy.statements import (
     check_statement,
     parse_statement,
 )
+from chainward_shared.settings import PrivacyUnit
 from chainward_shared.words import listed
 
 Severity = Literal["note", "violation", "damage"]
@@ -92,7 +93,7 @@ class SiteAudit(Shown):
 
     site: str
     private: bool
-    unit: Unit | None = None
+    unit: PrivacyUnit | None = None
     delta: float | None = None
     metrics: MetricsRelease | None = None
     key: str | None = None
@@ -313,7 +314,9 @@ def _entry_findings(ledger: Ledger) -> list[Finding]:
     return found
 
 
-def _unit_and_delta(ledger: Ledger, terms: Terms | None, findings: list[Finding]) -> tuple[Unit | None, float | None]:
+def _unit_and_delta(
+    ledger: Ledger, terms: Terms | None, findings: list[Finding]
+) -> tuple[PrivacyUnit | None, float | None]:
     where = f"site {ledger.site}"
     reserved = [spending.reserved for spending in ledger.spendings()]
     units = {entry.unit for entry in reserved if entry.unit is not None}

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.outside import MAX_LINE, visible, visible_values
 from chainward_shared.privacy.accounting import Mechanism
+from chainward_shared.settings import PrivacyUnit
 
 SCHEMA = 1
-Unit = Literal["patient", "image"]
 State = Literal["created", "reserved", "committed", "released"]
 NO_HASH = "0" * 64
 
@@ -92,7 +92,7 @@ class Entry(BaseModel):
     hop: str = Field(default="", max_length=256)
     reservation: int | None = None
     mechanism: MechanismRecord | None = None
-    unit: Unit | None = None
+    unit: PrivacyUnit | None = None
     delta: float | None = Field(default=None, gt=0, lt=1)
     seeded: bool = False
     versions: dict[str, str] = Field(default_factory=dict)

@@ -29,7 +29,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -47,11 +47,11 @@ from chainward_shared.privacy.entries import (
     MechanismRecord,
     Spending,
     State,
-    Unit,
     merged,
     software,
 )
 from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, public_text, sign
+from chainward_shared.settings import PrivacyUnit
 from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward")
@@ -217,7 +217,7 @@ class Ledger:
         run: str,
         phase: str,
         hop: str,
-        unit: Unit,
+        unit: PrivacyUnit,
         delta: float,
         clip_norm: float | None = None,
         seeded: bool = False,
@@ -307,6 +307,13 @@ class Ledger:
     def mechanisms(self, run: str | None = None, upto: int | None = None) -> list[Mechanism]:
         """Return what counts as spent, in the site's lifetime or in one run."""
         return [record.mechanism for record in self.records(run, upto)]
+
+    def mechanisms_within(self, period: timedelta) -> list[Mechanism]:
+        """Return what counts as spent of all that was reserved within the last `period`, or in what the clock calls future."""
+        since = self._clock() - period
+        spendings = [spending for spending in self.spendings() if spending.reserved.time > since]
+        counted = merged(spending.counted for spending in spendings if spending.counted is not None)
+        return [record.mechanism for record in counted]
 
     def records(self, run: str | None = None, upto: int | None = None) -> tuple[MechanismRecord, ...]:
         """Return what counts as spent, in the site's lifetime or in one run; equal mechanisms are added up."""

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.privacy.accounting import Mechanism
-from chainward_shared.privacy.entries import Unit
+from chainward_shared.settings import PrivacyUnit
 
 MetricsRelease = Literal["withhold", "noised", "exact"]
 
@@ -30,7 +30,7 @@ class Terms(BaseModel):
     epsilon: float = Field(gt=0, allow_inf_nan=False)
     delta: float = Field(gt=0, lt=1)
     epsilon_per_run: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    unit: Unit = "patient"
+    unit: PrivacyUnit = "patient"
     metrics: MetricsRelease = "withhold"
 
 
@@ -41,10 +41,13 @@ class PrivacyPolicy(Terms):
     ----------
     epsilon, delta : the budget of the site's lifetime, over all runs; delta below 1 over the number of units
     required : whether a run without privacy is refused, default true
-    epsilon_per_run : cap on one run, default none but the lifetime's budget
+    epsilon_per_run : cap on one run, default none but the lifetime's budget. A run is what the coordinator calls one
+    epsilon_per_day : cap on any 24 hours, over all runs whatever they are called, default none
     unit : what is protected: "patient" with all images (default), or one "image"
     metrics : what of scores and counts may leave: "withhold" (default), "noised", "exact"
     metrics_epsilon : what one noised release costs; with ``metrics: noised`` only
+    metrics_releases : noised releases that one run may have, default 4. A private run plans them into its epsilon; scores
+        that are asked for beyond them are withheld
     privileged_teachers :
         whether teachers that read reports or tables may train, privately and charged to the ledger; default false
     units : number of patients (or images) with training data that the site declares; not secret, and it need not be exact.
@@ -55,17 +58,19 @@ class PrivacyPolicy(Terms):
     """
 
     required: bool = True
+    epsilon_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     metrics_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    metrics_releases: int = Field(default=4, ge=1, le=1000)
     privileged_teachers: bool = False
     units: int | None = Field(default=None, ge=1)
     class_shares: dict[str, float] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.epsilon_per_run is not None and self.epsilon_per_run > self.epsilon:
-            raise ValueError(
-                f"epsilon_per_run {self.epsilon_per_run:g} is above epsilon {self.epsilon:g}, the lifetime's budget"
-            )
+        for name in ("epsilon_per_run", "epsilon_per_day"):
+            cap = getattr(self, name)
+            if cap is not None and cap > self.epsilon:
+                raise ValueError(f"{name} {cap:g} is above epsilon {self.epsilon:g}, the lifetime's budget")
         if (self.metrics == "noised") != (self.metrics_epsilon is not None):
             raise ValueError(
                 "metrics_epsilon says what a release with 'metrics: noised' costs; give both or neither "
@@ -80,6 +85,8 @@ class PrivacyPolicy(Terms):
         """What of the policy others may know; it goes into every statement."""
         return Terms(**{name: getattr(self, name) for name in Terms.model_fields})
 
-    def metrics_mechanism(self) -> Mechanism | None:
-        """Return what one release of noised metrics is charged as; None where none is charged."""
-        return Mechanism("laplace", 1 / self.metrics_epsilon, 1.0, 1) if self.metrics_epsilon is not None else None
+    def metrics_mechanism(self, releases: int = 1) -> Mechanism | None:
+        """Return what releases of noised metrics are charged as; None where none is charged."""
+        if self.metrics_epsilon is None or not releases:
+            return None
+        return Mechanism("laplace", 1 / self.metrics_epsilon, 1.0, releases)
