@@ -120,15 +120,15 @@ STUDENT = protocol.StudentTask(
     round=1,
     architecture=ARCHITECTURE,
     recipe=RunConfig().student_recipe("distil"),
-    student_digest="ab",
+    student_digest="ab" * 32,
 )
-EVALUATE = protocol.EvaluateTask(run_id="run", architecture=ARCHITECTURE, splits=["val"], threads=1, digest="ab")
+EVALUATE = protocol.EvaluateTask(run_id="run", architecture=ARCHITECTURE, splits=["val"], threads=1, digest="ab" * 32)
 LOG = protocol.TrainingLog(epochs=1, steps=1, images=1, loss=[0.5], seconds=1.0, precision="fp32")
 BODIES: list[Body] = [
     LINK,
     STUDENT,
     EVALUATE,
-    protocol.LinkResult(hop="hop", site="oak", digest="ab", training=LOG),
+    protocol.LinkResult(hop="hop", site="oak", digest="ab" * 32, training=LOG),
     protocol.Hello(site="oak"),
 ]
 

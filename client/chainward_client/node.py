@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from chainward_client.limits import check_limits
 from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
 from chainward_client.store import SiteStore
 from chainward_shared.errors import ModelError, PolicyRefusal, ProtocolError, WeightsError
@@ -32,6 +33,9 @@ PRIVATE_REASON = "something is wrong at the site with its data, its disk or its 
 
 SHAREABLE = (PolicyRefusal, ModelError, ProtocolError, WeightsError)
 """Errors whose words may leave a hospital: they speak of the request. All others may name files, rows and patients."""
+
+LONGEST_WAIT = 7 * 86_400.0
+"""Seconds for which a request may wait for another one at most, whatever its sender says."""
 
 Task = LinkTask | StudentTask | EvaluateTask
 
@@ -98,6 +102,8 @@ class DeployedNode(Node):
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:
         """Let the site be seen at work on the task, from before its data are read."""
         self._refuse_to_play(task.simulated)
+        check_limits(task, self._config.limits)
+        seconds = seconds if 0 <= seconds <= LONGEST_WAIT else LONGEST_WAIT
         with self._store(task.run_id).lock(fingerprint(task)).hold(seconds):
             yield open_site(self._path)
 

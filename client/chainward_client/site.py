@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site
+from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.site_key import site_key
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.outside import SiteId
 from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_shared.words import first_problem
 
 
 class SiteConfig(BaseModel):
@@ -28,6 +30,7 @@ class SiteConfig(BaseModel):
     data : path of the data file
     state : folder for what the site keeps between messages
     privacy : the site's rules on privacy; without, it takes part in runs without privacy only
+    limits : what a run may ask of the site's machines, default as `SiteLimits` says
 
     Both paths may be relative to site.yaml.
     """
@@ -38,6 +41,7 @@ class SiteConfig(BaseModel):
     data: str
     state: str = "~/.chainward/site"
     privacy: PrivacyPolicy | None = None
+    limits: SiteLimits = SiteLimits()
 
     def state_dir(self, path: Path) -> Path:
         """Return the state folder of the site whose site.yaml is in `path`."""
@@ -92,24 +96,17 @@ def load_site_config(path: Path) -> SiteConfig:
     try:
         return SiteConfig.model_validate(content)
     except ValidationError as error:
-        problems = error.errors()
-        unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+        unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
         if unknown:  # first: a misspelt key is also a missing one
-            known = SiteConfig.model_fields if len(unknown[0]) == 1 else PrivacyPolicy.model_fields
-            key = str(unknown[0][-1])
+            known = _BLOCKS[str(unknown[0][0]) if unknown[0][1:] else ""].model_fields
+            key = ".".join(map(str, unknown[0]))
             raise DataError(
-                f"{path}: there is no key '{_dotted(unknown[0])}'{nearest(key, known)}; keys are {', '.join(known)}"
+                f"{path}: there is no key '{key}'{nearest(str(unknown[0][-1]), known)}; keys are {', '.join(known)}"
             ) from error
-        problem = problems[0]
-        found = (
-            f", found {problem['input']!r}" if isinstance(problem["input"], int | float) and problem["loc"][1:] else ""
-        )
-        message = problem["msg"].lower().removeprefix("value error, ")
-        raise DataError(f"{path}: {_dotted(problem['loc'])}: {message}{found}") from error
+        raise DataError(f"{path}: {first_problem(error)}") from error
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location)
+_BLOCKS: dict[str, type[BaseModel]] = {"": SiteConfig, "privacy": PrivacyPolicy, "limits": SiteLimits}
 
 
 def open_site(site_yaml: Path) -> OpenSite:

@@ -109,8 +109,9 @@ class SiteStore:
             The state folder can't be written.
         """
         self._write(state, self._path(after_round), architecture.to_metadata())
-        for old in range(after_round - self.KEPT_ROUNDS + 1):
-            self._path(old).unlink(missing_ok=True)
+        for kept_after, path in self._auxiliaries():
+            if kept_after <= after_round - self.KEPT_ROUNDS:
+                path.unlink(missing_ok=True)
 
     def load_auxiliary(self, before_round: int) -> StateDict | None:
         """Return the newest auxiliary teacher from before `before_round` (1-based), or None if there is none.
@@ -120,13 +121,19 @@ class SiteStore:
         StoreError
             Its file is damaged.
         """
-        for after_round in range(before_round - 1, -1, -1):
-            if self._path(after_round).exists():
-                try:
-                    return load_file(self._path(after_round))[0]
-                except WeightsError as error:
-                    raise StoreError(f"{error}; remove it, and a retry brings the teacher anew") from error
-        return None
+        kept = [(after_round, path) for after_round, path in self._auxiliaries() if after_round < before_round]
+        if not kept:
+            return None
+        try:
+            return load_file(max(kept)[1])[0]
+        except WeightsError as error:
+            raise StoreError(f"{error}; remove it, and a retry brings the teacher anew") from error
+
+    def _auxiliaries(self) -> list[tuple[int, Path]]:
+        """Return the auxiliary teachers that are kept, with the round after which each was."""
+        files = self.folder.glob("auxiliary-round-*.safetensors")
+        named = ((re.fullmatch(r"auxiliary-round-(\d+)", path.stem), path) for path in files)
+        return [(int(number[1]), path) for number, path in named if number]
 
     def _write(self, state: StateDict, path: Path, metadata: dict[str, str]) -> None:
         try:

@@ -50,9 +50,17 @@ Fraction = Annotated[float, ZeroOrAtLeast(SMALLEST_WEIGHT), Field(le=1)]
 PositiveFraction = Annotated[float, Field(ge=1e-6, le=1)]
 Weight = Annotated[float, ZeroOrAtLeast(SMALLEST_WEIGHT), Field(le=100)]
 Temperature = Annotated[float, Field(ge=1, le=100)]
-Decay = Annotated[float, Field(ge=0, le=0.999999)]
+Decay = Annotated[float, ZeroOrAtLeast(SMALLEST_WEIGHT), Field(le=0.999999)]
 
 Epsilon = Annotated[float, Field(ge=1e-4, le=1_000)]
 Delta = Annotated[float, Field(ge=1e-15, le=0.5)]
 Clip = Annotated[float, Field(ge=1e-4, le=1_000)]
 NoiseMultiplier = Annotated[float, Field(ge=1e-3, le=1e6)]
+
+SiteCount = Annotated[int, Field(ge=0, le=512)]
+SiteIndex = Annotated[int, Field(ge=0, lt=512)]
+LabelSkew = Annotated[float, Field(ge=0, le=1_000)]
+
+Location = Annotated[str, Field(max_length=4_096)]
+"""A path, or the name of something built in."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]

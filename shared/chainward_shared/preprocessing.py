@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,8 +21,8 @@ class Pixels(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: tuple[float, ...] = Field(min_length=1, max_length=64)
-    std: tuple[float, ...] = Field(min_length=1, max_length=64)
+    mean: tuple[Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)], ...] = Field(min_length=1, max_length=64)
+    std: tuple[Annotated[float, Field(ge=1e-4, le=10, allow_inf_nan=False)], ...] = Field(min_length=1, max_length=64)
 
     @model_validator(mode="after")
     def _possible(self) -> Pixels:
@@ -29,8 +30,6 @@ class Pixels(BaseModel):
             raise ValueError(
                 f"{len(self.mean)} means and {len(self.std)} standard deviations; expected one each per channel"
             )
-        if not all(-10 <= mean <= 10 for mean in self.mean) or not all(1e-4 <= std <= 10 for std in self.std):
-            raise ValueError(f"mean {self.mean} and std {self.std} are not of pixels within 0 and 1")
         return self
 
 

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainward_shared import __version__
+from chainward_shared.bounds import LabelSkew, Location, Seed, Sha256, SiteCount, SiteIndex, Threads
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
@@ -59,7 +60,7 @@ Split = Literal["train", "val", "test"]
 class Body(BaseModel):
     """Base of the messages."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     KIND: ClassVar[str]
     ARRAYS: ClassVar[frozenset[str]] = frozenset()
@@ -71,12 +72,12 @@ class SimulatedSite(Body):
 
     KIND: ClassVar[str] = "simulated-site"
 
-    index: int = Field(ge=0)
-    source: str
-    num_sites: int
-    label_skew: float
-    seed: int
-    state_dir: str
+    index: SiteIndex
+    source: Location
+    num_sites: SiteCount
+    label_skew: LabelSkew
+    seed: Seed
+    state_dir: Location
     policy: PrivacyPolicy | None = None
 
 
@@ -85,9 +86,9 @@ class HelloRequest(Body):
 
     KIND: ClassVar[str] = "hello-request"
 
-    source: str
-    num_sites: int
-    label_skew: float
+    source: Location
+    num_sites: SiteCount
+    label_skew: LabelSkew
 
 
 class Hello(Body):
@@ -117,7 +118,7 @@ class AtWorkRequest(Body):
     KIND: ClassVar[str] = "at-work-request"
 
     run_id: RunId
-    task: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    task: Sha256
 
 
 class AtWork(Body):
@@ -173,12 +174,12 @@ class LinkTask(Body):
 
     run_id: RunId
     hop: HopKey
-    strand: int
-    lap: int
+    strand: Annotated[int, Field(ge=0, lt=512)]
+    lap: Annotated[int, Field(ge=0, lt=100)]
     trained_alone: bool = False
     architecture: Architecture
     recipe: LinkRecipe
-    predecessor_digest: str | None = None
+    predecessor_digest: Sha256 | None = None
     seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 
@@ -239,13 +240,13 @@ class StudentTask(Body):
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student", "auxiliary", *map("large_{}".format, range(MAX_ENSEMBLE))})
 
     run_id: RunId
-    round: int
+    round: Annotated[int, Field(ge=1, le=20_000)]
     architecture: Architecture
     recipe: StudentRecipe
-    student_digest: str
-    auxiliary_digest: str | None = None
+    student_digest: Sha256
+    auxiliary_digest: Sha256 | None = None
     large_architecture: Architecture | None = None
-    large_digests: list[str] = Field(default_factory=list, max_length=MAX_ENSEMBLE)
+    large_digests: list[Sha256] = Field(default_factory=list, max_length=MAX_ENSEMBLE)
     seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 
@@ -285,10 +286,10 @@ class EvaluateTask(Body):
 
     run_id: RunId
     architecture: Architecture
-    splits: list[Literal["val", "test"]]
+    splits: Annotated[list[Literal["val", "test"]], Field(max_length=2)]
     localisation: bool = False
-    threads: int
-    digest: str
+    threads: Threads
+    digest: Sha256
     seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 

@@ -315,6 +315,8 @@ def test_a_plan_beyond_what_is_left_is_told_with_the_numbers(hospital):
     ("plan", "name", "says"),
     [
         (SMALL, "plan: privacy", "requires differential privacy"),
+        (f"{PRIVATE} federation.threads=65", "plan: limits", "threads = 65"),
+        (f"{PRIVATE} student.rounds=1001", "plan: limits", "rounds = 1001"),
         (f"{PRIVATE} privacy.unit='image'", "plan: privacy", "protects one image"),
         (f"{PRIVATE} privileged.mode='all'", "plan: privacy", "privileged_teachers: false"),
         (PRIVATE.replace("epsilon=3", "epsilon=5"), "plan: epsilon", "in this run"),

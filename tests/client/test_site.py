@@ -80,8 +80,8 @@ def test_a_misspelt_key_is_named_with_the_nearest(tmp_path, text, key, close):
     [
         ("data: d.yaml\n", "site: field required"),
         ("site: oak\n", "data: field required"),
-        ("site: 5\ndata: d.yaml\n", "site: input should be a valid string"),
-        ("site: ''\ndata: d.yaml\n", "site: string should have at least 1 character"),
+        ("site: 5\ndata: d.yaml\n", "site: input should be a valid string, found 5"),
+        ("site: ''\ndata: d.yaml\n", "site: string should have at least 1 character, found ''"),
     ],
 )
 def test_a_missing_or_wrong_value_is_named_and_no_other_key_suggested(tmp_path, text, expected):

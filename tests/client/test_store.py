@@ -190,13 +190,13 @@ def test_an_answer_is_found_for_the_same_task_only_and_a_damaged_one_is_not_used
         round=1,
         architecture=ARCHITECTURE,
         recipe=RunConfig().student_recipe("distil"),
-        student_digest="ab",
-        auxiliary_digest="cd",
+        student_digest="ab" * 32,
+        auxiliary_digest="cd" * 32,
     )
     body = StudentResult(
         round=1,
         site="oak",
-        digest="x",
+        digest="0" * 64,
         training=TrainingLog(epochs=1, steps=1, images=1, loss=[0.5], seconds=1.0, precision="fp32"),
         auxiliary_kept=None,
         examples=3,

@@ -318,7 +318,7 @@ def scored(monkeypatch, fates, *, check_every=120.0, at_work=False, deadline=720
     grid = Restarted(clock, fates, at_work)
     talk = Exchange(grid, {"ash": Member("ash", 1)}, HELLO, check_every=check_every)
     architecture = Architecture(name="test_convnext", num_classes=2, in_chans=1, image_size=32)
-    task = EvaluateTask(run_id="a", architecture=architecture, splits=["val"], threads=1, digest="0")
+    task = EvaluateTask(run_id="a", architecture=architecture, splits=["val"], threads=1, digest="0" * 64)
     outcomes = list(talk.stream({"ash": Request("evaluate", task)}, EvaluateResult, deadline))
     assert [site for site, _ in outcomes] == ["ash"]
     return outcomes[0][1], grid, clock.now

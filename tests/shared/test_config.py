@@ -97,7 +97,11 @@ def test_a_key_that_is_none_is_refused(key):
             ["chain.learning-rate = nan", "at least 1e-09, at most 10", "default 0.001"],
         ),
         ("chain.learning-rate", float("inf"), ["chain.learning-rate = inf", "at least 1e-09, at most 10"]),
-        ("student.ema-decay", 1.0, ["student.ema-decay = 1.0", "at least 0, at most 0.999999", "default 0.996"]),
+        (
+            "student.ema-decay",
+            1.0,
+            ["student.ema-decay = 1.0", "0 or at least 1e-06, at most 0.999999", "default 0.996"],
+        ),
         ("privacy.clip", 1e-33, ["privacy.clip = 1e-33", "number at least 0.0001, at most 1 000", "default 1.0"]),
         (
             "chain.unlabelled-weight",

@@ -305,7 +305,7 @@ def test_a_damaged_card_is_one_clear_line(damage, store, tmp_path):
     ("given", "words"),
     [
         ({"mean": (0.5, 0.5)}, "2 means and 3 deviations of 3 channels"),
-        ({"std": (0.0,) * 3}, "not of pixels within 0 and 1"),
+        ({"std": (0.0,) * 3}, r"std\.0: input should be greater than or equal to 0\.0001, found 0\.0"),
     ],
 )
 def test_impossible_means_and_deviations_are_refused_and_leave_nothing(given, words, store, tmp_path):

@@ -74,21 +74,21 @@ MESSAGES: list[Body] = [
         lap=1,
         architecture=ARCHITECTURE,
         recipe=RunConfig().link_recipe(),
-        predecessor_digest="ab",
+        predecessor_digest="ab" * 32,
         simulated=SIMULATED,
     ),
-    LinkResult(hop="0-1", site="oak", digest="ab", training=LOG),
+    LinkResult(hop="0-1", site="oak", digest="ab" * 32, training=LOG),
     StudentTask(
         run_id="r",
         round=1,
         architecture=ARCHITECTURE,
         recipe=RunConfig().student_recipe("distil"),
-        student_digest="ab",
-        auxiliary_digest="cd",
+        student_digest="ab" * 32,
+        auxiliary_digest="cd" * 32,
     ),
-    StudentResult(round=1, site="oak", digest="ab", training=LOG, examples=17, auxiliary_kept=0.25),
+    StudentResult(round=1, site="oak", digest="ab" * 32, training=LOG, examples=17, auxiliary_kept=0.25),
     EvaluateTask(
-        run_id="run", architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab"
+        run_id="run", architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab" * 32
     ),
     EvaluateResult(
         site="oak",
@@ -162,23 +162,23 @@ def test_no_message_may_carry_anything_but_the_weights_and_counts_of_the_design(
 
 @pytest.mark.parametrize(
     ("weight", "digests", "architecture"),
-    [(1.0, [], None), (1.0, [], ARCHITECTURE), (1.0, ["ab"], None), (0.0, ["ab"], ARCHITECTURE)],
+    [(1.0, [], None), (1.0, [], ARCHITECTURE), (1.0, ["ab" * 32], None), (0.0, ["ab" * 32], ARCHITECTURE)],
 )
 def test_large_models_without_weight_weight_without_models_or_models_of_no_architecture_are_refused(
     weight, digests, architecture
 ):
     recipe = RunConfig().student_recipe("distil").model_copy(update={"large_weight": weight})
-    given = {"run_id": "r", "round": 1, "architecture": ARCHITECTURE, "student_digest": "ab", "recipe": recipe}
+    given = {"run_id": "r", "round": 1, "architecture": ARCHITECTURE, "student_digest": "ab" * 32, "recipe": recipe}
     with pytest.raises(ValidationError, match=f"weight {weight:g}, {len(digests)} digests"):
         StudentTask(**given, large_digests=digests, large_architecture=architecture)
 
 
 def test_more_large_models_than_may_teach_at_once_are_refused():
     recipe = RunConfig().student_recipe("distil").model_copy(update={"large_weight": 1.0})
-    given = {"run_id": "r", "round": 1, "architecture": ARCHITECTURE, "student_digest": "ab", "recipe": recipe}
-    StudentTask(**given, large_digests=["ab"] * 8, large_architecture=ARCHITECTURE)
+    given = {"run_id": "r", "round": 1, "architecture": ARCHITECTURE, "student_digest": "ab" * 32, "recipe": recipe}
+    StudentTask(**given, large_digests=["ab" * 32] * 8, large_architecture=ARCHITECTURE)
     with pytest.raises(ValidationError, match="at most 8"):
-        StudentTask(**given, large_digests=["ab"] * 9, large_architecture=ARCHITECTURE)
+        StudentTask(**given, large_digests=["ab" * 32] * 9, large_architecture=ARCHITECTURE)
 
 
 def test_from_a_site_come_only_the_trained_model_and_counts():

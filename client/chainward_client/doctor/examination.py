@@ -17,7 +17,7 @@ from chainward_client.doctor.machine import (
     running_supernodes,
 )
 from chainward_client.doctor.network import Endpoint, check_network
-from chainward_client.doctor.privacy import check_plan, check_policy, need_of
+from chainward_client.doctor.privacy import check_plan, check_plan_limits, check_policy, need_of
 from chainward_client.doctor.report import Check, Diagnosis, ok, problem, skipped
 from chainward_client.site import SiteConfig, load_site_config
 from chainward_shared.config import RunConfig
@@ -74,5 +74,6 @@ def _of_site(site_yaml: Path, config: SiteConfig, plan: RunConfig | None) -> lis
     elif data is None:
         checks.append(skipped("plan", "not looked at: the data can't be used"))
     else:
+        checks.append(check_plan_limits(plan, config.limits, data))
         checks += check_plan(plan, config.privacy, state, config.site, data)
     return checks

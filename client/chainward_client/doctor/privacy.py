@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
+from chainward_client.limits import SiteLimits, check_limits
 from chainward_client.policy import check_request, check_run, check_units, whole_run
 from chainward_client.private_site import declared_units
 from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
@@ -128,6 +131,23 @@ def need_of(config: RunConfig, data: SiteData | None, *, planned: bool) -> Need:
     disk = _WEIGHT * (6 * large + 9 * small)
     memory = 2 * images + _WEIGHT * (5 * large + 5 * small)
     return Need(disk, memory, "the planned run" if planned else f"a run with {config.chain.backbone}")
+
+
+def check_plan_limits(config: RunConfig, limits: SiteLimits, data: SiteData) -> Check:
+    """Check the run that the coordinator means to start against what this hospital lets a coordinator ask for."""
+    name = "plan: limits"
+    laps = config.chain.laps if config.chain.compare_alone else 1
+    asked: list[BaseModel] = [config.link_recipe(), config.link_recipe(laps=laps)]
+    asked += [config.student_recipe(stage) for stage in ("distil", "finetune")] if config.student.rounds else []
+    try:
+        asked += architectures(config, data)
+        for one in asked:
+            check_limits(one, limits)
+    except ModelError as error:
+        return skipped(name, f"not looked at: {error}")
+    except PolicyRefusal as refusal:
+        return problem(name, f"this site would refuse: {refusal}", "agree with the coordinator, or raise the limit")
+    return ok(name, "the run asks for nothing beyond this hospital's limits")
 
 
 def check_plan(config: RunConfig, policy: PrivacyPolicy | None, state: Path, site: str, data: SiteData) -> list[Check]:

@@ -6,7 +6,7 @@ from typing import Literal, cast, get_args
 
 from pydantic import ConfigDict, Field
 
-from chainward_shared.bounds import Epsilon
+from chainward_shared.bounds import Epsilon, LabelSkew, SiteCount
 from chainward_shared.errors import ConfigError
 from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy
 from chainward_shared.recipes import PrivilegedRecipe
@@ -50,8 +50,8 @@ class FederationConfig(Table, ArithmeticSettings):
     sites: str = Field(
         "", description="Ids of the sites that take part, comma-separated, in chain order. Empty: all that there are"
     )
-    num_sites: int = Field(
-        0, ge=0, le=512, description="Number of sites. 0: six phantoms, or as many as the data file's site column has"
+    num_sites: SiteCount = Field(
+        0, description="Number of sites. 0: six phantoms, or as many as the data file's site column has"
     )
     deadline: float = Field(
         120.0, gt=0, le=86_400, description="Seconds to wait at the start until the expected sites are there"
@@ -78,10 +78,8 @@ class DataConfig(Table, AugmentationSettings):
     """What a simulation trains on. A deployed hospital knows its data from its own site.yaml."""
 
     source: str = Field("phantom", description="`phantom`, or the absolute path of a data file (YAML)")
-    label_skew: float = Field(
+    label_skew: LabelSkew = Field(
         0.0,
-        ge=0,
-        le=1_000,
         description="Dirichlet alpha by which cases are dealt to simulated sites; 0: by the data file's site column",
     )
 

@@ -28,36 +28,14 @@ from pydantic import (
 )
 from torch import nn
 
+from chainward_shared.bounds import ImageSize, Sha256
 from chainward_shared.errors import ModelError, nearest
 from chainward_shared.models.families import Family, describe_families, find_family
+from chainward_shared.models.options import MOST_OPTIONS, OptionName, check_options
 from chainward_shared.preprocessing import Pixels
 from chainward_shared.words import first_line, first_problem
 
 METADATA_KEY: Final = "chainward.architecture"
-
-# An architecture may arrive in a file: these arguments would load weights, touch a path or contradict a field
-_REFUSED_OPTIONS: Final = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "device",
-        "dtype",
-        "exportable",
-        "features_only",
-        "in_chans",
-        "model_name",
-        "no_jit",
-        "num_classes",
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_custom_load",
-        "pretrained_filter_fn",
-        "pretrained_model_args",
-        "pretrained_strict",
-        "scriptable",
-    }
-)
 
 
 LAYER_SCALE = 1.0
@@ -78,9 +56,9 @@ class Start(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=256)
-    file: str = Field(pattern=r"^[0-9a-f]{64}$")
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
-    part: str = Field("all", pattern=r"^(all|head|norms-and-biases|last-[1-9]\d{0,2})$")
+    file: Sha256
+    digest: Sha256
+    part: str = Field("all", max_length=64, pattern=r"^(all|head|norms-and-biases|last-[1-9]\d{0,2})$")
 
 
 class Architecture(BaseModel):
@@ -103,11 +81,11 @@ class Architecture(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    num_classes: int = Field(ge=1)
-    in_chans: int = Field(ge=1)
-    image_size: int = Field(ge=1)
-    options: dict[str, JsonValue] = Field(default_factory=dict)
+    name: str = Field(min_length=1, max_length=128)
+    num_classes: int = Field(ge=1, le=10_000)
+    in_chans: int = Field(ge=1, le=64)
+    image_size: ImageSize
+    options: dict[OptionName, JsonValue] = Field(default_factory=dict, max_length=MOST_OPTIONS)
     pixels: Pixels | None = None
     start: Start | None = None
 
@@ -125,10 +103,7 @@ class Architecture(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Architecture:
-        if refused := sorted(_REFUSED_OPTIONS & self.options.keys()):
-            raise ModelError(
-                f"architecture '{self.name}' has the option '{refused[0]}', which it must not set: remove it"
-            )
+        check_options(self.name, self.options)
         if (img_size := self.options.get("img_size", self.image_size)) != self.image_size:
             raise ModelError(
                 f"architecture '{self.name}' has image_size {self.image_size} but the option "

@@ -14,6 +14,7 @@ from chainward_shared.files import write_atomically
 from chainward_shared.pretrained.card import UNKNOWN, WeightsCard
 from chainward_shared.pretrained.files import SAFETENSORS, precision_of, read_weights, sha256_of
 from chainward_shared.pretrained.loading import load_plain, own_channels, own_classes, split_name, timm_config
+from chainward_shared.words import first_problem
 
 PLACE = "CHAINWARD_WEIGHTS"
 """Environment variable that names another folder than the usual one."""
@@ -171,7 +172,7 @@ class WeightsStore:
             card = WeightsCard.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise WeightsError(
-                f"{path}: not a weights card ({_problem(error)}); remove it and add the file anew"
+                f"{path}: not a weights card ({first_problem(error)}); remove it and add the file anew"
             ) from error
         if card.sha256 != path.stem:
             raise WeightsError(f"{path}: the card is that of another file, {card.sha256[:12]}; remove it")
@@ -198,12 +199,4 @@ def _checked_card(**fields: object) -> WeightsCard:
     try:
         return WeightsCard.model_validate(fields)
     except ValidationError as error:
-        raise WeightsError(f"the weights card: {_problem(error)}") from error
-
-
-def _problem(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower().removeprefix("value error, ")
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"the weights card: {first_problem(error)}") from error

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from chainward_shared.bounds import Sha256
 from chainward_shared.outside import MAX_LINE, visible, visible_values
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.settings import PrivacyUnit
@@ -26,8 +27,8 @@ class Head(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sequence: int = Field(ge=0)
-    hash: str = Field(pattern="^[0-9a-f]{64}$")
+    sequence: int = Field(ge=0, le=10**12)
+    hash: Sha256
 
 
 class MechanismRecord(BaseModel):

@@ -8,10 +8,13 @@ from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from chainward_shared.errors import PrivacyError
+from chainward_shared.errors import PolicyRefusal, PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier
 from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
 from chainward_shared.settings import PrivacyUnit
+
+MOST_STEPS = 1_000_000
+"""Private steps of a run at one site: finding the noise for as many takes half a minute, for more it soon takes for ever."""
 
 
 class PrivatePlan(BaseModel):
@@ -55,6 +58,8 @@ def plan(
     ------
     PrivacyError
         There are no units, delta is not below 1 / units, or no noise is enough.
+    PolicyRefusal
+        The run has more steps than can be accounted for in reasonable time.
     """
     if units < 1:
         raise PrivacyError(f"a private training of {units} {recipe.unit}s is none; expected at least 1")
@@ -64,11 +69,13 @@ def plan(
             "mechanism may publish one of them; choose a smaller one"
         )
     sample_rate, steps = _rate_and_steps(units, epochs, batch_size)
+    _refuse_too_many_steps(steps)
     noise = recipe.noise_multiplier
     if noise is None:
         assert recipe.epsilon is not None
         trainings = recipe.run or (PlannedTraining(epochs=epochs, batch_size=batch_size),)
         shapes = [(*_rate_and_steps(units, one.epochs, one.batch_size), one.times) for one in trainings]
+        _refuse_too_many_steps(sum(count * times for _, count, times in shapes))
         noise = _noise(recipe.epsilon, recipe.delta, tuple(shapes), tuple(before))
     return PrivatePlan(
         unit=recipe.unit,
@@ -98,6 +105,14 @@ def run_mechanisms(recipe: PrivacyRecipe, *, units: int, before: Sequence[Mechan
         for planned, times in plans
     ]
     return [*before, *trainings]
+
+
+def _refuse_too_many_steps(steps: int) -> None:
+    if steps > MOST_STEPS:
+        raise PolicyRefusal(
+            f"{steps} private steps are more than can be accounted for; at most {MOST_STEPS}: ask for fewer epochs, laps or "
+            "rounds, or for a larger privacy.batch-size"
+        )
 
 
 def _rate_and_steps(units: int, epochs: int, batch_size: int) -> tuple[float, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,9 @@ from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.settings import PrivacyUnit
 
 MetricsRelease = Literal["withhold", "noised", "exact"]
+Budget = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+ClassName = Annotated[str, Field(max_length=1_000)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Terms(BaseModel):
@@ -27,9 +30,9 @@ class Terms(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epsilon: float = Field(gt=0, allow_inf_nan=False)
-    delta: float = Field(gt=0, lt=1)
-    epsilon_per_run: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    epsilon: Budget
+    delta: float = Field(gt=0, lt=1, allow_inf_nan=False)
+    epsilon_per_run: Budget | None = None
     unit: PrivacyUnit = "patient"
     metrics: MetricsRelease = "withhold"
 
@@ -58,12 +61,12 @@ class PrivacyPolicy(Terms):
     """
 
     required: bool = True
-    epsilon_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    metrics_epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    epsilon_per_day: Budget | None = None
+    metrics_epsilon: Budget | None = None
     metrics_releases: int = Field(default=4, ge=1, le=1000)
     privileged_teachers: bool = False
-    units: int | None = Field(default=None, ge=1)
-    class_shares: dict[str, float] | None = None
+    units: int | None = Field(default=None, ge=1, le=10**9)
+    class_shares: dict[ClassName, Share] | None = Field(default=None, max_length=10_000)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -116,6 +116,11 @@ def supported_families() -> tuple[str, ...]:
     return tuple(sorted(_families()))
 
 
+def size_options() -> frozenset[str]:
+    """Return the arguments of timm that decide the size of a model of some family."""
+    return frozenset().union(*(family.size_options for family in _families().values()))
+
+
 def describe_families() -> str:
     """Return the supported families with examples, for a message."""
     return "; ".join(f"{name} ({_families()[name].examples})" for name in supported_families())
