@@ -114,7 +114,7 @@ def main() -> NoReturn:
     try:
         executor = PreparedExecutor()
         executor.prepare()
-        # the one place where Flower 1.41 chooses how processes are started
+        # the one place where Flower chooses how processes are started; `supernode.py` has looked whether it is there
         flowers = importlib.import_module("flwr.supercore.superexec.run_superexec")
         flowers.get_executor = lambda *_, **__: executor  # type: ignore[attr-defined]
         flower_superexec()

@@ -1,22 +1,28 @@
 """`chainward-supernode`: Flower's SuperNode, with its own arguments, as a service that works fast and dies visibly.
 
 * Client processes come out of a prepared one (`superexec.py`): a request costs no new start of PyTorch.
-* In Flower 1.41 a TLS handshake that times out, as where a VPN is down for a while, ends the SuperNode's connection loop, but not
-  its process: a thread that serves the machine itself keeps it alive. It looks well, takes no work any more, and systemd sees
-  nothing to restart. Here the process ends with the loop, and with the process that starts the work; whoever supervises it starts
-  it again.
+* In Flower 1.41 and 1.42 a TLS handshake that times out, as where a VPN is down for a while, ends the SuperNode's connection
+  loop, but not its process: a thread that serves the machine itself keeps it alive. It looks well, takes no work any more, and
+  systemd sees nothing to restart. Here the process ends with the loop, and with the process that starts the work; whoever
+  supervises it starts it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from typing import NoReturn
+
+TRIED = ("1.41", "1.42")
+"""Flower's versions whose SuperExec can be given our way of starting processes: `superexec.py` replaces a function inside it."""
 
 GRACE = 5.0
 """Seconds in which the SuperNode may end by itself once the process that starts the work has ended; three times as long it may
@@ -38,7 +44,7 @@ def main() -> NoReturn:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        _end(f"the connection to the SuperLink is lost ({words}); start it again")
+        _say(f"the connection to the SuperLink is lost ({words}); start it again")
     finally:
         _leave(1 if _lost.is_set() else code)
 
@@ -64,6 +70,9 @@ def start_superexec(arguments: list[str]) -> None:
         return  # Flower says what is wrong with them
     if own.not_ours is not None or sys.platform != "linux":
         return
+    if problem := prepared_problem():
+        _say(f"{problem}; Flower starts the work itself, which takes seconds longer for each request")
+        return
     host = f"[{own.host}]" if ":" in own.host else own.host
     superexec = subprocess.Popen(
         [
@@ -77,19 +86,40 @@ def start_superexec(arguments: list[str]) -> None:
     arguments += ["--isolation", "process"]
 
 
+def prepared_problem() -> str | None:
+    """Return in words why the installed Flower can't be given prepared processes; None if it can."""
+    installed = version("flwr")
+    if ".".join(installed.split(".")[:2]) not in TRIED:
+        return f"prepared processes were tried with Flower {' and '.join(TRIED)}, and this is {installed}"
+    try:
+        superexec = importlib.import_module("flwr.supercore.superexec.run_superexec")
+        executors = importlib.import_module("flwr.supercore.superexec.executor")
+        client = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+        found = (
+            "get_executor" in superexec.run_superexec.__code__.co_names
+            and superexec.run_superexec.__globals__["get_executor"] is superexec.get_executor
+            and {"ExecutionSpec", "LaunchResult", "SubprocessExecutor"} <= set(dir(executors))
+            and {"runtime_api_address", "token", "parent_pid"}
+            <= set(inspect.signature(client.run_clientapp).parameters)
+        )
+    except (ImportError, AttributeError, KeyError):
+        found = False
+    return None if found else f"Flower {installed} has no place for prepared processes where one was expected"
+
+
 def _end_with(superexec: subprocess.Popen[bytes]) -> None:
     """End this process when the one that starts the work has ended: without it a SuperNode takes requests and answers none."""
     code = superexec.wait()
     time.sleep(GRACE)
-    _end(f"the process that starts the work has ended (exit code {code}); start it again")
+    _say(f"the process that starts the work has ended (exit code {code}); start it again")
     _lost.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3 * GRACE)
     _leave(1)
 
 
-def _end(words: str) -> None:
-    """Say why this process ends."""
+def _say(words: str) -> None:
+    """Say something in the service's own log."""
     sys.stderr.write(f"chainward-supernode: {words}\n")
 
 

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from chainward_server.baseline import run_alone
 from chainward_server.chain import run_chain
+from chainward_server.completeness import shortfalls
 from chainward_server.context import Run
 from chainward_server.flower_log import one_line_for, quiet_aggregation
 from chainward_server.measure import summarize_model
@@ -21,13 +22,15 @@ from chainward_server.progress import Progress
 from chainward_server.rendezvous import Consortium, meet
 from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results, SiteSummary
-from chainward_server.run_folder import Phase, RunFolder
+from chainward_server.run_folder import Phase, RunFolder, StartAnewError
+from chainward_server.run_process import RunProcess
 from chainward_server.scoring import shown
 from chainward_server.students import run_students
+from chainward_server.surroundings import tell as tell_surroundings
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
-from chainward_shared.errors import ChainwardError
+from chainward_shared.errors import ChainwardError, ConfigError, ModelError
 from chainward_shared.models import Architecture
 from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
@@ -41,7 +44,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a consortium from rendezvous to report."""
-    run_app(grid, context)
+    fail_if_incomplete(run_app(grid, context))
 
 
 def run_app(grid: Grid, context: Context) -> RunFolder:
@@ -57,12 +60,30 @@ def run_app(grid: Grid, context: Context) -> RunFolder:
     try:
         config = RunConfig.from_flat(context.run_config)
         folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
+        folder.begin(RunProcess.current(context.run_id))
+        tell_surroundings(folder)
         coordinate(grid, folder)
     except ChainwardError as error:
         logger.error("the run stops: %s", error)
         one_line_for(error)
         raise
     return folder
+
+
+def fail_if_incomplete(folder: RunFolder) -> None:
+    """Let Flower, too, call a run failed that ended as incomplete.
+
+    Raises
+    ------
+    ChainwardError
+        It did.
+    """
+    if folder.state.status != "incomplete":
+        return
+    error = ChainwardError(f"the run is incomplete: {folder.state.reason}{_to_go_on(folder)}")
+    logger.error("%s", error)
+    one_line_for(error)
+    raise error
 
 
 def coordinate(grid: Grid, folder: RunFolder) -> Results:
@@ -88,7 +109,7 @@ def coordinate(grid: Grid, folder: RunFolder) -> Results:
         _run_phases(grid, config, folder, results)
     except BaseException as error:
         reason = str(error) if isinstance(error, ChainwardError) else f"{type(error).__name__}: {error}"
-        _note_failure(folder, reason)
+        _note_failure(folder, reason, resumable=not isinstance(error, ConfigError | ModelError | StartAnewError))
         raise
     finished = folder.load_results()
     assert finished is not None
@@ -137,9 +158,10 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         run.privacy.write(results)
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
         folder.commit(results)
-        folder.enter("done")
-        folder.end("finished")
-        path = write_report(folder)
+        missing = shortfalls(results, config, frozenset(filter(run.privacy.is_private, run.consortium.sites)))
+        path = folder.finish(missing, write_report)
+    if missing:
+        logger.warning("the run is INCOMPLETE: %s", "; ".join(missing))
     _tell_outcome(results)
     logger.info("report: %s", path)
 
@@ -230,7 +252,7 @@ def _continued(results: Results | None, data: DataSummary, folder: RunFolder, co
     if results is None:
         return Results(run_id=folder.state.run_id, seed=config.seed, data=data)
     if results.data != data:
-        raise ChainwardError(
+        raise StartAnewError(
             f"run {folder.state.run_id} can't be resumed: the sites' data are not those it was started with; start anew"
         )
     done = len(folder.state.finished)
@@ -278,12 +300,18 @@ def _tell_outcome(results: Results) -> None:
             )
 
 
-def _note_failure(folder: RunFolder, reason: str) -> None:
+def _to_go_on(folder: RunFolder) -> str:
+    how = folder.how_to_resume
+    return f". To go on from the last finished piece of work: {how}" if how else ""
+
+
+def _note_failure(folder: RunFolder, reason: str, *, resumable: bool) -> None:
     """Say in the run folder why the run ended, as far as the disk still allows."""
     try:
-        folder.end("failed", reason)
+        folder.end("failed", reason, resumable=resumable)
         if folder.load_results() is not None:
             write_report(folder)
-        logger.info("to go on from the last finished hop: --run-config 'output.resume=\"%s\"'", folder.state.run_id)
+        if folder.how_to_resume:
+            logger.info("to go on from the last finished piece of work: %s", folder.how_to_resume)
     except Exception as error:  # the reason of the failure itself must not be lost behind this one
         logger.error("the run folder could not be brought up to date: %s", error)

@@ -107,7 +107,8 @@ def watch_run(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for all that happens.")] = False,
 ) -> None:
-    """Watch a run until it ends. 0: it finished, 1: it failed or gave no sign of life, 2: no such run, 130: Ctrl-C."""
+    """Watch a run until it ends. 0: it finished, 1: it failed or gave no sign of life, 2: no such run, 3: it ended
+    incomplete, 130: Ctrl-C."""
     output: Output = "json" if as_json else "live" if console.is_terminal else "lines"
     try:
         path = find_run(run, directory, wait=wait)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,12 @@ from chainward_shared.weights import byte_count
 
 logger = logging.getLogger("chainward")
 
+WORKER_DIED = "the process that simulates it has died"
+"""What is said of a worker of a simulation that was killed, perhaps for want of memory."""
+WORKER_PAUSE = 1.0
+"""Seconds before a request is given to the worker in its place; twice as long the next time."""
+_OF_RAY = re.compile(r"ray\.exceptions\.|Worker exit type|worker process has died")
+"""Ray's words about a worker that died: many, and some of them quote the command lines of other programs."""
 POLL_SECONDS = 0.1
 LONGEST_POLL = 0.5
 """Between two questions to Flower for answers: it grows while none comes, since each costs the SuperLink, too."""
@@ -151,6 +158,7 @@ class Exchange:
         patience : seconds to wait for a site that is not connected; default: it has failed at once
         """
         unsent, waiting, sent = dict(requests), dict[str, str](), dict[str, float]()
+        rest = dict.fromkeys(requests, 0.0)
         since, again = dict.fromkeys(requests, time.monotonic()), dict.fromkeys(requests, 0)
         lookout = _Lookout(self, requests)
         looked = told = -math.inf
@@ -165,21 +173,24 @@ class Exchange:
         def ask_again(site: str, why: str) -> None:
             logger.warning("%s; it is asked again", why)
             unsent[site], since[site], again[site] = requests[site], time.monotonic(), again[site] + 1
+            rest[site] = since[site] + (WORKER_PAUSE * again[site] if WORKER_DIED in why else 0.0)
 
         while unsent or waiting:
             now = time.monotonic()
             if unsent and now - looked > LOOK_SECONDS:
                 looked = now
-                for site in self._connected(unsent):
+                for site in self._connected([site for site in unsent if now >= rest[site]]):
                     sent[site] = time.monotonic()
                     message_id = self.push(site, unsent.pop(site), deadline)
                     if message_id is None:
-                        yield settled(site, Failure(f"site '{site}': Flower did not take the message", 0.0))
+                        yield settled(site, Failure(f"site '{site}': Flower did not take the message", 0.0, lost=True))
                     else:
                         waiting[message_id] = site
-                for site in [site for site in unsent if now - since[site] >= patience]:
+                for site in [site for site in unsent if now >= rest[site] and now - since[site] >= patience]:
                     waited = f" (waited {now - since[site]:.0f} s, federation.patience)" if patience else ""
-                    yield settled(site, Failure(f"site '{site}' is not connected{waited}", now - since[site]))
+                    yield settled(
+                        site, Failure(f"site '{site}' is not connected{waited}", now - since[site], lost=True)
+                    )
                 if unsent and now - told > TELL_SECONDS:
                     told = now
                     left = max(patience - (now - since[site]) for site in unsent)
@@ -200,7 +211,9 @@ class Exchange:
             for site in dict.fromkeys(waiting.values()):
                 if time.monotonic() - sent[site] > deadline:
                     seconds = time.monotonic() - sent[site]
-                    yield settled(site, Failure(f"site '{site}' did not answer within {deadline:g} s", seconds))
+                    yield settled(
+                        site, Failure(f"site '{site}' did not answer within {deadline:g} s", seconds, lost=True)
+                    )
             for site in lookout.idle({site: sent[site] for site in waiting.values() if site not in unsent}):
                 if again[site] < SENT_AGAIN:
                     # the earlier request stays awaited: its answer may be on its way, over a slow line
@@ -305,6 +318,8 @@ class _Lookout:
 def _read(site: str, message: Message, expected: type[B], seconds: float) -> Reply[B] | Failure:
     if message.has_error():
         words = (message.error.reason or "no reason given").strip().splitlines()
+        if WORKER_DIED in words[0] or _OF_RAY.search(message.error.reason or ""):
+            return Failure(f"site '{site}': {WORKER_DIED}", seconds, lost=True)
         lost = message.error.code in LOST
         return Failure(f"site '{site}' failed: {words[-1]} (Flower error {message.error.code})", seconds, lost=lost)
     content: RecordDict = message.content

@@ -95,7 +95,7 @@ class LinkMetrics(Record):
 
 class LinkRecord(Progressing):
     """One hop of the chain. `predecessor`: site whose model it started from; None for the first. `reason`: what went
-    wrong, for every status but "done"."""
+    wrong, for every status but "done". `unreached`: the site, or the process that simulates it, could not be reached."""
 
     strand: Count
     lap: Count
@@ -108,6 +108,7 @@ class LinkRecord(Progressing):
     bytes_down: Bytes
     bytes_up: Bytes
     reason: Line | None = None
+    unreached: bool = False
     training: TrainingLog | None = None
     metrics: LinkMetrics | None = None
 
@@ -124,6 +125,7 @@ class AloneRecord(Record):
     status: LinkStatus
     seconds: Seconds
     reason: Line | None = None
+    unreached: bool = False
     metrics: LinkMetrics | None = None
 
     @property
@@ -133,13 +135,15 @@ class AloneRecord(Record):
 
 
 class StudentRound(Progressing):
-    """One round of the compact students. `failed`: site -> why it is missing from the average. `auxiliary_kept`: fraction
-    of its own selection that the auxiliary teacher still holds after this round, mean over the sites; None in fine-tuning."""
+    """One round of the compact students. `failed`: site -> why it is missing from the average. `unreached`: those of them that
+    could not be reached. `auxiliary_kept`: fraction of its own selection that the auxiliary teacher still holds after this
+    round, mean over the sites; None in fine-tuning."""
 
     round: Count
     stage: Literal["distil", "finetune"]
     sites: list[SiteId] = Field(max_length=MAX_SITES)
     failed: BySite[Line] = Field(default_factory=dict)
+    unreached: list[SiteId] = Field(default_factory=list, max_length=MAX_SITES)
     seconds: Seconds
     bytes_down: Bytes
     bytes_up: Bytes

@@ -10,8 +10,9 @@ import json
 import logging
 import re
 import secrets
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_server.results import Results
+from chainward_server.run_process import RunProcess
 from chainward_shared import __version__
-from chainward_shared.config import RunConfig, options
+from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig, options
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
@@ -34,7 +36,23 @@ from chainward_shared.words import first_problem
 logger = logging.getLogger("chainward")
 
 Phase = Literal["rendezvous", "chain", "alone", "students", "evaluation", "report", "done"]
-Status = Literal["running", "finished", "failed"]
+Status = Literal["running", "finished", "incomplete", "failed", "stopped"]
+
+
+def as_setting(key: str, value: ConfigScalar) -> str:
+    """Return a setting as Flower's ``--run-config`` reads it: as TOML, and no text may hold a quotation mark inside."""
+    return f"{key}={re.sub(_ESCAPE, _without_quote, json.dumps(value, ensure_ascii=False))}"
+
+
+_ESCAPE = re.compile(r"\\(.)")
+
+
+def _without_quote(escape: re.Match[str]) -> str:
+    return "\\u0022" if escape[1] == '"' else escape[0]
+
+
+class StartAnewError(RunFolderError):
+    """A run can't go on, and resuming it would not help."""
 
 
 class RunState(BaseModel):
@@ -45,6 +63,9 @@ class RunState(BaseModel):
     config : SHA-256 of config.toml: cut in the right place, the file would still be one; None in runs of earlier versions
     models : SHA-256 of each model file, by name without suffix
     finished : names of finished pieces of work: hops, sites trained alone, student rounds
+    status : "incomplete": it came to its end, with less than was asked for; "stopped": by a person
+    process : the process that coordinates it; None in runs of earlier versions
+    resumable : whether resuming may help a run that has ended; None while it goes on
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -60,6 +81,8 @@ class RunState(BaseModel):
     config: Digest | None = None
     models: dict[HopKey, Digest] = Field(default_factory=dict, max_length=MAX_RECORDS)
     finished: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
+    process: RunProcess | None = None
+    resumable: bool | None = None
 
 
 class RunFolder:
@@ -120,7 +143,12 @@ class RunFolder:
             )
         folder.config = _reconciled(folder.config, config)
         folder._check_models()
-        folder.state.status, folder.state.reason = "running", None
+        if folder.state.status == "running" and folder.state.process and folder.state.process.find():
+            raise RunFolderError(
+                f"run {folder.state.run_id} is at work, as process {folder.state.process.pid}; follow it with `chainward watch "
+                f"{folder.state.run_id}`, or stop it first with `chainward stop {folder.state.run_id}`"
+            )
+        folder.state.status, folder.state.reason, folder.state.resumable = "running", None, None
         folder._write_state()
         return folder
 
@@ -245,10 +273,41 @@ class RunFolder:
         self.state.phase = phase
         self._write_state()
 
-    def end(self, status: Status, reason: str | None = None) -> None:
-        """Note how the run ended."""
-        self.state.status, self.state.reason = status, reason
+    def begin(self, process: RunProcess) -> None:
+        """Note which process coordinates the run from now on."""
+        self.state.process = process
         self._write_state()
+
+    def end(self, status: Status, reason: str | None = None, *, resumable: bool = True) -> None:
+        """Note how the run ended. `resumable`: whether resuming it may help."""
+        self.state.status, self.state.reason = status, reason
+        self.state.resumable = status != "finished" and resumable
+        self._write_state()
+
+    def finish(self, missing: Sequence[str], report: Callable[[RunFolder], Path]) -> Path:
+        """Note that the run came to its end: as finished, or as incomplete where something is `missing`; return its report.
+
+        The report is written first: a run that has ended has one.
+        """
+        self.state.phase, self.state.status = "done", "incomplete" if missing else "finished"
+        self.state.reason = "; ".join(missing) or None
+        path = report(self)
+        self.end(self.state.status, self.state.reason)
+        return path
+
+    @property
+    def how_to_name(self) -> str:
+        """The run as one names it behind `chainward watch`, in a shell: its id, or its path where it is not among the others."""
+        usual = self.path.parent == Path(OutputConfig().dir).expanduser().absolute()
+        return shlex.quote(self.path.name if usual else str(self.path))
+
+    @property
+    def how_to_resume(self) -> str | None:
+        """The words that resume the run, as one types them behind the command that started it; None where that can't help."""
+        if self.state.status == "finished" or self.state.resumable is False:
+            return None
+        usual = self.path.parent == Path(OutputConfig().dir).expanduser().absolute()
+        return f"--run-config {shlex.quote(as_setting('output.resume', self.path.name if usual else str(self.path)))}"
 
     def write_results(self, results: Results) -> None:
         """Write metrics.json."""
@@ -285,7 +344,7 @@ class RunFolder:
 
 
 FREE_ON_RESUME = re.compile(
-    r"output\..*|federation\.(hop-deadline|deadline|patience|check-every)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
+    r"output\..*|federation\.(hop-deadline|deadline|patience|check-every|min-complete)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
 )
 """Keys that may differ between a run and its continuation: they don't decide what is trained."""
 

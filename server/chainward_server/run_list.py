@@ -18,7 +18,7 @@ class RunSummary(Shown):
 
     Attributes
     ----------
-    status : "running", "finished", "failed", or "damaged"
+    status : as in `run.json`; "gone": its process has ended without a word; or "damaged"
     started, updated : ISO 8601
     elapsed : seconds from the start to the end, or until now
     silent : seconds without a sign of life of a run under way
@@ -77,7 +77,7 @@ def _summary(path: Path) -> RunSummary:
         synthetic=run.results.data.synthetic if run.results else None,
         chain=figures.get("chain"),
         student=figures.get("student"),
-        reason=run.reason,
+        reason=run.reason or run.note,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +32,7 @@ class Part(StrEnum):
     MEMORY = "memory"
     PRIVATE = "private"
     CONSORTIUM = "consortium"
+    PEERS = "peers"
 
 
 @cli.command()
@@ -41,7 +43,8 @@ def main(
             help="Measure only this; may be repeated. training: throughput beside plain PyTorch; accuracy: what bf16 "
             "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
             "private: a private step beside a plain one, its time and memory; consortium: seconds per hop and the "
-            "coordinator's memory in a flwr run over many sites with next to no training, about ten minutes."
+            "coordinator's memory in a flwr run over many sites with next to no training, about ten minutes; peers: the same six "
+            "trainings in a plain loop, in Flower's FedAvg, in NVFlare where it is installed, and here. Peers only where named."
         ),
     ] = None,
     quick: Annotated[
@@ -86,7 +89,7 @@ def main(
     from chainward_simulations.benchmark import machine, training
     from chainward_simulations.benchmark.figures import Table
 
-    parts = set(only or Part)
+    parts = set(only or set(Part) - {Part.PEERS})
     try:
         backbones = tuple(training.Backbone.parse(name) for name in backbone or [])
     except ValueError as error:
@@ -114,6 +117,8 @@ def main(
         tables.append(_measure_private(backbones, repeats, quick, threads, measured))
     if Part.CONSORTIUM in parts:
         tables += _measure_consortium(app, backbones, quick, sites, laps, threads, timeout, measured)
+    if Part.PEERS in parts:
+        tables.append(_measure_peers(backbones, repeats, epochs, quick, threads, timeout, measured))
     progress.print(f"measured in {time.monotonic() - started:.0f} s")
 
     output = Console(highlight=False)
@@ -210,6 +215,26 @@ def _measure_consortium(
         raise typer.Exit(1) from error
     measured["consortium"] = run.to_json()
     return [consortium.consortium_table(run), consortium.coordinator_table(run)]
+
+
+def _measure_peers(
+    backbones: tuple[Backbone, ...],
+    repeats: int | None,
+    epochs: int | None,
+    quick: bool,
+    threads: int,
+    timeout: float,
+    measured: dict[str, object],
+) -> Table:
+    os.environ["CHAINWARD_PEERS_EPOCHS"] = str(epochs or (1 if quick else 12))
+    os.environ["CHAINWARD_PEERS_THREADS"] = str(threads)
+    if backbones or quick:
+        os.environ["CHAINWARD_PEERS_BACKBONE"] = backbones[0].name if backbones else "test_convnext"
+    from chainward_simulations.benchmark.peers import measure
+
+    costs, left_out = measure.measure_peers(repeats or (1 if quick else 2), timeout, progress.print)
+    measured["peers"] = measure.to_json(costs)
+    return measure.peers_table(costs, left_out)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import logging
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from chainward_server.app import run_app
+from chainward_server.app import fail_if_incomplete, run_app
 from chainward_server.report.from_folder import write_report
 from chainward_shared.errors import ChainwardError, DataError
 from chainward_simulations.run_examples import draw_examples
+from chainward_simulations.workers import replace_dead_workers
 
 logger = logging.getLogger("chainward")
 
@@ -23,11 +24,13 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a simulated consortium from rendezvous to report."""
+    replace_dead_workers()
     folder = run_app(grid, context)
     try:
         draw_examples(folder)
         write_report(folder)
     except DataError:
-        return  # no image has a region of interest
+        pass  # no image has a region of interest
     except (ChainwardError, OSError) as error:  # the run itself is finished: a picture must not make it fail
         logger.warning("the report shows no examples: %s", error)
+    fail_if_incomplete(folder)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from chainward_server.cli import DEFAULT_DIR, RunsDir, app, main, open_run
+from chainward_server.cli import DEFAULT_DIR, RunsDir, app, errors, main, open_run
 from chainward_simulations.attack import attack
 from chainward_simulations.check import check
 from chainward_simulations.study.command import study
@@ -14,6 +14,63 @@ from chainward_simulations.study.command import study
 app.command()(study)
 app.command()(attack)
 app.command()(check)
+
+
+@app.command("run")
+def run_simulation(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[APP] [KEY=VALUE ...]",
+            help="Folder of a simulation's app, the six sites where none is named, and settings: chain.laps=2, or a .toml file.",
+            show_default=False,
+        ),
+    ] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", help="Settings as `flwr run` takes them; may be repeated.")
+    ] = None,
+) -> None:
+    """Run a simulation and follow it. 0: finished, 1: failed, 2: bad settings, 3: incomplete, 130: Ctrl-C.
+
+    The settings are checked first. The run has a SuperLink of its own, which ends with it. Ctrl-C ends the log; whether the run
+    ends, too, is asked. The last line is the path of the report.
+    """
+    from chainward_simulations.run_command import app_and_settings, run
+
+    folder, settings = app_and_settings([*(words or []), *(run_config or [])])
+    code = run(folder, settings, typer.echo, lambda question: typer.confirm(question, default=False, err=True))
+    raise typer.Exit(code)
+
+
+@app.command()
+def stop(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="Id of a run, or path of its folder. Default: what runs that were killed have left behind."
+        ),
+    ] = None,
+    directory: RunsDir = DEFAULT_DIR,
+) -> None:
+    """Stop a run, or what killed runs and killed SuperLinks have left behind; never anything that is not of such a run."""
+    from chainward_server.stop import stop_leftovers, stop_run
+    from chainward_server.watch import find_run
+    from chainward_simulations.superlink import abandoned
+
+    if run is not None:
+        stopped = [stop_run(find_run(run, directory))]
+    else:
+        stopped = stop_leftovers(directory)
+        for link in abandoned():
+            errors.print(f"{link.home}: a SuperLink that nobody looks after any more", markup=False, highlight=False)
+            typer.echo(f"{link.stop()} processes ended")
+        if not stopped:
+            typer.echo(f"no run in {directory} was killed and left anything behind; `chainward stop RUN` stops one")
+    for one in stopped:
+        what = "stopped" if one.was_running else "was gone already"
+        typer.echo(f"run {one.run} {what}; {one.ended} processes ended")
+        if how := open_run(str(one.path), directory).how_to_resume:
+            typer.echo(f"to go on from the last finished piece of work: {how}")
 
 
 @app.command()

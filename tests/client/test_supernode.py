@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 
@@ -115,3 +117,65 @@ def test_a_supernode_ends_with_the_process_that_starts_the_work(ends):
     assert done.stderr == (
         "chainward-supernode: the process that starts the work has ended (exit code 9); start it again\n"
     )
+
+
+def a_flower(monkeypatch, release, *gone):
+    """Pretend that another Flower is installed, without the things `gone`."""
+    from chainward_client import supernode
+
+    monkeypatch.setattr(supernode, "version", lambda _: release)
+    for module, name in gone:
+        monkeypatch.delattr(importlib.import_module(module), name)
+    return supernode
+
+
+def test_processes_are_prepared_with_the_flower_that_is_installed():
+    from chainward_client.supernode import prepared_problem
+
+    assert prepared_problem() is None
+
+
+@pytest.mark.parametrize("release", ["1.40.0", "1.43.0", "2.0.0", "1.4", "1.410.0"])
+def test_with_a_flower_that_was_not_tried_flower_starts_the_work_and_the_log_says_so(monkeypatch, capsys, release):
+    supernode = a_flower(monkeypatch, release)
+    arguments = ["chainward-supernode", "--superlink", "x:9092"]
+    supernode.start_superexec(arguments)
+    assert arguments == ["chainward-supernode", "--superlink", "x:9092"]
+    said = capsys.readouterr().err
+    assert f"this is {release}; Flower starts the work itself" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("flwr.supercore.superexec.run_superexec", "get_executor"),
+        ("flwr.supercore.superexec.executor", "SubprocessExecutor"),
+        ("flwr.supernode.runtime.run_clientapp", "run_clientapp"),
+    ],
+)
+def test_where_flowers_inside_has_changed_flower_starts_the_work(monkeypatch, capsys, module, name):
+    supernode = a_flower(monkeypatch, "1.42.9", (module, name))
+    arguments = ["chainward-supernode"]
+    supernode.start_superexec(arguments)
+    assert arguments == ["chainward-supernode"]
+    assert "no place for prepared processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["chainward_client.app", "chainward_server.app", "chainward_simulations.runner"])
+def test_threads_wait_without_spinning_wherever_chainward_loads_pytorch(package):
+    program = f"""
+import os, sys
+seen = []
+class Look:
+    def find_spec(self, name, *_):
+        if name == "torch" and not seen:
+            seen.append(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Look())
+import {package}
+print(seen)
+"""
+    bare = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=bare, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "['PASSIVE']\n"

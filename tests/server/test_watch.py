@@ -6,8 +6,11 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -24,6 +27,7 @@ from chainward_server.results import (
     StudentRound,
 )
 from chainward_server.run_folder import RunFolder
+from chainward_server.run_process import RunProcess
 from chainward_server.watch import find_run, watch, watching
 from chainward_server.watch.display import as_json, headline, news, picture, silence
 from chainward_server.watch.estimate import expected_end, remaining_pieces
@@ -43,6 +47,10 @@ def no_waiting_for_the_disk(monkeypatch):
 
 def scores(value: float | None) -> Scores:
     return Scores(n=30, accuracy=value, balanced_accuracy=value, macro_auc=value, ece=0.1)
+
+
+def created(pid: int) -> float:
+    return psutil.Process(pid).create_time()
 
 
 class ScriptedRun:
@@ -293,24 +301,61 @@ def test_a_watched_run_that_fails_gives_1_with_the_reason_and_how_to_go_on(run):
     assert "output.resume" in lines[-1]
 
 
-def test_a_run_is_not_finished_before_its_report_is_written(run):
-    """A run whose report can't be written says finished, then failed."""
-    code, lines = watched(
-        run,
-        [
-            lambda: run.end("finished", 2, report=False),
-            lambda: None,
-            lambda: run.end("failed", 5, "report.html: can't be written"),
-        ],
-    )
+def test_a_run_has_its_report_before_it_counts_as_finished(run):
+    seen_while_writing = []
+
+    def report(folder):
+        seen_while_writing.append(look(folder.path).status)
+        return folder.write_text("report.html", "<!doctype html>")
+
+    run.folder.finish([], report)
+    assert seen_while_writing == ["running"]
+    assert look(run.path).status == "finished"
+
+
+def test_a_run_whose_report_cannot_be_written_is_not_finished(run):
+    def report(folder):
+        raise RunFolderError("report.html: can't be written")
+
+    with pytest.raises(RunFolderError):
+        run.folder.finish([], report)
+    assert look(run.path).status == "running"
+
+
+def test_a_watched_run_that_ends_incomplete_gives_3_and_says_so_and_how_to_go_on(run):
+    def end():
+        run.hop("ash", 3, took=2)
+        run.folder.finish(["1 of 3 hops"], lambda folder: folder.write_text("report.html", "<!doctype html>"))
+
+    code, lines = watched(run, [end])
+    assert code == 3
+    assert any(f"run {run.path.name} incomplete after" in line and line.endswith(": 1 of 3 hops") for line in lines)
+    assert "output.resume" in lines[-1]
+
+
+@pytest.mark.parametrize("output", ["lines", "json"])
+def test_a_run_whose_process_was_killed_is_gone_at_once_and_not_silent_for_ever(run, output):
+    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run.folder.begin(RunProcess.current().model_copy(update={"pid": dead.pid, "created": created(dead.pid)}))
+    assert look(run.path).status == "running"
+    dead.kill()
+    dead.wait()
+    code, lines = watched(run, [], output=output)
     assert code == 1
-    assert "report.html: can't be written" in "\n".join(lines)
+    assert "gone" in lines[0] and f"its process {dead.pid} has ended without a word" in lines[0]
+    (row,) = json.loads(CliRunner().invoke(app, ["runs", "--dir", str(run.path.parent), "--json"]).stdout)
+    assert row["status"] == "gone"
 
 
-def test_a_finished_run_without_a_report_is_finished_after_a_while(run):
-    run.end("finished", 2, report=False)
-    code, _ = watched(run, [], interval=10)
-    assert code == 0
+def test_another_process_with_the_number_of_the_dead_one_is_not_taken_for_it(run):
+    other = RunProcess.current()
+    run.folder.begin(other.model_copy(update={"created": other.created - 3600}))
+    assert look(run.path).status == "gone"
+
+
+def test_of_a_run_on_another_machine_nobody_says_that_it_is_gone(run):
+    run.folder.begin(RunProcess.current().model_copy(update={"host": "elsewhere", "pid": 2**22 + 1}))
+    assert look(run.path).status == "running"
 
 
 def test_json_lines_tell_the_same_to_scripts(run):

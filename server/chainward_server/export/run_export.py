@@ -144,8 +144,8 @@ def _recorded_digest(folder: RunFolder, name: str) -> str:
         advice = "it trains none (student.rounds = 0); export --model chain"
     elif there:
         advice = f"it has the model of the {there[0]}: --model {there[0]}"
-    elif state.status == "failed":
-        advice = f"resume it with output.resume={state.run_id!r}"
+    elif state.status in ("failed", "incomplete", "stopped"):
+        advice = f"resume it with {folder.how_to_resume}" if folder.how_to_resume else "start anew"
     else:
         advice = "wait for it: `chainward watch`"
     raise ExportError(f"run {state.run_id} ({state.status}, phase {state.phase}) has no model '{name}'; {advice}")

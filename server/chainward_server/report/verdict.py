@@ -47,6 +47,7 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
     chain = results.final.get("chain")
     if chain is None:
         return _unfinished(results, status, config)
+    opening = "This run is incomplete. " if status == "incomplete" else ""
     trained = {link.site for link in results.links if link.metrics or link.status in ("done", "retried")}
     everyone = tables.site_names(results)
     who = number_word(len(trained))
@@ -59,11 +60,14 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
         classifier += f" of {len(results.data.classes)} findings"
         metric = "mean balanced accuracy of the findings"
     if value is None and chain.pooled.n == 0 and any(site.test is None for site in results.data.sites):
-        return f"{who} trained {classifier}. Their privacy policies withhold all scores; how good it is, only they can say."
+        return (
+            f"{opening}{who} trained {classifier}. Their privacy policies withhold all scores; how good it is, only "
+            "they can say."
+        )
     if value is None:
-        return f"{who} trained {classifier}. Without test images its balanced accuracy is unknown."
+        return f"{opening}{who} trained {classifier}. Without test images its balanced accuracy is unknown."
     images = f"{count(chain.pooled.n)} test images of {'all hospitals' if len(everyone) > 1 else 'that hospital'}"
-    sentences = [f"{who} trained {classifier}: {metric} {score(value)} on {images}."]
+    sentences = [f"{opening}{who} trained {classifier}: {metric} {score(value)} on {images}."]
     sentences += _chain_against_alone(value, tables.alone_summary(results), private=_private(results))
     sentences += _student_against_chain(results, value)
     return " ".join(sentences)
@@ -169,7 +173,11 @@ def cards(results: Results) -> list[Card]:
 def banners(results: Results, status: str, reason: str | None) -> list[Banner]:
     """What a reader must know before any figure."""
     found = []
-    if status == "failed":
+    if status == "incomplete":
+        found.append(Banner("failed", "This run is incomplete", f"{reason or 'Why was not recorded'}."))
+    elif status == "stopped":
+        found.append(Banner("failed", "This run was stopped", reason or "Figures below are what is there."))
+    elif status == "failed":
         found.append(Banner("failed", "This run failed", reason or "No reason was recorded."))
     elif status == "running":
         found.append(
@@ -196,6 +204,7 @@ def _unfinished(results: Results, status: str, config: Mapping[str, Mapping[str,
     links = f"{finished} of {planned} links" if planned else f"{finished} links"
     opening = {
         "failed": f"The run failed after {links}; no final classifier came out.",
+        "stopped": f"The run was stopped after {links}; no final classifier came out.",
         "running": f"The run is under way: {links} finished.",
     }.get(status, f"The run ended after {links} without a final classifier.")
     last = tables.last_scored(results)

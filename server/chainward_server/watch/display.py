@@ -55,7 +55,7 @@ def silence(run: Snapshot) -> str | None:
         )
     return (
         f"no sign of life for {duration(run.silent)}, longer than federation.hop-deadline ({duration(patience)}): the "
-        f"coordinator may have died; to go on: output.resume={run.run!r}"
+        f"coordinator may have died; to go on, once it has: {run.how_to_resume}"
     )
 
 
@@ -69,8 +69,8 @@ def outcome(run: Snapshot) -> list[str]:
     ]
     report = run.path / "report.html"
     lines += [f"report: {report}"] if report.is_file() else []
-    if run.status != "finished":
-        lines.append(f"to go on from the last finished hop: --run-config 'output.resume=\"{run.run}\"'")
+    if run.how_to_resume:
+        lines.append(f"to go on from the last finished piece of work: {run.how_to_resume}")
     return lines
 
 

@@ -13,11 +13,9 @@ from chainward_server.report.tables import Incident
 from chainward_server.results import AloneRecord, LinkRecord, Results, StudentRound
 from chainward_server.run_folder import RunFolder
 from chainward_server.schedule import Hop, plan, site_order
+from chainward_server.stop import is_orphan
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
-
-REPORT_GRACE = 60.0
-"""Seconds that a finished run gets to write its report; a run whose report can't be written turns out to have failed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,9 @@ class Snapshot:
     ended : whether nothing more will come: it failed, or finished and wrote its report
     results : what it has measured; None before the first finished piece of work
     private : the sites that have signed for private training; they don't train alone
+    status : as in `run.json`; "gone": it says running, and its process on this machine has ended
+    how_to_resume : the option that resumes it; None where that can't help
+    note : what a person should know of a run that is at work
     """
 
     path: Path
@@ -66,6 +67,8 @@ class Snapshot:
     config: RunConfig
     results: Results | None
     private: frozenset[str] = frozenset()
+    how_to_resume: str | None = None
+    note: str | None = None
 
     @property
     def elapsed(self) -> float:
@@ -161,19 +164,20 @@ def look(path: Path, now: datetime | None = None) -> Snapshot:
         There is no run folder, or a file of it is damaged.
     """
     folder = RunFolder.open(path)
+    if gone := _is_gone(folder):
+        folder = RunFolder.open(path)  # it may have ended properly between the two looks
+        gone = _is_gone(folder)
     state = folder.state
     results = folder.load_results()
     time = now or datetime.now(UTC)
     updated = moment(state.updated, time)
-    running = state.status == "running"
-    if state.status == "finished" and (time - updated).total_seconds() < REPORT_GRACE:
-        running = not _written_since(path / "report.html", updated)
+    running = state.status == "running" and not gone
     return Snapshot(
         path=path,
         run=state.run_id,
-        status=state.status,
+        status="gone" if gone else state.status,
         phase=state.phase,
-        reason=state.reason,
+        reason=_why_gone(folder) if gone else state.reason,
         started=moment(state.started, time),
         updated=updated,
         time=time,
@@ -181,7 +185,26 @@ def look(path: Path, now: datetime | None = None) -> Snapshot:
         config=folder.config,
         results=results,
         private=_private_sites(path / "privacy.json"),
+        how_to_resume=folder.how_to_resume,
+        note=None if gone or state.status != "running" else _orphaned(folder),
     )
+
+
+def _is_gone(folder: RunFolder) -> bool:
+    state = folder.state
+    return state.status == "running" and state.process is not None and state.process.gone
+
+
+def _orphaned(folder: RunFolder) -> str | None:
+    process = folder.state.process and folder.state.process.find()
+    if process is None or not is_orphan(process):
+        return None
+    return f"goes on without its SuperLink, which was killed; to end it: chainward stop {folder.how_to_name}"
+
+
+def _why_gone(folder: RunFolder) -> str:
+    process = folder.state.process
+    return f"its process {process.pid if process else ''} has ended without a word: it was killed, or the machine was restarted"
 
 
 def validation(record: LinkRecord | StudentRound) -> float | None:
@@ -217,10 +240,3 @@ def _private_sites(file: Path) -> frozenset[str]:
         return frozenset(site for site, facts in sites.items() if facts["epsilon"] is not None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return frozenset()  # none yet; whether it is damaged is the audit's to say
-
-
-def _written_since(file: Path, time: datetime) -> bool:
-    try:
-        return file.stat().st_mtime >= time.timestamp()
-    except OSError:
-        return False

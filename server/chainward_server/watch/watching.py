@@ -21,7 +21,7 @@ from chainward_shared.errors import RunFolderError, nearest
 RECENT = 60.0
 """Seconds for which a run's last sign of life makes it the one that a script has just started."""
 
-FINISHED, FAILED = 0, 1
+FINISHED, FAILED, INCOMPLETE = 0, 1, 3
 
 Output = Literal["live", "lines", "json"]
 
@@ -77,7 +77,8 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     now: Callable[[], datetime | None] = lambda: None,
 ) -> int:
-    """Show a run until it ends and return 0 if it finished, 1 if it failed or gave no sign of life for `timeout`.
+    """Show a run until it ends and return 0 if it finished, 3 if it ended incomplete, 1 if it failed, was stopped, is gone or
+    gave no sign of life for `timeout`.
 
     Parameters
     ----------
@@ -118,9 +119,14 @@ def watch(
     return _close(run, output, timeout, write)
 
 
+def exit_code(status: str) -> int:
+    """Return the exit code of a command that ends with a run: 0 finished, 3 incomplete, 1 anything else."""
+    return {"finished": FINISHED, "incomplete": INCOMPLETE}.get(status, FAILED)
+
+
 def _close(run: Snapshot, output: Output, timeout: float, write: Callable[[str], None]) -> int:
     """Say how the watching ended and return the exit code."""
-    code = FINISHED if run.ended and run.status == "finished" else FAILED
+    code = exit_code(run.status) if run.ended else FAILED
     if output == "json":
         write(json.dumps({**as_json(run, "end" if run.ended else "timeout"), "exit": code}))
         return code
@@ -130,7 +136,7 @@ def _close(run: Snapshot, output: Output, timeout: float, write: Callable[[str],
     else:
         write(
             f"run {run.run}: no sign of life for {duration(run.silent)} (--timeout {timeout:g}); it may have died. "
-            f"Its phase: {run.phase}; to go on from the last finished hop: --run-config 'output.resume=\"{run.run}\"'"
+            f"Its phase: {run.phase}; to go on from the last finished piece of work: {run.how_to_resume}"
         )
     return code
 

@@ -72,6 +72,13 @@ class FederationConfig(Table, ArithmeticSettings):
         description="Seconds between two questions to a silent site whether it is still at work; where it is not, twice in a "
         "row, it is asked for the work again. 0: never. Each costs the site a few seconds of a processor",
     )
+    min_complete: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="Share of the hops, of the sites, of the hospitals alone, of the sites in a student round and of the scored "
+        "sites that must succeed; a run with less ends as incomplete, not as finished",
+    )
 
 
 class DataConfig(Table, AugmentationSettings):

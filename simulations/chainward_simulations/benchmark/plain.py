@@ -18,15 +18,23 @@ from chainward_shared.weights import StateDict
 
 
 def train_plain_link(
-    data: SiteData, architecture: Architecture, recipe: LinkRecipe, predecessor: StateDict | None
+    data: SiteData,
+    architecture: Architecture,
+    recipe: LinkRecipe,
+    predecessor: StateDict | None,
+    *,
+    start: StateDict | None = None,
 ) -> tuple[StateDict, float]:
     """Train a link as `recipe` says, in fp32, and return its weights and the seconds of the loop.
 
     Same losses, optimiser, schedule and augmentation as Chainward's; other random numbers. Of the recipe's choices it
-    knows the defaults only: warm start, cross-entropy adjusted by the class frequencies, trust by label.
+    knows the defaults only: warm start, cross-entropy adjusted by the class frequencies, trust by label. `start`: weights to
+    begin with, where there is no predecessor that also teaches.
     """
     device = best_device()
     model, teacher = build_model(architecture, recipe.seed), None
+    if start is not None:
+        model.load_state_dict(start)
     if predecessor is not None:
         model.load_state_dict(predecessor)
         teacher = build_model(architecture, recipe.seed)

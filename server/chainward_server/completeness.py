@@ -1,0 +1,75 @@
+"""Whether a run that came to its end is what was asked for, or has to be called incomplete."""
+
+from __future__ import annotations
+
+import math
+
+from chainward_server.results import Results
+from chainward_shared.config import RunConfig
+
+
+def shortfalls(results: Results, config: RunConfig, private: frozenset[str] = frozenset()) -> list[str]:
+    """Return in words what keeps a run from being called finished; empty where nothing does.
+
+    Two things do: of the hops, sites, hospitals alone, sites in student rounds or scored sites less than
+    ``federation.min-complete`` succeeded; or anything at all is missing because a site, or the process that simulates one,
+    could not be reached, which resuming the run may make up for.
+
+    Parameters
+    ----------
+    private : the sites that train privately; they don't train alone
+    """
+    share = config.federation.min_complete
+    asked = f"federation.min-complete asks for {share:.0%}"
+    found = [
+        f"{done} of {planned} {what} ({asked})"
+        for what, done, planned in _counts(results, config, private)
+        if done < math.ceil(share * planned - 1e-9)
+    ]
+    if unreached := unreached_work(results):
+        found.append(f"not reached, and to be made up for: {', '.join(unreached)}")
+    return found
+
+
+def unreached_work(results: Results) -> list[str]:
+    """Return the names of the pieces of work that are missing because a site could not be reached, and nothing made up for."""
+    missing = [link.key for link in results.links if link.unreached and not made_up_for(results, link.key)]
+    missing += [record.key for record in results.alone if record.unreached]
+    return missing + [round_.key for round_ in results.student_rounds if round_.unreached]
+
+
+def made_up_for(results: Results, key: str) -> bool:
+    """Return whether a hop that failed was tried again at its site by a later hop of the same strand, and succeeded."""
+    keys = [link.key for link in results.links]
+    failed = results.links[keys.index(key)]
+    later = results.links[keys.index(key) + 1 :]
+    steps = len(results.data.sites)
+    return any(
+        (link.strand, link.site) == (failed.strand, failed.site) and link.step >= steps and link.metrics
+        for link in later
+    )
+
+
+def _counts(results: Results, config: RunConfig, private: frozenset[str]) -> list[tuple[str, int, int]]:
+    """Return (what, how many succeeded, how many were planned) for every kind of work."""
+    sites = [site.site for site in results.data.sites]
+    trained = [link for link in results.links if link.status in ("done", "retried")]
+    hops = config.chain.laps * config.chain.strands * len(sites)
+    counts = [
+        ("hops of the chain succeeded", min(len(trained), hops), hops),
+        ("sites trained a link of the chain", len({link.site for link in trained}), len(sites)),
+    ]
+    if config.chain.compare_alone:
+        alone = [site for site in sites if site not in private]
+        done = {record.site for record in results.alone if record.status in ("done", "retried")}
+        counts.append(("hospitals trained alone", len(done & set(alone)), len(alone)))
+    counts += [
+        (f"sites took part in student round {round_.round}", len(round_.sites), len(sites))
+        for round_ in results.student_rounds
+    ]
+    with_test = {site.site for site in results.data.sites if site.test}
+    counts += [
+        (f"sites with test images scored the model of the {name}", len(with_test & set(scores.sites)), len(with_test))
+        for name, scores in results.final.items()
+    ]
+    return counts

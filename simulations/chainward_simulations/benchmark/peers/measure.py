@@ -1,0 +1,143 @@
+"""Measuring the peers: wall time, CPU seconds and peak memory of all processes of each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from chainward_simulations.benchmark.figures import Measured, Table
+from chainward_simulations.benchmark.memory import MemorySampler, Sampler
+from chainward_simulations.benchmark.peers.flower_app import PYPROJECT
+from chainward_simulations.benchmark.peers.work import SITES, settings
+from chainward_simulations.flower import own_flower, processes_of, run_command
+
+GIB = 2**30
+SIX_SITES = Path(__file__).resolve().parents[3] / "six_sites"
+CPU_SAMPLE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class PeerCost:
+    """What one run of a peer cost: seconds of wall time, of all processors, and bytes of memory at the peak (PSS)."""
+
+    peer: str
+    wall: float
+    cpu: float
+    memory: int
+
+
+class CpuSampler(Sampler):
+    """Sums the processor seconds of all processes with a FLWR_HOME, each at its last sample."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._seconds: dict[tuple[int, float], float] = {}
+        super().__init__()
+
+    @property
+    def seconds(self) -> float:
+        """Processor seconds so far, of user and system."""
+        return sum(self._seconds.values())
+
+    def _sample_until_stopped(self) -> None:
+        while not self._stop.wait(CPU_SAMPLE_SECONDS):
+            for process in processes_of(self.home):
+                try:
+                    times = process.cpu_times()
+                    self._seconds[process.pid, process.create_time()] = times.user + times.system
+                except psutil.Error:
+                    continue
+
+
+def peers() -> dict[str, Callable[[Path], list[str]]]:
+    """Return the command of each peer by its name, given a folder to work in."""
+    return {
+        "plain loop": lambda folder: [sys.executable, "-m", "chainward_simulations.benchmark.peers.loop"],
+        "Flower FedAvg": _flower,
+        "NVFlare cyclic": lambda folder: [
+            *(sys.executable, "-m", "chainward_simulations.benchmark.peers.nvflare_job", str(folder / "nvflare"))
+        ],
+        "Chainward": lambda folder: run_command(SIX_SITES, settings() | {"output.dir": str(folder / "runs")}),
+    }
+
+
+def missing(peer: str) -> str | None:
+    """Return what has to be installed for a peer; None if all is there."""
+    if peer.startswith("NVFlare") and find_spec("nvflare") is None:
+        return "nvflare is not installed here: pip install nvflare"
+    return None
+
+
+def measure_peers(repeats: int, timeout: float, say: Callable[[str], None]) -> tuple[list[PeerCost], list[str]]:
+    """Run all peers `repeats` times, in turn, and return their costs and what was left out."""
+    costs, left_out = [], [f"{peer}: {why}" for peer in peers() if (why := missing(peer))]
+    for line in left_out:
+        say(line)
+    for number in range(1, repeats + 1):
+        for peer, command in peers().items():
+            if missing(peer):
+                continue
+            say(f"{peer}: {number} of {repeats}")
+            costs.append(_measure(peer, command, timeout))
+    return costs, left_out
+
+
+def peers_table(costs: list[PeerCost], left_out: list[str]) -> Table:
+    """Return what the peers cost, and that relative to plain Flower."""
+    table = Table(
+        f"{SITES} trainings in other frameworks", ("peer", "CPU s", "wall s", "peak memory, GiB", "CPU, Flower = 1")
+    )
+    of = {peer: [cost for cost in costs if cost.peer == peer] for peer in dict.fromkeys(cost.peer for cost in costs)}
+    flower = Measured(tuple(cost.cpu for cost in of.get("Flower FedAvg", [])))
+    for peer, found in of.items():
+        cpu = Measured(tuple(cost.cpu for cost in found))
+        wall, memory = Measured(tuple(c.wall for c in found)), Measured(tuple(c.memory / GIB for c in found))
+        table.rows.append(
+            (peer, cpu.text(0), wall.text(0), memory.text(2), cpu.ratio_to(flower).text(2) if flower.values else "-")
+        )
+    table.notes.append(
+        "Median (smallest to largest). All processes of a peer together, each peer with a start of its own; every training makes "
+        "its phantoms anew. Chainward also scores each model at every site, checks and stores it, and writes a report."
+    )
+    table.notes += left_out
+    return table
+
+
+def to_json(costs: list[PeerCost]) -> list[dict[str, Any]]:
+    """Return every measurement."""
+    return [asdict(cost) for cost in costs]
+
+
+def _measure(peer: str, command: Callable[[Path], list[str]], timeout: float) -> PeerCost:
+    with tempfile.TemporaryDirectory(prefix="chainward-peers-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        home = folder / "flwr"
+        with own_flower(home) as environment, MemorySampler(home) as memory, CpuSampler(home) as cpu:
+            started = time.monotonic()
+            subprocess.run(
+                command(folder),
+                env=environment | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")},
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                timeout=timeout,
+                check=True,
+            )
+            wall = time.monotonic() - started
+        return PeerCost(peer, wall, cpu.seconds, memory.peak.bytes)
+
+
+def _flower(folder: Path) -> list[str]:
+    app = folder / "app"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
+    return run_command(app, {}, nodes=SITES)
