@@ -12,8 +12,9 @@ from small_recipes import SMALL_LINK
 from torch import nn
 
 from chainward_client.data.site_data import Cases
-from chainward_client.privacy_audit import checks
+from chainward_client.privacy_audit import checks, neighbours
 from chainward_client.training import entropy as entropy_module
+from chainward_client.training import link as link_module
 from chainward_client.training import private as private_module
 from chainward_client.training.entropy import OperatingSystem, SeededForTests
 from chainward_client.training.link import LinkObjective
@@ -463,6 +464,43 @@ def clipping_each_layer_alone(monkeypatch):
     monkeypatch.setattr(ghost, "clip_factors", lambda lengths, clip: honest(lengths[-1:], clip))
 
 
+def lengths_from_squares_of_float32(monkeypatch):
+    def factors(lengths, clip):
+        return torch.clamp(clip / lengths.float().square().sum(dim=0).sqrt(), max=1.0).double() / clip
+
+    monkeypatch.setattr(ghost, "clip_factors", factors)
+
+
+def a_lost_example_that_stops_the_training(monkeypatch):
+    monkeypatch.setattr(PrivateTraining, "_add", lambda self, losses, rows: self.accumulate(losses(rows)))
+
+
+def a_lost_example_that_takes_its_part_along(monkeypatch):
+    def add(self, losses, rows):
+        try:
+            self.accumulate(losses(rows))
+        except IndexError:
+            self._ghost.forget()
+
+    monkeypatch.setattr(PrivateTraining, "_add", add)
+
+
+def splits_that_are_dealt_in_order(monkeypatch):
+    monkeypatch.setattr(neighbours, "split_by_key", lambda patients, key: np.arange(len(patients)) % 10 < 7)
+
+
+def labels_by_the_runs_seed(monkeypatch):
+    monkeypatch.setattr(
+        link_module, "labelled_by_key", lambda patients, fraction, key: keeps_labels(patients, fraction, 3, "x")
+    )
+
+
+def labels_by_rank(monkeypatch):
+    monkeypatch.setattr(
+        link_module, "labelled_by_key", lambda patients, fraction, key: np.arange(round(fraction * len(patients)))
+    )
+
+
 def noise_from_torchs_global_generator(monkeypatch):
     def normal(self, shapes, device):
         return [torch.randn(shape) for shape in shapes]
@@ -543,6 +581,12 @@ def no_noise_on_an_empty_sample(monkeypatch):
         (sampling_a_fixed_number, "varies by"),
         (sampling_twice_as_often, "more or less often"),
         (every_image_a_unit, "two images of one patient"),
+        (lengths_from_squares_of_float32, "one image moves the sum of gradients by"),
+        (a_lost_example_that_stops_the_training, "tells that the image is there"),
+        (a_lost_example_that_takes_its_part_along, "changes what the others add"),
+        (splits_that_are_dealt_in_order, "who is in a split depends on other patients"),
+        (labels_by_the_runs_seed, "a coordinator can compute it"),
+        (labels_by_rank, "who keeps its labels depends on other patients"),
         (no_noise_on_an_empty_sample, "empty|planned standard deviation"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

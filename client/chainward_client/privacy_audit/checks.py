@@ -17,6 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases
+from chainward_client.privacy_audit.neighbours import (
+    MakeTraining,
+    choices_problem,
+    extremes_problem,
+    failures_problem,
+)
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
@@ -24,8 +30,6 @@ from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
-
-MakeTraining = Callable[[PrivatePlan], PrivateTraining]
 
 _SIDE = 16
 _CLASSES = 8
@@ -63,7 +67,7 @@ def mechanism_problems(training: MakeTraining = PrivateTraining, ledger: type[Le
     training, ledger : what is checked, by default what is installed; see `sabotage`
     """
     problems = [check(training) for check in _STEP_CHECKS]
-    return [problem for problem in [*problems, accounting_problem(ledger)] if problem]
+    return [problem for problem in [*problems, choices_problem(), accounting_problem(ledger)] if problem]
 
 
 def noise_problem(training: MakeTraining = PrivateTraining) -> str:
@@ -216,8 +220,10 @@ _STEP_CHECKS: tuple[Callable[[MakeTraining], str], ...] = (
     empty_batch_problem,
     buffers_problem,
     teachers_problem,
+    extremes_problem,
+    failures_problem,
 )
-CHECKS = len(_STEP_CHECKS) + 1
+CHECKS = len(_STEP_CHECKS) + 2
 """How many properties `mechanism_problems` checks."""
 
 

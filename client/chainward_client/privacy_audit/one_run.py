@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from chainward_client.data.site_data import Cases
-from chainward_client.privacy_audit.checks import MakeTraining
+from chainward_client.privacy_audit.neighbours import MakeTraining
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError

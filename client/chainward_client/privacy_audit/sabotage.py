@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chainward_client.privacy_audit.checks import MakeTraining
+from chainward_client.privacy_audit.neighbours import MakeTraining
 from chainward_client.training.entropy import OperatingSystem, SeededForTests
 from chainward_client.training.private import PrivateTraining
 from chainward_shared.privacy.entries import MechanismRecord
