@@ -95,10 +95,10 @@ def test_an_image_that_patches_do_not_fill_is_refused():
 
 
 def test_an_image_too_small_for_the_backbone_is_refused_with_what_fits():
-    with pytest.raises(ModelError, match="28 pixels: choose images of at least 32 pixels or patch size 3"):
+    with pytest.raises(ModelError, match="28 pixels: choose images of at least 32 pixels or patch size 1"):
         resolve("convnext_atto", 28)
     assert outputs(resolve("convnext_atto", 32)).shape == (2, 3)
-    assert outputs(resolve("convnext_atto", 28, 3)).shape == (2, 3)
+    assert outputs(resolve("convnext_atto", 28, 1)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto_ols"])

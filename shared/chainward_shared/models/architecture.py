@@ -30,6 +30,7 @@ from torch import nn
 
 from chainward_shared.bounds import ImageSize, Sha256
 from chainward_shared.errors import ModelError, nearest
+from chainward_shared.models.border import border_is_lost, unfilled_patches
 from chainward_shared.models.families import Family, describe_families, find_family
 from chainward_shared.models.options import MOST_OPTIONS, OptionName, check_options
 from chainward_shared.preprocessing import Pixels
@@ -416,6 +417,31 @@ def _check_image_size(architecture: Architecture, takes_image_size: bool) -> Non
     if problem := _forward_problem(architecture):
         advice = _what_fits(architecture, takes_image_size) or problem
         raise ModelError(f"'{name}' can't work on images of {image_size} pixels: {advice}")
+    _check_border(architecture)
+
+
+def _check_border(architecture: Architecture) -> None:
+    """Refuse a model that would see only the inner part of its images."""
+    name, side = architecture.name, architecture.image_size
+    try:
+        patch = unfilled_patches(
+            skeleton(architecture), torch.empty(1, architecture.in_chans, side, side, device="meta")
+        )
+    except NotImplementedError:
+        return  # an operation that the meta device lacks says nothing about the size
+    if patch and _loses_border(architecture.model_dump_json()):
+        raise ModelError(
+            f"'{name}' does not see the border of images of {side} pixels, which don't fill its patches of {patch}: choose "
+            f"images of {side // patch * patch or patch} or {(side // patch + 1) * patch} pixels"
+        )
+
+
+@lru_cache(maxsize=64)
+def _loses_border(architecture_json: str) -> bool:
+    architecture = Architecture.model_validate_json(architecture_json)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return border_is_lost(_create(architecture, "cpu").eval(), architecture.in_chans, architecture.image_size)
 
 
 def _what_fits(architecture: Architecture, takes_image_size: bool) -> str:
@@ -429,12 +455,13 @@ def _what_fits(architecture: Architecture, takes_image_size: bool) -> str:
             return False
 
     ways = []
-    larger = range((architecture.image_size // 8 + 1) * 8, 513, 8)
+    side = architecture.image_size
+    larger = range((side // 8 + 1) * 8, 513, 8)
     if image := next((size for size in larger if fits(size, 0)), 0):
         ways.append(f"choose images of at least {image} pixels")
     family = find_family(skeleton(architecture))
     own_patch = family.patch_size(skeleton(architecture)) if family else 0
-    if patch := next((size for size in range(own_patch - 1, 0, -1) if fits(architecture.image_size, size)), 0):
+    if patch := next((size for size in range(own_patch - 1, 0, -1) if side % size == 0 and fits(side, size)), 0):
         ways.append(f"patch size {patch}")
     return " or ".join(ways)
 
