@@ -35,7 +35,8 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (
         r"site-card/train",
-        "how many images are trained on; with a policy, the patients (or images) that the site declares",
+        "how many images are trained on, which is the site's weight in averages; with a policy, the patients (or images) that "
+        "the site declares",
     ),
     (r"site-card/(val|test)", "how many images there are; withheld by a policy unless its metrics are exact"),
     (
@@ -64,10 +65,6 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     (r"(link|student)-result/training\.privacy.*", "the plan of the private training: noise, steps, rate; no data"),
     (r"(link|student)-result/training\.notes.*", "what the site switched off, by its policy"),
     (r"student-result/auxiliary_kept", "follows from the request: how far the teacher that stays here has moved"),
-    (
-        r"student-result/(examples|metrics\..*)",
-        "the site's weight in averages: training images; with privacy the declared patients",
-    ),
     (
         r"evaluate-result/scores.*",
         "how well the model does on the site's own images, and how many there are; noised or withheld by policy",

@@ -9,10 +9,11 @@ from typing import TypeVar
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from chainward_client.admission import admitted
+from chainward_client.card import site_card
 from chainward_client.incoming import incoming_state
 from chainward_client.node import Node
-from chainward_client.policy import check_run
-from chainward_client.private_site import PrivateWork, declared_units
+from chainward_client.private_site import PrivateWork
 from chainward_client.scoring import scored
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
@@ -24,7 +25,6 @@ from chainward_shared.errors import (
     PrivacyError,
     ProtocolError,
 )
-from chainward_shared.privacy.entries import Head
 from chainward_shared.protocol import (
     AtWorkRequest,
     Body,
@@ -33,7 +33,6 @@ from chainward_shared.protocol import (
     HelloRequest,
     LinkResult,
     LinkTask,
-    SiteCard,
     SitePrivacy,
     StudentResult,
     StudentTask,
@@ -41,7 +40,6 @@ from chainward_shared.protocol import (
     pack,
     unpack,
 )
-from chainward_shared.recipes import TrainingRecipe
 from chainward_shared.weights import StateDict, digest, rounded, to_arrays
 
 logger = logging.getLogger("chainward.client")
@@ -86,28 +84,8 @@ def query(message: Message, node: Node) -> RecordDict:
         return pack(node.at_work(unpack(content, AtWorkRequest)[0]))
     if kind_of(content) == HelloRequest.KIND:
         return pack(node.hello(unpack(content, HelloRequest)[0]))
-    return pack(_card(node.open(unpack(content, CardRequest)[0].simulated)))
-
-
-def _card(site: OpenSite) -> SiteCard:
-    data = site.data
-    image = data.splits["train"].images
-    told = site.policy is None or site.policy.metrics == "exact"
-    privacy = _site_privacy(site)
-    return SiteCard(
-        site=data.site,
-        task=data.task,
-        classes=list(data.classes),
-        image_size=int(image.shape[-1]),
-        channels=int(image.shape[1]),
-        train=len(data.splits["train"]) if told or site.policy is None else declared_units(site.policy, data),
-        val=len(data.splits["val"]) if told else None,
-        test=len(data.splits["test"]) if told else None,
-        class_counts={split: data.class_counts(split) for split in data.splits} if told else {},
-        synthetic=data.synthetic,
-        notes=list(data.notes) if told else [],
-        privacy=privacy,
-    )
+    site = node.open(unpack(content, CardRequest)[0].simulated)
+    return pack(site_card(site.data, site.policy, _site_privacy(site)))
 
 
 def _site_privacy(site: OpenSite) -> SitePrivacy | None:
@@ -123,27 +101,10 @@ def _site_privacy(site: OpenSite) -> SitePrivacy | None:
     return SitePrivacy(terms=site.policy.terms, required=site.policy.required, head=head)
 
 
-def _work(site: OpenSite, run: str, hop: str, recipe: TrainingRecipe, seen: Head | None) -> PrivateWork | None:
-    """Return what a training spends through; None where it goes without privacy.
-
-    Raises
-    ------
-    PolicyRefusal
-        The policy doesn't allow such a run here.
-    LedgerError
-        The ledger is damaged, or an older one than the coordinator has seen.
-    """
-    asked = recipe.privacy
-    if asked is not None and asked.sites == "by-policy" and site.policy is None:
-        return None
-    unit = None if asked is None else asked.unit
-    check_run(site.policy, private=asked is not None, unit=unit, privileged=recipe.privileged is not None)
-    privacy = site.open_privacy() if asked is not None else None
-    if privacy is None:
-        return None
-    if seen is not None:
-        privacy.ledger.require(seen)
-    return privacy.work(run, hop)
+def _work(site: OpenSite, task: LinkTask | StudentTask) -> PrivateWork | None:
+    return admitted(
+        site.policy, site.open_privacy, run=task.run_id, hop=task.hop, recipe=task.recipe, seen=task.seen_head
+    )
 
 
 def link(message: Message, node: Node) -> RecordDict:
@@ -154,7 +115,7 @@ def link(message: Message, node: Node) -> RecordDict:
 
 
 def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
-    work = _work(site, task.run_id, task.hop, task.recipe, task.seen_head)
+    work = _work(site, task)
     store = SiteStore(site.state_dir, task.run_id)
     store.tidy()
     answer = store.load_answer(task, LinkResult)
@@ -196,7 +157,7 @@ def student(message: Message, node: Node) -> RecordDict:
 
 
 def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
-    work = _work(site, task.run_id, f"student-round-{task.round}", task.recipe, task.seen_head)
+    work = _work(site, task)
     store = SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, StudentResult)
     if answer is None:
@@ -229,7 +190,6 @@ def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) 
             digest=digest(state),
             training=trained.log,
             auxiliary_kept=trained.auxiliary_kept,
-            examples=len(site.data.splits["train"]) if work is None else work.site.units(site.data),
         )
         answer = result, state
         store.save_answer(task, *answer)

@@ -11,6 +11,7 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.incoming import incoming_state
 from chainward_client.noised_scores import noised, one_image_each
+from chainward_client.private_site import PrivateSite
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
 from chainward_shared.evaluation.classification import (
@@ -31,6 +32,9 @@ from chainward_shared.protocol import (
 )
 from chainward_shared.weights import to_full_arrays
 
+Counts = dict[str, PredictionCounts]
+"""Of each split."""
+
 
 def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
     """Return the answer: scores as they are, with noise, or none."""
@@ -39,8 +43,8 @@ def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -
         return pack(EvaluateResult(site=site.data.site, scores={}, release="withhold"))
     if release == "noised":
         return _noised_scores(task, site, arrays)
-    result, counts = _scores(task, site.data, _model(task, arrays))
-    return pack(result, {name: counts_to_arrays(of_split) for name, of_split in counts.items()})
+    result, counts = exact_scores(task, site.data, _model(task, arrays))
+    return pack(result, {f"counts_{split}": counts_to_arrays(of_split) for split, of_split in counts.items()})
 
 
 def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord]) -> nn.Module:
@@ -49,22 +53,34 @@ def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord]) -> nn.Module:
     return model
 
 
-def _scores(task: EvaluateTask, data: SiteData, model: nn.Module) -> tuple[EvaluateResult, dict[str, PredictionCounts]]:
-    """Return the scores as they are, and the counts by name of their arrays."""
+def exact_scores(task: EvaluateTask, data: SiteData, model: nn.Module) -> tuple[EvaluateResult, Counts]:
+    """Return the scores as they are, and the counts of each split that they follow from."""
     scores: dict[str, Scores] = {}
-    counts = {}
+    counts: Counts = {}
     size = task.architecture.image_size
     for split in task.splits:
         cases = data.splits[split]
         probabilities = class_probabilities(model, cases, len(data.classes), task.threads, image_size=size)
         labels = cases.labels.numpy()
         scores[split] = evaluate(probabilities, labels)
-        counts[f"counts_{split}"] = PredictionCounts.of(probabilities, labels)
+        counts[split] = PredictionCounts.of(probabilities, labels)
     values = None
     if task.localisation:
         values = localisation_values(model, data.splits["test"], task.threads, image_size=size)
     sums = None if values is None else LocalisationSums.of(values)
     return EvaluateResult(site=data.site, scores=scores, localisation=sums), counts
+
+
+def noised_scores(
+    task: EvaluateTask, data: SiteData, privacy: PrivateSite, model: nn.Module
+) -> tuple[EvaluateResult, Counts]:
+    """Return scores of counts with noise, and the counts; the release must have been charged before."""
+    if privacy.policy.unit == "patient":
+        data = replace(data, splits={split: one_image_each(cases) for split, cases in data.splits.items()})
+    _, exact = exact_scores(task.model_copy(update={"localisation": False}), data, model)
+    counts = {split: noised(of_split, privacy.policy, privacy.entropy) for split, of_split in exact.items()}
+    scores = {split: pool([of_split]) for split, of_split in counts.items()}
+    return EvaluateResult(site=data.site, scores=scores, release="noised"), counts
 
 
 def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRecord]) -> RecordDict:
@@ -77,17 +93,13 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
     answer = store.load_answer(task, EvaluateResult)
     if answer is None:
         model = _model(task, arrays)
-        data, policy = site.data, privacy.policy
         if not work.release():
-            return pack(EvaluateResult(site=data.site, scores={}, release="withhold"))
-        if policy.unit == "patient":
-            data = replace(data, splits={split: one_image_each(cases) for split, cases in data.splits.items()})
-        exact = _scores(task.model_copy(update={"localisation": False}), data, model)[1]
-        counts = {name: noised(of_split, policy, privacy.entropy) for name, of_split in exact.items()}
-        scores = {split: pool([counts[f"counts_{split}"]]) for split in task.splits}
-        result = EvaluateResult(site=data.site, scores=scores, release="noised")
+            return pack(EvaluateResult(site=site.data.site, scores={}, release="withhold"))
+        result, counts = noised_scores(task, site.data, privacy, model)
         stored = {
-            f"{name}.{part}": tensor for name, of in counts.items() for part, tensor in counts_to_state(of).items()
+            f"counts_{split}.{part}": tensor
+            for split, of in counts.items()
+            for part, tensor in counts_to_state(of).items()
         }
         answer = result, stored
         store.save_answer(task, *answer)

@@ -6,26 +6,26 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from chainward_server.baseline import run_alone
-from chainward_server.chain import run_chain
 from chainward_server.completeness import shortfalls
-from chainward_server.context import Run
-from chainward_server.flower_log import one_line_for, quiet_aggregation
+from chainward_server.context import Run, data_summary
+from chainward_server.flower_log import one_line_for
+from chainward_server.flower_sites import FlowerSites
 from chainward_server.measure import summarize_model
-from chainward_server.progress import Progress
-from chainward_server.rendezvous import Consortium, meet
+from chainward_server.method import run_method
+from chainward_server.privacy import run_privacy
+from chainward_server.rendezvous import meet
 from chainward_server.report.from_folder import write_report
-from chainward_server.results import DataSummary, Results, SiteSummary
+from chainward_server.results import DataSummary, Results
 from chainward_server.run_folder import Phase, RunFolder, StartAnewError
 from chainward_server.run_process import RunProcess
 from chainward_server.scoring import shown
-from chainward_server.students import run_students
 from chainward_server.surroundings import tell as tell_surroundings
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
@@ -34,7 +34,6 @@ from chainward_shared.errors import ChainwardError, ConfigError, ModelError
 from chainward_shared.models import Architecture
 from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
-from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
 
@@ -56,7 +55,6 @@ def run_app(grid: Grid, context: Context) -> RunFolder:
         The run can't start or can't go on; logged in one line before.
     """
     show_progress()
-    quiet_aggregation()
     try:
         config = RunConfig.from_flat(context.run_config)
         folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
@@ -119,46 +117,34 @@ def coordinate(grid: Grid, folder: RunFolder) -> Results:
 def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Results | None) -> None:
     timings = dict(results.timings) if results else {}
     with _timed("rendezvous", folder, timings):
-        consortium = meet(grid, config, state_dir=folder.path / "simulated-sites")
-        card = consortium.any_card
-        models = run_architectures(
-            config, classes=len(card.classes), channels=card.channels, image_size=card.image_size
-        )
-        _check_privacy(config, consortium, models)
-        architecture = models[0]
-        data = _data_summary(consortium, config)
+        sites = meet(grid, config, state_dir=folder.path / "simulated-sites")
+        card = sites.any_card
+        found = run_architectures(config, classes=len(card.classes), channels=card.channels, image_size=card.image_size)
+        models = dict(zip(("chain", "student"), found, strict=False))
+        _check_privacy(config, sites, found)
+        data = data_summary(list(sites.cards.values()), _source(sites, config))
         results = _continued(results, data, folder, config)
         results.timings = timings
         _tell_about_data(data)
-    run = Run(consortium, config, architecture, folder, results)
-    run.progress = Progress(run.work_left())
-    with _timed("chain", folder, timings):
-        chain = run_chain(run)
-        folder.save_model("chain", chain.model, architecture, data.classes, data.task)
-    if config.chain.compare_alone:
-        with _timed("alone", folder, timings):
-            run_alone(run)
-    results.final["chain"] = chain.test
-    results.models["chain"] = summarize_model(architecture, chain.model, folder.model_path("chain"))
-    final: dict[str, tuple[Architecture, StateDict]] = {"chain": (architecture, chain.model)}
-    if config.student.rounds:
-        small = models[1]
-        with _timed("students", folder, timings):
-            teachers = chain.strands if config.chain.merge == "ensemble" else [chain.model]
-            student = run_students(run, chain.model, teachers)
-            folder.save_model("student", student, small, data.classes, data.task)
-            final["student"] = (small, student)
-        with _timed("evaluation", folder, timings):
-            results.final["student"] = run.score(small, student, ["test"])["test"]
-            results.models["student"] = summarize_model(small, student, folder.model_path("student"))
+        privacy = run_privacy(folder, sites.cards, simulated=sites.simulated)
+    run = Run(sites, config, models["chain"], folder, results, privacy)
+    outcome = run_method(run, partial(_timed, folder=folder, timings=timings))
+    states = {"chain": outcome.chain.model} | ({} if outcome.student is None else {"student": outcome.student})
     with _timed("evaluation", folder, timings):
-        looks = {name: run.localise(*model) for name, model in final.items()}
-        results.localization = {name: scores for name, scores in looks.items() if scores is not None}
+        if outcome.chain.test is not None:
+            results.final["chain"] = outcome.chain.test
+        if outcome.student is not None:
+            results.final["student"] = run.score(models["student"], outcome.student, ["test"])["test"]
+        for name, state in states.items():
+            results.models[name] = summarize_model(models[name], state, folder.model_path(name))
+            looks = run.localise(models[name], state)
+            if looks is not None:
+                results.localization[name] = looks
     with _timed("report", folder, timings):
         run.privacy.write(results)
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
         folder.commit(results)
-        missing = shortfalls(results, config, frozenset(filter(run.privacy.is_private, run.consortium.sites)))
+        missing = shortfalls(results, config, frozenset(filter(run.privacy.is_private, run.sites.ids)))
         path = folder.finish(missing, write_report)
     if missing:
         logger.warning("the run is INCOMPLETE: %s", "; ".join(missing))
@@ -177,7 +163,7 @@ def _timed(phase: Phase, folder: RunFolder, timings: dict[str, float]) -> Iterat
         timings[phase] = timings.get(phase, 0.0) + time.monotonic() - started
 
 
-def _check_privacy(config: RunConfig, consortium: Consortium, architectures: list[Architecture]) -> None:
+def _check_privacy(config: RunConfig, sites: FlowerSites, architectures: list[Architecture]) -> None:
     """Say who trains privately, and refuse at once what no private site could train.
 
     Raises
@@ -185,7 +171,7 @@ def _check_privacy(config: RunConfig, consortium: Consortium, architectures: lis
     ModelError
         A backbone can't be trained privately.
     """
-    policies = {site: card.privacy for site, card in consortium.cards.items() if card.privacy is not None}
+    policies = {site: card.privacy for site, card in sites.cards.items() if card.privacy is not None}
     if config.privacy.mode == "off":
         if refusing := [site for site, policy in policies.items() if policy.required]:
             logger.warning(
@@ -197,7 +183,7 @@ def _check_privacy(config: RunConfig, consortium: Consortium, architectures: lis
     if policies:
         for architecture in architectures:
             check_private_ready(architecture)
-    for site in consortium.cards:
+    for site in sites.cards:
         policy = policies.get(site)
         if policy is None:
             what = "will refuse" if config.privacy.mode == "dp-sgd" else "trains without privacy"
@@ -218,31 +204,8 @@ def _check_privacy(config: RunConfig, consortium: Consortium, architectures: lis
     )
 
 
-def _data_summary(consortium: Consortium, config: RunConfig) -> DataSummary:
-    card = consortium.any_card
-    return DataSummary(
-        source=_source(consortium, config),
-        synthetic=any(card.synthetic for card in consortium.cards.values()),
-        task=card.task,
-        classes=card.classes,
-        image_size=card.image_size,
-        channels=card.channels,
-        sites=[
-            SiteSummary(
-                site=site,
-                train=card.train,
-                val=card.val,
-                test=card.test,
-                class_counts=card.class_counts,
-                notes=card.notes,
-            )
-            for site, card in consortium.cards.items()
-        ],
-    )
-
-
-def _source(consortium: Consortium, config: RunConfig) -> str:
-    if not consortium.simulated:
+def _source(sites: FlowerSites, config: RunConfig) -> str:
+    if not sites.simulated:
         return "the sites' own data"
     return "phantoms" if config.data.source == "phantom" else Path(config.data.source).name
 

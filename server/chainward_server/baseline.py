@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from chainward_server.chain import checked_model
+from chainward_server.chain import check_link
 from chainward_server.context import Run
-from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import AloneRecord, LinkStatus
 from chainward_server.scoring import link_metrics, shown
+from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError
+from chainward_shared.hops import alone_key
 from chainward_shared.protocol import LinkResult, LinkTask
 
 logger = logging.getLogger("chainward")
@@ -22,53 +23,58 @@ def run_alone(run: Run) -> None:
     it would pay for a comparison out of the budget that protects its patients.
     """
     laps = run.config.chain.laps
-    missing = [site for site in run.consortium.sites if not run.folder.is_finished(f"alone-{site}")]
+    missing = [site for site in run.sites.ids if not run.checkpoints.is_finished(alone_key(site))]
     if private := [site for site in missing if run.privacy.is_private(site)]:
         logger.info("not trained alone, which would cost them privacy: %s", ", ".join(private))
         missing = [site for site in missing if site not in private]
     for link in run.results.links:
-        if laps == 1 and link.predecessor is None and link.metrics and link.site in missing:
+        if laps == 1 and link.predecessor is None and link.succeeded and link.site in missing:
             missing.remove(link.site)
             run.results.alone.append(
                 AloneRecord(site=link.site, status="done", seconds=link.seconds, metrics=link.metrics)
             )
-            run.folder.commit(run.results, f"alone-{link.site}")
+            run.checkpoints.commit(run.results, alone_key(link.site))
             run.progress.add(run.alone_work(link.site))
-    requests = {site: _alone_request(run, site) for site in missing}
-    replies = run.consortium.exchange.stream(requests, LinkResult, run.config.federation.hop_deadline * len(missing))
-    for site, reply in replies:
-        _record_alone(run, site, reply)
+
+    for site, answer in run.sites.train_links({site: _alone_work(run, site) for site in missing}):
+        _record_alone(run, site, answer)
 
 
-def _alone_request(run: Run, site: str) -> Request:
+def _alone_work(run: Run, site: str) -> Work[LinkTask]:
     task = LinkTask(
-        run_id=run.folder.state.run_id,
-        hop=f"alone-{site}",
+        run_id=run.checkpoints.run_id,
+        hop=alone_key(site),
         strand=0,
         lap=0,
         trained_alone=True,
         architecture=run.architecture,
         recipe=run.config.link_recipe(laps=run.config.chain.laps),
-        simulated=run.consortium.exchange.members[site].simulated,
     )
-    return Request("train.link", task)
+    return Work(task)
 
 
-def _record_alone(run: Run, site: str, reply: Reply[LinkResult] | Failure) -> None:
-    key = f"alone-{site}"
+def _record_alone(run: Run, site: str, answer: Trained[LinkResult] | Failure) -> None:
     run.progress.add(run.alone_work(site))
-    metrics, reason = None, reply.reason if isinstance(reply, Failure) else None
-    if not isinstance(reply, Failure):
+    metrics, reason = None, answer.reason if isinstance(answer, Failure) else None
+    if not isinstance(answer, Failure):
         try:
-            state = checked_model(run, reply, key, site, laps=run.config.chain.laps)
-            metrics = link_metrics(run.score(run.architecture, state, ["val", "test"]))
+            check_link(run, answer, alone_key(site), site, laps=run.config.chain.laps)
+            if run.score_all:
+                metrics = link_metrics(run.score(run.architecture, answer.model, ["val", "test"]))
         except ChainwardError as error:
             reason = f"site '{site}' alone: {error}"
     status: LinkStatus = "skipped" if reason else "done"
     run.results.alone.append(
-        AloneRecord(site=site, status=status, seconds=reply.seconds, reason=reason, metrics=metrics)
+        AloneRecord(
+            site=site,
+            status=status,
+            seconds=answer.seconds,
+            reason=reason,
+            unreached=isinstance(answer, Failure) and answer.lost,
+            metrics=metrics,
+        )
     )
-    run.folder.commit(run.results, key)
+    run.checkpoints.commit(run.results, alone_key(site))
     if reason:
         logger.warning("%s alone: skipped. %s", site, reason)
     elif metrics:

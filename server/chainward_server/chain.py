@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from chainward_server.attempts import Attempted, attempted
 from chainward_server.claims import check_training
 from chainward_server.context import Run
 from chainward_server.decisions import best_strand, forgetting, weakest_site
-from chainward_server.exchange import Failure, Reply, Request
-from chainward_server.results import LinkRecord, LinkStatus, SiteScores
+from chainward_server.results import LinkMetrics, LinkRecord, LinkStatus, SiteScores
 from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
+from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError
-from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import build_model
-from chainward_shared.protocol import LinkResult, LinkTask, TrainingLog
-from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays, weighted_average
+from chainward_shared.protocol import LinkResult, LinkTask
+from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
 logger = logging.getLogger("chainward")
 
@@ -31,23 +32,10 @@ class Strand:
     site: str | None = None
     trained_at: list[str] = field(default_factory=list)
 
-
-@dataclass
-class _Attempted:
-    """What has come of one hop so far."""
-
-    attempts: int = 0
-    seconds: float = 0.0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    model: StateDict | None = None
-    training: TrainingLog | None = None
-    failure: Failure | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether asking (again) may help: there is no model yet, and the site's policy has not said no."""
-        return self.model is None and not (self.failure and self.failure.final)
+    def move_on(self, hop: Hop, model: StateDict) -> None:
+        """Take up the model that a hop left."""
+        self.model, self.model_name, self.site = model, hop.key, hop.site
+        self.trained_at.append(hop.site)
 
 
 @dataclass(frozen=True)
@@ -57,12 +45,12 @@ class ChainOutcome:
     Attributes
     ----------
     model : the weights that go on to the students
-    test : their scores on every site's test images
+    test : their scores on every site's test images; None where not all models are scored
     strands : the last model of every strand, in the order of the strands
     """
 
     model: StateDict
-    test: SiteScores
+    test: SiteScores | None
     strands: list[StateDict]
 
 
@@ -85,22 +73,12 @@ def run_chain(run: Run) -> ChainOutcome:
         if config.order == "weakest-next":
             hops = [_weakest_next(run, turn[0], turns[index - turn[0].step : index], order, strands[0])]
             turns[index] = hops
-        pending = []
-        for hop in hops:
-            number += 1
-            if run.folder.is_finished(hop.key):
-                _restore(run, hop, strands[hop.strand])
-            else:
-                pending.append((number, hop))
-        if pending:
-            _run_turn(run, pending, total, strands)
+        _run_turn(run, [(number + place, hop) for place, hop in enumerate(hops, start=1)], total, strands)
+        number += len(hops)
         if index + 1 == len(turns) or turns[index + 1][0].lap > turn[0].lap:
             for hop in _to_revisit(run, turn[0].lap, len(order)):
                 number, total = number + 1, total + 1
-                if run.folder.is_finished(hop.key):
-                    _restore(run, hop, strands[hop.strand])
-                else:
-                    _run_turn(run, [(number, hop)], total, strands)
+                _run_turn(run, [(number, hop)], total, strands)
     return _merged(run)
 
 
@@ -114,77 +92,68 @@ def _to_revisit(run: Run, lap: int, steps: int) -> list[Hop]:
 
 def _weakest_next(run: Run, hop: Hop, lap_so_far: list[list[Hop]], order: list[str], strand: Strand) -> Hop:
     """Return `hop` at the site where the strand's model is weakest, of those that this lap has not visited."""
-    finished = next((link.site for link in run.results.links if link.key == hop.key), None)
+    if finished := run.link(hop.key):
+        return replace(hop, site=finished.site)
     visited = {earlier.site for turn in lap_so_far for earlier in turn}
     remaining = [site for site in order if site not in visited]
-    return replace(hop, site=finished or weakest_site(remaining, _validation_of(run, strand.model_name)))
-
-
-def _validation_of(run: Run, model_name: str | None) -> dict[str, Scores]:
-    """Return the validation scores, at every site, of the model that left the hop `model_name`."""
-    link = next((link for link in run.results.links if link.key == model_name), None)
-    return link.metrics.validation_sites if link and link.metrics else {}
+    validation = run.validation(strand.model_name).sites if strand.model_name else {}
+    return replace(hop, site=weakest_site(remaining, validation))
 
 
 def _merged(run: Run) -> ChainOutcome:
     """Return what comes of the strands' last models."""
-    finished = [link for link in run.results.links if link.metrics is not None]
-    if not finished:
+    last = {link.strand: link for link in run.results.links if link.succeeded}
+    if not last:
         reasons = "; ".join(link.reason or "" for link in run.results.links[:1])
         raise ChainwardError(f"no link of the chain succeeded: {reasons}")
-    last = {link.strand: link for link in finished}
-    models = {strand: run.folder.load_model(last[strand].key, run.template) for strand in sorted(last)}
+    models = {strand: run.checkpoints.load_model(last[strand].key, run.template) for strand in sorted(last)}
     if run.config.chain.merge == "average" and len(models) > 1:
         average = weighted_average(list(models.values()), [1.0] * len(models))
         average = rounded(average, run.config.federation.transfer)
         logger.info("the weights of %d strands are averaged", len(models))
-        return ChainOutcome(average, run.score(run.architecture, average, ["test"])["test"], list(models.values()))
-    best = best_strand({strand: link.metrics.validation for strand, link in last.items() if link.metrics})
-    if len(last) > 1:
-        logger.info("strand %d is best by validation; its model goes on", best)
+        test = run.score(run.architecture, average, ["test"])["test"] if run.score_all else None
+        return ChainOutcome(average, test, list(models.values()))
+    (best,) = last if len(last) == 1 else (_best_strand(run, last),)
     metrics = last[best].metrics
-    assert metrics is not None
-    return ChainOutcome(models[best], metrics.test, list(models.values()))
+    return ChainOutcome(models[best], metrics.test if metrics else None, list(models.values()))
 
 
-def _restore(run: Run, hop: Hop, strand: Strand) -> None:
-    """Take up a hop that an earlier part of the run has finished."""
-    if hop.key in run.folder.state.models:
-        strand.model = run.folder.load_model(hop.key, run.template)
-        strand.model_name, strand.site = hop.key, hop.site
-        strand.trained_at.append(hop.site)
+def _best_strand(run: Run, last: dict[int, LinkRecord]) -> int:
+    best = best_strand({strand: run.validation(link.key).pooled for strand, link in last.items()})
+    logger.info("strand %d is best by validation; its model goes on", best)
+    return best
 
 
-def _run_turn(run: Run, pending: list[tuple[int, Hop]], total: int, strands: list[Strand]) -> None:
-    """Train the hops of one turn at the same time, each with its attempts, and record them."""
-    outcomes = {hop.key: _Attempted() for _, hop in pending}
-    for attempt in range(1 + run.config.chain.retries):
-        open_hops = {hop.site: hop for _, hop in pending if outcomes[hop.key].open}
-        if not open_hops:
-            break
-        requests = {site: _link_request(run, hop, strands[hop.strand]) for site, hop in open_hops.items()}
-        federation = run.config.federation
-        replies = run.consortium.exchange.stream(
-            requests, LinkResult, federation.hop_deadline, patience=federation.patience
-        )
-        for site, reply in replies:
-            hop, outcome = open_hops[site], outcomes[open_hops[site].key]
-            outcome.attempts = attempt + 1
-            outcome.bytes_down += requests[site].bytes
-            _take(run, hop, reply, outcome, strands[hop.strand].model)
-            if outcome.model is not None:
-                data = run.results.data
-                run.folder.save_model(hop.key, outcome.model, run.architecture, data.classes, data.task)
-            elif attempt < run.config.chain.retries and outcome.failure and outcome.open:
-                logger.warning("%s; trying again", outcome.failure.reason)
+def _run_turn(run: Run, turn: Sequence[tuple[int, Hop]], total: int, strands: list[Strand]) -> None:
+    """Train the hops of one turn at the same time, each with its attempts, and record them.
+
+    Those that an earlier part of the run has finished are taken up as they are.
+    """
+    pending = [(number, hop) for number, hop in turn if not run.checkpoints.is_finished(hop.key)]
+    for _, hop in turn:
+        if run.checkpoints.is_finished(hop.key) and run.checkpoints.has_model(hop.key):
+            strands[hop.strand].move_on(hop, run.checkpoints.load_model(hop.key, run.template))
+    hops = {hop.site: hop for _, hop in pending}
+
+    def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
+        return run.sites.train_links({site: _link_work(run, hops[site], strands[hops[site].strand]) for site in sites})
+
+    def check(site: str, answer: Trained[LinkResult]) -> None:
+        check_link(run, answer, hops[site].key, site)
+        _check_drift(run, answer.model, strands[hops[site].strand].model)
+
+    def keep(site: str, answer: Trained[LinkResult]) -> None:
+        run.save_model(hops[site].key, answer.model, run.architecture)
+
+    outcomes = attempted(hops, ask, check, retries=run.config.chain.retries, keep=keep)
     for number, hop in pending:
-        _record(run, hop, outcomes[hop.key], strands[hop.strand], f"hop {number} of {total}")
+        _record(run, hop, outcomes[hop.site], strands[hop.strand], f"hop {number} of {total}")
 
 
-def _link_request(run: Run, hop: Hop, strand: Strand) -> Request:
+def _link_work(run: Run, hop: Hop, strand: Strand) -> Work[LinkTask]:
     predecessor = strand.model
     task = LinkTask(
-        run_id=run.folder.state.run_id,
+        run_id=run.checkpoints.run_id,
         hop=hop.key,
         strand=hop.strand,
         lap=hop.lap,
@@ -192,25 +161,26 @@ def _link_request(run: Run, hop: Hop, strand: Strand) -> Request:
         recipe=run.config.link_recipe(),
         predecessor_digest=None if predecessor is None else digest(predecessor),
         seen_head=run.privacy.seen_head(hop.site),
-        simulated=run.consortium.exchange.members[hop.site].simulated,
     )
-    return Request("train.link", task, {} if predecessor is None else {"predecessor": to_arrays(predecessor)})
+    return Work(task, {} if predecessor is None else {"predecessor": predecessor})
 
 
-def _take(run: Run, hop: Hop, reply: Reply[LinkResult] | Failure, outcome: _Attempted, start: StateDict | None) -> None:
-    """Check a reply and note the model, or why there is none. `start`: what the link started from; None: the first one."""
-    outcome.seconds += reply.seconds
-    if isinstance(reply, Failure):
-        outcome.failure = reply
-        return
-    outcome.bytes_up += reply.bytes
-    try:
-        model = checked_model(run, reply, hop.key, hop.site)
-        _check_drift(run, model, start)
-        outcome.model = model
-        outcome.training = reply.body.training
-    except ChainwardError as error:
-        outcome.failure = Failure(f"site '{hop.site}' sent a model that can't be used: {error}", reply.seconds)
+def check_link(run: Run, answer: Trained[LinkResult], hop: str, site: str, *, laps: int = 1) -> None:
+    """Check that a model is the one that was asked for; keep the privacy statement that came with it.
+
+    Raises
+    ------
+    ChainwardError
+        It is for another hop, from another site, or damaged, or its privacy statement is; or it was trained otherwise than
+        it was asked for.
+    """
+    result, asked = answer.result, run.config.link_recipe(laps=laps).epochs
+    if (result.hop, result.site) != (hop, site):
+        raise ChainwardError(f"it answers hop '{result.hop}' of site '{result.site}'; expected '{hop}' of '{site}'")
+    check_training(result.training, run.sites.cards[site], asked, run.checkpoints.age)
+    if digest(answer.model) != result.digest:
+        raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
+    run.privacy.take(result.statement, site, hop)
 
 
 def _check_drift(run: Run, model: StateDict, start: StateDict | None) -> None:
@@ -233,38 +203,8 @@ def _check_drift(run: Run, model: StateDict, start: StateDict | None) -> None:
         )
 
 
-def checked_model(run: Run, reply: Reply[LinkResult], hop: str, site: str, *, laps: int = 1) -> StateDict:
-    """Return the model in a reply after checking that it is the one that was asked for; keep the privacy statement.
-
-    Raises
-    ------
-    ChainwardError
-        It is for another hop, from another site, incomplete, damaged, or not finite, or its privacy statement is; or it was
-        trained otherwise than it was asked for.
-    """
-    body, asked = reply.body, run.config.link_recipe(laps=laps).epochs
-    if (body.hop, body.site) != (hop, site):
-        raise ChainwardError(f"it answers hop '{body.hop}' of site '{body.site}'; expected '{hop}' of '{site}'")
-    check_training(body.training, run.consortium.cards[site], asked, run.folder.age)
-    if "model" not in reply.arrays:
-        raise ChainwardError("there are no arrays in it")
-    state = from_arrays(reply.arrays["model"], run.template)
-    if digest(state) != body.digest:
-        raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
-    run.privacy.take(body.statement, site, hop)
-    return state
-
-
-def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str) -> None:
-    """Score a finished hop everywhere, write it down and move the strand on; or note that it is missing."""
-    before = next(
-        (
-            link.metrics.validation
-            for link in reversed(run.results.links)
-            if link.key == strand.model_name and link.metrics
-        ),
-        None,
-    )
+def _record(run: Run, hop: Hop, outcome: Attempted[LinkResult], strand: Strand, number: str) -> None:
+    """Write a hop down and move its strand on, or note why the chain goes on without it."""
     record = LinkRecord(
         strand=hop.strand,
         lap=hop.lap,
@@ -277,48 +217,77 @@ def _record(run: Run, hop: Hop, outcome: _Attempted, strand: Strand, number: str
         bytes_down=outcome.bytes_down,
         bytes_up=outcome.bytes_up,
         reason=outcome.failure.reason if outcome.failure else None,
+        unreached=outcome.unreached,
     )
     run.progress.add(run.link_work(hop.site))
-    if outcome.model is None or outcome.training is None:
-        run.results.links.append(record)
-        if record.status == "failed":
-            run.folder.write_results(run.results)
-            raise ChainwardError(f"{number}: {record.reason} (chain.on-failure = 'stop' at this site)")
-        run.folder.commit(run.results, hop.key)
-        logger.warning("%s  %s: %s; the chain goes on without it. %s", number, hop.site, record.status, record.reason)
+    if outcome.answer is None:
+        _go_on_without(run, record, number)
         return
-    metrics = link_metrics(run.score(run.architecture, outcome.model, ["val", "test"]))
-    forgot = forgetting(strand.trained_at, _validation_of(run, strand.model_name), metrics.validation_sites)
-    if forgot is not None and forgot.lost > run.config.chain.max_forgetting:
-        record.status = "refused"
-        record.reason = (
-            f"the link lowers the validation balanced accuracy of the sites before it from {forgot.before:.3f} to "
-            f"{forgot.after:.3f}, by more than chain.max-forgetting = {run.config.chain.max_forgetting:g}"
-        )
-        run.results.links.append(record)
-        run.folder.drop_model(hop.key)
-        run.folder.commit(run.results, hop.key)
-        logger.warning("%s  %s: refused; the chain goes on without it. %s", number, hop.site, record.reason)
+    metrics = None
+    if run.score_all:
+        metrics = link_metrics(run.score(run.architecture, outcome.answer.model, ["val", "test"]))
+    if reason := _forgotten(run, hop, strand, metrics):
+        record.status, record.reason = "refused", reason
+        run.checkpoints.drop_model(hop.key)
+        _go_on_without(run, record, number)
         return
-    record.training, record.metrics = outcome.training, metrics
+    record.training, record.metrics = outcome.answer.result.training, metrics
     run.results.links.append(record)
-    run.folder.commit(run.results, hop.key)
-    strand.model, strand.model_name, strand.site = outcome.model, hop.key, hop.site
-    strand.trained_at.append(hop.site)
+    run.checkpoints.commit(run.results, hop.key)
+    _tell(run, record, number, strand)
+    strand.move_on(hop, outcome.answer.model)
+
+
+def _go_on_without(run: Run, record: LinkRecord, number: str) -> None:
+    """Write down a hop that left no model.
+
+    Raises
+    ------
+    ChainwardError
+        The run must not go on without it.
+    """
+    run.results.links.append(record)
+    if record.status == "failed":
+        run.checkpoints.write_results(run.results)
+        raise ChainwardError(f"{number}: {record.reason} (chain.on-failure = 'stop' at this site)")
+    run.checkpoints.commit(run.results, record.key)
+    logger.warning("%s  %s: %s; the chain goes on without it. %s", number, record.site, record.status, record.reason)
+
+
+def _forgotten(run: Run, hop: Hop, strand: Strand, metrics: LinkMetrics | None) -> str | None:
+    """Return why a link must be refused for what it makes the model forget; None if it need not be."""
+    allowed = run.config.chain.max_forgetting
+    if allowed == 1 or strand.model_name is None:  # no score can fall by more
+        return None
+    after = metrics.validation_sites if metrics else run.validation(hop.key).sites
+    forgot = forgetting(strand.trained_at, run.validation(strand.model_name).sites, after)
+    if forgot is None or forgot.lost <= allowed:
+        return None
+    return (
+        f"the link lowers the validation balanced accuracy of the sites before it from {forgot.before:.3f} to "
+        f"{forgot.after:.3f}, by more than chain.max-forgetting = {allowed:g}"
+    )
+
+
+def _tell(run: Run, record: LinkRecord, number: str, strand: Strand) -> None:
+    before, scores = run.link(strand.model_name), ""
+    if record.metrics is not None:
+        earlier = before.metrics.validation.balanced_accuracy if before and before.metrics else None
+        now = record.metrics.validation.balanced_accuracy
+        scores = f"validation balanced accuracy {shown(earlier)} -> {shown(now)}, "
     logger.info(
-        "%s  %s: validation balanced accuracy %s -> %s, %.1f s%s; %s",
+        "%s  %s: %s%.1f s%s; %s",
         number,
-        hop.site if run.config.chain.strands == 1 else f"{hop.site} (strand {hop.strand})",
-        shown(before.balanced_accuracy if before else None),
-        shown(record.metrics.validation.balanced_accuracy),
-        outcome.seconds,
-        f", attempt {outcome.attempts}" if outcome.attempts > 1 else "",
+        record.site if run.config.chain.strands == 1 else f"{record.site} (strand {record.strand})",
+        scores,
+        record.seconds,
+        f", attempt {record.attempts}" if record.attempts > 1 else "",
         run.progress.expected_end(),
     )
 
 
-def _status(run: Run, site: str, outcome: _Attempted) -> LinkStatus:
-    if outcome.model is not None:
+def _status(run: Run, site: str, outcome: Attempted[LinkResult]) -> LinkStatus:
+    if outcome.answer is not None:
         return "done" if outcome.attempts == 1 else "retried"
     if run.config.chain.on_failure_of(site) == "stop":
         return "failed"

@@ -1,18 +1,21 @@
-"""What the phases of a run share."""
+"""What the stages of the method share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from chainward_server.checkpoints import Checkpoints
 from chainward_server.privacy import RunPrivacy
-from chainward_server.progress import Progress
-from chainward_server.rendezvous import Consortium
-from chainward_server.results import Results, SiteLocalisation, SiteScores
-from chainward_server.run_folder import RunFolder
+from chainward_server.results import DataSummary, LinkRecord, Results, SiteLocalisation, SiteScores, SiteSummary
 from chainward_server.schedule import site_order
 from chainward_server.scoring import Split, localise_everywhere, score_everywhere
+from chainward_server.sites import Sites
 from chainward_shared.config import RunConfig
+from chainward_shared.hops import alone_key
 from chainward_shared.models import Architecture, skeleton
+from chainward_shared.progress import Progress
+from chainward_shared.protocol import SiteCard
 from chainward_shared.weights import StateDict
 
 LINK_WORK, ALONE_WORK, STUDENT_WORK = 1.35, 1.0, 0.5
@@ -26,80 +29,121 @@ class Run:
     Attributes
     ----------
     architecture : of the large model that travels along the chain
-    template : its names, shapes and dtypes, without values
     privacy : what the sites have signed
+    score_all : score every model that is trained at all sites, for the results; False: only where a score decides how the
+        chain goes on
+    template : names, shapes and dtypes of the large model, without values
     """
 
-    consortium: Consortium
+    sites: Sites
     config: RunConfig
     architecture: Architecture
-    folder: RunFolder
+    checkpoints: Checkpoints
     results: Results
-    progress: Progress = field(default_factory=lambda: Progress(0.0))
+    privacy: RunPrivacy
+    score_all: bool = True
+    progress: Progress = field(init=False)
     template: StateDict = field(init=False)
-    privacy: RunPrivacy = field(init=False)
+    _validation: dict[str, SiteScores] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.privacy = RunPrivacy(self.folder, self.consortium)
         self.template = skeleton(self.architecture).state_dict()
+        self.progress = Progress(self.work_left())
 
     @property
     def order(self) -> list[str]:
         """The sites in the order of a lap."""
-        sizes = {site: card.train for site, card in self.consortium.cards.items()}
-        return site_order(self.consortium.sites, sizes, self.config.chain, self.config.seed)
+        return site_order(self.sites.ids, self.sites.sizes, self.config.chain, self.config.seed)
+
+    def save_model(self, name: str, state: StateDict, architecture: Architecture) -> None:
+        """Keep a model; it counts once its piece of work is committed."""
+        self.checkpoints.save_model(name, state, architecture, self.results.data.classes, self.results.data.task)
 
     def score(self, architecture: Architecture, state: StateDict, splits: list[Split]) -> dict[Split, SiteScores]:
         """Return the scores of a model at all sites; see `score_everywhere`."""
-        federation = self.config.federation
         return score_everywhere(
-            self.consortium,
+            self.sites,
             self.privacy,
             architecture,
             state,
             splits,
-            run_id=self.folder.state.run_id,
-            threads=federation.threads,
-            deadline=federation.hop_deadline,
+            run_id=self.checkpoints.run_id,
+            threads=self.config.federation.threads,
         )
 
     def localise(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
         """Return where a model looks, at all sites; see `localise_everywhere`."""
-        federation = self.config.federation
         return localise_everywhere(
-            self.consortium,
+            self.sites,
             self.privacy,
             architecture,
             state,
-            run_id=self.folder.state.run_id,
-            threads=federation.threads,
-            deadline=federation.hop_deadline,
+            run_id=self.checkpoints.run_id,
+            threads=self.config.federation.threads,
         )
+
+    def link(self, key: str | None) -> LinkRecord | None:
+        """Return the record of the hop called `key`; None where there is none yet."""
+        return next((link for link in reversed(self.results.links) if link.key == key), None)
+
+    def validation(self, key: str) -> SiteScores:
+        """Return the validation scores of the large model that the hop `key` left, made now if they were not before."""
+        link = self.link(key)
+        if link is not None and link.metrics is not None:
+            return SiteScores(sites=link.metrics.validation_sites, pooled=link.metrics.validation)
+        if key not in self._validation:
+            model = self.checkpoints.load_model(key, self.template)
+            self._validation[key] = self.score(self.architecture, model, ["val"])["val"]
+        return self._validation[key]
 
     def link_work(self, site: str) -> float:
         """Return the cost of one link at `site`, in images times epochs, relative to training without a teacher."""
-        return LINK_WORK * self.config.chain.epochs * self.consortium.cards[site].train
+        return LINK_WORK * self.config.chain.epochs * self.sites.cards[site].train
 
     def alone_work(self, site: str) -> float:
         """Return the cost of training `site` alone, in the unit of `link_work`."""
-        return ALONE_WORK * self.config.chain.epochs * self.config.chain.laps * self.consortium.cards[site].train
+        return ALONE_WORK * self.config.chain.epochs * self.config.chain.laps * self.sites.cards[site].train
 
     def student_work(self, site: str) -> float:
         """Return the cost of one student round at `site`, in the unit of `link_work`."""
-        return STUDENT_WORK * self.config.student.epochs * self.consortium.cards[site].train
+        return STUDENT_WORK * self.config.student.epochs * self.sites.cards[site].train
 
     def work_left(self) -> float:
         """Return the work that is still to be done, in the unit of `link_work`."""
-        config, sites = self.config, self.consortium.sites
+        config, sites = self.config, self.sites.ids
         work = config.chain.laps * config.chain.strands * sum(map(self.link_work, sites))
         work -= sum(self.link_work(link.site) for link in self.results.links)
         if config.chain.compare_alone:
             work += sum(
                 self.alone_work(site)
                 for site in sites
-                if not self.folder.is_finished(f"alone-{site}") and not self.privacy.is_private(site)
+                if not self.checkpoints.is_finished(alone_key(site)) and not self.privacy.is_private(site)
             )
         if config.student.rounds:
             rounds = config.student.rounds + config.student.finetune_rounds - len(self.results.student_rounds)
             work += rounds * sum(map(self.student_work, sites))
-        return work
+        return max(0.0, work)
+
+
+def data_summary(cards: Sequence[SiteCard], source: str) -> DataSummary:
+    """Return what a run is trained and scored on, as the sites have said it."""
+    first = cards[0]
+    return DataSummary(
+        source=source,
+        synthetic=any(card.synthetic for card in cards),
+        task=first.task,
+        classes=first.classes,
+        image_size=first.image_size,
+        channels=first.channels,
+        sites=[
+            SiteSummary(
+                site=card.site,
+                train=card.train,
+                val=card.val,
+                test=card.test,
+                class_counts=card.class_counts,
+                notes=card.notes,
+            )
+            for card in cards
+        ],
+    )

@@ -1,6 +1,6 @@
 """Rules that decide on figures: which site is next, whether a link forgot too much, which strand is best.
 
-Pure functions of validation scores, so that the coordinator and the plain runner decide alike.
+Pure functions of validation scores.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from chainward_server.sites import Failure
 from chainward_shared.errors import ChainwardError
-from chainward_shared.outside import Shown
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
@@ -91,26 +91,12 @@ B = TypeVar("B", bound=Body)
 
 @dataclass(frozen=True)
 class Reply(Generic[B]):
-    """A site's answer. `seconds`: from sending to receiving; `bytes`: of the arrays; `message`: Flower's own."""
+    """A site's answer. `seconds`: from sending to receiving; `bytes`: of the arrays."""
 
     body: B
     arrays: dict[str, ArrayRecord]
     seconds: float
     bytes: int
-    message: Message
-
-
-@dataclass(frozen=True)
-class Failure(Shown):
-    """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again;
-    `lost`: Flower did not bring the request there, or the answer back; `malformed`: what came is not an answer."""
-
-    reason: str
-    seconds: float
-    refused: bool = False
-    final: bool = False
-    lost: bool = False
-    malformed: bool = False
 
 
 class Exchange:
@@ -329,4 +315,4 @@ def _read(site: str, message: Message, expected: type[B], seconds: float) -> Rep
         return Failure(f"site '{site}' refused: {refusal}", seconds, refused=True, final=refusal.final)
     except ChainwardError as error:
         return Failure(f"site '{site}': {error}", seconds, malformed=True)
-    return Reply(body, arrays, seconds, sum(byte_count(record) for record in arrays.values()), message)
+    return Reply(body, arrays, seconds, sum(byte_count(record) for record in arrays.values()))

@@ -1,19 +1,10 @@
-"""Keeping Flower's own log readable: no account of what the progress says already, no traceback for bad input."""
+"""Keeping Flower's own log readable: no traceback for bad input."""
 
 from __future__ import annotations
 
 import logging
 
 from chainward_shared.errors import ChainwardError
-
-
-def quiet_aggregation() -> None:
-    """Leave out Flower's own line about each aggregation."""
-    logging.getLogger("flwr").addFilter(_is_no_aggregation)
-
-
-def _is_no_aggregation(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("aggregate_train:")
 
 
 def one_line_for(error: ChainwardError) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from chainward_server.rendezvous import Consortium
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import StatementError
@@ -17,6 +18,7 @@ from chainward_shared.privacy.statements import (
     privacy_record,
     read_statements,
 )
+from chainward_shared.protocol import SiteCard
 
 logger = logging.getLogger("chainward")
 
@@ -26,24 +28,35 @@ class RunPrivacy:
 
     A statement comes with every piece of work. The first of a site is held against the last that an earlier run of the same
     output folder holds of it, so that a ledger that was put back, or another key, is noticed from run to run.
+
+    Parameters
+    ----------
+    on : whether the run asks for privacy at all
+    run_id : of the run, as the sites are told it
+    cards : what the sites have said of themselves
+    known : the last statement that earlier runs hold of each site
+    own : statements that an earlier part of this run has left
+    write : takes what privacy.json is to hold; default: nothing is written
     """
 
-    def __init__(self, folder: RunFolder, consortium: Consortium) -> None:
-        self._folder, self._consortium = folder, consortium
-        earlier = {} if consortium.simulated else last_of_earlier_runs(folder.path)
-        self._statements = Statements(known=earlier)
-        if (folder.path / "privacy.json").exists():
-            for content in read_statements(folder.path / "privacy.json"):
-                self._statements.add(parse_statement(content))
-
-    @property
-    def on(self) -> bool:
-        """Whether the run asks for privacy at all."""
-        return self._folder.config.privacy.mode != "off"
+    def __init__(
+        self,
+        *,
+        on: bool,
+        run_id: str,
+        cards: Mapping[str, SiteCard],
+        known: Mapping[str, Statement] | None = None,
+        own: Iterable[Statement] = (),
+        write: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.on, self._run_id, self._cards, self._write = on, run_id, cards, write
+        self._statements = Statements(known=dict(known or {}))
+        for statement in own:
+            self._statements.add(statement)
 
     def is_private(self, site: str) -> bool:
         """Return whether what leaves this site in this run comes with a statement."""
-        return self.on and self._consortium.cards[site].privacy is not None
+        return self.on and self._cards[site].privacy is not None
 
     def seen_head(self, site: str) -> Head | None:
         """Return how far this site's ledger went when it was last seen; the site must not have less."""
@@ -62,14 +75,14 @@ class RunPrivacy:
             if self.is_private(site):
                 raise StatementError(f"site '{site}' trains privately and sent no privacy statement")
             return
-        self._statements.accept(statement, site=site, run=self._folder.state.run_id, hop=hop)
+        self._statements.accept(statement, site=site, run=self._run_id, hop=hop)
         self.write(None)
 
     def write(self, results: Results | None) -> None:
         """Write privacy.json; at the end, with `results`, also what the sites without a statement did."""
         trained = None if results is None else _trained(results)
-        sites = list(self._consortium.cards)
-        self._folder.write_privacy(privacy_record(self._statements, sites, trained=trained))
+        sites = list(self._cards)
+        self._write(privacy_record(self._statements, sites, trained=trained))
 
 
 def _trained(results: Results) -> set[str]:
@@ -77,6 +90,20 @@ def _trained(results: Results) -> set[str]:
     links = {link.site for link in results.links if link.bytes_up}
     alone = {record.site for record in results.alone if record.metrics is not None}
     return links | alone | {site for round_ in results.student_rounds for site in round_.sites}
+
+
+def run_privacy(folder: RunFolder, cards: Mapping[str, SiteCard], *, simulated: bool) -> RunPrivacy:
+    """Return the statements of the run that `folder` holds; simulated sites have a new ledger in every run."""
+    record = folder.path / "privacy.json"
+    own = [parse_statement(content) for content in read_statements(record)] if record.exists() else []
+    return RunPrivacy(
+        on=folder.config.privacy.mode != "off",
+        run_id=folder.run_id,
+        cards=cards,
+        known={} if simulated else last_of_earlier_runs(folder.path),
+        own=own,
+        write=folder.write_privacy,
+    )
 
 
 def last_of_earlier_runs(folder: Path) -> dict[str, Statement]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from chainward_server.claims import check_card
-from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
+from chainward_server.exchange import Exchange, Member, Reply, Request
+from chainward_server.flower_sites import FlowerSites
+from chainward_server.sites import Failure
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ProtocolError, nearest
@@ -22,30 +23,7 @@ logger = logging.getLogger("chainward")
 POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Consortium:
-    """The sites that take part, in chain order, and what they said of themselves."""
-
-    exchange: Exchange
-    cards: dict[str, SiteCard]
-
-    @property
-    def sites(self) -> list[str]:
-        """Ids of the sites, in chain order."""
-        return list(self.cards)
-
-    @property
-    def simulated(self) -> bool:
-        """Whether the sites are simulated."""
-        return any(member.simulated is not None for member in self.exchange.members.values())
-
-    @property
-    def any_card(self) -> SiteCard:
-        """One card, for what all sites have in common: task, classes, image size, channels."""
-        return next(iter(self.cards.values()))
-
-
-def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
+def meet(grid: Grid, config: RunConfig, state_dir: Path) -> FlowerSites:
     """Find the sites among the connected nodes and collect their cards.
 
     Simulated nodes share the simulated sites among them, however many nodes Flower has started; a deployed node is the
@@ -77,7 +55,7 @@ def meet(grid: Grid, config: RunConfig, state_dir: Path) -> Consortium:
     cards = _cards(answers)
     exchange.members = {site: members[site] for site in cards}
     _check_cards(cards)
-    return Consortium(exchange, cards)
+    return FlowerSites(exchange, cards, config.federation)
 
 
 def _cards(answers: Mapping[str, Reply[SiteCard] | Failure]) -> dict[str, SiteCard]:

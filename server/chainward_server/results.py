@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.evaluation.localisation import LocalisationScores
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.hops import alone_key, link_key, student_key
 from chainward_shared.outside import (
     MAX_RECORDS,
     MAX_SITES,
@@ -115,7 +116,12 @@ class LinkRecord(Progressing):
     @property
     def key(self) -> str:
         """Name of this piece of work in `run.json`, and of its model file."""
-        return f"strand-{self.strand}-lap-{self.lap}-step-{self.step}"
+        return link_key(self.strand, self.lap, self.step)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether a model came out of it, with which the chain went on."""
+        return self.status in ("done", "retried")
 
 
 class AloneRecord(Record):
@@ -131,7 +137,7 @@ class AloneRecord(Record):
     @property
     def key(self) -> str:
         """Name of this piece of work in `run.json`."""
-        return f"alone-{self.site}"
+        return alone_key(self.site)
 
 
 class StudentRound(Progressing):
@@ -153,7 +159,7 @@ class StudentRound(Progressing):
     @property
     def key(self) -> str:
         """Name of this piece of work in `run.json`, and of its model file."""
-        return f"student-round-{self.round}"
+        return student_key(self.round)
 
 
 class ModelSummary(Record):

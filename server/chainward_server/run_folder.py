@@ -210,9 +210,18 @@ class RunFolder:
         """Seconds since the run was first started."""
         return (datetime.now(UTC) - datetime.fromisoformat(self.state.started)).total_seconds()
 
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self.state.run_id
+
     def is_finished(self, key: str) -> bool:
         """Return whether the piece of work called `key` is done."""
         return key in self.state.finished
+
+    def has_model(self, name: str) -> bool:
+        """Return whether the model called `name` is kept."""
+        return name in self.state.models
 
     def save_model(
         self, name: str, state: StateDict, architecture: Architecture, classes: list[str], task: Task

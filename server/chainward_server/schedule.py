@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chainward_shared.config import ChainConfig
+from chainward_shared.hops import link_key
 from chainward_shared.seeds import numpy_generator
 
 
@@ -21,7 +22,7 @@ class Hop:
     @property
     def key(self) -> str:
         """Name of the hop in files and messages."""
-        return f"strand-{self.strand}-lap-{self.lap}-step-{self.step}"
+        return link_key(self.strand, self.lap, self.step)
 
 
 def site_order(sites: Sequence[str], sizes: dict[str, int], chain: ChainConfig, seed: int) -> list[str]:

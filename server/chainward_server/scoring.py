@@ -6,18 +6,17 @@ import logging
 from typing import Literal
 
 from chainward_server.claims import check_counted, check_looks
-from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.privacy import RunPrivacy
-from chainward_server.rendezvous import Consortium
 from chainward_server.results import LinkMetrics, SiteLocalisation, SiteScores
+from chainward_server.sites import Failure, Scored, Sites, Work
 from chainward_shared.errors import ChainwardError, ModelError, ProtocolError, StatementError, WeightsError
 from chainward_shared.evaluation.attention_maps import check_mappable
-from chainward_shared.evaluation.classification import PredictionCounts, check_scores, counts_from_arrays, pool
+from chainward_shared.evaluation.classification import PredictionCounts, check_scores, pool
 from chainward_shared.evaluation.localisation import pool_sums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, skeleton
-from chainward_shared.protocol import EvaluateResult, EvaluateTask
-from chainward_shared.weights import StateDict, digest, to_arrays
+from chainward_shared.protocol import EvaluateTask
+from chainward_shared.weights import StateDict, digest
 
 logger = logging.getLogger("chainward")
 
@@ -28,7 +27,7 @@ NO_SCORES = Scores(n=0, accuracy=None, balanced_accuracy=None, macro_auc=None, e
 
 
 def score_everywhere(
-    consortium: Consortium,
+    sites: Sites,
     privacy: RunPrivacy,
     architecture: Architecture,
     state: StateDict,
@@ -36,7 +35,6 @@ def score_everywhere(
     *,
     run_id: str,
     threads: int,
-    deadline: float,
 ) -> dict[Split, SiteScores]:
     """Return the scores of a model on the images of every site, for each of `splits`.
 
@@ -51,33 +49,27 @@ def score_everywhere(
     task = EvaluateTask(run_id=run_id, architecture=architecture, splits=splits, threads=threads, digest=digest(state))
     scores: dict[Split, dict[str, Scores]] = {split: {} for split in splits}
     counts: dict[Split, list[PredictionCounts]] = {split: [] for split in splits}
-    classes, kind = architecture.num_classes, consortium.any_card.task
     problems = []
-    for site, reply in _ask_all(consortium, privacy, task, state, deadline).items():
-        if isinstance(reply, Failure):
-            problems.append(reply.reason)
+    for site, answer in _ask_all(sites, privacy, task, state).items():
+        if isinstance(answer, Failure):
+            problems.append(answer.reason)
             continue
-        if reply.body.release == "withhold":
+        if answer.result.release == "withhold":
             logger.debug("site '%s' withholds its scores, as its policy says", site)
             continue
         try:
-            if reply.body.release == "noised":
-                privacy.take(reply.body.statement, site, task.hop)
-            received = {split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, kind) for split in splits}
-            found = {split: reply.body.scores[split] for split in splits}
-            check_counted(found, consortium.cards[site])
-            declared = consortium.cards[site].class_counts if reply.body.release == "exact" else {}
-            for split in splits:
-                check_scores(found[split], received[split], declared.get(split))
+            if answer.result.release == "noised":
+                privacy.take(answer.result.statement, site, task.hop)
+            found = _checked(sites, site, answer, splits)
         except (KeyError, ProtocolError, WeightsError, StatementError) as error:
             problems.append(f"site '{site}' sent scores that can't be used: {error}")
             continue
         for split in splits:
-            counts[split].append(received[split])
+            counts[split].append(answer.counts[split])
             scores[split][site] = found[split]
     for problem in problems:
         logger.warning("scores are without a site: %s", problem)
-    if len(problems) == len(consortium.sites):
+    if len(problems) == len(sites.cards):
         raise ChainwardError(f"no site scored the model: {problems[0]}")
     return {
         split: SiteScores(sites=scores[split], pooled=pool(counts[split]) if counts[split] else NO_SCORES)
@@ -85,15 +77,24 @@ def score_everywhere(
     }
 
 
+def _checked(sites: Sites, site: str, answer: Scored, splits: list[Split]) -> dict[Split, Scores]:
+    """Return a site's scores of each split after checking them against what it counted, and against its card."""
+    found = {split: answer.result.scores[split] for split in splits}
+    check_counted(found, sites.cards[site])
+    declared = sites.cards[site].class_counts if answer.result.release == "exact" else {}
+    for split in splits:
+        check_scores(found[split], answer.counts[split], declared.get(split))
+    return found
+
+
 def localise_everywhere(
-    consortium: Consortium,
+    sites: Sites,
     privacy: RunPrivacy,
     architecture: Architecture,
     state: StateDict,
     *,
     run_id: str,
     threads: int,
-    deadline: float,
 ) -> SiteLocalisation | None:
     """Return how well a model's attention finds the regions of interest of every site's test images.
 
@@ -109,15 +110,15 @@ def localise_everywhere(
         run_id=run_id, architecture=architecture, splits=[], localisation=True, threads=threads, digest=digest(state)
     )
     sums = {}
-    for site, reply in _ask_all(consortium, privacy, task, state, deadline).items():
-        if isinstance(reply, Failure):
-            logger.warning("where the model looks is scored without a site: %s", reply.reason)
+    for site, answer in _ask_all(sites, privacy, task, state).items():
+        if isinstance(answer, Failure):
+            logger.warning("where the model looks is scored without a site: %s", answer.reason)
             continue
-        found = reply.body.localisation
+        found = answer.result.localisation
         if found is None or not found.n:
             continue
         try:
-            check_looks(found, consortium.cards[site], architecture.image_size)
+            check_looks(found, sites.cards[site], architecture.image_size)
         except ProtocolError as error:
             logger.warning("where the model looks is scored without a site: site '%s': %s", site, error)
             continue
@@ -129,24 +130,13 @@ def localise_everywhere(
     )
 
 
-def _ask_all(
-    consortium: Consortium, privacy: RunPrivacy, task: EvaluateTask, state: StateDict, deadline: float
-) -> dict[str, Reply[EvaluateResult] | Failure]:
-    arrays = {"model": to_arrays(state)}
-    requests = {
-        site: Request(
-            "evaluate",
-            task.model_copy(
-                update={
-                    "simulated": consortium.exchange.members[site].simulated,
-                    "seen_head": privacy.seen_head(site),
-                }
-            ),
-            arrays,
-        )
-        for site in consortium.sites
-    }
-    return consortium.exchange.ask(requests, EvaluateResult, deadline)
+def _ask_all(sites: Sites, privacy: RunPrivacy, task: EvaluateTask, state: StateDict) -> dict[str, Scored | Failure]:
+    return sites.evaluate(
+        {
+            site: Work(task.model_copy(update={"seen_head": privacy.seen_head(site)}), {"model": state})
+            for site in sites.cards
+        }
+    )
 
 
 def link_metrics(scores: dict[Split, SiteScores]) -> LinkMetrics:

@@ -1,20 +1,24 @@
-"""The compact students: selected out of the chain's model, trained at every site, averaged by Flower's FedAvg."""
+"""The compact students: selected out of the chain's model, trained at every site, averaged."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from flwr.serverapp.strategy import FedAvg
-
+from chainward_server.attempts import attempted
+from chainward_server.chain import ChainOutcome
 from chainward_server.claims import check_training
 from chainward_server.context import Run
-from chainward_server.exchange import Failure, Reply, Request
 from chainward_server.results import StudentRound
 from chainward_server.scoring import shown
+from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.config import StudentConfig
-from chainward_shared.errors import ChainwardError, ProtocolError, StatementError
+from chainward_shared.errors import ChainwardError
+from chainward_shared.hops import student_key
 from chainward_shared.models import (
     Architecture,
     Selection,
@@ -23,18 +27,12 @@ from chainward_shared.models import (
     skeleton,
 )
 from chainward_shared.models.planned import student_architecture
-from chainward_shared.protocol import EXAMPLES_KEY, StudentResult, StudentTask
+from chainward_shared.protocol import StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import Transfer
-from chainward_shared.weights import (
-    StateDict,
-    digest,
-    from_arrays,
-    from_full_arrays,
-    rounded,
-    to_arrays,
-    to_full_arrays,
-)
+from chainward_shared.weights import StateDict, digest, rounded, weighted_average
+
+Stage = Literal["distil", "finetune"]
 
 logger = logging.getLogger("chainward")
 
@@ -58,127 +56,126 @@ def initial_students(
     return student, rounded(select_weights(chain_model, large, small, "B", selection=selection), transfer)
 
 
-def run_students(run: Run, chain_model: StateDict, teachers: list[StateDict] | None = None) -> StateDict:
+@dataclass
+class _Round:
+    """What one round starts from.
+
+    Attributes
+    ----------
+    auxiliary : the selection B, for sites that have no auxiliary teacher of their own yet; None in fine-tuning
+    large : the chain's large models, where they teach the student
+    """
+
+    number: int
+    stage: Stage
+    architecture: Architecture
+    student: StateDict
+    auxiliary: StateDict | None = None
+    large: list[StateDict] = field(default_factory=list)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The digests of all its models, by the names under which they travel."""
+        return {name: digest(state) for name, state in self.models(new=True).items()}
+
+    def models(self, *, new: bool) -> dict[str, StateDict]:
+        """Return the models that a site is sent; `new`: with the auxiliary teacher that all sites start with."""
+        models = {"student": self.student} | {f"large_{index}": state for index, state in enumerate(self.large)}
+        return models | {"auxiliary": self.auxiliary} if new and self.auxiliary is not None else models
+
+
+def run_students(run: Run, chain: ChainOutcome) -> StateDict:
     """Run all rounds and return the aggregated student.
 
-    A round goes on without the sites that failed, and says so.
-
-    Parameters
-    ----------
-    chain_model : weights that the students are selected out of
-    teachers : large models from which the student also learns where `student.large-weight` is above 0; None: the chain's
-        model alone
+    A round goes on without the sites that failed, and says so. Where ``student.large-weight`` is above 0 the student also
+    learns from the chain's model, or, with ``chain.merge = "ensemble"``, from the last model of every strand.
 
     Raises
     ------
     ChainwardError
-        No site finished a round.
+        No site finished a round, or fewer than ``student.quorum``.
     """
     config = run.config.student
-    large = [] if config.large_weight == 0 else [chain_model] if teachers is None else teachers
+    teachers = chain.strands if run.config.chain.merge == "ensemble" else [chain.model]
+    large = teachers if config.large_weight > 0 else []
     architecture = student_architecture(config, run.architecture)
     transfer = run.config.federation.transfer
-    student, auxiliary = initial_students(config, run.architecture, chain_model, run.config.seed, transfer)
+    student, auxiliary = initial_students(config, run.architecture, chain.model, run.config.seed, transfer)
     template = skeleton(architecture).state_dict()
     total = config.rounds + config.finetune_rounds
     for number in range(1, total + 1):
-        key = f"student-round-{number}"
-        if run.folder.is_finished(key):
-            if key in run.folder.state.models:
-                student = run.folder.load_model(key, template)
+        key = student_key(number)
+        if run.checkpoints.is_finished(key):
+            if run.checkpoints.has_model(key):
+                student = run.checkpoints.load_model(key, template)
             continue
-        stage: Literal["distil", "finetune"] = "distil" if number <= config.rounds else "finetune"
-        taught_by = large if stage == "distil" else []
-        student, record = _run_round(run, architecture, student, auxiliary, taught_by, number, stage)
-        record.validation = run.score(architecture, student, ["val"])["val"].pooled
-        run.folder.save_model(key, student, architecture, run.results.data.classes, run.results.data.task)
+        if number <= config.rounds:
+            begun = _Round(number, "distil", architecture, student, auxiliary, large)
+        else:
+            begun = _Round(number, "finetune", architecture, student)
+        student, record = _run_round(run, begun)
+        if run.score_all:
+            record.validation = run.score(architecture, student, ["val"])["val"].pooled
+        run.save_model(key, student, architecture)
         run.results.student_rounds.append(record)
-        run.folder.commit(run.results, key)
-        run.folder.drop_model(f"student-round-{number - 1}")
-        logger.info(
-            "student round %d of %d (%s): %d sites, validation balanced accuracy %s, %.1f s%s; %s",
-            number,
-            total,
-            "self-distillation" if stage == "distil" else "fine-tuning",
-            len(record.sites),
-            shown(record.validation.balanced_accuracy),
-            record.seconds,
-            ""
-            if record.auxiliary_kept is None
-            else f", auxiliary teacher is {record.auxiliary_kept:.0%} its own selection",
-            run.progress.expected_end(),
-        )
+        run.checkpoints.commit(run.results, key)
+        run.checkpoints.drop_model(student_key(number - 1))
+        _tell(run, record, total)
     return student
 
 
-def _run_round(
-    run: Run,
-    architecture: Architecture,
-    student: StateDict,
-    auxiliary: StateDict,
-    large: list[StateDict],
-    number: int,
-    stage: Literal["distil", "finetune"],
-) -> tuple[StateDict, StudentRound]:
+def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
     """Train one round at all sites and average what came back."""
     started = time.monotonic()
-    template = skeleton(architecture).state_dict()
     has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
-    replies: dict[str, Reply[StudentResult]] = {}
-    failed: dict[str, str] = {}
-    final: set[str] = set()
-    record = StudentRound(round=number, stage=stage, sites=[], seconds=0.0, bytes_down=0, bytes_up=0)
-    for attempt in range(1 + run.config.chain.retries):
-        open_sites = [site for site in run.consortium.sites if site not in replies and site not in final]
-        if not open_sites:
-            break
+
+    def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
         # A retry brings the auxiliary teacher again: the site may have lost its own.
-        requests = {
-            site: _student_request(
-                run,
-                architecture,
-                student,
-                auxiliary if stage == "distil" and (attempt or site not in has_auxiliary) else None,
-                large,
-                number,
-                stage,
-                site,
-            )
-            for site in open_sites
-        }
-        record.bytes_down += sum(request.bytes for request in requests.values())
-        deadline = run.config.federation.hop_deadline * len(open_sites)
-        patience = run.config.federation.patience
-        for site, reply in run.consortium.exchange.stream(requests, StudentResult, deadline, patience=patience):
-            problem = reply.reason if isinstance(reply, Failure) else _problem(run, reply, site, number, template)
-            if problem or isinstance(reply, Failure):
-                failed[site] = problem or ""
-                if isinstance(reply, Failure) and reply.final:
-                    final.add(site)
-                continue
-            failed.pop(site, None)
-            replies[site] = reply
-            record.bytes_up += reply.bytes
-    if not replies:
-        raise ChainwardError(
-            f"student round {number}: no site finished it; {next(iter(failed.values()), 'no reason given')}"
-        )
-    if len(replies) < run.config.student.quorum:
-        raise ChainwardError(
-            f"student round {number}: {len(replies)} of {len(run.consortium.sites)} sites finished it, student.quorum is "
-            f"{run.config.student.quorum}; {next(iter(failed.values()), 'no reason given')}. Resume the run when they are back"
-        )
-    for site in run.consortium.sites:
+        new = set(sites) if attempt else set(sites) - has_auxiliary
+        return run.sites.train_students({site: _student_work(run, begun, site, new=site in new) for site in sites})
+
+    def check(site: str, answer: Trained[StudentResult]) -> None:
+        _check_student(run, answer, begun.number, site)
+
+    outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)
+    answers = {site: outcome.answer for site, outcome in outcomes.items() if outcome.answer is not None}
+    failed = {
+        site: outcome.failure.reason if outcome.failure else "no reason given"
+        for site, outcome in outcomes.items()
+        if outcome.answer is None
+    }
+    _check_quorum(run, begun.number, len(answers), failed)
+    for site in run.sites.ids:
         run.progress.add(run.student_work(site))
     for reason in failed.values():
-        logger.warning("student round %d goes on without a site: %s", number, reason)
-    record.sites = [site for site in run.consortium.sites if site in replies]
-    record.failed = failed
-    record.auxiliary_kept = _kept(run, [replies[site].body for site in record.sites])
-    average = _average([replies[site] for site in record.sites], template, number)
-    average = rounded(average, run.config.federation.transfer)
-    record.seconds = time.monotonic() - started
-    return average, record
+        logger.warning("student round %d goes on without a site: %s", begun.number, reason)
+    # In the order of the sites: sums of floats depend on the order, and the run must be repeatable.
+    weights = [run.sites.cards[site].train for site in answers]
+    average = weighted_average([answer.model for answer in answers.values()], weights)
+    record = StudentRound(
+        round=begun.number,
+        stage=begun.stage,
+        sites=list(answers),
+        failed=failed,
+        unreached=[site for site, outcome in outcomes.items() if outcome.unreached],
+        seconds=time.monotonic() - started,
+        bytes_down=sum(outcome.bytes_down for outcome in outcomes.values()),
+        bytes_up=sum(answer.bytes_up for answer in answers.values()),
+        auxiliary_kept=_kept(run, [answer.result for answer in answers.values()]),
+    )
+    return rounded(average, run.config.federation.transfer), record
+
+
+def _check_quorum(run: Run, number: int, finished: int, failed: dict[str, str]) -> None:
+    """Raise `ChainwardError` where too few sites have finished a round."""
+    reason, quorum = next(iter(failed.values()), "no reason given"), run.config.student.quorum
+    if not finished:
+        raise ChainwardError(f"student round {number}: no site finished it; {reason}")
+    if finished < quorum:
+        raise ChainwardError(
+            f"student round {number}: {finished} of {len(run.sites.ids)} sites finished it, student.quorum is "
+            f"{quorum}; {reason}. Resume the run when they are back"
+        )
 
 
 def _kept(run: Run, results: list[StudentResult]) -> float | None:
@@ -190,71 +187,55 @@ def _kept(run: Run, results: list[StudentResult]) -> float | None:
     return (before[-1] if before else 1.0) * sum(kept) / len(kept)
 
 
-def _student_request(
-    run: Run,
-    architecture: Architecture,
-    student: StateDict,
-    auxiliary: StateDict | None,
-    large: list[StateDict],
-    number: int,
-    stage: Literal["distil", "finetune"],
-    site: str,
-) -> Request:
+def _student_work(run: Run, begun: _Round, site: str, *, new: bool) -> Work[StudentTask]:
+    """Return a site's part in a round; `new`: it has no auxiliary teacher of its own yet."""
+    models, digests = begun.models(new=new), begun.digests
     task = StudentTask(
-        run_id=run.folder.state.run_id,
-        round=number,
-        architecture=architecture,
-        recipe=run.config.student_recipe(stage),
-        student_digest=digest(student),
-        auxiliary_digest=None if auxiliary is None else digest(auxiliary),
-        large_architecture=run.architecture if large else None,
-        large_digests=[digest(state) for state in large],
+        run_id=run.checkpoints.run_id,
+        round=begun.number,
+        architecture=begun.architecture,
+        recipe=run.config.student_recipe(begun.stage),
+        student_digest=digests["student"],
+        auxiliary_digest=digests["auxiliary"] if "auxiliary" in models else None,
+        large_architecture=run.architecture if begun.large else None,
+        large_digests=[digests[f"large_{index}"] for index in range(len(begun.large))],
         seen_head=run.privacy.seen_head(site),
-        simulated=run.consortium.exchange.members[site].simulated,
     )
-    arrays = {"student": to_arrays(student)}
-    if auxiliary is not None:
-        arrays["auxiliary"] = to_arrays(auxiliary)
-    arrays.update({f"large_{i}": to_arrays(state) for i, state in enumerate(large)})
-    return Request("train.student", task, arrays)
+    return Work(task, models)
 
 
-def _problem(run: Run, reply: Reply[StudentResult], site: str, number: int, template: StateDict) -> str | None:
-    """Return in one line why a site's student can't be averaged, or None if it can."""
-    body = reply.body
-    if (body.site, body.round) != (site, number):
-        return f"site '{site}' answered round {body.round} of site '{body.site}'; expected round {number}"
-    weights = reply.message.content.metric_records.get("metrics")
-    stated = None if weights is None else weights.get(EXAMPLES_KEY)
-    if body.examples < 1 or stated != body.examples:
-        return f"site '{site}' states {stated!r} examples; expected the {body.examples} of its result"
-    if "student" not in reply.arrays:
-        return f"site '{site}' sent no student"
-    try:
-        state = from_arrays(reply.arrays["student"], template)
-    except ChainwardError as error:
-        return f"site '{site}' sent a student that can't be used: {error}"
-    if digest(state) != body.digest:
-        return f"site '{site}' sent a student with another digest than it states"
-    try:
-        check_training(body.training, run.consortium.cards[site], run.config.student.epochs, run.folder.age)
-        run.privacy.take(body.statement, site, f"student-round-{number}")
-    except StatementError as error:
-        return str(error)
-    except ProtocolError as error:
-        return f"site '{site}' sent a student that can't be used: {error}"
-    return None
+def _check_student(run: Run, answer: Trained[StudentResult], number: int, site: str) -> None:
+    """Check that a student is the one that was asked for; keep the privacy statement that came with it.
 
-
-def _average(replies: list[Reply[StudentResult]], template: StateDict, number: int) -> StateDict:
-    """Return the average of the students, weighted by training cases, as Flower's FedAvg computes it.
-
-    The replies come in the order of the sites: sums of floats depend on the order, and the run must be repeatable. They are
-    summed in the template's dtypes, not in the float16 in which they came.
+    Raises
+    ------
+    ChainwardError
+        It is of another round or site, or damaged, or its privacy statement is.
     """
-    for reply in replies:
-        reply.message.content["student"] = to_full_arrays(from_arrays(reply.arrays["student"], template))
-    arrays, _ = FedAvg(weighted_by_key=EXAMPLES_KEY).aggregate_train(number, [reply.message for reply in replies])
-    if arrays is None:
-        raise ChainwardError(f"student round {number}: Flower's FedAvg returned no average")
-    return from_full_arrays(arrays, template)
+    result = answer.result
+    if (result.site, result.round) != (site, number):
+        raise ChainwardError(f"it answers round {result.round} of site '{result.site}'; expected round {number}")
+    check_training(result.training, run.sites.cards[site], run.config.student.epochs, run.checkpoints.age)
+    if digest(answer.model) != result.digest:
+        raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
+    run.privacy.take(result.statement, site, student_key(number))
+
+
+def _tell(run: Run, record: StudentRound, total: int) -> None:
+    scores = ""
+    if record.validation is not None:
+        scores = f"validation balanced accuracy {shown(record.validation.balanced_accuracy)}, "
+    kept = (
+        "" if record.auxiliary_kept is None else f", auxiliary teacher is {record.auxiliary_kept:.0%} its own selection"
+    )
+    logger.info(
+        "student round %d of %d (%s): %d sites, %s%.1f s%s; %s",
+        record.round,
+        total,
+        "self-distillation" if record.stage == "distil" else "fine-tuning",
+        len(record.sites),
+        scores,
+        record.seconds,
+        kept,
+        run.progress.expected_end(),
+    )

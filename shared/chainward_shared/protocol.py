@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainward_shared import __version__
@@ -18,6 +18,7 @@ from chainward_shared.bounds import LabelSkew, Location, Seed, Sha256, SiteCount
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.hops import scores_key, student_key
 from chainward_shared.models import Architecture
 from chainward_shared.outside import (
     MAX_SITES,
@@ -44,10 +45,7 @@ from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
 from chainward_shared.task import Task
 from chainward_shared.words import first_problem
 
-PROTOCOL_VERSION = 3
-
-EXAMPLES_KEY = "num-examples"
-"""Name under which Flower's FedAvg finds a site's weight."""
+PROTOCOL_VERSION = 4
 
 
 MAX_BODY = 2**23
@@ -250,6 +248,11 @@ class StudentTask(Body):
     seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 
+    @property
+    def hop(self) -> str:
+        """Name of this piece of work."""
+        return student_key(self.round)
+
     @model_validator(mode="after")
     def _large_models_are_complete(self) -> StudentTask:
         wanted, sent = self.recipe.large_weight > 0, bool(self.large_digests)
@@ -263,8 +266,8 @@ class StudentTask(Body):
 
 class StudentResult(Body):
     """A site's student of one round. The auxiliary teacher stays at the site; `auxiliary_kept` tells what fraction of
-    its weights at the round's start the moving average has left in it (None in fine-tuning). `examples`: the site's weight
-    in the average: its training images, or, trained privately, the units that it declares. `statement`: as of a link."""
+    its weights at the round's start the moving average has left in it (None in fine-tuning). `statement`: as of a link. Its
+    weight in the average is not in it: that is what the site's card has declared."""
 
     KIND: ClassVar[str] = "student-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student"})
@@ -274,7 +277,6 @@ class StudentResult(Body):
     digest: Digest
     training: TrainingLog
     auxiliary_kept: Fraction | None
-    examples: Count
     statement: Statement | None = None
 
 
@@ -296,7 +298,7 @@ class EvaluateTask(Body):
     @property
     def hop(self) -> str:
         """Name of this piece of work: the model, and what of it is asked."""
-        return f"scores-{'-'.join(self.splits) or 'looks'}-{self.digest[:16]}"
+        return scores_key(self.splits, self.digest)
 
 
 class EvaluateResult(Body):
@@ -351,10 +353,7 @@ def pack(body: Body, arrays: Mapping[str, ArrayRecord] | None = None) -> RecordD
     if foreign := sorted(set(arrays) - body.ARRAYS):
         raise ProtocolError(f"a message '{body.KIND}' may not carry the arrays '{foreign[0]}'")
     envelope = ConfigRecord({"protocol": PROTOCOL_VERSION, "kind": body.KIND, "body": body.model_dump_json()})
-    content = RecordDict({_ENVELOPE: envelope, **arrays})
-    if isinstance(body, StudentResult):
-        content["metrics"] = MetricRecord({EXAMPLES_KEY: body.examples})
-    return content
+    return RecordDict({_ENVELOPE: envelope, **arrays})
 
 
 def kind_of(content: RecordDict) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +40,7 @@ from chainward_shared.preprocessing import resized
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.runner import open_sites
+from chainward_simulations.study.baselines import together
 
 MODELS = ("student", "chain")
 ALL_SITES = "all"
@@ -201,15 +201,7 @@ def _outside(data: SiteData, trained_on: set[str]) -> Cases:
     for split in ("val", "test"):
         cases = data.splits[split]
         parts.append(cases.take([row for row, patient in enumerate(cases.patients) if str(patient) not in trained_on]))
-    return _joined(parts)
-
-
-def _joined(parts: list[Cases]) -> Cases:
-    return Cases(
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        np.concatenate([part.patients for part in parts]),
-    )
+    return together(parts)
 
 
 def _half(config: RunConfig, patients: np.ndarray) -> np.ndarray:
@@ -222,7 +214,7 @@ def _references(
     config: RunConfig, architecture: Architecture, outsiders: Mapping[str, Cases], sites: Mapping[str, SiteData]
 ) -> list[nn.Module]:
     """Train a model on each half of the outsiders of all sites, as a hospital alone would train it."""
-    everyone = _joined(list(outsiders.values()))
+    everyone = together(list(outsiders.values()))
     half = _half(config, everyone.patients)
     recipe = config.link_recipe(laps=config.chain.laps).model_copy(
         update={"privileged": None, "privacy": None, "label_fraction": 1.0}
@@ -234,7 +226,7 @@ def _references(
             raise DataError(
                 f"{len(cases)} held-out images are too few to train a reference model on; attack without it"
             )
-        cases = Cases(resized(cases.images, architecture.image_size), cases.labels, cases.patients)
+        cases = replace(cases, images=resized(cases.images, architecture.image_size))
         model = build_model(architecture, config.seed)
         counts = class_counts(cases.labels, len(next(iter(sites.values())).classes))
         train(model, cases, recipe, LinkObjective(recipe, model, None, counts), "membership", "reference", index)
@@ -255,7 +247,7 @@ def _against(
 
     Of members neither has; one is taken by lot nevertheless, so that both sides are compared with one reference each.
     """
-    everyone = _joined(list(outsiders.values()))
+    everyone = together(list(outsiders.values()))
     trained = dict(zip(map(str, everyone.patients), _half(config, everyone.patients), strict=True))
 
     def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> np.ndarray:

@@ -199,7 +199,6 @@ def test_an_answer_is_found_for_the_same_task_only_and_a_damaged_one_is_not_used
         digest="0" * 64,
         training=TrainingLog(epochs=1, steps=1, images=1, loss=[0.5], seconds=1.0, precision="fp32"),
         auxiliary_kept=None,
-        examples=3,
     )
     store.save_answer(task, body, {"weight": torch.ones(3)})
     found, state = store.load_answer(task, StudentResult)

@@ -9,12 +9,12 @@ import pytest
 from safetensors.torch import load_file
 
 from chainward_client.evaluation import localisation_values
-from chainward_server.students import student_architecture
 from chainward_shared.config import RunConfig
-from chainward_shared.evaluation.localisation import METRICS
+from chainward_shared.evaluation.localisation import METRICS, LocalisationScores, LocalisationValues
 from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.models.planned import student_architecture
 from chainward_shared.protocol import EvaluateResult, unpack
-from chainward_simulations.runner import localise, open_sites
+from chainward_simulations.runner import open_sites
 
 PHANTOMS = {
     "data.source": "phantom",
@@ -40,6 +40,17 @@ def model_of(sites):
         "test_convnext", num_classes=5, in_chans=images.shape[1], image_size=images.shape[-1]
     )
     return architecture, build_model(architecture, seed=0)
+
+
+def localise(state, architecture, sites, config):
+    """Return each image's scores over all sites, and their means."""
+    model = build_model(architecture, seed=0)
+    model.load_state_dict(state)
+    threads, size = config.federation.threads, architecture.image_size
+    values = LocalisationValues.joined(
+        localisation_values(model, data.splits["test"], threads, image_size=size) for data in sites.values()
+    )
+    return values, LocalisationScores.of(values, "test", seed=config.seed)
 
 
 def test_a_run_reports_the_figures_of_one_process(coordinated, tmp_path, sites, loopback):

@@ -45,9 +45,9 @@ def settings(**changes):
 
 def test_deployed_sites_are_found_by_their_own_word(loopback, tmp_path):
     grid = loopback(3, hospitals("north", "south", "east"))
-    consortium = meet(grid, settings(**{"federation.sites": "south,north,east"}), tmp_path)
-    assert consortium.sites == ["south", "north", "east"]
-    assert [consortium.exchange.members[site].node_id for site in consortium.sites] == [102, 101, 103]
+    sites = meet(grid, settings(**{"federation.sites": "south,north,east"}), tmp_path)
+    assert sites.ids == ["south", "north", "east"]
+    assert [sites.exchange.members[site].node_id for site in sites.ids] == [102, 101, 103]
 
 
 def test_two_nodes_that_claim_one_site_are_refused_by_name(loopback, tmp_path):
@@ -76,7 +76,7 @@ def test_a_late_site_is_waited_for(loopback, tmp_path, monkeypatch):
 
     monkeypatch.setattr(grid, "get_node_ids", connected)
     config = settings(**{"federation.sites": "north,south", "federation.deadline": 10.0})
-    assert meet(grid, config, tmp_path).sites == ["north", "south"]
+    assert meet(grid, config, tmp_path).ids == ["north", "south"]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_a_site_of_another_version_is_refused_by_name(loopback, tmp_path, versio
 
 def test_another_patch_version_takes_part(loopback, tmp_path):
     grid = loopback(2, hospitals("north", "south", south={"version": f"{MAJOR}.{MINOR}.9"}))
-    assert meet(grid, settings(), tmp_path).sites == ["north", "south"]
+    assert meet(grid, settings(), tmp_path).ids == ["north", "south"]
 
 
 def test_the_version_of_a_site_that_takes_no_part_does_not_matter(loopback, tmp_path):
     grid = loopback(3, hospitals("north", "south", "old", old={"version": f"{MAJOR + 1}.0.0"}))
-    assert meet(grid, settings(**{"federation.sites": "north,south"}), tmp_path).sites == ["north", "south"]
+    assert meet(grid, settings(**{"federation.sites": "north,south"}), tmp_path).ids == ["north", "south"]
 
 
 def test_a_simulated_node_of_another_version_is_refused(loopback, tmp_path):
@@ -148,7 +148,7 @@ def test_a_node_that_fails_is_named_at_the_deadline(loopback, tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 6, 9])
 def test_six_sites_are_simulated_whatever_the_number_of_nodes(loopback, tmp_path, nodes):
-    consortium = meet(loopback(nodes), settings(**{"federation.deadline": 30.0}), tmp_path)
-    assert consortium.sites == [f"site-{i}" for i in range(1, 7)]
-    used = {member.node_id for member in consortium.exchange.members.values()}
+    sites = meet(loopback(nodes), settings(**{"federation.deadline": 30.0}), tmp_path)
+    assert sites.ids == [f"site-{i}" for i in range(1, 7)]
+    used = {member.node_id for member in sites.exchange.members.values()}
     assert len(used) == min(nodes, 6), "the sites are spread over the nodes"

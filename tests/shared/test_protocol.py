@@ -16,7 +16,6 @@ from chainward_shared.evaluation.localisation import LocalisationSums, Moments
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import (
-    EXAMPLES_KEY,
     PROTOCOL_VERSION,
     AtWork,
     AtWorkRequest,
@@ -86,7 +85,7 @@ MESSAGES: list[Body] = [
         student_digest="ab" * 32,
         auxiliary_digest="cd" * 32,
     ),
-    StudentResult(round=1, site="oak", digest="ab" * 32, training=LOG, examples=17, auxiliary_kept=0.25),
+    StudentResult(round=1, site="oak", digest="ab" * 32, training=LOG, auxiliary_kept=0.25),
     EvaluateTask(
         run_id="run", architecture=ARCHITECTURE, splits=["val", "test"], localisation=True, threads=1, digest="ab" * 32
     ),
@@ -145,11 +144,6 @@ def test_every_kind_of_message_is_tried_here():
 def test_kinds_have_names_of_their_own():
     kinds = [cls.KIND for cls in bodies()]
     assert len(set(kinds)) == len(kinds)
-
-
-def test_a_student_tells_flower_its_weight():
-    content = pack(STUDENT)
-    assert content.metric_records["metrics"][EXAMPLES_KEY] == 17
 
 
 # --- what may travel ---

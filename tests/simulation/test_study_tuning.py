@@ -9,13 +9,14 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from chainward_client.data.site_data import SiteData
+from chainward_client.data.site_data import PrivilegedSetup, SiteData
+from chainward_shared.config import RunConfig
 from chainward_shared.errors import StudyError
 from chainward_simulations import runner
 from chainward_simulations.runner import open_sites
 from chainward_simulations.study import workers
 from chainward_simulations.study.study import StudyRequest, run_study
-from chainward_simulations.study.tune import tune
+from chainward_simulations.study.tune import tune, without_test
 
 
 @pytest.fixture
@@ -46,9 +47,29 @@ def search(base, folder, trials=2, objective="balanced-accuracy"):
 
 def with_test_split(sites, change):
     return {
-        name: SiteData(data.site, data.classes, {**data.splits, "test": change(data.splits["test"])})
+        name: dataclasses.replace(data, splits={**data.splits, "test": change(data.splits["test"])})
         for name, data in sites.items()
     }
+
+
+def test_a_site_without_its_test_images_is_otherwise_the_same(base):
+    """Whatever a site's data hold: its task, teachers and patient ids decide what is trained."""
+    (data, *_) = open_sites(RunConfig.from_flat(base)).values()
+    other = {
+        "synthetic": True,
+        "notes": ("a note",),
+        "task": "multilabel",
+        "privileged": PrivilegedSetup(label_words=("tumour",)),
+        "has_patient_ids": False,
+        "key": b"x" * 32,
+    }
+    assert other.keys() | {"site", "classes", "splits"} == {field.name for field in dataclasses.fields(SiteData)}
+    changed = dataclasses.replace(data, **other)
+    (bare,) = without_test({"ash": changed}).values()
+    assert len(bare.splits["test"]) == 0
+    assert len(data.splits["test"]) > 0
+    assert bare.splits["train"] is changed.splits["train"]
+    assert dataclasses.replace(bare, splits=changed.splits) == changed
 
 
 @pytest.mark.parametrize("poison", ["other labels", "no test images"])
@@ -71,10 +92,9 @@ def test_the_search_does_look_at_the_validation_images(base, tmp_path, monkeypat
 
     def other(config):
         return {
-            name: SiteData(
-                data.site,
-                data.classes,
-                {
+            name: dataclasses.replace(
+                data,
+                splits={
                     **data.splits,
                     "val": dataclasses.replace(data.splits["val"], labels=(data.splits["val"].labels + 1) % 3),
                 },

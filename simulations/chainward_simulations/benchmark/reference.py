@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from chainward_client.data.site_data import SplitName
+from chainward_server.method import run_method
 from chainward_server.run_folder import RunFolder
-from chainward_shared.models import Architecture
-from chainward_shared.weights import StateDict, digest
-from chainward_simulations.runner import open_sites, run_in_process, score
+from chainward_shared.models.planned import student_architecture
+from chainward_shared.weights import digest
+from chainward_simulations.runner import in_process, open_sites
 
 
 class Reference(BaseModel):
@@ -36,46 +37,36 @@ class Reference(BaseModel):
 
 
 def time_reference(run_folder: Path) -> Reference:
-    """Run the configuration of `run_folder` with `run_in_process`, score what the coordinator scores, and time it."""
+    """Run the configuration of `run_folder` in this process, scoring all that the coordinator scores, and time it."""
     config = RunFolder.open(run_folder).config
     started = time.monotonic()
     sites = open_sites(config)
-    opened = time.monotonic()
+    data_seconds = time.monotonic() - started
     phases = dict.fromkeys(("chain", "alone", "students", "evaluation"), 0.0)
-    last = opened
 
-    def note(phase: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        phases[phase] += now - last
-        last = now
+    @contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        phases[phase] += time.monotonic() - began
 
-    def on_step(step: str) -> None:
-        first_word = step.partition(" ")[0]
-        note({"alone": "alone", "student": "students"}.get(first_word, "chain"))
-        print(f"in process: {step}", file=sys.stderr, flush=True)
+    with in_process(config, sites, on_step, score_all=True) as (run, _):
+        finished = run_method(run, timed)
+        models = {"chain": (run.architecture, finished.chain.model)}
+        with timed("evaluation"):
+            if finished.student is not None:
+                small = student_architecture(config.student, run.architecture)
+                models["student"] = small, finished.student
+                run.score(small, finished.student, ["test"])
+            for model in models.values():
+                run.localise(*model)
+    digests = {name: digest(state) for name, (_, state) in models.items()}
+    return Reference(phases=phases, data_seconds=data_seconds, digests=digests)
 
-    outcome = run_in_process(config, sites, on_step)
 
-    def evaluate(
-        phase: str, states: Sequence[StateDict], architecture: Architecture, splits: Sequence[SplitName]
-    ) -> None:
-        for state in states:
-            for split in splits:
-                score(state, architecture, sites, config, split)
-        note(phase)
-
-    links = list(outcome.links.values())
-    evaluate("chain", links, outcome.architecture, ("val", "test"))
-    alone = [state for state in outcome.alone.values() if not any(state is link for link in links)]
-    evaluate("alone", alone, outcome.architecture, ("val", "test"))
-    digests = {"chain": digest(outcome.chain)}
-    if outcome.student is not None and outcome.student_architecture is not None:
-        rounds = config.student.rounds + config.student.finetune_rounds
-        evaluate("students", [outcome.student] * rounds, outcome.student_architecture, ("val",))
-        evaluate("evaluation", [outcome.student], outcome.student_architecture, ("test",))
-        digests["student"] = digest(outcome.student)
-    return Reference(phases=phases, data_seconds=opened - started, digests=digests)
+def on_step(step: str) -> None:
+    """Say on stderr what was trained."""
+    print(f"in process: {step}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

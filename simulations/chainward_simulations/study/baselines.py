@@ -13,11 +13,12 @@ from chainward_client.private_site import PrivateSite
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_shared.distillation.losses import class_counts
+from chainward_shared.hops import alone_key
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, rounded, weighted_average
-from chainward_simulations.runner import work_at
+from chainward_simulations.runner import RUN
 
 OnStep = Callable[[str], None]
 Sites = Mapping[str, SiteData]
@@ -82,7 +83,7 @@ def train_alone(
         if steps is not None:
             per_epoch = steps_per_epoch(len(labelled_cases(data, recipe)), recipe.batch_size)
             its = recipe.model_copy(update={"epochs": max(1, round(steps / per_epoch))})
-        work = work_at(private or {}, site, f"alone-{site}")
+        work = private[site].work(RUN, alone_key(site)) if private and site in private else None
         if its.privacy is not None:
             its = its.model_copy(update={"privacy": its.privacy.model_copy(update={"run": ()})})
         state, log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, work=work)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from datetime import datetime, timedelta
-
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
+from chainward_shared.progress import Progress
 from chainward_simulations.study.workers import Event, Finished, Step, Tried
 
 
@@ -21,10 +20,9 @@ class StudyProgress:
     """
 
     def __init__(self, console: Console, count: int, images: float, *, what: str = "arms") -> None:
-        self.console, self.count, self.images, self.what = console, count, images, what
-        self.finished, self.trained = 0, 0.0
-        self.started = time.monotonic()
-        self.bar = Progress(
+        self.console, self.count, self.what = console, count, what
+        self.finished, self.work = 0, Progress(images)
+        self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[end]}"),
@@ -45,9 +43,9 @@ class StudyProgress:
     def on_event(self, event: Event) -> None:
         """Show what happened."""
         if isinstance(event, Step):
-            self.trained = min(self.images, self.trained + event.images)
+            self.work.add(event.images)
             text = f"{self.finished} of {self.count} {self.what}; {event.arm} seed {event.seed}: {event.what}"
-            self.bar.update(self.task, completed=self.trained, description=text, end=self.expected_end())
+            self.bar.update(self.task, completed=self.work.done, description=text, end=self.work.expected_end())
             return
         self.finished += 1
         if isinstance(event, Finished):
@@ -63,18 +61,10 @@ class StudyProgress:
             words = f"{event.arm} seed {event.seed} failed: {event.reason}"
             if event.details:
                 self.console.print(event.details, markup=False, highlight=False, soft_wrap=True)
-        left = "" if self.finished == self.count else f"; {self.expected_end()}"
+        left = "" if self.finished == self.count else f"; {self.work.expected_end()}"
         self.console.print(
             f"{self.finished} of {self.count}: {words}{left}", markup=False, highlight=False, soft_wrap=True
         )
-
-    def expected_end(self) -> str:
-        """Return e.g. ``"expected end 14:07:30, in 2 min"``, in local time."""
-        if self.trained <= 0:
-            return "expected end unknown"
-        left = (time.monotonic() - self.started) * (self.images - self.trained) / self.trained
-        end = datetime.now().astimezone() + timedelta(seconds=left)
-        return f"expected end {end:%H:%M:%S}, in {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'}"
 
 
 def _shown(value: float | None) -> str:

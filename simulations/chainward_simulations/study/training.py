@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,9 +70,7 @@ def train_arm(
         outcome = chain_of(planned)
         if arm.trainer == "chain":
             return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
-        outcome = dataclasses.replace(outcome, logs=dict(outcome.logs))
-        with runner.private_sites(config, sites) as private:
-            runner.run_students(config, sites, outcome, on_step, state_dir, private)
+        outcome = runner.add_students(config, sites, outcome, on_step, state_dir=state_dir)
         assert outcome.student is not None
         assert outcome.student_architecture is not None
         return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -108,13 +108,7 @@ class TrialUnit:
 def without_test(sites: Mapping[str, SiteData]) -> dict[str, SiteData]:
     """Return the sites with an empty test split: what is not there can't be looked at."""
     return {
-        name: SiteData(
-            data.site,
-            data.classes,
-            {**data.splits, "test": data.splits["test"].take([])},
-            synthetic=data.synthetic,
-            notes=data.notes,
-        )
+        name: replace(data, splits={**data.splits, "test": data.splits["test"].take([])})
         for name, data in sites.items()
     }
 

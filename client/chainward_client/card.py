@@ -1,0 +1,34 @@
+"""What a site says of its data when it joins."""
+
+from __future__ import annotations
+
+from chainward_client.data.site_data import SiteData
+from chainward_client.private_site import declared_units
+from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_shared.protocol import SiteCard, SitePrivacy
+
+
+def site_card(data: SiteData, policy: PrivacyPolicy | None, privacy: SitePrivacy | None) -> SiteCard:
+    """Return the card of a site: with a policy whose metrics are not "exact" it holds nothing that was counted but the
+    units of the training data, declared or rounded.
+
+    Parameters
+    ----------
+    privacy : what the site says of its policy; None where it has none
+    """
+    image = data.splits["train"].images
+    told = policy is None or policy.metrics == "exact"
+    return SiteCard(
+        site=data.site,
+        task=data.task,
+        classes=list(data.classes),
+        image_size=int(image.shape[-1]),
+        channels=int(image.shape[1]),
+        train=len(data.splits["train"]) if policy is None or told else declared_units(policy, data),
+        val=len(data.splits["val"]) if told else None,
+        test=len(data.splits["test"]) if told else None,
+        class_counts={split: data.class_counts(split) for split in data.splits} if told else {},
+        synthetic=data.synthetic,
+        notes=list(data.notes) if told else [],
+        privacy=privacy,
+    )

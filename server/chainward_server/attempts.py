@@ -1,0 +1,88 @@
+"""Asking again: what has come of a piece of work at each site, and when another try may help."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+from chainward_server.sites import Failure, Result, Trained
+from chainward_shared.errors import ChainwardError
+
+logger = logging.getLogger("chainward")
+
+
+@dataclass
+class Attempted(Generic[Result]):
+    """What has come of one piece of work at one site so far.
+
+    Attributes
+    ----------
+    answer : the one that passed all checks; None as long as there is none
+    failure : why the last try that failed did
+    """
+
+    attempts: int = 0
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    answer: Trained[Result] | None = None
+    failure: Failure | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether asking (again) may help: there is no answer yet, and the site's policy has not said no."""
+        return self.answer is None and not (self.failure and self.failure.final)
+
+    @property
+    def unreached(self) -> bool:
+        """Whether there is no answer because the site, at the last try, could not be reached."""
+        return self.answer is None and self.failure is not None and self.failure.lost
+
+
+def attempted(
+    sites: Iterable[str],
+    ask: Callable[[Sequence[str], int], Iterator[tuple[str, Trained[Result] | Failure]]],
+    check: Callable[[str, Trained[Result]], None],
+    *,
+    retries: int,
+    keep: Callable[[str, Trained[Result]], None] = lambda site, answer: None,
+) -> dict[str, Attempted[Result]]:
+    """Ask each of `sites`, and those that failed again, `retries` times at most; return what came of it, in their order.
+
+    Parameters
+    ----------
+    ask : asks some sites; its second argument says how often they were asked before, 0 first
+    check : raises `ChainwardError` with the reason where an answer can't be used
+    keep : takes each answer that can be used, when it comes
+    """
+    outcomes = {site: Attempted[Result]() for site in sites}
+    for attempt in range(1 + retries):
+        asked = [site for site, outcome in outcomes.items() if outcome.open]
+        if not asked:
+            break
+        for site, reply in ask(asked, attempt):
+            outcome = outcomes[site]
+            outcome.attempts += 1
+            outcome.seconds += reply.seconds
+            outcome.bytes_down += reply.bytes_down
+            outcome.bytes_up += reply.bytes_up
+            problem = reply if isinstance(reply, Failure) else _problem(site, reply, check)
+            if problem is None and isinstance(reply, Trained):
+                keep(site, reply)
+                outcome.answer = reply
+                continue
+            outcome.failure = problem
+            if problem is not None and outcome.open and attempt < retries:
+                logger.warning("%s; trying again", problem.reason)
+    return outcomes
+
+
+def _problem(site: str, reply: Trained[Result], check: Callable[[str, Trained[Result]], None]) -> Failure | None:
+    """Return why an answer can't be used; None if it can, and is."""
+    try:
+        check(site, reply)
+    except ChainwardError as error:
+        return Failure(f"site '{site}' sent a model that can't be used: {error}", reply.seconds)
+    return None

@@ -1,0 +1,105 @@
+"""The hospitals behind Flower's grid: tasks and models become messages, and answers become results again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from chainward_server.exchange import Exchange, Reply, Request
+from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
+from chainward_shared.config import FederationConfig
+from chainward_shared.errors import WeightsError
+from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays
+from chainward_shared.models import skeleton
+from chainward_shared.protocol import (
+    EvaluateResult,
+    EvaluateTask,
+    LinkResult,
+    LinkTask,
+    SiteCard,
+    StudentResult,
+    StudentTask,
+)
+from chainward_shared.weights import from_arrays, to_arrays
+
+
+class FlowerSites(Sites):
+    """Sites that are reached through Flower.
+
+    Parameters
+    ----------
+    exchange : sends requests to the members and brings back their replies
+    federation : how long an answer, and a site that is not connected, is waited for
+    """
+
+    def __init__(self, exchange: Exchange, cards: Mapping[str, SiteCard], federation: FederationConfig) -> None:
+        super().__init__(cards)
+        self.exchange, self.federation = exchange, federation
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the sites are simulated."""
+        return any(member.simulated is not None for member in self.exchange.members.values())
+
+    def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
+        # Simulated sites share a machine: all of them alone take as long as one after the other. Nobody waits for such a
+        # comparison to be possible.
+        alone = any(one.task.trained_alone for one in work.values())
+        deadline = self.federation.hop_deadline * (len(work) if alone else 1)
+        patience = 0.0 if alone else self.federation.patience
+        return self._train("train.link", work, LinkResult, "model", deadline, patience)
+
+    def train_students(
+        self, work: Mapping[str, Work[StudentTask]]
+    ) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
+        deadline = self.federation.hop_deadline * len(work)
+        return self._train("train.student", work, StudentResult, "student", deadline, self.federation.patience)
+
+    def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
+        requests = {site: self._request("evaluate", site, one) for site, one in work.items()}
+        replies = self.exchange.ask(requests, EvaluateResult, self.federation.hop_deadline)
+        return {site: self._scored(site, work[site].task, reply) for site, reply in replies.items()}
+
+    def _train(
+        self,
+        message_type: str,
+        work: Mapping[str, Work[Task]],
+        expected: type[Result],
+        name: str,
+        deadline: float,
+        patience: float,
+    ) -> Iterator[tuple[str, Trained[Result] | Failure]]:
+        """Ask for trainings; `name`: of the arrays in the answer."""
+        requests = {site: self._request(message_type, site, one) for site, one in work.items()}
+        for site, reply in self.exchange.stream(requests, expected, deadline, patience=patience):
+            down = requests[site].bytes
+            if isinstance(reply, Failure):
+                yield site, replace(reply, bytes_down=down)
+                continue
+            try:
+                if name not in reply.arrays:
+                    raise WeightsError("there are no arrays in it")
+                model = from_arrays(reply.arrays[name], skeleton(work[site].task.architecture).state_dict())
+            except WeightsError as error:
+                reason = f"site '{site}' sent a {name} that can't be used: {error}"
+                yield site, Failure(reason, reply.seconds, bytes_down=down, bytes_up=reply.bytes)
+                continue
+            yield site, Trained(reply.body, model, reply.seconds, down, reply.bytes)
+
+    def _request(self, message_type: str, site: str, work: Work[Task]) -> Request:
+        task = work.task.model_copy(update={"simulated": self.exchange.members[site].simulated})
+        return Request(message_type, task, {name: to_arrays(state) for name, state in work.models.items()})
+
+    def _scored(self, site: str, task: EvaluateTask, reply: Reply[EvaluateResult] | Failure) -> Scored | Failure:
+        if isinstance(reply, Failure):
+            return reply
+        if reply.body.release == "withhold":
+            return Scored(reply.body)
+        classes, kind = task.architecture.num_classes, self.any_card.task
+        try:
+            counts: dict[str, PredictionCounts] = {
+                split: counts_from_arrays(reply.arrays[f"counts_{split}"], classes, kind) for split in task.splits
+            }
+        except (KeyError, WeightsError) as error:
+            return Failure(f"site '{site}' sent scores that can't be used: {error}", reply.seconds)
+        return Scored(reply.body, counts)

@@ -1,0 +1,57 @@
+"""The method from its first link to its student: the one loop that runs, wherever the sites are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+from chainward_server.baseline import run_alone
+from chainward_server.chain import ChainOutcome, run_chain
+from chainward_server.context import Run
+from chainward_server.students import run_students
+from chainward_shared.models.planned import student_architecture
+from chainward_shared.weights import StateDict
+
+Stage = Literal["chain", "alone", "students"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the method came to. `student`: None in a run without students."""
+
+    chain: ChainOutcome
+    student: StateDict | None
+
+
+def run_method(
+    run: Run,
+    stage: Callable[[Stage], AbstractContextManager[object]] = lambda name: nullcontext(),
+    *,
+    students: bool = True,
+) -> Outcome:
+    """Train the chain, each site alone and the students, as the configuration says, or what is left of them.
+
+    Parameters
+    ----------
+    stage : called with the name of each stage; the stage runs within what it returns
+    students : False: without them, though they are in the plans of the private sites
+
+    Raises
+    ------
+    ChainwardError
+        The run can't go on.
+    """
+    with stage("chain"):
+        chain = run_chain(run)
+        run.save_model("chain", chain.model, run.architecture)
+    if run.config.chain.compare_alone:
+        with stage("alone"):
+            run_alone(run)
+    if not (students and run.config.student.rounds):
+        return Outcome(chain, None)
+    with stage("students"):
+        student = run_students(run, chain)
+        run.save_model("student", student, student_architecture(run.config.student, run.architecture))
+    return Outcome(chain, student)

@@ -1,0 +1,119 @@
+"""The seam between the method and the hospitals: what may be asked of them, and what comes back.
+
+The method (`chain`, `baseline`, `students`, `scoring`) is written once, against `Sites`. Over Flower's grid it is
+`flower_sites.FlowerSites`; in one process, for studies and tests, the plain runner of the simulations. A further stage of the
+method is a further kind of task in `protocol`, and a further method here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from chainward_shared.evaluation.classification import PredictionCounts
+from chainward_shared.outside import Shown
+from chainward_shared.protocol import (
+    EvaluateResult,
+    EvaluateTask,
+    LinkResult,
+    LinkTask,
+    SiteCard,
+    StudentResult,
+    StudentTask,
+)
+from chainward_shared.weights import StateDict
+
+Task = TypeVar("Task", LinkTask, StudentTask, EvaluateTask)
+Result = TypeVar("Result", LinkResult, StudentResult)
+
+
+@dataclass(frozen=True)
+class Work(Generic[Task]):
+    """What one site is asked for: the task, and the models that go with it by the names under which they travel."""
+
+    task: Task
+    models: Mapping[str, StateDict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained(Generic[Result]):
+    """A site's answer to a task of training, not checked yet but for the names, shapes and finiteness of the weights.
+
+    `seconds`: from asking to the answer; `bytes_down`, `bytes_up`: of the models that travelled for it.
+    """
+
+    result: Result
+    model: StateDict
+    seconds: float
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A site's scores of a model, and the counts of each split from which scores over several sites follow."""
+
+    result: EvaluateResult
+    counts: Mapping[str, PredictionCounts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure(Shown):
+    """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again;
+    `lost`: Flower did not bring the request there, or the answer back; `malformed`: what came is not an answer. Seconds and
+    bytes as of `Trained`."""
+
+    reason: str
+    seconds: float
+    refused: bool = False
+    final: bool = False
+    lost: bool = False
+    malformed: bool = False
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class Sites(ABC):
+    """The hospitals that take part.
+
+    Whoever implements it answers every site that is asked exactly once, with what the site has made of its task or with the
+    reason why there is nothing; no failure of one site is an exception.
+
+    Parameters
+    ----------
+    cards : what each site said of itself, in the order in which the sites were given
+    """
+
+    def __init__(self, cards: Mapping[str, SiteCard]) -> None:
+        self.cards = dict(cards)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the sites, in the order in which they were given."""
+        return list(self.cards)
+
+    @property
+    def any_card(self) -> SiteCard:
+        """One card, for what all sites have in common: task, classes, image size, channels."""
+        return next(iter(self.cards.values()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Training cases (or patients) that each site has declared."""
+        return {site: card.train for site, card in self.cards.items()}
+
+    @abstractmethod
+    def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
+        """Train one link at each site that `work` names, all at once, and yield the answers as they come."""
+
+    @abstractmethod
+    def train_students(
+        self, work: Mapping[str, Work[StudentTask]]
+    ) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
+        """Train one round of the student at each site that `work` names, and yield the answers as they come."""
+
+    @abstractmethod
+    def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
+        """Return what each site that `work` names says of a model on its own images, in that order."""

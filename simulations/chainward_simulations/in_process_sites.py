@@ -1,0 +1,172 @@
+"""Hospitals that are data in memory: the implementation of `Sites` that needs no Flower."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from chainward_client.admission import admitted
+from chainward_client.card import site_card
+from chainward_client.data.site_data import SiteData
+from chainward_client.private_site import PrivateSite, PrivateWork
+from chainward_client.scoring import exact_scores, noised_scores
+from chainward_client.training.link import train_link
+from chainward_client.training.student import train_student
+from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
+from chainward_shared.errors import ChainwardError, PolicyRefusal
+from chainward_shared.models import build_model
+from chainward_shared.protocol import (
+    EvaluateResult,
+    EvaluateTask,
+    LinkResult,
+    LinkTask,
+    SiteCard,
+    SitePrivacy,
+    StudentResult,
+    StudentTask,
+    TrainingLog,
+    fingerprint,
+)
+from chainward_shared.weights import StateDict, digest, rounded
+
+
+class InProcessSites(Sites):
+    """Hospitals that train right here, one after the other.
+
+    Parameters
+    ----------
+    data : of each site, in the order of the chain's first lap
+    private : the sites that have a privacy policy
+    on_step : called with a line of progress after each training
+    state_dir : folder in which the sites keep their privileged teachers; None: trained anew whenever they are needed
+
+    Attributes
+    ----------
+    logs : how every training went, by hop key, `alone-SITE` or `student-round-N-SITE`
+    alone : the models that sites trained without the others
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, SiteData],
+        private: Mapping[str, PrivateSite] | None = None,
+        on_step: Callable[[str], None] = lambda step: None,
+        state_dir: Path | None = None,
+    ) -> None:
+        self.data, self.private, self.on_step, self.state_dir = data, private or {}, on_step, state_dir
+        super().__init__({site: self._card(site) for site in data})
+        self.logs: dict[str, TrainingLog] = {}
+        self.alone: dict[str, StateDict] = {}
+        self._auxiliaries: dict[str, StateDict] = {}
+        self._last: dict[str, tuple[str, Trained[Any]]] = {}
+
+    def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
+        return ((site, self._answer(site, one, self._link)) for site, one in work.items())
+
+    def train_students(
+        self, work: Mapping[str, Work[StudentTask]]
+    ) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
+        return ((site, self._answer(site, one, self._student)) for site, one in work.items())
+
+    def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
+        return {site: self._scored(site, one) for site, one in work.items()}
+
+    def _card(self, site: str) -> SiteCard:
+        if site not in self.private:
+            return site_card(self.data[site], None, None)
+        policy, ledger = self.private[site].policy, self.private[site].ledger
+        told = SitePrivacy(terms=policy.terms, required=policy.required, head=ledger.head)
+        return site_card(self.data[site], policy, told)
+
+    def _answer(
+        self, site: str, work: Work[Task], train: Callable[[str, Work[Task]], tuple[Result, StateDict]]
+    ) -> Trained[Result] | Failure:
+        """Return what a site answers; asked the same again, it gives the same answer."""
+        asked, started = fingerprint(work.task), time.monotonic()
+        if site in self._last and self._last[site][0] == asked:
+            return self._last[site][1]
+        try:
+            result, state = train(site, work)
+        except ChainwardError as error:
+            final = isinstance(error, PolicyRefusal)
+            reason = f"site '{site}' refused: {error}"
+            return Failure(reason, time.monotonic() - started, refused=True, final=final)
+        answer = Trained(result, state, time.monotonic() - started)
+        self._last[site] = asked, answer
+        return answer
+
+    def _link(self, site: str, work: Work[LinkTask]) -> tuple[LinkResult, StateDict]:
+        task, spends = work.task, self._admitted(site, work.task)
+        state, log = train_link(
+            self.data[site],
+            task.architecture,
+            task.recipe,
+            work.models.get("predecessor"),
+            strand=task.strand,
+            lap=task.lap,
+            alone=task.trained_alone,
+            state_dir=self._state_dir(site),
+            work=spends,
+        )
+        state = rounded(state, task.recipe.transfer)
+        self.logs[task.hop] = log
+        if task.trained_alone:
+            self.alone[site] = state
+        self.on_step(f"alone {site}" if task.trained_alone else f"{task.hop} {site}")
+        signed = spends.statement() if spends else None
+        return LinkResult(hop=task.hop, site=site, digest=digest(state), training=log, statement=signed), state
+
+    def _student(self, site: str, work: Work[StudentTask]) -> tuple[StudentResult, StateDict]:
+        task, spends = work.task, self._admitted(site, work.task)
+        auxiliary = self._auxiliaries.get(site, work.models.get("auxiliary"))
+        trained = train_student(
+            self.data[site],
+            task.architecture,
+            task.recipe,
+            work.models["student"],
+            auxiliary if task.recipe.stage == "distil" else None,
+            round_index=task.round - 1,
+            large=[work.models[f"large_{index}"] for index in range(len(task.large_digests))],
+            large_architecture=task.large_architecture,
+            state_dir=self._state_dir(site),
+            work=spends,
+        )
+        if trained.auxiliary is not None:
+            self._auxiliaries[site] = trained.auxiliary
+        state = rounded(trained.student, task.recipe.transfer)
+        self.logs[f"{task.hop}-{site}"] = trained.log
+        self.on_step(f"student round {task.round} {site}")
+        return StudentResult(
+            round=task.round,
+            site=site,
+            digest=digest(state),
+            training=trained.log,
+            auxiliary_kept=trained.auxiliary_kept,
+            statement=spends.statement() if spends else None,
+        ), state
+
+    def _admitted(self, site: str, task: LinkTask | StudentTask) -> PrivateWork | None:
+        private = self.private.get(site)
+        policy = private.policy if private else None
+        return admitted(policy, lambda: private, run=task.run_id, hop=task.hop, recipe=task.recipe, seen=task.seen_head)
+
+    def _state_dir(self, site: str) -> Path | None:
+        return None if self.state_dir is None else self.state_dir / site
+
+    def _scored(self, site: str, work: Work[EvaluateTask]) -> Scored | Failure:
+        task, private = work.task, self.private.get(site)
+        release = private.policy.metrics if private else "exact"
+        withheld = Scored(EvaluateResult(site=site, scores={}, release="withhold"))
+        if release == "withhold" or (release == "noised" and not task.splits):
+            return withheld
+        model = build_model(task.architecture)
+        model.load_state_dict(work.models["model"])
+        if private is None or release == "exact":
+            return Scored(*exact_scores(task, self.data[site], model))
+        charged = private.work(task.run_id, task.hop)
+        if not charged.release():
+            return withheld
+        result, counts = noised_scores(task, self.data[site], private, model)
+        return Scored(result.model_copy(update={"statement": charged.statement()}), counts)
