@@ -25,7 +25,7 @@ from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.audit import Audit, Finding, audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.empirical import Empirical
-from chainward_shared.privacy.ledger import named_key_and_site
+from chainward_shared.privacy.ledger_format import named_key_and_site
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.signing import fingerprint, load_public_key, public_key_path
 from chainward_shared.privacy.statements import read_statements

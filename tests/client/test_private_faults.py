@@ -17,7 +17,7 @@ from chainward_client.training.link import train_link
 from chainward_shared import files as files_module
 from chainward_shared.errors import LedgerError
 from chainward_shared.models import resolve_architecture
-from chainward_shared.privacy import ledger as ledger_module
+from chainward_shared.privacy import ledger_file as ledger_module
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
 

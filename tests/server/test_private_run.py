@@ -18,7 +18,7 @@ from chainward_server.report.from_folder import write_report
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, DataError, LedgerError, PolicyRefusal, StoreError
-from chainward_shared.privacy import ledger as ledger_module
+from chainward_shared.privacy import ledger_file as ledger_module
 from chainward_shared.privacy.audit import audit_ledger, audit_statements
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.signing import load_public_key, public_key_path

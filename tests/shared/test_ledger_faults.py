@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chainward_shared import files as files_module
 from chainward_shared.errors import LedgerError
-from chainward_shared.privacy import ledger as ledger_module
+from chainward_shared.privacy import ledger_file as ledger_module
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.ledger import Ledger
 
