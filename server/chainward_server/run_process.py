@@ -29,7 +29,7 @@ class RunProcess(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     pid: int = Field(ge=0, lt=2**32)
-    created: float = Field(ge=0, allow_inf_nan=False)
+    created: float = Field(ge=0, le=1e12, allow_inf_nan=False)
     host: Line
     user: Line
     flower_home: Line | None = None

@@ -178,11 +178,11 @@ Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_snapped), Field(ge=0, le=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_snapped)]
 Figure = Annotated[float, Field(ge=-MAX_FIGURE, le=MAX_FIGURE, allow_inf_nan=False)]
 Total = Annotated[float, Field(ge=0, le=MAX_FIGURE * MAX_COUNT, allow_inf_nan=False)]
 """A sum of figures over as many images as there may be."""
-Loss = Annotated[float, BeforeValidator(_saturated), Field(ge=-MAX_FIGURE, le=MAX_FIGURE, allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=-MAX_FIGURE, le=MAX_FIGURE, allow_inf_nan=False), BeforeValidator(_saturated)]
 """A figure that may run away in training: it stops at the largest one instead of being refused."""
 
 # Several of them

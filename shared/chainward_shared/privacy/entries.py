@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.bounds import Sha256
-from chainward_shared.outside import MAX_LINE, visible, visible_values
+from chainward_shared.outside import MAX_LINE, Figure, Positive, visible, visible_values
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.settings import PrivacyUnit
 
@@ -37,10 +37,10 @@ class MechanismRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["dp-sgd", "laplace"]
-    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    noise_multiplier: Figure = Field(ge=0)
     sample_rate: float = Field(gt=0, le=1)
-    steps: int = Field(ge=1)
-    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    steps: Positive
+    clip_norm: Figure | None = Field(default=None, gt=0)
 
     @classmethod
     def of(cls, mechanism: Mechanism, clip_norm: float | None = None) -> MechanismRecord:

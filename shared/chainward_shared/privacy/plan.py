@@ -9,6 +9,7 @@ from functools import lru_cache
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.errors import PolicyRefusal, PrivacyError
+from chainward_shared.outside import Figure, Positive
 from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier
 from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
 from chainward_shared.settings import PrivacyUnit
@@ -28,11 +29,11 @@ class PrivatePlan(BaseModel):
 
     unit: PrivacyUnit
     delta: float = Field(gt=0, lt=1)
-    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    noise_multiplier: Figure = Field(ge=0)
     sample_rate: float = Field(gt=0, le=1)
-    expected_batch: float = Field(gt=0, allow_inf_nan=False)
-    steps: int = Field(ge=1)
-    clip: float = Field(gt=0, allow_inf_nan=False)
+    expected_batch: Figure = Field(gt=0)
+    steps: Positive
+    clip: Figure = Field(gt=0)
 
     @property
     def mechanism(self) -> Mechanism:
