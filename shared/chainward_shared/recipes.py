@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from chainward_shared.bounds import Epochs, Epsilon, NoiseMultiplier, PositiveFraction, Seed
-from chainward_shared.errors import PrivacyError
 from chainward_shared.settings import (
     ArithmeticSettings,
     AugmentationSettings,
@@ -64,7 +63,7 @@ class PrivacyRecipe(PrivacySettings):
     @model_validator(mode="after")
     def _one_of_both(self) -> PrivacyRecipe:
         if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise PrivacyError("a private training needs either epsilon or noise_multiplier; give exactly one of them")
+            raise ValueError("a private training needs either epsilon or noise_multiplier; give exactly one of them")
         return self
 
 

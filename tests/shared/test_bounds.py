@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from chainward_shared import protocol
 from chainward_shared.bounds import SMALLEST_WEIGHT, ZeroOrAtLeast
 from chainward_shared.config import RunConfig
-from chainward_shared.errors import ChainwardError, PolicyRefusal
+from chainward_shared.errors import ChainwardError, PolicyRefusal, ProtocolError
 from chainward_shared.models import Architecture
 from chainward_shared.privacy import plan as privacy_plan
 from chainward_shared.protocol import Body, EvaluateTask, LinkTask, StudentTask, pack, unpack
@@ -216,6 +216,18 @@ def is_sensible(model: BaseModel) -> bool:
 def test_a_private_training_that_means_nothing_can_not_be_written_down(field, value):
     with pytest.raises(ValidationError, match=field):
         PrivacyRecipe(**{"delta": 1e-5, "noise_multiplier": 1.0, field: value})
+
+
+@pytest.mark.parametrize(
+    "given", [{"epsilon": None, "noise_multiplier": None}, {"epsilon": 1.0, "noise_multiplier": 1.0}]
+)
+def test_a_task_whose_privacy_is_asked_for_twice_or_not_at_all_is_refused_in_words(given):
+    document = json.loads(LINK.model_dump_json())
+    document["recipe"]["privacy"] |= given
+    content = pack(LINK)
+    content.config_records["chainward"]["body"] = json.dumps(document)
+    with pytest.raises(ProtocolError, match=r"recipe\.privacy: a private training needs either epsilon or noise"):
+        unpack(content, LinkTask)
 
 
 @pytest.mark.parametrize("field", ["unlabelled_weight", "attention_weight", "distillation_weight", "weight_decay"])
