@@ -1,7 +1,8 @@
 """One process at a time works on a task, and others can see whether one does.
 
 A coordinator that hears nothing asks for the same again, and asks whether anyone is still at work on it. The lock is the
-operating system's, on a file: it ends with the process that holds it, however that ends.
+operating system's, on a file: it ends with the process that holds it, however that ends. Not `filelock`'s, as elsewhere: that
+empties the file, which here says who holds it and until when.
 """
 
 from __future__ import annotations
