@@ -32,7 +32,7 @@ from chainward_shared.errors import ChainwardError, LedgerError
 from chainward_shared.models import resolve_architecture
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.audit import audit_ledger, audit_statements
-from chainward_shared.privacy.statements import read_statements
+from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.protocol import Body, pack, unpack
 from chainward_shared.weights import to_arrays
 
@@ -366,7 +366,7 @@ def test_a_damaged_run_folder_is_read_or_refused_in_one_line(name, data, kept_ru
         (path / name).write_bytes(data.draw(damaged(content)))
     try:
         folder = RunFolder.open(path)
-        audit_statements(folder.state.run_id, read_statements(path / "privacy.json"))
+        audit_statements(folder.state.run_id, read_privacy_record(path / "privacy.json").statements)
         write_report(folder)
     except ChainwardError as error:
         one_line(error)

@@ -27,8 +27,8 @@ from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.empirical import Empirical
 from chainward_shared.privacy.ledger_format import named_key_and_site
 from chainward_shared.privacy.policy import Terms
+from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.privacy.signing import fingerprint, load_public_key, public_key_path
-from chainward_shared.privacy.statements import read_statements
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = PlainConsole()
@@ -216,7 +216,7 @@ def audit(
     """Check the ledger's chain and signatures, recompute every epsilon, compare with the policy."""
     if not empirical and (sabotage or epsilon is not None or canaries is not None):
         raise PrivacyError("--sabotage, --epsilon and --canaries say how the training is tried; give --empirical too")
-    statements = [statement for path in told or [] for statement in read_statements(path)]
+    statements = [statement for path in told or [] for statement in read_privacy_record(path).statements]
     audited, terms = _audit(what, statements)
     if empirical:
         audited = audited.with_empirical(_tried(terms, epsilon, canaries, sabotage))

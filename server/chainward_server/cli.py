@@ -28,7 +28,7 @@ from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.store import WeightsStore, default_store
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.console import print_audit, write_page
-from chainward_shared.privacy.statements import read_privacy_record
+from chainward_shared.privacy.record import read_privacy_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = PlainConsole()
@@ -193,18 +193,14 @@ def audit(
     """Check what the sites signed about a run's privacy. 0: fine, 1: over budget or inconsistent, 2: damaged."""
     folder = open_run(run, directory)
     record = read_privacy_record(folder.path / "privacy.json")
-    statements = record.get("statements", [])
-    facts = record.get("sites", {})
-    absent = [site for site, of_site in facts.items() if of_site.get("mode") == "no model"]
-    others = [site for site in facts if site not in absent]
-    audited = audit_statements(folder.state.run_id, statements, others, absent=absent)
+    audited = audit_statements(folder.state.run_id, record.statements, record.trained, absent=record.absent)
     if html is not None:
         write_page(audited, html)
     if as_json:
         typer.echo(json.dumps(audited.to_json(), indent=1))
     else:
         print_audit(audited, console)
-        if not statements:
+        if not record.statements:
             console.print("differential privacy was off in this run", markup=False)
         if html is not None:
             console.print(f"report: {html.absolute()}", markup=False, highlight=False, soft_wrap=True)

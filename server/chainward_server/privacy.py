@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import StatementError
 from chainward_shared.privacy.entries import Head
+from chainward_shared.privacy.record import PrivacyRecord, privacy_record, read_privacy_record
 from chainward_shared.privacy.statements import (
     Statement,
     Statements,
     parse_statement,
-    privacy_record,
-    read_statements,
 )
 from chainward_shared.protocol import SiteCard
 
@@ -47,7 +45,7 @@ class RunPrivacy:
         cards: Mapping[str, SiteCard],
         known: Mapping[str, Statement] | None = None,
         own: Iterable[Statement] = (),
-        write: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        write: Callable[[PrivacyRecord], None] = lambda record: None,
     ) -> None:
         self.on, self._run_id, self._cards, self._write = on, run_id, cards, write
         self._statements = Statements(known=dict(known or {}))
@@ -95,7 +93,7 @@ def _trained(results: Results) -> set[str]:
 def run_privacy(folder: RunFolder, cards: Mapping[str, SiteCard], *, simulated: bool) -> RunPrivacy:
     """Return the statements of the run that `folder` holds; simulated sites have a new ledger in every run."""
     record = folder.path / "privacy.json"
-    own = [parse_statement(content) for content in read_statements(record)] if record.exists() else []
+    own = [parse_statement(content) for content in read_privacy_record(record).statements] if record.exists() else []
     return RunPrivacy(
         on=folder.config.privacy.mode != "off",
         run_id=folder.run_id,
@@ -113,7 +111,7 @@ def last_of_earlier_runs(folder: Path) -> dict[str, Statement]:
         if path.parent == folder:
             continue
         try:
-            statements = [parse_statement(content) for content in read_statements(path)]
+            statements = [parse_statement(content) for content in read_privacy_record(path).statements]
         except StatementError as error:
             logger.warning("an earlier run's privacy statements are left aside: %s", error)
             continue

@@ -12,10 +12,10 @@ import re
 import secrets
 import shlex
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +29,7 @@ from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
 from chainward_shared.outside import MAX_RECORDS, Digest, HopKey, Line, Moment, RunId, Word
 from chainward_shared.preprocessing import preprocessing_metadata
+from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.task import Task
 from chainward_shared.weights import StateDict, check_state, load_file, save_file
 from chainward_shared.words import first_problem
@@ -322,9 +323,9 @@ class RunFolder:
         """Write metrics.json."""
         self._write("metrics.json", results.model_dump_json(by_alias=True, indent=1).encode())
 
-    def write_privacy(self, record: Mapping[str, Any]) -> None:
+    def write_privacy(self, record: PrivacyRecord) -> None:
         """Write privacy.json."""
-        self._write("privacy.json", json.dumps(record, indent=1).encode())
+        self._write("privacy.json", json.dumps(record.to_json(), indent=1).encode())
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run folder and return its path."""

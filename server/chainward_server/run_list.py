@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chainward_server.watch.snapshot import Snapshot, look
-from chainward_shared.errors import RunFolderError
-from chainward_shared.outside import MAX_LINE, Shown, visible
+from chainward_shared.errors import RunFolderError, StatementError
+from chainward_shared.outside import Shown
+from chainward_shared.privacy.record import read_privacy_record
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,6 @@ def _summary(path: Path) -> RunSummary:
 
 def _privacy(run: Snapshot) -> str:
     try:
-        return visible(str(json.loads((run.path / "privacy.json").read_bytes())["mode"]), MAX_LINE)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return read_privacy_record(run.path / "privacy.json").mode
+    except StatementError:
         return f"{run.config.privacy.mode}" if run.ended else f"{run.config.privacy.mode} (asked)"

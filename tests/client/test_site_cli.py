@@ -17,7 +17,8 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, PrivacyError
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.statements import Statements, privacy_record, sign_statement
+from chainward_shared.privacy.record import privacy_record
+from chainward_shared.privacy.statements import Statements, sign_statement
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def train(site_yaml: Path, steps: int = 20) -> tuple[Ledger, dict[str, object]]:
     reservation.begin()
     ledger.commit(reservation, steps)
     statement = sign_statement(ledger, key, "r", "one", config.privacy.terms)
-    return ledger, privacy_record(Statements([statement]), ["oak"])
+    return ledger, privacy_record(Statements([statement]), ["oak"]).to_json()
 
 
 def test_keys_are_made_once_and_only_the_owner_may_read_them(site_yaml, typed, tmp_path):

@@ -41,7 +41,8 @@ from chainward_shared.models import build_model, compact_architecture, resolve_a
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
-from chainward_shared.privacy.statements import Statements, privacy_record, sign_statement
+from chainward_shared.privacy.record import privacy_record
+from chainward_shared.privacy.statements import Statements, sign_statement
 
 CLASSES = ["clear", "mass", "fluid"]
 FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "SHA256SUMS"}
@@ -418,7 +419,7 @@ def privately(folder: RunFolder, ledger_file: Path, **changes) -> None:
     work.begin()
     ledger.commit(work, 20)
     statement = sign_statement(ledger, key, run, "h", Terms(epsilon=4.0, delta=1e-5))
-    record = privacy_record(Statements([statement]), ["ash", "birch"])
+    record = privacy_record(Statements([statement]), ["ash", "birch"]).to_json()
     record["statements"][0] |= changes
     (folder.path / "privacy.json").write_text(json.dumps(record))
 

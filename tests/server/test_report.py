@@ -24,6 +24,7 @@ from chainward_server.results import (
 )
 from chainward_shared.evaluation.localisation import Interval, LocalisationScores
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.protocol import TrainingLog
 
 CLASSES = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
@@ -232,7 +233,7 @@ def render(results: Results, status: str = "finished", reason: str | None = None
         status=status,
         reason=reason,
         config=fields.get("config", CONFIG),
-        privacy=fields.get("privacy", PRIVACY),
+        privacy=PrivacyRecord.model_validate(fields.get("privacy", PRIVACY)),
         started="2026-01-03T14:05:01+00:00",
         finished=fields.get("finished", "2026-01-03T14:31:47+00:00"),
     )

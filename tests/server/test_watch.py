@@ -221,7 +221,9 @@ def test_private_hospitals_do_not_train_alone_and_are_not_waited_for(tmp_path):
     run = ScriptedRun(tmp_path, **{"chain.compare-alone": True})
     run.hop("ash", 5, took=4)
     sites = {"ash": {"epsilon": None}, "birch": {"epsilon": 2.0}, "cedar": {"epsilon": None}}
-    run.folder.write_text("privacy.json", json.dumps({"mode": "dp-sgd at some sites", "sites": sites}))
+    run.folder.write_text(
+        "privacy.json", json.dumps({"mode": "dp-sgd at some sites", "sites": sites, "statements": [{}]})
+    )
     run.enter("alone", 6)
     assert str(seen(run, 6).place) == "hospital alone 1 of 2"
 

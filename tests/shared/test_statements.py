@@ -12,6 +12,7 @@ from chainward_shared.errors import StatementError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
+from chainward_shared.privacy.record import privacy_record
 from chainward_shared.privacy.signing import sign
 from chainward_shared.privacy.statements import (
     Statement,
@@ -19,7 +20,6 @@ from chainward_shared.privacy.statements import (
     check_order,
     check_statement,
     parse_statement,
-    privacy_record,
     sign_statement,
 )
 
@@ -203,7 +203,8 @@ def test_seeded_noise_is_stated(ledger):
 def test_the_record_of_a_run_names_who_was_private_and_what_is_outside(ledger):
     statement = said(ledger, 10, 10)
     record = privacy_record(Statements([statement]), ["oak", "elm"])
-    assert record["sites"]["oak"]["epsilon"] == statement.epsilon_run
-    assert record["sites"]["elm"] == {"mode": "off", "epsilon": None, "delta": None}
-    assert record["statement"] == "1 of 2 sites trained with differential privacy. Nothing bounds what left elm."
-    assert [parse_statement(content) for content in record["statements"]] == [statement]
+    assert record.sites["oak"].epsilon == statement.epsilon_run
+    assert record.to_json()["sites"]["elm"] == {"mode": "off", "epsilon": None, "delta": None}
+    assert (record.private, record.trained, record.absent) == (["oak"], ["oak", "elm"], [])
+    assert record.statement == "1 of 2 sites trained with differential privacy. Nothing bounds what left elm."
+    assert [parse_statement(content) for content in record.statements] == [statement]

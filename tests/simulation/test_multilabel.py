@@ -23,6 +23,7 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.models import build_model, skeleton
+from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.protocol import Hello, HelloRequest, SiteCard, kind_of, pack
 from chainward_simulations.runner import equal, open_sites, run_in_process, score
 
@@ -231,7 +232,13 @@ def test_guessing_is_worth_half_however_many_findings_there_are():
 
 def test_a_bar_is_the_share_of_images_with_the_finding():
     page = render_report(
-        results_of(task="multilabel"), status="running", reason=None, config={}, privacy={}, started="", finished=None
+        results_of(task="multilabel"),
+        status="running",
+        reason=None,
+        config={},
+        privacy=PrivacyRecord(mode="off"),
+        started="",
+        finished=None,
     )
     assert '<td>10<span class="bar"><i style="width: 25.0%">' in page
     assert '<td>20<span class="bar"><i style="width: 20.0%">' in page

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import sqrt
@@ -28,6 +27,7 @@ from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
 from chainward_shared.preprocessing import PIXEL_MEAN, PIXEL_SCALE
 from chainward_shared.privacy.audit import Audit
+from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.privacy.report import epsilon_text, outside
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def model_card(
     *,
     architecture: Architecture,
     parameters: int,
-    privacy: Mapping[str, Any] | None,
+    privacy: PrivacyRecord | None,
     audit: Audit | None,
     files: list[CardFile],
     onnx: OnnxCheck | None,

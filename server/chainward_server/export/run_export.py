@@ -22,7 +22,7 @@ from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture, build_model, skeleton
 from chainward_shared.preprocessing import PIXEL_MEAN, PIXEL_SCALE, preprocessing_metadata
 from chainward_shared.privacy.audit import Audit, audit_statements
-from chainward_shared.privacy.statements import read_privacy_record
+from chainward_shared.privacy.record import PrivacyRecord, read_privacy_record
 from chainward_shared.task import Task
 from chainward_shared.weights import check_state, load_file
 
@@ -239,17 +239,15 @@ def _timm_config(model: nn.Module, architecture: Architecture, results: Results)
     return json.dumps(config, indent=1) + "\n"
 
 
-def _privacy(folder: RunFolder) -> tuple[dict[str, Any] | None, Audit | None]:
+def _privacy(folder: RunFolder) -> tuple[PrivacyRecord | None, Audit | None]:
     """Return what privacy.json says, None where there is none yet, and the audit of the statements in it, if any."""
     path = folder.path / "privacy.json"
     if not path.exists():
         return None, None
     record = read_privacy_record(path)
-    statements = record.get("statements", [])
-    if not statements:
+    if not record.statements:
         return record, None
-    trained = [site for site, facts in record.get("sites", {}).items() if facts.get("mode") != "no model"]
-    return record, audit_statements(folder.state.run_id, statements, trained)
+    return record, audit_statements(folder.state.run_id, record.statements, record.trained)
 
 
 def _described(path: Path) -> CardFile:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 
 from chainward_server.report.page import render_report
 from chainward_server.run_folder import RunFolder
-from chainward_shared.errors import RunFolderError
-from chainward_shared.outside import visible_values
-from chainward_shared.privacy.statements import Statements, privacy_record
+from chainward_shared.errors import RunFolderError, StatementError
+from chainward_shared.privacy.record import privacy_record, read_privacy_record
+from chainward_shared.privacy.statements import Statements
 
 EXAMPLES = "examples.png"
 """Picture of test images and where the models look in them: in a run folder only where the images are on this machine."""
@@ -32,12 +31,12 @@ def write_report(folder: RunFolder) -> Path:
     privacy_file = folder.path / "privacy.json"
     try:
         privacy = (
-            visible_values(json.loads(privacy_file.read_text(encoding="utf-8")))
+            read_privacy_record(privacy_file)
             if privacy_file.exists()
             else privacy_record(Statements(), [site.site for site in results.data.sites])
         )
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(f"{privacy_file}: damaged ({error})") from error
+    except StatementError as error:
+        raise RunFolderError(str(error)) from error
     examples = folder.path / EXAMPLES
     try:
         picture = examples.read_bytes() if examples.exists() else None

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from chainward_server.report import formats, plots, tables, verdict
 from chainward_server.report import privacy as privacy_page
 from chainward_server.results import Results
+from chainward_shared.privacy.record import PrivacyRecord
 
 _FILTERS = (
     formats.score,
@@ -32,7 +33,7 @@ def render_report(
     status: str,
     reason: str | None,
     config: Mapping[str, Mapping[str, object]],
-    privacy: Mapping[str, object],
+    privacy: PrivacyRecord,
     started: str,
     finished: str | None,
     examples: str | None = None,
@@ -45,7 +46,7 @@ def render_report(
     status : "running", "finished" or "failed"
     reason : why the run failed
     config : tables of the effective configuration, ``{"chain": {"laps": 1, ...}, ...}``
-    privacy : ``{"mode": "off", "statement": "...", "sites": {site: {...}}}``
+    privacy : how each site trained
     started, finished : ISO 8601 times
     examples : base64 of a PNG with test images and where the models look in them
     """

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from chainward_server.results import Results
+from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.words import listed
 
 _RELEASES = {
@@ -33,27 +32,27 @@ class PrivacyRow:
     seeded: bool = False
 
 
-def privacy_rows(record: Mapping[str, Any]) -> list[PrivacyRow]:
+def privacy_rows(record: PrivacyRecord) -> list[PrivacyRow]:
     """Return a row for each hospital that privacy.json knows."""
     rows = []
-    for site, facts in (record.get("sites") or {}).items():
-        mode = facts.get("mode", "off") if isinstance(facts, Mapping) else "off"
-        if mode != "dp-sgd":
-            rows.append(PrivacyRow(site, "no model came from it" if mode == "no model" else "without privacy", False))
+    for site, facts in record.sites.items():
+        if facts.mode != "dp-sgd":
+            without = "no model came from it" if facts.mode == "no model" else "without privacy"
+            rows.append(PrivacyRow(site, without, False))
             continue
         rows.append(
             PrivacyRow(
                 site,
                 "private (DP-SGD)",
                 True,
-                facts.get("unit"),
-                facts.get("epsilon"),
-                facts.get("epsilon_lifetime"),
-                facts.get("budget"),
-                facts.get("left"),
-                facts.get("delta"),
-                _RELEASES.get(str(facts.get("metrics"))),
-                bool(facts.get("seeded")),
+                facts.unit,
+                facts.epsilon,
+                facts.epsilon_lifetime,
+                facts.budget,
+                facts.left,
+                facts.delta,
+                _RELEASES.get(str(facts.metrics)),
+                bool(facts.seeded),
             )
         )
     return rows

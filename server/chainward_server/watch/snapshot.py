@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +14,9 @@ from chainward_server.run_folder import RunFolder
 from chainward_server.schedule import Hop, plan, site_order
 from chainward_server.stop import is_orphan
 from chainward_shared.config import RunConfig
+from chainward_shared.errors import StatementError
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.privacy.record import read_privacy_record
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,6 @@ def moment(text: str, otherwise: datetime) -> datetime:
 
 def _private_sites(file: Path) -> frozenset[str]:
     try:
-        sites = json.loads(file.read_bytes())["sites"]
-        return frozenset(site for site, facts in sites.items() if facts["epsilon"] is not None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return frozenset(read_privacy_record(file).private)
+    except StatementError:
         return frozenset()  # none yet; whether it is damaged is the audit's to say

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_shared.errors import StatementError
-from chainward_shared.outside import MAX_RECORDS, Base64, Figure, HopKey, RunId, SiteId, visible_values
+from chainward_shared.outside import MAX_RECORDS, Base64, Figure, HopKey, RunId, SiteId
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.entries import Head, MechanismRecord, merged
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, public_text, sign
-from chainward_shared.words import first_problem, listed
+from chainward_shared.words import first_problem
 
 _PURPOSE = "privacy statement"
 
@@ -140,41 +138,6 @@ def parse_statement(content: object) -> Statement:
         )
     except ValidationError as error:
         raise StatementError(f"not a privacy statement ({first_problem(error)})") from error
-
-
-def read_statements(path: Path) -> list[object]:
-    """Return the statements in a run's privacy.json as parsed JSON, unchecked; none if the run was not private.
-
-    Raises
-    ------
-    StatementError
-        The file can't be read, or is no privacy.json.
-    """
-    return list(read_privacy_record(path).get("statements", []))
-
-
-def read_privacy_record(path: Path) -> dict[str, Any]:
-    """Return the content of a run's privacy.json.
-
-    Raises
-    ------
-    StatementError
-        The file can't be read, or is no privacy.json.
-    """
-    try:
-        record = visible_values(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise StatementError(f"{path}: can't be read ({error.strerror}); name the privacy.json of a run") from error
-    except (ValueError, RecursionError) as error:
-        raise StatementError(f"{path}: damaged (not JSON); restore the run folder") from error
-    statements = record.get("statements", []) if isinstance(record, dict) and "mode" in record else None
-    if not isinstance(statements, list) or not isinstance(record.get("sites", {}), dict):
-        raise StatementError(f"{path}: not the privacy.json of a run (no 'mode', or 'statements' is no list)")
-    if record["mode"] != "off" and not statements:
-        raise StatementError(
-            f"{path}: the run was private (mode '{record['mode']}'), but no statement is in it; restore it"
-        )
-    return record
 
 
 def check_statement(
@@ -303,67 +266,6 @@ class Statements:
     def all(self) -> list[Statement]:
         """All statements, site by site."""
         return [statement for statements in self._by_site.values() for statement in statements]
-
-
-def privacy_record(
-    statements: Statements, sites: Sequence[str], *, trained: Iterable[str] | None = None
-) -> dict[str, Any]:
-    """Return the content of a run's privacy.json.
-
-    Parameters
-    ----------
-    statements : what the sites have signed
-    sites : all sites of the run; one without a statement trained without privacy, or not at all
-    trained : those from which a model came; None: unknown, all of them
-    """
-    came = set(sites) if trained is None else set(trained)
-    private = [site for site in sites if statements.last(site) is not None]
-    others = [site for site in sites if site not in private and site in came]
-    absent = [site for site in sites if site not in private and site not in came]
-    if private:
-        said = f"{len(private)} of {len(sites)} sites trained with differential privacy."
-        if others:
-            said += f" Nothing bounds what left {listed(others)}."
-    else:
-        said = (
-            "No site trained with differential privacy. Images, reports and tables stayed at the sites, but nothing bounds "
-            "what the models, the scores and the class counts that left them reveal about a patient."
-        )
-    if absent:
-        said += f" No model came from {listed(absent)}."
-    if exact := [site for site in private if _last(statements, site).terms.metrics == "exact"]:
-        said += f" Scores and counts of {listed(exact)} left as they are: they are outside of the guarantee."
-    facts: dict[str, dict[str, object]] = {}
-    for site in sites:
-        if site not in private:
-            facts[site] = {"mode": "off" if site in others else "no model", "epsilon": None, "delta": None}
-            continue
-        last = _last(statements, site)
-        facts[site] = {
-            "mode": "dp-sgd",
-            "epsilon": last.epsilon_run,
-            "delta": last.terms.delta,
-            "unit": last.terms.unit,
-            "epsilon_lifetime": last.epsilon_lifetime,
-            "budget": last.terms.epsilon,
-            "left": last.left,
-            "metrics": last.terms.metrics,
-            "seeded": last.seeded,
-        }
-    mode = "off" if not private else "dp-sgd" if not others else "dp-sgd at some sites"
-    return {
-        "schema": 1,
-        "mode": mode,
-        "statement": said,
-        "sites": facts,
-        "statements": [statement.to_json() for statement in statements.all],
-    }
-
-
-def _last(statements: Statements, site: str) -> Statement:
-    last = statements.last(site)
-    assert last is not None
-    return last
 
 
 def _missing(some: Sequence[MechanismRecord], among: Sequence[MechanismRecord]) -> int:
