@@ -23,14 +23,14 @@ from chainward_server.privacy import run_privacy
 from chainward_server.rendezvous import meet
 from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results
-from chainward_server.run_folder import Phase, RunFolder, StartAnewError
+from chainward_server.run_folder import Phase, RunFolder
 from chainward_server.run_process import RunProcess
 from chainward_server.scoring import shown
 from chainward_server.surroundings import tell as tell_surroundings
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
-from chainward_shared.errors import ChainwardError, ConfigError, ModelError
+from chainward_shared.errors import ChainwardError, ConfigError, ModelError, StartAnewError
 from chainward_shared.models import Architecture
 from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready

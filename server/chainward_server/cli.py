@@ -222,7 +222,7 @@ def config(
     if markdown or toml:
         typer.echo(configuration_markdown() if markdown else flower_app_config(), nl=False)
         return
-    checked = RunConfig.from_flat(_parse(settings or []))
+    checked = RunConfig.from_flat(parse_settings(settings or []))
     defaults = RunConfig().to_flat()
     changed = {key: value for key, value in checked.to_flat().items() if value != defaults[key]}
     table = Table("key", "value", "default")
@@ -231,7 +231,7 @@ def config(
     console.print(table if changed else "every key at its default")
 
 
-def _parse(settings: list[str]) -> dict[str, ConfigScalar]:
+def parse_settings(settings: list[str]) -> dict[str, ConfigScalar]:
     """Return settings as Flower reads them from one --run-config (of several it forgets keys of the same table)."""
     from flwr.common.config import parse_config_args
 

@@ -45,7 +45,9 @@ def made_up_for(results: Results, key: str) -> bool:
     later = results.links[keys.index(key) + 1 :]
     steps = len(results.data.sites)
     return any(
-        (link.strand, link.site) == (failed.strand, failed.site) and link.step >= steps and link.metrics
+        (link.strand, link.site) == (failed.strand, failed.site)
+        and link.step >= steps
+        and link.status in ("done", "retried")
         for link in later
     )
 

@@ -20,6 +20,7 @@ from typing import Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chainward_server.mending import Mending, mending
 from chainward_server.results import Results
 from chainward_server.run_process import RunProcess
 from chainward_shared import __version__
@@ -52,10 +53,6 @@ def _without_quote(escape: re.Match[str]) -> str:
     return "\\u0022" if escape[1] == '"' else escape[0]
 
 
-class StartAnewError(RunFolderError):
-    """A run can't go on, and resuming it would not help."""
-
-
 class RunState(BaseModel):
     """`run.json`.
 
@@ -65,6 +62,7 @@ class RunState(BaseModel):
     models : SHA-256 of each model file, by name without suffix
     finished : names of finished pieces of work: hops, sites trained alone, student rounds
     status : "incomplete": it came to its end, with less than was asked for; "stopped": by a person
+    make_up : hops whose site was not reached, for each of which a further hop follows at the end of the chain
     process : the process that coordinates it; None in runs of earlier versions
     resumable : whether resuming may help a run that has ended; None while it goes on
     """
@@ -82,6 +80,7 @@ class RunState(BaseModel):
     config: Digest | None = None
     models: dict[HopKey, Digest] = Field(default_factory=dict, max_length=MAX_RECORDS)
     finished: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
+    make_up: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
     process: RunProcess | None = None
     resumable: bool | None = None
 
@@ -150,7 +149,7 @@ class RunFolder:
                 f"{folder.state.run_id}`, or stop it first with `chainward stop {folder.state.run_id}`"
             )
         folder.state.status, folder.state.reason, folder.state.resumable = "running", None, None
-        folder._write_state()
+        folder._mend()
         return folder
 
     @classmethod
@@ -176,6 +175,23 @@ class RunFolder:
                 f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it"
             )
         return cls(path, state, config)
+
+    def _mend(self) -> None:
+        """Take out what is to be done again because a site was not reached."""
+        results = self.load_results()
+        todo = Mending() if results is None else mending(results, private=self.config.privacy.mode != "off")
+        if todo.again:
+            logger.info("tried again, since a site was not reached: %s", ", ".join(sorted(todo.again)))
+        for name in [*(key for key in todo.again if key in self.state.models), *(["student"] if todo.again else [])]:
+            self.drop_model(name)
+        self.state.make_up += [key for key in todo.make_up if key not in self.state.make_up]
+        self.state.finished = [key for key in self.state.finished if key not in todo.again]
+        self._write_state()
+        if results is not None and (todo.again or todo.make_up):
+            kept = self.load_results()
+            assert kept is not None
+            kept.final, kept.models, kept.localization = {}, {}, {}
+            self.write_results(kept)
 
     def load_results(self) -> Results | None:
         """Return what was measured so far, without what `run.json` doesn't list; None before the first measurement.

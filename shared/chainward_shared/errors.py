@@ -46,6 +46,10 @@ class RunFolderError(ChainwardError):
     """A run folder can't be written, or is damaged."""
 
 
+class StartAnewError(RunFolderError):
+    """A run can't go on, and resuming it would not help."""
+
+
 class ExportError(ChainwardError):
     """A model can't be exported, or what was exported does not compute what the model does."""
 

@@ -14,7 +14,7 @@ from chainward_server.app import fail_if_incomplete, run_app
 from chainward_server.report.from_folder import write_report
 from chainward_shared.errors import ChainwardError, DataError
 from chainward_simulations.run_examples import draw_examples
-from chainward_simulations.workers import replace_dead_workers
+from chainward_simulations.workers import quiet_deaths, replace_dead_workers
 
 logger = logging.getLogger("chainward")
 
@@ -24,6 +24,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a simulated consortium from rendezvous to report."""
+    quiet_deaths()
     replace_dead_workers()
     folder = run_app(grid, context)
     try:

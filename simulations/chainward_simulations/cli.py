@@ -37,7 +37,7 @@ def run_simulation(
     """
     from chainward_simulations.run_command import app_and_settings, run
 
-    folder, settings = app_and_settings([*(words or []), *(run_config or [])])
+    folder, settings = app_and_settings(words or [], run_config or [])
     code = run(folder, settings, typer.echo, lambda question: typer.confirm(question, default=False, err=True))
     raise typer.Exit(code)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chainward_server.cli import parse_settings
 from chainward_server.run_folder import RunFolder
 from chainward_server.stop import stop_run
 from chainward_server.watch.display import outcome
@@ -38,11 +39,11 @@ class Interrupted(Exception):
         self.ask = ask
 
 
-def app_and_settings(words: Sequence[str]) -> tuple[Path, dict[str, ConfigScalar]]:
+def app_and_settings(words: Sequence[str], run_configs: Sequence[str] = ()) -> tuple[Path, dict[str, ConfigScalar]]:
     """Return the app's folder and the settings in the command's words: ``[APP] [KEY=VALUE ...]``.
 
     A value is read as TOML; what is no TOML is text, so that a shell's user need not quote twice. A word that ends in `.toml`
-    is a file of settings.
+    is a file of settings. `run_configs`: what stands behind ``--run-config``, read as Flower reads it.
 
     Raises
     ------
@@ -55,6 +56,8 @@ def app_and_settings(words: Sequence[str]) -> tuple[Path, dict[str, ConfigScalar
     given: dict[str, ConfigScalar] = {}
     for word in words[1:] if named else words:
         given.update(_settings(word))
+    for text in run_configs:
+        given.update(parse_settings([text]))
     defaults = _app_config(app)
     RunConfig.from_flat({**defaults, **given})
     return app, given

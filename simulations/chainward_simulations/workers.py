@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +22,40 @@ logger = logging.getLogger("chainward")
 
 class WorkerDiedError(Exception):
     """A worker has died; in place of Ray's own words, which quote the command lines of whatever else runs on the machine."""
+
+
+_OF_A_DEATH = re.compile(
+    r"Worker exit type|ray\.exceptions\.|WorkerDiedError|out of memory|memory pressure|OOM|Memory on the node", re.I
+)
+"""In Ray's words about a worker that died: they quote the command lines of the programs that use most memory."""
+
+
+def quiet_deaths() -> None:
+    """Leave Ray's words, and Flower's, about a worker that died out of the log; the run says it in a line of its own."""
+    logging.getLogger("flwr").addFilter(_is_no_death)
+    try:
+        from ray._private import worker
+    except ImportError:
+        return
+    printing = getattr(worker, "print_worker_logs", None)
+    if printing is None or getattr(printing, "quiet_deaths", False):
+        return
+
+    def print_worker_logs(data: dict[str, Any], *arguments: Any, **more: Any) -> None:
+        """Print what workers print, and not what Ray says of one that died."""
+        if data.get("pid") == "raylet" and _OF_A_DEATH.search("\n".join(map(str, data.get("lines", ())))):
+            return
+        printing(data, *arguments, **more)
+
+    print_worker_logs.quiet_deaths = True  # type: ignore[attr-defined]
+    setattr(worker, "print_worker_logs", print_worker_logs)  # noqa: B010  a function of Ray
+
+
+def _is_no_death(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    if text.startswith("An exception was raised when processing a message by "):
+        return False  # the exception follows
+    return not (_OF_A_DEATH.search(text) and WORKER_DIED not in text.splitlines()[0])
 
 
 def replace_dead_workers() -> bool:

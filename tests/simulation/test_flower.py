@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
-from chainward_simulations.flower import own_flower, run_command
+from chainward_simulations.flower import own_flower, processes_of, run_command
 from chainward_simulations.runner import equal, open_sites, run_in_process
 
 SIX_SITES = Path(__file__).resolve().parents[2] / "simulations" / "six_sites"
@@ -72,3 +76,63 @@ def test_a_bad_setting_stops_the_run_with_one_line_and_without_a_traceback(flowe
     assert "Traceback" not in printed
     listed = json.loads(flwr(flower, "flwr", "list", "--format", "json"))
     assert listed["runs"][0]["status"].startswith("finished:failed")
+
+
+def workers(environment) -> list[psutil.Process]:
+    """Return the processes of Ray that play the hospitals."""
+    return [process for process in processes_of(Path(environment["FLWR_HOME"])) if "ClientAppActor" in process.name()]
+
+
+def wait_for(true, seconds=240):
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_the_chain_costs_nothing(flower, tiny, tmp_path):
+    settings = tiny | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 3}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        run = subprocess.Popen(run_command(SIX_SITES, settings), env=flower, stdout=out, stderr=subprocess.STDOUT)
+        wait_for(lambda: "hop 2 of 6" in log.read_text() or run.poll() is not None)
+        for worker in workers(flower):
+            worker.kill()
+        run.wait(timeout=300)
+    printed = log.read_text()
+    folder = only_run(settings)
+    assert folder.state.status == "finished", printed
+    assert "the process that simulates it has died" in printed
+    for words in ("ray.exceptions", "Worker exit type", "Traceback"):
+        assert words not in printed
+        assert words not in (folder.path / "run.json").read_text() + (folder.path / "report.html").read_text()
+    config = RunConfig.from_flat(settings)
+    for key, state in run_in_process(config, open_sites(config)).links.items():
+        assert equal(load_file(folder.model_path(key)), state), f"{key} differs"
+
+
+def test_chainward_run_ends_with_the_report_and_the_runs_status_and_leaves_no_process(tiny, tmp_path):
+    settings = tiny | {"student.rounds": 0, "chain.compare-alone": False, "federation.sites": "site-5,site-6"}
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    home = tmp_path / "home"
+    environment = os.environ | {
+        "HOME": str(home),
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        "from chainward_simulations.cli import main; main()",
+        "run",
+        str(SIX_SITES),
+        *pairs,
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    folder = only_run(settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder.path / "report.html")
+    assert folder.state.status == "finished"
+    assert list((home / ".chainward" / "superlinks").iterdir()) == []
+    assert not folder.state.process.find()

@@ -34,7 +34,7 @@ SOON = timedelta(days=30)
 """A certificate that expires within this time is worth a warning."""
 
 AHEAD, BEHIND = 5, 300
-"""Seconds by which a site's clock may differ from the SuperLink's: Flower refuses signed requests beyond (flwr 1.41)."""
+"""Seconds by which a site's clock may differ from the SuperLink's: Flower refuses signed requests beyond (flwr 1.41 and 1.42)."""
 
 _NAMES = ("clock", "TLS", "SuperLink")
 
