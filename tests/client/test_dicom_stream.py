@@ -273,6 +273,24 @@ def test_the_head_of_a_stream_that_is_cut_anywhere_is_no_error(length: int) -> N
         stream_format((start + b"\x00" * 60)[:length])
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (1, 1), (7, 9)])
+def test_frames_of_one_bit_begin_within_a_byte(dicom: Write, shape: tuple[int, int]) -> None:
+    bits = np.random.default_rng(0).integers(0, 2, (4, *shape), dtype=np.uint8)
+    packed = np.packbits(bits.ravel(), bitorder="little").tobytes()
+    data = dicom(
+        BitsAllocated=1,
+        BitsStored=1,
+        HighBit=0,
+        Rows=shape[0],
+        Columns=shape[1],
+        NumberOfFrames=4,
+        PixelData=packed + b"\0" * (len(packed) % 2),
+    )
+    for frame in range(4):
+        found = picture(parse(data), DicomBlock(frame=frame + 1))
+        assert np.array_equal(np.asarray(found.image), bits[frame] * 255)
+
+
 # --- odd headers ---
 
 

@@ -197,6 +197,15 @@ def test_a_table_is_read_in_what_spreadsheets_write(tmp_path: Path, text: str, e
     assert data.splits["train"].patients.tolist() == ["Pé0"], text
 
 
+def test_the_line_by_which_excel_tells_its_separator_is_no_row(tmp_path: Path) -> None:
+    for index in range(2):
+        picture(tmp_path / f"i{index}.png", index)
+    data = opened(write(tmp_path, ["i0.png|a|train|p0", "i1.png|b|test|p1"], "sep=|\n" + HEADER.replace(",", "|")))
+    assert data.splits["train"].patients.tolist() == ["p0"]
+    with pytest.raises(DataError, match="row 3, 'c'"):
+        opened(write(tmp_path, ["i0.png;a;train;p0", "i1.png;c;test;p1"], "sep=;\n" + HEADER.replace(",", ";")))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

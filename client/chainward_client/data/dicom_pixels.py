@@ -44,6 +44,7 @@ _PACKAGES = {
     "pillow": "pillow",
 }
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_BIG_ENDIAN = "1.2.840.10008.1.2.2"
 _IN_PROCESS = ("pillow", "pydicom")
 
 
@@ -190,6 +191,8 @@ def _native(header: Header, decoder: Any, frame: int, form: Format) -> tuple[np.
         raise unreadable(f"{keyword} holds no bytes")
     if len(data) < expected:
         raise unreadable(f"truncated: {len(data)} bytes of pixels, expected {expected}")
+    if form.allocated == 1 and form.samples == 1:
+        return _single_bits(header, bytes(data), frame, form), form.photometric
     options = form.options() | {"number_of_frames": frames, "pixel_keyword": keyword}
     options["pixel_vr"] = header.dataset[keyword].VR
     try:
@@ -199,6 +202,15 @@ def _native(header: Header, decoder: Any, frame: int, form: Format) -> tuple[np.
     except Exception as error:
         raise unreadable(f"its pixels can't be read ({_shortened(f'{type(error).__name__}: {error}')})") from None
     return values, str(found["photometric_interpretation"])
+
+
+def _single_bits(header: Header, data: bytes, frame: int, form: Format) -> np.ndarray:
+    """Return pixels of one bit; those of a frame begin where those of the one before end, within a byte (PS3.5 8.1.1)."""
+    if transfer_syntax(header.dataset) == _BIG_ENDIAN and header.dataset["PixelData"].VR == "OW":
+        data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes() + data[len(data) // 2 * 2 :]
+    size = form.rows * form.columns
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=(frame + 1) * size, bitorder="little")
+    return bits[frame * size :].reshape(form.rows, form.columns)
 
 
 def _rgb(header: Header, values: np.ndarray) -> np.ndarray:

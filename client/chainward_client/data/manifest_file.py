@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
 
 _SEPARATORS = (",", ";", "\t")
+_TOLD = re.compile(r'"?sep=([,;\t|])"?\r?\n', re.IGNORECASE)
 _HOW_TO_SAVE = "save it as UTF-8 (Excel: Save As, file type 'CSV UTF-8')"
 
 
@@ -31,11 +33,14 @@ def read_cells(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     text = _text(path)
+    separator = _separator(text)
+    if told := _TOLD.match(text):  # a line of Excel's own, which it does not show as a row
+        text, separator = text[told.end() :], told[1]
     try:
         # As text, so that patient 001 does not become 1; the header as a row, so that repeats are seen, and rows
         # that are longer than it are an error.
         frame = pd.read_csv(
-            io.StringIO(text), sep=_separator(text), header=None, dtype=str, na_filter=False, skip_blank_lines=False
+            io.StringIO(text), sep=separator, header=None, dtype=str, na_filter=False, skip_blank_lines=False
         )
     except pd.errors.EmptyDataError:
         raise DataError(f"{path.name} is empty; expected a header and one row per image") from None
