@@ -16,13 +16,17 @@ from chainward_shared.preprocessing import resized, to_float
 
 BATCH = 256
 
+_LARGEST = torch.finfo(torch.float32).max
+"""What an infinite logit counts as: no finite one of a model is larger."""
+
 
 def predict(
     model: nn.Module, images: torch.Tensor, threads: int, *, multilabel: bool = False, image_size: int = 0
 ) -> np.ndarray:
     """Return the class probabilities of uint8 `images` (n, c, h, w) as float64 (n, classes), computed in fp32.
 
-    They sum to 1; `multilabel`: each is that of a finding, for itself. `image_size`: side of the images that the model
+    They sum to 1; `multilabel`: each is that of a finding, for itself. Whatever the weights: logits that are not finite
+    saturate, because whether scoring fails would tell of single images. `image_size`: side of the images that the model
     sees; 0, the default: as they are.
     """
     size = image_size or images.shape[-1]
@@ -36,6 +40,7 @@ def predict(
             ]
         )
     model.to("cpu")
+    logits = logits.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
     return (logits.sigmoid() if multilabel else logits.softmax(dim=1)).numpy()
 
 
@@ -72,6 +77,7 @@ def localisation_values(
         for chosen in rows.split(BATCH):
             images = to_float(resized(cases.images[chosen], size).to(device))
             maps = attention_maps(model, images, size=(masks.shape[-2], masks.shape[-1])).cpu()
+            maps = maps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # says nothing of where the model looks
             parts.append(score_maps(maps, masks[chosen]))
     model.to("cpu")
     values = LocalisationValues.joined(parts)

@@ -13,7 +13,9 @@ from chainward_client.admission import admitted
 from chainward_client.card import site_card
 from chainward_client.incoming import incoming_state
 from chainward_client.node import Node
+from chainward_client.private_files import for_the_owner_alone
 from chainward_client.private_site import PrivateWork
+from chainward_client.request_check import check_architecture
 from chainward_client.scoring import scored
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
@@ -36,6 +38,7 @@ from chainward_shared.protocol import (
     SitePrivacy,
     StudentResult,
     StudentTask,
+    TrainingLog,
     kind_of,
     pack,
     unpack,
@@ -65,7 +68,8 @@ def _answering(handler: Handler, node: type[Node]) -> Callable[[Message, Context
     def answer(message: Message, context: Context) -> Message:
         show_progress()
         try:
-            content = handler(message, node(context.node_config))
+            with for_the_owner_alone():
+                content = handler(message, node(context.node_config))
         except Exception as error:
             refusal = node.refusal(error)
             if refusal is None:
@@ -115,6 +119,7 @@ def link(message: Message, node: Node) -> RecordDict:
 
 
 def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
+    check_architecture(task.architecture, site.described)
     work = _work(site, task)
     store = SiteStore(site.state_dir, task.run_id)
     store.tidy()
@@ -138,10 +143,15 @@ def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> Rec
             checkpoint=store.checkpoint(task),
         )
         state = rounded(state, task.recipe.transfer)
-        answer = LinkResult(hop=task.hop, site=site.data.site, digest=digest(state), training=log), state
+        answer = LinkResult(hop=task.hop, site=site.site, digest=digest(state), training=_told(log, work)), state
         store.save_answer(task, *answer)
     result, state = answer
     return pack(_stated(result, work), {"model": to_arrays(state)})
+
+
+def _told(log: TrainingLog, work: PrivateWork | None) -> TrainingLog:
+    """Return what is said of a training: of a private one the time only roughly, for it varies with what was sampled."""
+    return log if work is None else log.model_copy(update={"seconds": float(f"{log.seconds:.0e}")})
 
 
 def _stated(result: B, work: PrivateWork | None) -> B:
@@ -157,6 +167,9 @@ def student(message: Message, node: Node) -> RecordDict:
 
 
 def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
+    for architecture in (task.architecture, task.large_architecture):
+        if architecture is not None:
+            check_architecture(architecture, site.described, any_size=True)
     work = _work(site, task)
     store = SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, StudentResult)
@@ -173,7 +186,7 @@ def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) 
             task.architecture,
             task.recipe,
             current,
-            _auxiliary(task, arrays, store, site.data.site),
+            _auxiliary(task, arrays, store, site.site),
             round_index=task.round - 1,
             large=large,
             large_architecture=task.large_architecture,
@@ -186,9 +199,9 @@ def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) 
         state = rounded(trained.student, task.recipe.transfer)
         result = StudentResult(
             round=task.round,
-            site=site.data.site,
+            site=site.site,
             digest=digest(state),
-            training=trained.log,
+            training=_told(trained.log, work),
             auxiliary_kept=trained.auxiliary_kept,
         )
         answer = result, state

@@ -1,8 +1,8 @@
 """A site that trains privately: its policy, its ledger, and the work that the two of them allow.
 
 The order, for every piece of work that costs privacy: the policy checks what is asked (`check`), the plan is reserved on
-disk, the first noisy step begins, the last one commits, the work is stored, and only then it leaves, with a statement of
-the ledger. What fails before the first noisy step is released; what fails later stays spent.
+disk, the training begins, the last noisy step commits, the work is stored, and only then it leaves, with a statement of
+the ledger. What fails after the reservation stays spent, all of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from chainward_client.site_ledger import create_site_ledger, open_site_ledger
 from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.entropy import Entropy, OperatingSystem
 from chainward_client.training.private import PrivateTraining, declared_counts
-from chainward_shared.errors import PolicyRefusal, PrivacyError
+from chainward_shared.errors import PolicyRefusal, PrivacyError, SpentError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
@@ -206,6 +206,8 @@ class PrivateWork:
             It doesn't fit into the site's budget, or into what the run said it would spend. Nothing was spent.
         LedgerError
             The ledger can't be written; nothing was trained.
+        SpentError
+            The training failed; all that was reserved is spent.
         """
         asked = self._asked(recipe)
         planned = self.plan(
@@ -227,13 +229,14 @@ class PrivateWork:
             entropy=self.site.entropy,
             begin=reservation.begin,
         )
+        reservation.begin()
         try:
             yield private
-        finally:
-            if not reservation.begun:
-                ledger.release(reservation)
-            elif steps := private.spent.mechanism.steps:
-                ledger.commit(reservation, steps)
+        except Exception as error:
+            # whether and when it failed may follow from single records: to the ledger it looks like any other
+            ledger.commit(reservation, reservation.mechanism.steps)
+            raise SpentError(f"a private training failed, and is charged in full: {error}") from error
+        ledger.commit(reservation, private.spent.mechanism.steps)
 
     def _resumed(self, checkpoint: Checkpoint, phase: str, planned: PrivatePlan) -> Reservation | None:
         """Return the open reservation in which a training began that left this checkpoint; else forget the checkpoint."""

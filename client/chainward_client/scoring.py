@@ -12,8 +12,11 @@ from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.incoming import incoming_state
 from chainward_client.noised_scores import noised, one_image_each
 from chainward_client.private_site import PrivateSite
+from chainward_client.request_check import check_architecture
+from chainward_client.score_limits import ScoredModels, coarse, too_few_cases
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
+from chainward_shared.errors import SpentError
 from chainward_shared.evaluation.classification import (
     COUNT_FIELDS,
     PredictionCounts,
@@ -40,10 +43,17 @@ def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -
     """Return the answer: scores as they are, with noise, or none."""
     release = "exact" if site.policy is None else site.policy.metrics
     if release == "withhold" or (release == "noised" and not task.splits):
-        return pack(EvaluateResult(site=site.data.site, scores={}, release="withhold"))
+        return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
+    check_architecture(task.architecture, site.described, any_size=True)
     if release == "noised":
         return _noised_scores(task, site, arrays)
-    result, counts = exact_scores(task, site.data, _model(task, arrays))
+    model = _model(task, arrays)
+    if site.scores is not None and (
+        too_few_cases(site.data, task, site.scores)
+        or not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores)
+    ):
+        return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
+    result, counts = exact_scores(task, site.data, model, rounded=site.scores is not None)
     return pack(result, {f"counts_{split}": counts_to_arrays(of_split) for split, of_split in counts.items()})
 
 
@@ -53,8 +63,10 @@ def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord]) -> nn.Module:
     return model
 
 
-def exact_scores(task: EvaluateTask, data: SiteData, model: nn.Module) -> tuple[EvaluateResult, Counts]:
-    """Return the scores as they are, and the counts of each split that they follow from."""
+def exact_scores(
+    task: EvaluateTask, data: SiteData, model: nn.Module, *, rounded: bool = False
+) -> tuple[EvaluateResult, Counts]:
+    """Return the scores as they are, and the counts of each split that they follow from; `rounded`: `coarse` ones."""
     scores: dict[str, Scores] = {}
     counts: Counts = {}
     size = task.architecture.image_size
@@ -64,6 +76,9 @@ def exact_scores(task: EvaluateTask, data: SiteData, model: nn.Module) -> tuple[
         labels = cases.labels.numpy()
         scores[split] = evaluate(probabilities, labels)
         counts[split] = PredictionCounts.of(probabilities, labels)
+        if rounded:
+            counts[split] = coarse(counts[split])
+            scores[split] = scores[split].model_copy(update={"ece": pool([counts[split]]).ece})
     values = None
     if task.localisation:
         values = localisation_values(model, data.splits["test"], task.threads, image_size=size)
@@ -92,10 +107,13 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
     work, store = privacy.work(task.run_id, task.hop), SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, EvaluateResult)
     if answer is None:
-        model = _model(task, arrays)
+        model, data = _model(task, arrays), site.data
         if not work.release():
-            return pack(EvaluateResult(site=site.data.site, scores={}, release="withhold"))
-        result, counts = noised_scores(task, site.data, privacy, model)
+            return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
+        try:
+            result, counts = noised_scores(task, data, privacy, model)
+        except Exception as error:
+            raise SpentError(f"scoring failed after its release was charged: {error}") from error
         stored = {
             f"counts_{split}.{part}": tensor
             for split, of in counts.items()

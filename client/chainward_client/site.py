@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site
 from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite
 from chainward_client.privileged.checks import with_privileged_notes
+from chainward_client.request_check import Described, require_class_names
+from chainward_client.score_limits import ScoreLimits
 from chainward_client.site_key import site_key
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.outside import SiteId
@@ -31,6 +35,7 @@ class SiteConfig(BaseModel):
     state : folder for what the site keeps between messages
     privacy : the site's rules on privacy; without, it takes part in runs without privacy only
     limits : what a run may ask of the site's machines, default as `SiteLimits` says
+    scores : what of exact scores may leave, default as `ScoreLimits` says
 
     Both paths may be relative to site.yaml.
     """
@@ -42,6 +47,7 @@ class SiteConfig(BaseModel):
     state: str = "~/.chainward/site"
     privacy: PrivacyPolicy | None = None
     limits: SiteLimits = SiteLimits()
+    scores: ScoreLimits = ScoreLimits()
 
     def state_dir(self, path: Path) -> Path:
         """Return the state folder of the site whose site.yaml is in `path`."""
@@ -54,15 +60,39 @@ class SiteConfig(BaseModel):
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site that is ready to work: its data, where it keeps its state, and its privacy policy, if it has one.
+    """A site that is ready to work. Its data are read when they are first asked for.
 
-    `simulated`: its ledger is made where there is none.
+    Attributes
+    ----------
+    site : id of the site
+    described : what its data file says of the images
+    read : reads its data
+    state_dir : where it keeps its state
+    policy : its privacy policy, if it has one
+    scores : what of exact scores may leave; None in a simulation: all
+    simulated : its ledger is made where there is none
     """
 
-    data: SiteData
+    site: str
+    described: Described
+    read: Callable[[], SiteData]
     state_dir: Path
     policy: PrivacyPolicy | None = None
+    scores: ScoreLimits | None = None
     simulated: bool = False
+
+    @cached_property
+    def data(self) -> SiteData:
+        """The site's data.
+
+        Raises
+        ------
+        DataError
+            They can't be used.
+        StoreError
+            The site's secret can't be read or made.
+        """
+        return self.read()
 
     def open_privacy(self) -> PrivateSite | None:
         """Return what the site's private work needs, its ledger verified; None without a policy.
@@ -74,7 +104,7 @@ class OpenSite:
         """
         if self.policy is None:
             return None
-        return PrivateSite.open(self.policy, self.state_dir, self.data.site, create=self.simulated)
+        return PrivateSite.open(self.policy, self.state_dir, self.site, create=self.simulated)
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -106,23 +136,33 @@ def load_site_config(path: Path) -> SiteConfig:
         raise DataError(f"{path}: {first_problem(error)}") from error
 
 
-_BLOCKS: dict[str, type[BaseModel]] = {"": SiteConfig, "privacy": PrivacyPolicy, "limits": SiteLimits}
+_BLOCKS: dict[str, type[BaseModel]] = {
+    "": SiteConfig,
+    "privacy": PrivacyPolicy,
+    "limits": SiteLimits,
+    "scores": ScoreLimits,
+}
 
 
 def open_site(site_yaml: Path) -> OpenSite:
-    """Return the hospital whose site.yaml this is, its data read.
+    """Return the hospital whose site.yaml this is.
 
     Raises
     ------
     DataError
-        site.yaml or the data can't be used.
-    StoreError
-        The site's secret can't be read or made.
+        site.yaml or the data file that it names can't be used.
     """
     config = load_site_config(site_yaml)
     state_dir = config.state_dir(site_yaml)
     path = (site_yaml.parent / Path(config.data).expanduser()).resolve()
-    return OpenSite(_local_site(path, config.site, site_key(state_dir)), state_dir, config.privacy)
+    description = load_description(path)
+    if config.privacy is not None:
+        require_class_names(description)
+
+    def read() -> SiteData:
+        return _local_site(path, config.site, site_key(state_dir))
+
+    return OpenSite(config.site, Described.by(description), read, state_dir, config.privacy, config.scores)
 
 
 @lru_cache(maxsize=1)

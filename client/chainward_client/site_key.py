@@ -12,6 +12,7 @@ import secrets
 import stat
 from pathlib import Path
 
+from chainward_client.private_files import for_the_owner_alone
 from chainward_shared.errors import StoreError
 
 logger = logging.getLogger("chainward.client")
@@ -62,6 +63,7 @@ def site_key_to_look_with(state_dir: Path) -> bytes:
     return site_key(state_dir) if site_key_path(state_dir).exists() else secrets.token_bytes(_BYTES)
 
 
+@for_the_owner_alone()
 def _make(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
@@ -76,4 +78,4 @@ def _make(path: Path) -> None:
             return
     finally:
         part.unlink(missing_ok=True)
-    logger.info("%s: made; patients are dealt to train, val and test by it. Back it up with the ledger", path)
+    logger.debug("%s: made; patients are dealt to train, val and test by it. Back it up with the ledger", path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from chainward_client.private_files import for_the_owner_alone
 from chainward_shared.errors import LedgerError, PrivacyError
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.signing import create_key, load_key
@@ -21,6 +22,7 @@ def key_path(state_dir: Path) -> Path:
     return state_dir / "privacy" / "ledger.key"
 
 
+@for_the_owner_alone()
 def create_site_ledger(state_dir: Path, site: str) -> Ledger:
     """Return the site's ledger, made with its key if the site has neither.
 

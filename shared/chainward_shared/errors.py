@@ -70,6 +70,11 @@ class StatementError(PrivacyError):
     """A privacy statement is not signed by its site, contradicts itself, or contradicts an earlier one."""
 
 
+class SpentError(PrivacyError):
+    """Private work failed after privacy was reserved for it; all of that stays spent. Why it failed may follow from single
+    records, so the words stay at the site."""
+
+
 class PolicyRefusal(PrivacyError):
     """A site's own policy forbids what a run asks. The message holds numbers and names of settings only: it may be sent."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from chainward_client.data.site_data import SiteData
 from chainward_client.handlers import client_app
 from chainward_client.node import Node, Task
+from chainward_client.request_check import Described
 from chainward_client.site import OpenSite
 from chainward_shared.errors import ChainwardError, DataError, PolicyRefusal, ProtocolError
 from chainward_shared.protocol import AtWork, AtWorkRequest, Hello, HelloRequest, Refusal, SimulatedSite
@@ -61,7 +62,8 @@ class SimulatedNode(Node):
             simulated.seed,
             _stamp(simulated.source),
         )
-        return OpenSite(data, Path(simulated.state_dir) / data.site, simulated.policy, simulated=True)
+        state_dir = Path(simulated.state_dir) / data.site
+        return OpenSite(data.site, Described.of(data), lambda: data, state_dir, simulated.policy, simulated=True)
 
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:

@@ -17,7 +17,7 @@ from loopback_grid import LoopbackGrid
 from safetensors.torch import load_file
 
 import chainward_client.app
-from chainward_client.site_ledger import create_site_ledger, open_site_ledger
+from chainward_client.site_ledger import create_site_ledger, ledger_path, open_site_ledger
 from chainward_server.run_folder import RunFolder
 from chainward_shared.privacy.audit import audit_statements
 
@@ -47,7 +47,7 @@ def check_outcome(folder: RunFolder, sites: Path) -> None:
     record = json.loads((folder.path / "privacy.json").read_text())
     assert audit_statements(folder.state.run_id, record["statements"], list(record["sites"])).exit_code == 0
     assert open_site_ledger(sites / "cedar" / "state", "cedar")[0].spendings(), "the hospital's own ledger has it"
-    assert not (sites / "ash" / "state" / "privacy").exists()
+    assert not ledger_path(sites / "ash" / "state").exists()
     told = "".join(path.read_text() for path in folder.path.glob("*.json"))
     assert not re.search(r"(ash|birch|cedar)-(train|val|test)-\d", told), "no file name of a case"
     assert str(sites) not in told, "no path of a hospital"

@@ -264,6 +264,19 @@ def test_the_coordinators_flwr_speaks_to_the_superlink_that_its_kit_starts():
 # --- what reaches the SuperLink, and what runs at a hospital ---
 
 
+@pytest.mark.parametrize("side", ["ssl", "proxy_ssl"])
+def test_the_proxy_speaks_tls_with_forward_secrecy_and_authenticated_encryption_only(side):
+    configuration = (SERVER / "nginx.conf").read_text()
+    (protocols,) = re.findall(rf"^\s+{side}_protocols (.+);$", configuration, re.MULTILINE)
+    assert protocols.split() == ["TLSv1.2", "TLSv1.3"]
+    (listed,) = re.findall(rf"^\s+{side}_ciphers (\S+);$", configuration, re.MULTILINE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers(listed)  # OpenSSL's, as in nginx
+    known = {cipher["name"]: cipher for cipher in context.get_ciphers() if cipher["protocol"] == "TLSv1.2"}
+    assert sorted(known) == sorted(listed.split(":")), "OpenSSL drops names that it does not know in silence"
+    assert all(cipher["aead"] and cipher["kea"] == "kx-ecdhe" for cipher in known.values())
+
+
 @needs("nginx")
 def test_the_proxy_lets_hospitals_to_the_fleet_interface_and_the_health_page_and_nowhere_else(tmp_path):
     authority, (inner, outer) = Authority(tmp_path / "tls"), free_ports(2)
