@@ -28,6 +28,10 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     (r"refusal/final", "whether asking again is of no use"),
     (r"[^/]*/site", "the site's id, which all members know"),
     (r"hello/version", "the program's version"),
+    (
+        r"hello/(key|signature)",
+        "by which the coordinator knows this site again: a public key, and a proof that the site has it",
+    ),
     (r"hello/.*", "empty at a hospital: simulations use it"),
     (
         r"site-card/(task|classes|image_size|channels|synthetic)",

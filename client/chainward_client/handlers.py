@@ -87,7 +87,7 @@ def query(message: Message, node: Node) -> RecordDict:
     if kind_of(content) == AtWorkRequest.KIND:
         return pack(node.at_work(unpack(content, AtWorkRequest)[0]))
     if kind_of(content) == HelloRequest.KIND:
-        return pack(node.hello(unpack(content, HelloRequest)[0]))
+        return pack(node.hello(unpack(content, HelloRequest)[0], message.metadata.dst_node_id))
     site = node.open(unpack(content, CardRequest)[0].simulated)
     return pack(site_card(site.data, site.policy, _site_privacy(site)))
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from chainward_client.limits import check_limits
 from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
+from chainward_client.site_key import identity
 from chainward_client.store import SiteStore
 from chainward_shared.errors import ModelError, PolicyRefusal, ProtocolError, WeightsError
+from chainward_shared.identity import signed_hello
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
@@ -52,8 +54,8 @@ class Node(ABC):
     def __init__(self, node_config: Mapping[str, Any]) -> None: ...
 
     @abstractmethod
-    def hello(self, request: HelloRequest) -> Hello:
-        """Say which site this is."""
+    def hello(self, request: HelloRequest, node: int) -> Hello:
+        """Say which site this is; `node`: Flower's id of the node that was asked."""
 
     @abstractmethod
     def at_work(self, request: AtWorkRequest) -> AtWork:
@@ -88,8 +90,9 @@ class DeployedNode(Node):
         self._path = site_yaml_path(node_config)
         self._config: SiteConfig = load_site_config(self._path)
 
-    def hello(self, request: HelloRequest) -> Hello:
-        return Hello(site=self._config.site)
+    def hello(self, request: HelloRequest, node: int) -> Hello:
+        key = identity(self._config.state_dir(self._path))
+        return signed_hello(Hello(site=self._config.site), key, nonce=request.nonce, node=node)
 
     def at_work(self, request: AtWorkRequest) -> AtWork:
         return AtWork(site=self._config.site, at_work=self._store(request.run_id).lock(request.task).held)

@@ -12,6 +12,10 @@ import secrets
 import stat
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
 from chainward_client.private_files import for_the_owner_alone
 from chainward_shared.errors import StoreError
 
@@ -50,6 +54,18 @@ def site_key(state_dir: Path) -> bytes:
     if len(key) != _BYTES:
         raise StoreError(f"{path}: damaged, expected {2 * _BYTES} hexadecimal digits; restore it from a backup")
     return key
+
+
+def identity(state_dir: Path) -> Ed25519PrivateKey:
+    """Return the key by which a coordinator knows this site again; it follows from the site's secret.
+
+    Raises
+    ------
+    StoreError
+        As of `site_key`.
+    """
+    derived = HKDF(SHA256(), 32, salt=None, info=b"chainward identity").derive(site_key(state_dir))
+    return Ed25519PrivateKey.from_private_bytes(derived)
 
 
 def site_key_to_look_with(state_dir: Path) -> bytes:

@@ -117,7 +117,14 @@ def coordinate(grid: Grid, folder: RunFolder) -> Results:
 def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Results | None) -> None:
     timings = dict(results.timings) if results else {}
     with _timed("rendezvous", folder, timings):
-        sites = meet(grid, config, state_dir=folder.path / "simulated-sites")
+        sites = meet(
+            grid,
+            config,
+            folder.path / "simulated-sites",
+            bound=folder.state.keys,
+            earlier=folder.keys_of_earlier_runs(),
+        )
+        folder.bind(sites.keys)
         card = sites.any_card
         found = run_architectures(config, classes=len(card.classes), channels=card.channels, image_size=card.image_size)
         models = dict(zip(("chain", "student"), found, strict=False))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from chainward_server.aggregation import check_drift
 from chainward_server.attempts import Attempted, attempted
 from chainward_server.claims import check_training
 from chainward_server.context import Run
@@ -133,19 +133,22 @@ def _run_turn(run: Run, turn: Sequence[tuple[int, Hop]], total: int, strands: li
     for _, hop in turn:
         if run.checkpoints.is_finished(hop.key) and run.checkpoints.has_model(hop.key):
             strands[hop.strand].move_on(hop, run.checkpoints.load_model(hop.key, run.template))
-    hops = {hop.site: hop for _, hop in pending}
+    hops, config = {hop.site: hop for _, hop in pending}, run.config.chain
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
         return run.sites.train_links({site: _link_work(run, hops[site], strands[hops[site].strand]) for site in sites})
 
     def check(site: str, answer: Trained[LinkResult]) -> None:
         check_link(run, answer, hops[site].key, site)
-        _check_drift(run, answer.model, strands[hops[site].strand].model)
+        start = strands[hops[site].strand].model
+        if config.start == "fresh" or start is None:
+            start = dict(build_model(run.architecture, run.config.seed).state_dict())
+        check_drift(answer.model, start, config.max_drift, "chain.max-drift")
 
     def keep(site: str, answer: Trained[LinkResult]) -> None:
         run.save_model(hops[site].key, answer.model, run.architecture)
 
-    outcomes = attempted(hops, ask, check, retries=run.config.chain.retries, keep=keep)
+    outcomes = attempted(hops, ask, check, retries=config.retries, keep=keep)
     for number, hop in pending:
         _record(run, hop, outcomes[hop.site], strands[hop.strand], f"hop {number} of {total}")
 
@@ -181,26 +184,6 @@ def check_link(run: Run, answer: Trained[LinkResult], hop: str, site: str, *, la
     if digest(answer.model) != result.digest:
         raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
     run.privacy.take(result.statement, site, hop)
-
-
-def _check_drift(run: Run, model: StateDict, start: StateDict | None) -> None:
-    """Refuse weights that are implausibly far from those that the link started with.
-
-    Raises
-    ------
-    ChainwardError
-        They are further than ``chain.max-drift`` times the length of the latter.
-    """
-    if run.config.chain.start == "fresh" or start is None:
-        start = dict(build_model(run.architecture, run.config.seed).state_dict())
-    names = [name for name, tensor in start.items() if tensor.is_floating_point()]
-    moved = math.sqrt(sum(float((model[name].double() - start[name].double()).square().sum()) for name in names))
-    length = math.sqrt(sum(float(start[name].double().square().sum()) for name in names))
-    if moved > run.config.chain.max_drift * length:
-        raise ChainwardError(
-            f"its weights are {moved / length:.3g} times their former length away from where it started; "
-            f"chain.max-drift allows {run.config.chain.max_drift:g}"
-        )
 
 
 def _record(run: Run, hop: Hop, outcome: Attempted[LinkResult], strand: Strand, number: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from flwr.serverapp import Grid
 
 from chainward_server.sites import Failure
 from chainward_shared.errors import ChainwardError
+from chainward_shared.identity import proven_key
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
@@ -65,11 +67,13 @@ LOST = frozenset(
 
 @dataclass(frozen=True)
 class Member:
-    """A site that takes part: its id, the node it is reached at, and, in a simulation, who it plays."""
+    """A site that takes part: its id, the node it is reached at, in a simulation who it plays, and the public key that it
+    has shown when it was first met, by which it is known again at another node."""
 
     site: str
     node_id: int
     simulated: SimulatedSite | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -227,19 +231,49 @@ class Exchange:
         return [site for site in sites if self.members[site].node_id in nodes]
 
     def _recognise(self, nodes: set[int]) -> None:
-        """Ask nodes who they are, and note those that are a member again."""
-        asked = Exchange(self.grid, {str(node): Member(str(node), node) for node in nodes})
-        hello = Request("query", self.hello) if self.hello is not None else None
-        assert hello is not None
-        for name, answer in asked.ask(dict.fromkeys(asked.members, hello), Hello, deadline=HELLO_SECONDS).items():
-            if isinstance(answer, Failure):
+        """Ask nodes who they are, and note those that are a member again: that can show the member's key."""
+        assert self.hello is not None
+        for node, known in introduced(self.grid, nodes, self.hello, HELLO_SECONDS).items():
+            if isinstance(known, Failure):
                 continue  # asked again when it is looked for the next time
-            site = answer.body.site
-            if site not in self.members:
-                self._strangers.add(int(name))
-                continue
-            logger.info("site '%s' is back, as node %s", site, name)
-            self.members[site] = replace(self.members[site], node_id=int(name))
+            site = known.hello.site or ""
+            member = self.members.get(site)
+            if member is None:
+                self._strangers.add(node)
+            elif member.key is None or known.key != member.key:
+                self._strangers.add(node)
+                logger.warning(
+                    "node %s says that it is site '%s' and can't show that site's key; it is refused", node, site
+                )
+            else:
+                logger.info("site '%s' is back, as node %s", site, node)
+                self.members[site] = replace(member, node_id=node)
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """What a node says of itself. `key`: the public key that it has shown to hold; None: none."""
+
+    hello: Hello
+    key: str | None
+
+
+def introduced(
+    grid: Grid, nodes: Iterable[int], hello: HelloRequest, deadline: float
+) -> dict[int, Introduced | Failure]:
+    """Ask nodes who they are, each with a question of its own, and return what they say."""
+    asked = {node: hello.model_copy(update={"nonce": secrets.token_hex(32)}) for node in nodes}
+    exchange = Exchange(grid, {str(node): Member(str(node), node) for node in asked})
+    requests = {str(node): Request("query", question) for node, question in asked.items()}
+    found: dict[int, Introduced | Failure] = {}
+    for name, answer in exchange.ask(requests, Hello, deadline).items():
+        node = int(name)
+        found[node] = (
+            answer
+            if isinstance(answer, Failure)
+            else Introduced(answer.body, proven_key(answer.body, nonce=asked[node].nonce, node=node))
+        )
+    return found
 
 
 class _Lookout:

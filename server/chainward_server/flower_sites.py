@@ -41,6 +41,11 @@ class FlowerSites(Sites):
         """Whether the sites are simulated."""
         return any(member.simulated is not None for member in self.exchange.members.values())
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """The public keys that the sites have shown when they were met, by site."""
+        return {site: member.key for site, member in self.exchange.members.items() if member.key is not None}
+
     def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
         # Simulated sites share a machine: all of them alone take as long as one after the other. Nobody waits for such a
         # comparison to be possible.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from chainward_server.claims import check_card
-from chainward_server.exchange import Exchange, Member, Reply, Request
+from chainward_server.exchange import Exchange, Introduced, Member, Reply, Request, introduced
 from chainward_server.flower_sites import FlowerSites
 from chainward_server.sites import Failure
 from chainward_shared import __version__
@@ -23,25 +24,40 @@ logger = logging.getLogger("chainward")
 POLL_SECONDS = 1.0
 
 
-def meet(grid: Grid, config: RunConfig, state_dir: Path) -> FlowerSites:
+def meet(
+    grid: Grid,
+    config: RunConfig,
+    state_dir: Path,
+    *,
+    bound: Mapping[str, str] | None = None,
+    earlier: Mapping[str, str] | None = None,
+) -> FlowerSites:
     """Find the sites among the connected nodes and collect their cards.
 
     Simulated nodes share the simulated sites among them, however many nodes Flower has started; a deployed node is the
-    site that its own site.yaml says.
+    site that its own site.yaml says. Of several nodes that say the same, one is taken (`_deployed_members`), and the others
+    are refused by name.
 
     Parameters
     ----------
     state_dir : folder in which simulated sites keep their state
+    bound : public keys of sites with which this run has begun; no other node is taken for such a site
+    earlier : the keys that sites had in runs before this one
 
     Raises
     ------
     ChainwardError
-        An expected site is missing at the deadline or refuses, two nodes claim one site, a site runs another version, or the
-        sites don't agree on task, classes and images.
+        An expected site is missing at the deadline or refuses, a site runs another version, or the sites don't agree on
+        task, classes and images.
     """
     started = time.monotonic()
     deadline = config.federation.deadline
-    members = _members(grid, config, state_dir, started)
+    members = _members(grid, config, state_dir, started, _Keys(bound or {}, earlier or {}))
+    for site, member in members.items():
+        if member.key is not None and (earlier or {}).get(site, member.key) != member.key:
+            logger.warning(
+                "site '%s' shows another key than in earlier runs; ask the hospital whether it is right", site
+            )
     deployed = all(member.simulated is None for member in members.values())
     exchange = (
         Exchange(grid, members, _hello(config), check_every=config.federation.check_every)
@@ -85,39 +101,38 @@ def _cards(answers: Mapping[str, Reply[SiteCard] | Failure]) -> dict[str, SiteCa
     return cards
 
 
-def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float) -> dict[str, Member]:
+def _members(grid: Grid, config: RunConfig, state_dir: Path, started: float, keys: _Keys) -> dict[str, Member]:
     """Return the members in chain order, waiting until all expected ones are there."""
     hello = _hello(config)
-    known: dict[int, Hello] = {}
+    known: dict[int, Introduced] = {}
     failures: dict[int, str] = {}
     reported = 0.0
     while True:
         left = config.federation.deadline - (time.monotonic() - started)
         new = [node for node in grid.get_node_ids() if node not in known]
-        exchange = Exchange(grid, {str(node): Member(str(node), node) for node in new})
-        answers = exchange.ask({str(node): Request("query", hello) for node in new}, Hello, deadline=max(1.0, left))
-        for node, answer in ((int(name), answer) for name, answer in answers.items()):
+        for node, answer in introduced(grid, new, hello, max(1.0, left)).items():
             if isinstance(answer, Failure):
                 failures[node] = answer.reason.replace(f"site '{node}'", f"node {node}")
             else:
-                known[node] = answer.body
+                known[node] = answer
                 failures.pop(node, None)
-        _check_versions(config, known)
-        simulated = [node for node, body in known.items() if body.site is None]
+        hellos = {node: one.hello for node, one in known.items()}
+        _check_versions(config, hellos)
+        simulated = [node for node, body in hellos.items() if body.site is None]
         if simulated and len(simulated) < len(known):
             raise ChainwardError(
                 f"{len(simulated)} of {len(known)} nodes have no site.yaml (simulated) and the others have; start all alike"
             )
         if simulated:
-            return _simulated_members(config, {node: known[node] for node in simulated}, state_dir)
-        deployed = _deployed_members(known)
+            return _simulated_members(config, {node: hellos[node] for node in simulated}, state_dir)
+        deployed = _deployed_members(known, keys)
         missing = _missing(config, deployed)
         if deployed and not missing:
             order = config.expected_sites or sorted(deployed)
             return {site: deployed[site] for site in order}
         waited = time.monotonic() - started
         if waited > config.federation.deadline:
-            words = f"; {next(iter(failures.values()))}" if failures else ""
+            words = "".join(f"; {reason}" for reason in [*failures.values(), *keys.refused.values()][:1])
             raise ChainwardError(
                 f"after {waited:.0f} s (federation.deadline) {missing or 'every site'} is missing; "
                 f"connected: {', '.join(sorted(deployed)) or 'none'}{words}"
@@ -162,16 +177,45 @@ def _missing(config: RunConfig, deployed: dict[str, Member]) -> str:
     return f"{lacking} more site(s)" if lacking > 0 else ""
 
 
-def _deployed_members(known: dict[int, Hello]) -> dict[str, Member]:
+@dataclass
+class _Keys:
+    """By which keys sites are known, and which nodes were refused, with the reason for each."""
+
+    bound: Mapping[str, str]
+    earlier: Mapping[str, str]
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def refuse(self, node: int, reason: str) -> None:
+        """Note, and say once, why a node is not taken for the site that it says it is."""
+        if node not in self.refused:
+            logger.warning("%s", reason)
+        self.refused[node] = reason
+
+
+def _deployed_members(known: Mapping[int, Introduced], keys: _Keys) -> dict[str, Member]:
+    """Return which node is which site. Nobody takes part who can't show the key with which the run has begun; else of
+    several nodes with one name the one whose key earlier runs know is taken, or else the one that was met first."""
     members: dict[str, Member] = {}
-    for node, body in known.items():
-        site = body.site or ""
-        if site in members:
-            raise ChainwardError(
-                f"nodes {members[site].node_id} and {node} both say they are site '{site}'; stop one, or correct its site.yaml"
+    for node, one in sorted(known.items(), key=lambda item: not _is_of_earlier_runs(item[1], keys)):
+        site = one.hello.site or ""
+        if keys.bound.get(site, one.key) != one.key:
+            keys.refuse(
+                node, f"node {node} says that it is site '{site}' and can't show that site's key; it is refused"
             )
-        members[site] = Member(site, node)
+        elif site in members:
+            keys.refuse(
+                node,
+                f"node {node} says that it is site '{site}', which node {members[site].node_id} is; it is refused. Correct "
+                "the site.yaml of one of them",
+            )
+        else:
+            members[site] = Member(site, node, key=one.key)
+            keys.refused.pop(node, None)
     return members
+
+
+def _is_of_earlier_runs(one: Introduced, keys: _Keys) -> bool:
+    return one.key is not None and keys.earlier.get(one.hello.site or "") == one.key
 
 
 def _simulated_members(config: RunConfig, known: dict[int, Hello], state_dir: Path) -> dict[str, Member]:

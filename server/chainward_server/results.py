@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +16,7 @@ from chainward_shared.outside import (
     BySite,
     Bytes,
     Count,
+    Figure,
     Fraction,
     Line,
     Lines,
@@ -140,10 +142,25 @@ class AloneRecord(Record):
         return alone_key(self.site)
 
 
+class Influence(Record):
+    """What one site's model was in an average. `share`: of the weight; `moved`: length of its update as it came, in
+    lengths of the model that it started from; `factor`: by which that was shortened, 1: it was not."""
+
+    share: Fraction
+    moved: Figure
+    factor: Fraction = 1.0
+
+    @property
+    def moved_the_average(self) -> float:
+        """How far the site alone moved the average, in lengths of the model; a bound where a robust mean was taken."""
+        return self.share * self.moved * self.factor
+
+
 class StudentRound(Progressing):
     """One round of the compact students. `failed`: site -> why it is missing from the average. `unreached`: those of them that
     could not be reached. `auxiliary_kept`: fraction of its own selection that the auxiliary teacher still holds after this
-    round, mean over the sites; None in fine-tuning."""
+    round, mean over the sites; None in fine-tuning. `influence`: what part each site had in the average; empty in runs of
+    earlier builds."""
 
     round: Count
     stage: Literal["distil", "finetune"]
@@ -155,11 +172,26 @@ class StudentRound(Progressing):
     bytes_up: Bytes
     validation: Scores | None = None
     auxiliary_kept: Fraction | None = None
+    influence: BySite[Influence] = Field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Name of this piece of work in `run.json`, and of its model file."""
         return student_key(self.round)
+
+
+class LargestInfluence(NamedTuple):
+    """The site that moved an average of students furthest, the round's number, and what part it had in it."""
+
+    site: str
+    round: int
+    part: Influence
+
+
+def largest_influence(rounds: Sequence[StudentRound]) -> LargestInfluence | None:
+    """Return the largest influence that any site had on the students; None where nothing is known of it."""
+    found = [LargestInfluence(site, one.round, part) for one in rounds for site, part in one.influence.items()]
+    return max(found, key=lambda one: one.part.moved_the_average, default=None)
 
 
 class ModelSummary(Record):

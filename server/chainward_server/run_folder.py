@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ import re
 import secrets
 import shlex
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig, optio
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
-from chainward_shared.outside import MAX_RECORDS, Digest, HopKey, Line, Moment, RunId, Word
+from chainward_shared.outside import MAX_RECORDS, BySite, Digest, HopKey, Line, Moment, RunId, Word
 from chainward_shared.preprocessing import preprocessing_metadata
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.task import Task
@@ -65,6 +66,7 @@ class RunState(BaseModel):
     make_up : hops whose site was not reached, for each of which a further hop follows at the end of the chain
     process : the process that coordinates it; None in runs of earlier versions
     resumable : whether resuming may help a run that has ended; None while it goes on
+    keys : public keys of deployed sites, as they were when the run began: nobody else is taken for one of them
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -83,6 +85,7 @@ class RunState(BaseModel):
     make_up: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
     process: RunProcess | None = None
     resumable: bool | None = None
+    keys: BySite[Digest] = Field(default_factory=dict)
 
 
 class RunFolder:
@@ -293,6 +296,20 @@ class RunFolder:
         self.write_results(results)
         self.state.finished += [key for key in finished if key not in self.state.finished]
         self._write_state()
+
+    def bind(self, keys: Mapping[str, str]) -> None:
+        """Note the sites' public keys, each when the site is first met."""
+        self.state.keys = {**keys, **self.state.keys}
+        self._write_state()
+
+    def keys_of_earlier_runs(self) -> dict[str, str]:
+        """Return the public key that each site had in the newest run folder beside this one that knows it."""
+        keys: dict[str, str] = {}
+        for path in sorted(self.path.parent.glob("*/run.json")):  # their names begin with the time
+            if path.parent != self.path:
+                with contextlib.suppress(OSError, ValidationError):
+                    keys |= RunState.model_validate_json(path.read_bytes()).keys
+        return keys
 
     def enter(self, phase: Phase) -> None:
         """Note that the run is in `phase`."""

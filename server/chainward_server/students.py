@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from chainward_server.aggregation import Part, aggregate, check_drift
 from chainward_server.attempts import attempted
 from chainward_server.chain import ChainOutcome
 from chainward_server.claims import check_training
 from chainward_server.context import Run
-from chainward_server.results import StudentRound
+from chainward_server.results import Influence, StudentRound
 from chainward_server.scoring import shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.config import StudentConfig
@@ -30,7 +31,7 @@ from chainward_shared.models.planned import student_architecture
 from chainward_shared.protocol import StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import Transfer
-from chainward_shared.weights import StateDict, digest, rounded, weighted_average
+from chainward_shared.weights import StateDict, digest, rounded
 
 Stage = Literal["distil", "finetune"]
 
@@ -136,6 +137,7 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
 
     def check(site: str, answer: Trained[StudentResult]) -> None:
         _check_student(run, answer, begun.number, site)
+        check_drift(answer.model, begun.student, run.config.student.max_drift, "student.max-drift")
 
     outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)
     answers = {site: outcome.answer for site, outcome in outcomes.items() if outcome.answer is not None}
@@ -149,9 +151,7 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
         run.progress.add(run.student_work(site))
     for reason in failed.values():
         logger.warning("student round %d goes on without a site: %s", begun.number, reason)
-    # In the order of the sites: sums of floats depend on the order, and the run must be repeatable.
-    weights = [run.sites.cards[site].train for site in answers]
-    average = weighted_average([answer.model for answer in answers.values()], weights)
+    average, parts = _average(run, begun, {site: answer.model for site, answer in answers.items()})
     record = StudentRound(
         round=begun.number,
         stage=begun.stage,
@@ -162,8 +162,41 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
         bytes_down=sum(outcome.bytes_down for outcome in outcomes.values()),
         bytes_up=sum(answer.bytes_up for answer in answers.values()),
         auxiliary_kept=_kept(run, [answer.result for answer in answers.values()]),
+        influence={site: Influence(**asdict(part)) for site, part in parts.items()},
     )
     return rounded(average, run.config.federation.transfer), record
+
+
+def _average(run: Run, begun: _Round, models: dict[str, StateDict]) -> tuple[StateDict, dict[str, Part]]:
+    """Return the students' average and each site's part in it, and say where a site was held back."""
+    config = run.config.student
+    average, parts = aggregate(
+        models,
+        begun.student,
+        run.sites.sizes,
+        mean=config.aggregation,
+        max_share=config.max_share,
+        max_update=config.max_update,
+    )
+    declared = sum(max(1, run.sites.sizes[site]) for site in models)
+    for site, part in parts.items():
+        if part.factor < 1:
+            logger.warning(
+                "student round %d: the update of site '%s' is %.3g times as long as student.max-update allows beside the "
+                "others; it counts as that long",
+                begun.number,
+                site,
+                1 / part.factor,
+            )
+        own = max(1, run.sites.sizes[site]) / declared
+        if config.aggregation == "mean" and part.share < own * (1 - 1e-9) and begun.number == 1 and len(models) > 1:
+            logger.warning(
+                "site '%s' declares %.0f%% of all training cases; it counts as %.0f%% (student.max-share)",
+                site,
+                100 * own,
+                100 * part.share,
+            )
+    return average, parts
 
 
 def _check_quorum(run: Run, number: int, finished: int, failed: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from chainward_shared.hops import scores_key, student_key
 from chainward_shared.models import Architecture
 from chainward_shared.outside import (
     MAX_SITES,
+    Base64,
     Count,
     Digest,
     Fraction,
@@ -80,18 +81,21 @@ class SimulatedSite(Body):
 
 
 class HelloRequest(Body):
-    """Who is there? A simulated node also says which sites the data source has."""
+    """Who is there? A simulated node also says which sites the data source has. `nonce`: 32 random bytes, which a deployed
+    site signs with its own key."""
 
     KIND: ClassVar[str] = "hello-request"
 
     source: Location
     num_sites: SiteCount
     label_skew: LabelSkew
+    nonce: Digest | Literal[""] = ""
 
 
 class Hello(Body):
     """A node's answer. `site`: its id where it knows it from its own site.yaml; None for a simulated node, which says
-    instead which sites the data source has, or what is wrong with it (`problem`)."""
+    instead which sites the data source has, or what is wrong with it (`problem`). `key`, `signature`: by which a deployed site is
+    known again; see `identity`."""
 
     KIND: ClassVar[str] = "hello"
 
@@ -100,6 +104,8 @@ class Hello(Body):
     problem: Line | None = None
     partition: Count | None = None
     version: Name = __version__
+    key: Digest | None = None
+    signature: Base64 | None = None
 
 
 class CardRequest(Body):

@@ -41,7 +41,7 @@ class SimulatedNode(Node):
             )
         self._partition = int(node_config["partition-id"])
 
-    def hello(self, request: HelloRequest) -> Hello:
+    def hello(self, request: HelloRequest, node: int) -> Hello:
         try:
             sites = simulated_site_ids(request.source, num_sites=request.num_sites, label_skew=request.label_skew)
         except DataError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Error, Message
 
 from chainward_server.rendezvous import meet
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
+from chainward_shared.identity import proven_key, signed_hello
+from chainward_shared.privacy.signing import public_text
 from chainward_shared.protocol import CardRequest, Hello, HelloRequest, SiteCard, kind_of, pack, unpack
 
 
@@ -50,9 +53,68 @@ def test_deployed_sites_are_found_by_their_own_word(loopback, tmp_path):
     assert [sites.exchange.members[site].node_id for site in sites.ids] == [102, 101, 103]
 
 
-def test_two_nodes_that_claim_one_site_are_refused_by_name(loopback, tmp_path):
-    with pytest.raises(ChainwardError, match=r"nodes 101 and 102 both say they are site 'north'"):
-        meet(loopback(2, hospitals("north", "north")), settings(), tmp_path)
+def signing(keys, *names):
+    """As `hospitals`, with nodes that sign who they are: each with the key of `keys` at its place; None: with none."""
+    plain = hospitals(*names)
+
+    def interfere(message, answer):
+        reply = plain(message, answer)
+        node = message.metadata.dst_node_id
+        key = keys[node - 101]
+        if kind_of(message.content) == HelloRequest.KIND and key is not None:
+            request, hello = unpack(message.content, HelloRequest)[0], unpack(reply.content, Hello)[0]
+            reply.content = pack(signed_hello(hello, key, nonce=request.nonce, node=node))
+        return reply
+
+    return interfere
+
+
+KEYS = [Ed25519PrivateKey.generate() for _ in range(3)]
+PUBLIC = [public_text(key) for key in KEYS]
+
+
+def test_of_two_nodes_that_claim_one_site_the_second_is_refused_by_name_and_the_run_goes_on(loopback, tmp_path, caplog):
+    sites = meet(loopback(3, signing(KEYS, "north", "north", "south")), settings(), tmp_path)
+    assert {site: sites.exchange.members[site].node_id for site in sites.ids} == {"north": 101, "south": 103}
+    assert "node 102 says that it is site 'north', which node 101 is; it is refused" in caplog.text
+    assert sites.keys == {"north": PUBLIC[0], "south": PUBLIC[2]}
+
+
+def test_of_two_nodes_that_claim_one_site_the_one_that_earlier_runs_know_is_taken(loopback, tmp_path, caplog):
+    grid = loopback(2, signing(KEYS[:2], "north", "north"))
+    sites = meet(grid, settings(), tmp_path, earlier={"north": PUBLIC[1]})
+    assert sites.exchange.members["north"].node_id == 102
+    assert "node 101 says that it is site 'north', which node 102 is; it is refused" in caplog.text
+
+
+def test_a_site_with_another_key_than_in_earlier_runs_is_noticed(loopback, tmp_path, caplog):
+    grid = loopback(1, signing(KEYS, "north"))
+    assert meet(grid, settings(), tmp_path, earlier={"north": PUBLIC[1]}).ids == ["north"]
+    assert "site 'north' shows another key than in earlier runs" in caplog.text
+
+
+@pytest.mark.parametrize("impostor", [KEYS[1], None], ids=["another key", "no key"])
+def test_nobody_else_is_taken_for_a_site_with_which_the_run_has_begun(loopback, tmp_path, impostor):
+    bound = {"north": PUBLIC[0]}
+    grid = loopback(2, signing([impostor, KEYS[0]], "north", "north"))
+    assert meet(grid, settings(), tmp_path, bound=bound).exchange.members["north"].node_id == 102
+    alone = loopback(2, signing([impostor, KEYS[2]], "north", "south"))
+    config = settings(**{"federation.sites": "north,south"})
+    with pytest.raises(
+        ChainwardError, match=r"'north'.* is missing.*node 101 says that it is site 'north' and can't show"
+    ):
+        meet(alone, config, tmp_path, bound=bound)
+
+
+def test_an_answer_to_another_question_or_of_another_node_proves_nothing():
+    asked = {"nonce": "ab" * 32, "node": 101}
+    hello = signed_hello(Hello(site="north"), KEYS[0], **asked)
+    assert proven_key(hello, **asked) == PUBLIC[0]
+    assert proven_key(hello, nonce="cd" * 32, node=101) is None
+    assert proven_key(hello, nonce="ab" * 32, node=102) is None
+    assert proven_key(hello.model_copy(update={"site": "south"}), **asked) is None
+    assert proven_key(hello.model_copy(update={"key": PUBLIC[1]}), **asked) is None
+    assert proven_key(Hello(site="north"), **asked) is None
 
 
 def test_the_deadline_names_who_is_missing(loopback, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from safetensors.torch import load_file
@@ -14,7 +15,9 @@ from chainward_server import exchange
 from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError
+from chainward_shared.identity import signed_hello
 from chainward_shared.models import Architecture, skeleton
+from chainward_shared.privacy.signing import public_text
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
@@ -33,6 +36,7 @@ from chainward_shared.protocol import (
 from chainward_shared.weights import digest, from_arrays, to_arrays
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
+KEYS = {site: Ed25519PrivateKey.generate() for site in ("ash", "false ash")}
 HELLO = HelloRequest(source="phantom", num_sites=0, label_skew=0.0)
 
 
@@ -206,7 +210,11 @@ class Nodes:
             message.metadata.__dict__["_message_id"] = name
             self.asked.append((round(self.clock.now), message.metadata.dst_node_id, kind_of(message.content)))
             site = self.nodes[message.metadata.dst_node_id][0]
-            self.replies[name] = Message(pack(Hello(site=site)), reply_to=message)
+            hello = Hello(site=site.removeprefix("false "))
+            if kind_of(message.content) == HelloRequest.KIND and site in KEYS:
+                request, node = unpack(message.content, HelloRequest)[0], message.metadata.dst_node_id
+                hello = signed_hello(hello, KEYS[site], nonce=request.nonce, node=node)
+            self.replies[name] = Message(pack(hello), reply_to=message)
             ids.append(name)
         return ids
 
@@ -217,7 +225,7 @@ class Nodes:
 def outcome(monkeypatch, nodes, patience, *, hello=HELLO):
     clock = Clock(monkeypatch)
     grid = Nodes(clock, nodes)
-    talk = Exchange(grid, {"ash": Member("ash", 1)}, hello)
+    talk = Exchange(grid, {"ash": Member("ash", 1, key=public_text(KEYS["ash"]))}, hello)
     answers = talk.ask({"ash": Request("query", CardRequest())}, Hello, deadline=60.0, patience=patience)
     return answers["ash"], clock.now, grid, talk
 
@@ -246,6 +254,21 @@ def test_a_site_that_comes_back_as_another_node_is_recognised(monkeypatch):
     assert isinstance(answer, Reply)
     assert talk.members["ash"].node_id == 7
     assert [(node, kind) for _, node, kind in grid.asked] == [(7, "hello-request"), (7, "card-request")]
+
+
+@pytest.mark.parametrize("who", ["false ash", "false ash without a key"])
+def test_another_node_that_says_the_name_of_an_absent_site_is_refused_by_name(monkeypatch, caplog, who):
+    name = "false ash" if who == "false ash" else "ash"
+    if who != "false ash":
+        monkeypatch.setitem(KEYS, "ash", KEYS["ash"])
+        monkeypatch.setattr(exchange, "proven_key", lambda hello, **asked: None)
+    nodes = {1: ("ash", 100, 9999), 7: (name, 0, 9999)}
+    answer, now, grid, talk = outcome(monkeypatch, nodes, 300.0)
+    assert isinstance(answer, Reply)
+    assert talk.members["ash"].node_id == 1
+    assert now >= 100, "the rightful one is waited for"
+    assert [node for _, node, _ in grid.asked] == [7, 1]
+    assert "node 7 says that it is site 'ash' and can't show that site's key" in caplog.text
 
 
 def test_another_sites_node_is_asked_once_and_left_alone(monkeypatch):

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from chainward_server.report import formats, plots, tables, verdict
 from chainward_server.report import privacy as privacy_page
-from chainward_server.results import Results
+from chainward_server.results import Results, largest_influence
 from chainward_shared.privacy.record import PrivacyRecord
 
 _FILTERS = (
@@ -87,6 +87,7 @@ def render_report(
             upright_heads=len(sites) > 7 or max(map(len, sites), default=0) > 14,
             curve_plot=plots.curve_plot(chains, alone, tables.alone_summary(results, "macro_auc")),
             incidents=tables.incidents(results),
+            influence=largest_influence(results.student_rounds),
             mixes=tables.class_mixes(results),
             looks=tables.looks_rows(results),
             examples=examples,

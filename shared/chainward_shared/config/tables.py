@@ -6,7 +6,7 @@ from typing import Literal, cast, get_args
 
 from pydantic import ConfigDict, Field
 
-from chainward_shared.bounds import Epsilon, LabelSkew, SiteCount
+from chainward_shared.bounds import Epsilon, LabelSkew, PositiveFraction, SiteCount
 from chainward_shared.errors import ConfigError
 from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy
 from chainward_shared.recipes import PrivilegedRecipe
@@ -28,6 +28,7 @@ OnFailure = Literal["skip", "revisit", "stop"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
 StudentStart = Literal["dual", "single", "random"]
+Aggregation = Literal["mean", "median", "trimmed-mean"]
 
 
 def kebab(name: str) -> str:
@@ -222,6 +223,27 @@ class StudentConfig(Table, StudentSettings):
     finetune_factor: float = Field(0.1, ge=1e-3, le=1, description="Factor on the learning rate in fine-tuning")
     quorum: int = Field(
         1, ge=1, le=512, description="Sites that a round needs; with fewer the run stops, and can be resumed"
+    )
+    aggregation: Aggregation = Field(
+        "mean",
+        description="Of the sites' students. mean: weighted by the training cases that the sites declare; median, trimmed-mean "
+        "(without the highest and lowest fifth, one at least): of each weight, all sites alike. The last two hold against sites "
+        "that lie, and cost accuracy where sites differ much",
+    )
+    max_share: PositiveFraction = Field(
+        0.5, description="Largest share that one site has of the mean, whatever it declares. Of two sites each has half"
+    )
+    max_update: float = Field(
+        3.0,
+        ge=1,
+        le=1e6,
+        description="A site's update that is longer than so many times the median of all sites' is shortened to that",
+    )
+    max_drift: float = Field(
+        10.0,
+        gt=0,
+        le=1e6,
+        description="A student that is further from the one it started from than this, in lengths of the latter, is refused",
     )
 
 
