@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -127,9 +127,15 @@ class SiteData:
 
     def copies(self) -> int:
         """Return how many pictures, pixel for pixel, are in two splits under different names or patients."""
-        seen: dict[bytes, set[str]] = {}
+        return copies_between_splits([self.splits])
+
+
+def copies_between_splits(sites: Iterable[Mapping[SplitName, Cases]]) -> int:
+    """Return how many pictures, pixel for pixel, are in two splits, of one site or of two."""
+    seen: dict[bytes, set[str]] = {}
+    for splits in sites:
         for split in SPLITS:
-            for image in self.splits[split].images:
+            for image in splits[split].images:
                 digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
                 seen.setdefault(digest, set()).add(split)
-        return sum(len(splits) > 1 for splits in seen.values())
+    return sum(len(splits_of_it) > 1 for splits_of_it in seen.values())

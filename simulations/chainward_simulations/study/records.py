@@ -42,6 +42,7 @@ class ArmRecord(Record):
     seconds : of all these trainings, on one worker
     parameters, file_bytes : of one model
     predictions : name of the file with the probabilities, within the study folder
+    data_notes : what a reader must know of the data: copies in two splits, no patients
     """
 
     arm: str
@@ -57,6 +58,7 @@ class ArmRecord(Record):
     models: int
     steps: int
     images: int
+    data_notes: tuple[str, ...] = ()
     images_per_model: float
     seconds: float
     parameters: int

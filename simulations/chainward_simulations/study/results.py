@@ -47,6 +47,7 @@ class StudyResult:
     arms: tuple[ArmResult, ...]
     reference: str | None
     failures: tuple[tuple[str, int, str], ...]
+    data_notes: tuple[str, ...] = ()
 
 
 def collect(
@@ -84,6 +85,7 @@ def collect(
         ),
         reference if reference and records.get(reference) else None,
         tuple(failures),
+        tuple(dict.fromkeys(note for its in records.values() for record in its for note in record.data_notes)),
     )
 
 
@@ -139,6 +141,7 @@ def as_json(result: StudyResult, folder: StudyFolder) -> dict[str, Any]:
         "tuned": folder.state.tuned,
         "reference": result.reference,
         "arms": {arm.name: _arm_json(arm) for arm in result.arms},
+        "data_notes": list(result.data_notes),
         "failures": [{"arm": arm, "seed": seed, "reason": reason} for arm, seed, reason in result.failures],
     }
 

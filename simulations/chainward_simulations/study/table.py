@@ -85,6 +85,7 @@ def notes(result: StudyResult) -> list[str]:
         "images per model: labelled images times epochs that went into one model, a student's with its chain's; "
         "steps and minutes: of all trainings of the arm, per seed."
     )
+    lines += [f"the data: {note}" for note in result.data_notes]
     if any(arm.localisation for arm in result.arms):
         lines.append(
             "lift: attention inside the region of interest over what chance would put there, mean over the images that "

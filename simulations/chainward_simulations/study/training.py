@@ -10,12 +10,13 @@ from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
 
-from chainward_client.data.site_data import SiteData
+from chainward_client.data.site_data import SiteData, copies_between_splits
 from chainward_server.schedule import site_order
 from chainward_shared.models import Architecture, build_model, count_parameters
 from chainward_shared.models.planned import chain_architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict
+from chainward_shared.words import listed
 from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study import baselines
@@ -139,8 +140,25 @@ def measure_arm(planned: PlannedArm, trained: Trained, sites: Mapping[str, SiteD
         architecture=trained.architecture,
         precision=trained.logs[0].precision,
         predictions=name,
+        data_notes=data_notes(sites),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def data_notes(sites: Mapping[str, SiteData]) -> tuple[str, ...]:
+    """Return what makes scores on these data too good: copies in two splits, of one hospital or of two, and no patients."""
+    notes = []
+    copies = copies_between_splits([site.splits for site in sites.values()])
+    if copies:
+        what = "picture is" if copies == 1 else "pictures are"
+        notes.append(
+            f"{copies} {what} in two splits, pixel for pixel, of one hospital or of two, under two names or patients: scores on "
+            "them are too good"
+        )
+    without = [name for name, site in sites.items() if not site.has_patient_ids]
+    if without:
+        notes.append(f"no patients at {listed(without, 6)}: images of one patient may be on both sides of a split")
+    return tuple(notes)
 
 
 @dataclass(frozen=True)
