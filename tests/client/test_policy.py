@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import KEY, gaussian, new_ledger
 
 from chainward_client.policy import Planned, PrivacyPolicy, check_request, check_run, check_units, reserve
 from chainward_client.site import load_site_config
@@ -15,14 +15,8 @@ from chainward_shared.errors import DataError, PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 DELTA = 1e-5
 POLICY = PrivacyPolicy(epsilon=2.0, delta=DELTA)
-
-
-def gaussian(steps: int, noise: float = 20.0) -> Mechanism:
-    """Steps that everybody takes part in: the accountant is quick on them."""
-    return Mechanism("dp-sgd", noise, 1.0, steps)
 
 
 def plan(*mechanisms: Mechanism) -> list[Planned]:
@@ -37,7 +31,7 @@ def no_waiting_for_the_disk(monkeypatch):
 
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
-    return Ledger.create(tmp_path / "ledger.jsonl", "oak", KEY)
+    return new_ledger(tmp_path)
 
 
 def refusal_of(policy: PrivacyPolicy, ledger: Ledger, *asked: Mechanism, run: str = "r") -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import KEY, OTHER_KEY, spend
 
 from chainward_shared.errors import LedgerError
 from chainward_shared.privacy.accounting import Mechanism
@@ -17,7 +18,6 @@ from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.signing import canonical_json, sign
 
-KEY, OTHER_KEY = (Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in (1, 2))
 WORK = {"run": "r", "phase": "chain", "hop": "lap-1", "unit": "patient", "delta": 1e-5}
 
 
@@ -43,11 +43,7 @@ def ledger(path) -> Ledger:
 
 def spent(ledger: Ledger, steps: int = 100, done: int | None = None, **work: str) -> Reservation:
     """Reserve, begin and, if `done` is given, commit."""
-    reservation = ledger.reserve(training(steps), **{**WORK, **work})
-    reservation.begin()
-    if done is not None:
-        ledger.commit(reservation, done)
-    return reservation
+    return spend(ledger, training(steps), done, **{**WORK, **work})
 
 
 def steps_of(ledger: Ledger, **which: object) -> int:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import KEY, WORK, gaussian, new_ledger, spend
 
 from chainward_shared.privacy import audit as audit_module
 from chainward_shared.privacy.accounting import Epsilons, Mechanism, epsilons
@@ -20,9 +20,7 @@ from chainward_shared.privacy.report import render_audit
 from chainward_shared.privacy.signing import sign
 from chainward_shared.privacy.statements import Statement, sign_statement
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 TERMS = Terms(epsilon=4.0, delta=1e-5, epsilon_per_run=3.0)
-WORK = {"phase": "chain", "unit": "patient", "delta": 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +30,11 @@ def no_waiting_for_the_disk(monkeypatch):
 
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
-    return Ledger.create(tmp_path / "ledger.jsonl", "oak", KEY)
-
-
-def gaussian(steps: int) -> Mechanism:
-    return Mechanism("dp-sgd", 20.0, 1.0, steps)
+    return new_ledger(tmp_path)
 
 
 def train(ledger: Ledger, steps: int, run: str = "r", hop: str = "h", **more: object) -> Statement:
-    reservation = ledger.reserve(gaussian(steps), run=run, hop=hop, **{**WORK, **more})
-    reservation.begin()
-    ledger.commit(reservation, steps)
+    spend(ledger, gaussian(steps), steps, run=run, hop=hop, **more)
     return sign_statement(ledger, KEY, run, hop, TERMS)
 
 
@@ -104,7 +96,7 @@ def test_seeded_noise_fails_the_audit(ledger):
 
 
 def test_training_without_noise_fails_the_audit(ledger):
-    ledger.reserve(Mechanism("dp-sgd", 0.0, 1.0, 5), run="r", hop="h", **WORK)
+    ledger.reserve(Mechanism("dp-sgd", 0.0, 1.0, 5), **WORK)
     assert "done without noise" in whats(audited(ledger), "violation")
 
 
@@ -124,7 +116,7 @@ def test_a_policy_of_another_unit_fails_the_audit(ledger):
 
 
 def test_a_reservation_without_end_counts_and_is_noted(ledger):
-    ledger.reserve(gaussian(60), run="r", hop="h", **WORK)
+    ledger.reserve(gaussian(60), **WORK)
     audit = audited(ledger)
     assert audit.exit_code == 0
     assert "reserved and never ended" in whats(audit, "note")
@@ -135,7 +127,7 @@ def test_a_reservation_without_end_counts_and_is_noted(ledger):
 def test_a_clock_that_went_back_is_noted(tmp_path):
     times = iter([datetime(2030, 1, 1, tzinfo=UTC), datetime(2029, 12, 31, 23, tzinfo=UTC)])
     ledger = Ledger.create(tmp_path / "ledger.jsonl", "oak", KEY, clock=lambda: next(times))
-    ledger.reserve(gaussian(1), run="r", hop="h", **WORK)
+    ledger.reserve(gaussian(1), **WORK)
     assert "the clock went back by 3600 s" in whats(audited(ledger), "note")
 
 
@@ -266,7 +258,7 @@ def test_stated_seeded_noise_ends_with_1(ledger):
 
 
 def test_the_json_holds_all_figures_and_is_json_even_without_a_bound(ledger):
-    ledger.reserve(Mechanism("dp-sgd", 0.0, 1.0, 5), run="r", hop="h", **WORK)
+    ledger.reserve(Mechanism("dp-sgd", 0.0, 1.0, 5), **WORK)
     content = json.loads(json.dumps(audited(ledger).to_json(), allow_nan=False))
     assert content["exit_code"] == 1
     assert content["sites"][0]["lifetime"]["pld"] == "inf"
@@ -314,7 +306,7 @@ def test_the_page_of_a_failed_audit_says_so_first(ledger, content, verdict):
 
 
 def test_the_page_loads_nothing_and_escapes_names(ledger):
-    reserved = ledger.reserve(gaussian(5), run="<script>alert(1)</script>", hop="h", **WORK)
+    reserved = ledger.reserve(gaussian(5), **{**WORK, "run": "<script>alert(1)</script>"})
     reserved.begin()
     ledger.commit(reserved, 5)
     page = render_audit(audited(ledger))

@@ -7,6 +7,7 @@ import os
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import KEY, OTHER_KEY, gaussian, new_ledger, spend
 
 from chainward_shared.errors import StatementError
 from chainward_shared.privacy.accounting import Mechanism, spent
@@ -23,12 +24,7 @@ from chainward_shared.privacy.statements import (
     sign_statement,
 )
 
-KEY, OTHER_KEY = (Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in (1, 2))
 TERMS = Terms(epsilon=4.0, delta=1e-5)
-
-
-def gaussian(steps: int) -> Mechanism:
-    return Mechanism("dp-sgd", 20.0, 1.0, steps)
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +35,14 @@ def no_waiting_for_the_disk(monkeypatch):
 
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
-    return Ledger.create(tmp_path / "ledger.jsonl", "oak", KEY)
+    return new_ledger(tmp_path)
 
 
 def said(
     ledger: Ledger, steps: int, done: int | None = None, run: str = "r", hop: str = "h", **more: bool
 ) -> Statement:
     """Train, and make the statement that goes with the result."""
-    work = {"run": run, "phase": "chain", "hop": hop, "unit": "patient", "delta": 1e-5}
-    reservation = ledger.reserve(gaussian(steps), **work, **more)
-    reservation.begin()
-    if done is not None:
-        ledger.commit(reservation, done)
+    spend(ledger, gaussian(steps), done, run=run, hop=hop, **more)
     return sign_statement(ledger, KEY, run, hop, TERMS)
 
 
