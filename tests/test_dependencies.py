@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,63 @@ def pickle_loads(tree: ast.AST) -> tuple[list[str], list[str]]:
 def test_every_form_of_loading_a_pickle_is_seen(code, loads, safe):
     found = pickle_loads(ast.parse(code))
     assert (len(found[0]), len(found[1])) == (loads, safe)
+
+
+def rooms(package: str) -> dict[str, set[str]]:
+    """Return which rooms of a package each room imports: a folder is one room, and so is a module beside the folders."""
+    root, found = PACKAGES[package], dict[str, set[str]]()
+    for path in sources(package):
+        place = path.relative_to(root)
+        room = place.parts[0].removesuffix(".py")
+        for node in ast.walk(parsed(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            own = {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
+            found.setdefault(room, set()).update(
+                other for other in own - {room} if (root / other).is_dir() or (root / f"{other}.py").is_file()
+            )
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return a circle of a graph, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.parametrize("package", ["chainward_client"])
+def test_no_rooms_of_a_package_import_each_other_in_a_circle(package):
+    assert len(rooms(package)) > 10
+    assert circle(rooms(package)) == []
+
+
+def test_a_circle_is_found():
+    assert set(circle({"data": {"privileged"}, "privileged": {"training"}, "training": {"data"}})) == {
+        "data",
+        "privileged",
+        "training",
+    }
+
+
+def test_reading_data_loads_no_training_no_ledger_and_no_flower():
+    code = "import sys, chainward_client.data.sources; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    own = {name.split(".")[1] for name in loaded if name.startswith("chainward_client.")}
+    assert own == {"data"}, "and nothing else of the client"
+    heavy = (
+        "flwr",
+        "chainward_shared.privacy",
+        "chainward_shared.models",
+        "chainward_shared.protocol",
+        "opacus",
+        "cryptography",
+    )
+    assert [name for name in loaded if name.startswith(heavy)] == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from chainward_client.data.site_data import Cases
-from chainward_client.training.precision import best_device, training_environment
+from chainward_client.precision import best_device, training_environment
 from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.evaluation.localisation import LocalisationValues, score_maps
 from chainward_shared.preprocessing import resized, to_float

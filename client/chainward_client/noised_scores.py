@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from chainward_client.data.site_data import Cases
-from chainward_client.training.entropy import Entropy
+from chainward_client.entropy import Entropy
 from chainward_shared.evaluation.classification import PredictionCounts
 from chainward_shared.privacy.policy import PrivacyPolicy
 

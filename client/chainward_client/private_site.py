@@ -19,7 +19,9 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
+from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
+from chainward_client.entropy import Entropy, OperatingSystem
 from chainward_client.policy import (
     Planned,
     check_request,
@@ -29,10 +31,8 @@ from chainward_client.policy import (
     reserve,
     whole_run,
 )
+from chainward_client.private_training import PrivateTraining, declared_counts
 from chainward_client.site_ledger import create_site_ledger, open_site_ledger
-from chainward_client.training.checkpoint import Checkpoint
-from chainward_client.training.entropy import Entropy, OperatingSystem
-from chainward_client.training.private import PrivateTraining, declared_counts
 from chainward_shared.errors import PolicyRefusal, PrivacyError, SpentError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger, Reservation

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 
 from pydantic import ValidationError
 
-from chainward_client.training.checkpoint import Checkpoint
+from chainward_client.checkpoint import Checkpoint
 from chainward_client.work_lock import WorkLock
 from chainward_shared.errors import StoreError, WeightsError
 from chainward_shared.models import Architecture

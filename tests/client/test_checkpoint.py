@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from chainward_client import checkpoint as checkpoint_module
+from chainward_client.checkpoint import Checkpoint
 from chainward_client.private_site import PrivateSite
-from chainward_client.training import checkpoint as checkpoint_module
-from chainward_client.training.checkpoint import Checkpoint
+from chainward_client.private_training import PrivateTraining
 from chainward_client.training.link import train_link
-from chainward_client.training.private import PrivateTraining
 from chainward_client.training.student import train_student
 from chainward_shared.config import RunConfig
 from chainward_shared.models import build_model, resolve_architecture

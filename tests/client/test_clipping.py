@@ -10,7 +10,7 @@ from timm.layers.norm_act import GroupNormAct
 from torch import nn
 from torch.nn import functional
 
-from chainward_client.training.private import PrivateTraining
+from chainward_client.private_training import PrivateTraining
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_shared.models.ghost import GhostClipping
 from chainward_shared.privacy.plan import PrivatePlan

@@ -13,8 +13,8 @@ from chainward_client.privacy_audit import one_run, sabotage, trial
 from chainward_client.privacy_audit.checks import CHECKS, accounting_problem, mechanism_problems
 from chainward_client.privacy_audit.sabotage import SABOTAGES
 from chainward_client.privacy_audit.trial import attacked_epsilon, try_training
+from chainward_client.private_training import PrivateTraining
 from chainward_client.site_ledger import create_site_ledger, ledger_path
-from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.audit import Audit
 from chainward_shared.privacy.ledger import Ledger

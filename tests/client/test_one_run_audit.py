@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from chainward_client.privacy_audit.one_run import audit_training, epsilon_lower_bound, p_value
 from chainward_client.privacy_audit.sabotage import without_clipping, without_noise
-from chainward_client.training.private import PrivateTraining
+from chainward_client.private_training import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import resolve_architecture
 from chainward_shared.privacy.accounting import solve_noise_multiplier

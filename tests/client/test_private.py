@@ -11,15 +11,12 @@ from scipy import stats
 from small_recipes import SMALL_LINK
 from torch import nn
 
+from chainward_client import entropy as entropy_module
+from chainward_client import private_training as private_module
 from chainward_client.data.site_data import Cases
+from chainward_client.entropy import OperatingSystem, SeededForTests
 from chainward_client.privacy_audit import checks, neighbours
-from chainward_client.training import entropy as entropy_module
-from chainward_client.training import link as link_module
-from chainward_client.training import private as private_module
-from chainward_client.training.entropy import OperatingSystem, SeededForTests
-from chainward_client.training.link import LinkObjective
-from chainward_client.training.loop import Batch, Objective, train
-from chainward_client.training.private import (
+from chainward_client.private_training import (
     PrivacyRecipe,
     PrivatePlan,
     PrivateTraining,
@@ -29,6 +26,9 @@ from chainward_client.training.private import (
     rounded_units,
     units_of,
 )
+from chainward_client.training import link as link_module
+from chainward_client.training.link import LinkObjective
+from chainward_client.training.loop import Batch, Objective, train
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError, PrivacyError
 from chainward_shared.models import build_model, ghost, resolve_architecture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from private_hospital import answer, architecture, failing, hospital, link, scores, state_of, student
 
-from chainward_client.training.checkpoint import Checkpoint
-from chainward_client.training.private import PrivateTraining
+from chainward_client.checkpoint import Checkpoint
+from chainward_client.private_training import PrivateTraining
 from chainward_shared.protocol import kind_of
 
 

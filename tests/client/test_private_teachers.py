@@ -17,16 +17,16 @@ from small_recipes import SMALL_LINK
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
+from chainward_client.entropy import SeededForTests
+from chainward_client.precision import training_environment
 from chainward_client.private_site import PrivateSite, PrivateWork
+from chainward_client.private_training import PrivatePlan, PrivateTraining, declared_counts
 from chainward_client.privileged import targets
 from chainward_client.privileged import teacher as teacher_module
 from chainward_client.privileged.targets import PrivilegedTargets, privileged_targets
 from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher_privately
 from chainward_client.training import link as link_module
-from chainward_client.training.entropy import SeededForTests
 from chainward_client.training.link import train_link
-from chainward_client.training.precision import training_environment
-from chainward_client.training.private import PrivatePlan, PrivateTraining, declared_counts
 from chainward_client.training.student import train_student
 from chainward_shared.distillation.losses import classification_loss
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal

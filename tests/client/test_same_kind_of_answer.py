@@ -27,9 +27,9 @@ from private_hospital import (
 
 from chainward_client import scoring
 from chainward_client.node import PRIVATE_REASON
+from chainward_client.private_training import PrivateTraining
 from chainward_client.site_key import site_key, site_key_path
 from chainward_client.site_ledger import open_site_ledger
-from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import ModelError, PolicyRefusal, StoreError
 from chainward_shared.protocol import kind_of
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from chainward_client.data.site_data import SPLITS
-from chainward_client.training.private import keeps_labels
+from chainward_client.private_training import keeps_labels
 from chainward_shared.config import RunConfig
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_simulations import attack as attack_module

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from flwr.supercore.superexec.executor import ExecutionSpec
 
+from chainward_client.entropy import OperatingSystem
 from chainward_client.superexec import fresh
-from chainward_client.training.entropy import OperatingSystem
 
 NEEDED = ("torch", "timm", "torchvision", "sklearn", "torch._dynamo", "chainward_client.app")
 

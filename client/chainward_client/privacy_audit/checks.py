@@ -23,8 +23,8 @@ from chainward_client.privacy_audit.neighbours import (
     extremes_problem,
     failures_problem,
 )
+from chainward_client.private_training import PrivateTraining
 from chainward_client.training.loop import Batch, Objective, train
-from chainward_client.training.private import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger

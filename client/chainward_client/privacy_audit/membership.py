@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from chainward_client.data.site_data import Cases
-from chainward_client.training.precision import best_device, training_environment
+from chainward_client.precision import best_device, training_environment
 from chainward_shared.errors import DataError
 from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.seeds import numpy_generator

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import split_by_key
+from chainward_client.private_training import PrivateTraining
 from chainward_client.training.link import labelled_rows
-from chainward_client.training.private import PrivateTraining
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import TrainingRecipe
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chainward_client.entropy import OperatingSystem, SeededForTests
 from chainward_client.privacy_audit.neighbours import MakeTraining
-from chainward_client.training.entropy import OperatingSystem, SeededForTests
-from chainward_client.training.private import PrivateTraining
+from chainward_client.private_training import PrivateTraining
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.plan import PrivatePlan

@@ -32,12 +32,12 @@ from torch import Tensor
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import folds
 from chainward_client.policy import check_run
+from chainward_client.precision import training_environment
 from chainward_client.private_site import Prepared, PrivateWork
 from chainward_client.privileged.checks import MIN_CASES
 from chainward_client.privileged.table import table_vectors
 from chainward_client.privileged.teacher import train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
-from chainward_client.training.precision import training_environment
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import WeightsError
 from chainward_shared.privacy.entries import MechanismRecord

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chainward_client.training.precision import training_environment
-from chainward_client.training.private import PrivateTraining
+from chainward_client.precision import training_environment
+from chainward_client.private_training import PrivateTraining
 from chainward_shared.distillation.losses import class_counts, classification_loss
 from chainward_shared.errors import ModelError
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize as normalized
 
-from chainward_client.training.precision import best_device
+from chainward_client.precision import best_device
 from chainward_shared.errors import DataError
 
 TOKEN = r"(?u)\b\w+\b"

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import keep_label_fraction, labelled_by_key
+from chainward_client.precision import best_device
 from chainward_client.private_site import PrivateWork
+from chainward_client.private_training import keeps_labels
 from chainward_client.privileged.targets import privileged_targets
-from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.loop import Batch, Objective, train
-from chainward_client.training.precision import best_device
-from chainward_client.training.private import keeps_labels
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import (

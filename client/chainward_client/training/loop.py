@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from chainward_client.checkpoint import Checkpoint, restore_training, training_state
 from chainward_client.data.site_data import Cases
+from chainward_client.precision import best_device, resolve_precision, training_environment
 from chainward_client.training.augmentation import augmented
-from chainward_client.training.checkpoint import Checkpoint, restore_training, training_state
-from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.errors import ModelError
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import TrainingRecipe
@@ -24,7 +24,7 @@ from chainward_shared.seeds import derive_seed, torch_generator
 from chainward_shared.settings import Augmentation
 
 if TYPE_CHECKING:
-    from chainward_client.training.private import PrivateTraining
+    from chainward_client.private_training import PrivateTraining
 
 logger = logging.getLogger("chainward.client")
 

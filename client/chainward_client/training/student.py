@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
+from chainward_client.precision import best_device
 from chainward_client.private_site import PrivateWork
-from chainward_client.training.checkpoint import Checkpoint
 from chainward_client.training.link import labelled_cases, privileged_term
 from chainward_client.training.loop import Batch, Objective, train
-from chainward_client.training.precision import best_device
 from chainward_shared.distillation.losses import (
     class_counts,
     classification_loss,

@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from chainward_client.data.site_data import SiteData
+from chainward_client.precision import best_device
 from chainward_client.training.augmentation import STRENGTHS, Strength
-from chainward_client.training.precision import best_device
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chainward_client.training.precision import training_environment
-from chainward_client.training.private import PrivateTraining
+from chainward_client.precision import training_environment
+from chainward_client.private_training import PrivateTraining
 from chainward_shared.config import StudentConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.models.planned import student_architecture

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from chainward_client.data.site_data import SiteData
+from chainward_client.precision import best_device, resolve_precision, training_environment
 from chainward_client.training.link import train_link
-from chainward_client.training.precision import best_device, resolve_precision, training_environment
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.planned import chain_architecture

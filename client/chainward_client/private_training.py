@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chainward_client.training.entropy import Entropy, OperatingSystem
+from chainward_client.entropy import Entropy, OperatingSystem
 from chainward_shared.errors import ChainwardError, ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models.ghost import GhostClipping
 from chainward_shared.privacy.accounting import Mechanism
