@@ -15,7 +15,7 @@ from chainward_server.results import LinkMetrics, LinkRecord, LinkStatus, SiteSc
 from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
-from chainward_shared.errors import ChainwardError
+from chainward_shared.errors import ChainwardError, StartAnewError
 from chainward_shared.models import build_model
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
@@ -79,6 +79,9 @@ def run_chain(run: Run) -> ChainOutcome:
             for hop in _to_revisit(run, turn[0].lap, len(order)):
                 number, total = number + 1, total + 1
                 _run_turn(run, [(number, hop)], total, strands)
+    for hop in _to_make_up_for(run, turns[-1][0].lap, len(order)):
+        number, total = number + 1, total + 1
+        _run_turn(run, [(number, hop)], total, strands)
     return _merged(run)
 
 
@@ -88,6 +91,13 @@ def _to_revisit(run: Run, lap: int, steps: int) -> list[Hop]:
     skipped = [link for link in run.results.links if link.lap == lap and link.step < steps and link.status == "skipped"]
     again = [link for link in skipped if run.config.chain.on_failure_of(link.site) == "revisit"]
     return [Hop(link.strand, lap, steps + number, link.site) for number, link in enumerate(again)]
+
+
+def _to_make_up_for(run: Run, lap: int, steps: int) -> list[Hop]:
+    """Return, in a resumed run, a further hop for each whose site was not reached before; they follow all others of the lap."""
+    steps += len(_to_revisit(run, lap, steps))
+    missing = [link for key in run.results.make_up if (link := run.link(key))]
+    return [Hop(link.strand, lap, steps + number, link.site) for number, link in enumerate(missing)]
 
 
 def _weakest_next(run: Run, hop: Hop, lap_so_far: list[list[Hop]], order: list[str], strand: Strand) -> Hop:
@@ -105,7 +115,8 @@ def _merged(run: Run) -> ChainOutcome:
     last = {link.strand: link for link in run.results.links if link.succeeded}
     if not last:
         reasons = "; ".join(link.reason or "" for link in run.results.links[:1])
-        raise ChainwardError(f"no link of the chain succeeded: {reasons}")
+        helps = any(link.unreached for link in run.results.links)
+        raise (ChainwardError if helps else StartAnewError)(f"no link of the chain succeeded: {reasons}")
     models = {strand: run.checkpoints.load_model(last[strand].key, run.template) for strand in sorted(last)}
     if run.config.chain.merge == "average" and len(models) > 1:
         average = weighted_average(list(models.values()), [1.0] * len(models))

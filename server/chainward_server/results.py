@@ -18,6 +18,7 @@ from chainward_shared.outside import (
     Count,
     Figure,
     Fraction,
+    HopKey,
     Line,
     Lines,
     Name,
@@ -208,6 +209,7 @@ class Results(Record):
 
     `final` maps "chain" and "student" to their scores; `timings` maps a phase to seconds.
     `localization`: the same names, on the regions of interest of the test images; empty where no site has any.
+    `make_up`: hops whose site was not reached, for each of which a resumed run has a further one at the end of the chain.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -215,6 +217,7 @@ class Results(Record):
     seed: Seed
     data: DataSummary
     links: list[LinkRecord] = Field(default_factory=list, max_length=MAX_RECORDS)
+    make_up: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
     alone: list[AloneRecord] = Field(default_factory=list, max_length=MAX_SITES)
     student_rounds: list[StudentRound] = Field(default_factory=list, max_length=MAX_RECORDS)
     models: ByModel[ModelSummary] = Field(default_factory=dict)

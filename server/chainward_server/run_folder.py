@@ -63,7 +63,6 @@ class RunState(BaseModel):
     models : SHA-256 of each model file, by name without suffix
     finished : names of finished pieces of work: hops, sites trained alone, student rounds
     status : "incomplete": it came to its end, with less than was asked for; "stopped": by a person
-    make_up : hops whose site was not reached, for each of which a further hop follows at the end of the chain
     process : the process that coordinates it; None in runs of earlier versions
     resumable : whether resuming may help a run that has ended; None while it goes on
     keys : public keys of deployed sites, as they were when the run began: nobody else is taken for one of them
@@ -82,7 +81,6 @@ class RunState(BaseModel):
     config: Digest | None = None
     models: dict[HopKey, Digest] = Field(default_factory=dict, max_length=MAX_RECORDS)
     finished: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
-    make_up: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
     process: RunProcess | None = None
     resumable: bool | None = None
     keys: BySite[Digest] = Field(default_factory=dict)
@@ -187,12 +185,12 @@ class RunFolder:
             logger.info("tried again, since a site was not reached: %s", ", ".join(sorted(todo.again)))
         for name in [*(key for key in todo.again if key in self.state.models), *(["student"] if todo.again else [])]:
             self.drop_model(name)
-        self.state.make_up += [key for key in todo.make_up if key not in self.state.make_up]
         self.state.finished = [key for key in self.state.finished if key not in todo.again]
         self._write_state()
         if results is not None and (todo.again or todo.make_up):
             kept = self.load_results()
             assert kept is not None
+            kept.make_up += [key for key in todo.make_up if key not in kept.make_up]
             kept.final, kept.models, kept.localization = {}, {}, {}
             self.write_results(kept)
 

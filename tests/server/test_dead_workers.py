@@ -1,0 +1,157 @@
+"""A worker that dies in any phase of a simulated run: nothing is lost, or the run says everywhere that it is incomplete."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Error, Message
+from flwr.common.config import parse_config_args
+from safetensors.torch import load_file
+
+from chainward_server import exchange
+from chainward_server.app import fail_if_incomplete
+from chainward_server.run_folder import RunFolder
+from chainward_server.watch.snapshot import look
+from chainward_shared.errors import ChainwardError
+from chainward_shared.protocol import EvaluateTask, LinkTask, StudentTask, kind_of, unpack
+
+RAYS_WORDS = (
+    "<class 'ray.exceptions.OutOfMemoryError'>:<'Task was killed due to the node running low on memory.\nTop 10 memory users:\n"
+    "PID MEM(GB) COMMAND\n10 1.0 psql --password=secret'>"
+)
+TRAINED = {"train.link": LinkTask, "train.student": StudentTask, "evaluate": EvaluateTask}
+SITES = ["ash", "birch", "cedar", "dogwood"]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(exchange, "WORKER_PAUSE", 0.0)
+    monkeypatch.setattr(exchange, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.0)
+
+
+@pytest.fixture
+def quick(settings):
+    return settings | {"chain.epochs": 1, "student.rounds": 1, "student.finetune-rounds": 0, "chain.retries": 0}
+
+
+def dying(phase, sites, times):
+    """Let the worker die that does the work of `phase` at one of `sites`, the first `times` times at each."""
+    left = dict.fromkeys(sites, times)
+
+    def interfere(message, answer):
+        name = message.metadata.message_type
+        expected = TRAINED.get(name)
+        if expected is None or kind_of(message.content) != expected.KIND:
+            return answer()
+        task, _ = unpack(message.content, expected)
+        alone = isinstance(task, LinkTask) and task.trained_alone
+        of = {"train.link": "alone" if alone else "chain", "train.student": "students", "evaluate": "scoring"}[name]
+        site = SITES[task.simulated.index]
+        if of == phase and left.get(site, 0) > 0:
+            left[site] -= 1
+            return Message(Error(code=0, reason=RAYS_WORDS), reply_to=message)
+        return answer()
+
+    return interfere
+
+
+def models(folder):
+    return {path.name: load_file(path) for path in sorted((folder.path / "models").iterdir())}
+
+
+def same(first, second):
+    one, two = models(first), models(second)
+    return one.keys() == two.keys() and all(
+        torch.equal(one[file][name], two[file][name]) for file in one for name in one[file]
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_consortium, tmp_path_factory):
+    """The run that every disturbed one is compared with."""
+    found = {}
+
+    def get(settings, coordinated):
+        if "folder" not in found:
+            there = settings | {"output.dir": str(tmp_path_factory.mktemp("undisturbed"))}
+            found["folder"], _ = coordinated(there)
+        return found["folder"]
+
+    return get
+
+
+def files(folder):
+    return "".join((folder.path / name).read_text() for name in ("run.json", "metrics.json", "report.html"))
+
+
+@pytest.mark.parametrize("phase", ["chain", "alone", "students", "scoring"])
+def test_a_worker_that_dies_and_is_replaced_costs_nothing(phase, quick, coordinated, loopback, undisturbed, caplog):
+    folder, _ = coordinated(quick, loopback(2, dying(phase, ["birch"], 2)))
+    assert folder.state.status == "finished"
+    assert same(folder, undisturbed(quick, coordinated))
+    assert "the process that simulates it has died; it is asked again" in caplog.text
+    assert "psql" not in caplog.text + files(folder)
+
+
+@pytest.mark.parametrize("phase", ["chain", "alone", "students", "scoring"])
+def test_work_that_is_lost_for_want_of_a_worker_makes_the_run_incomplete_everywhere(
+    phase, quick, coordinated, loopback, caplog
+):
+    folder, _ = coordinated(quick, loopback(2, dying(phase, ["birch", "cedar"], 99)))
+    assert folder.state.status == "incomplete"
+    assert look(folder.path).status == "incomplete"
+    report = (folder.path / "report.html").read_text()
+    assert "This run is incomplete" in report
+    assert "the run is INCOMPLETE" in caplog.text
+    assert "psql" not in caplog.text + files(folder)
+    with pytest.raises(ChainwardError, match="the run is incomplete"):
+        fail_if_incomplete(folder)
+
+
+@pytest.mark.parametrize(
+    ("phase", "lost"), [("chain", ["cedar", "dogwood"]), ("alone", ["birch"]), ("students", ["birch"])]
+)
+def test_a_resumed_run_ends_with_the_models_of_an_undisturbed_one(
+    phase, lost, quick, coordinated, loopback, undisturbed
+):
+    """What is printed is what resumes it."""
+    folder, _ = coordinated(quick, loopback(2, dying(phase, lost, 99)))
+    assert folder.state.status == "incomplete"
+    (pairs,) = shlex.split(folder.how_to_resume)[1:]
+    resumed, results = coordinated(parse_config_args([pairs]))
+    assert resumed.path == folder.path
+    assert resumed.state.status == "finished", resumed.state.reason
+    assert all(link.succeeded for link in results.links)
+    assert same(resumed, undisturbed(quick, coordinated))
+
+
+def test_a_hop_that_others_have_followed_is_made_up_for_at_the_end_and_once_only(quick, coordinated, loopback):
+    chain_only = quick | {"student.rounds": 0, "chain.compare-alone": False}
+    folder, _ = coordinated(chain_only, loopback(2, dying("chain", ["birch"], 99)))
+    assert folder.state.status == "incomplete"
+    again = chain_only | {"output.resume": folder.path.name}
+    still, _ = coordinated(again, loopback(2, dying("chain", ["birch"], 99)))
+    assert still.state.status == "incomplete"
+    resumed, results = coordinated(again)
+    assert resumed.state.status == "finished", resumed.state.reason
+    assert [(link.site, link.step, link.succeeded) for link in results.links] == [
+        ("ash", 0, True),
+        ("birch", 1, False),
+        ("cedar", 2, True),
+        ("dogwood", 3, True),
+        ("birch", 4, True),
+    ]
+
+
+def test_a_chain_in_which_no_worker_lived_fails_and_can_be_resumed(quick, coordinated, loopback):
+    chain_only = quick | {"student.rounds": 0, "chain.compare-alone": False}
+    with pytest.raises(ChainwardError, match="no link of the chain succeeded"):
+        coordinated(chain_only, loopback(2, dying("chain", SITES, 99)))
+    (stopped,) = Path(chain_only["output.dir"]).iterdir()
+    assert RunFolder.open(stopped).how_to_resume is not None
+    resumed, _ = coordinated(chain_only | {"output.resume": stopped.name})
+    assert resumed.state.status == "finished"
