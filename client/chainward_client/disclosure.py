@@ -25,6 +25,10 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
         r"refusal/reason",
         "why the site refused: names and numbers of the request and of the policy; causes in the data stay here",
     ),
+    (
+        r"base-state/(complete|received)",
+        "how much is here of the pretrained weights that the run starts from, which all members know; no data",
+    ),
     (r"refusal/final", "whether asking again is of no use"),
     (r"[^/]*/site", "the site's id, which all members know"),
     (r"hello/version", "the program's version"),

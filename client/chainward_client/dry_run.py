@@ -30,7 +30,7 @@ from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import read_manifest
 from chainward_client.data.site_data import SiteData
 from chainward_client.disclosure import what_it_tells
-from chainward_client.doctor.privacy import architectures
+from chainward_client.doctor.privacy import beginning
 from chainward_client.leaks import Found, Secrets, find_leaks
 from chainward_client.node import SITE_CONFIG_KEY
 from chainward_client.private_site import declared_units
@@ -40,8 +40,11 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import DataError, StoreError, WeightsError
 from chainward_shared.evaluation.classification import counts_from_arrays
 from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.models.planned import run_architectures
+from chainward_shared.models.start import initial_model, travelling, travelling_template
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import (
+    BaseTask,
     Body,
     CardRequest,
     EvaluateTask,
@@ -297,7 +300,8 @@ def _throw_away(site_yaml: Path, config: SiteConfig, data: Path, own_state: Path
         content = yaml.safe_load(site_yaml.read_text(encoding="utf-8"))
         copy = folder / "site.yaml"
         copy.write_text(
-            yaml.safe_dump({**content, "data": str(data), "state": str(folder / "state")}), encoding="utf-8"
+            yaml.safe_dump({**content, "data": str(data), "state": str(folder / "state"), "weights": "any"}),
+            encoding="utf-8",
         )
         create_site_ledger(folder / "state", config.site)
         yield copy
@@ -317,8 +321,13 @@ def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]
     yield "query", HelloRequest(source="phantom", num_sites=0, label_skew=0.0), {}
     yield "query", CardRequest(), {}
     plan = _little(plan, site, steps)
-    large, *small = architectures(plan, site.data)
-    state = _fresh(large, plan.seed, plan)
+    begun = beginning(plan, site.data)
+    large, *small = run_architectures(plan, begun.architecture)
+    if begun.base is not None:
+        site.bases.keep(begun.base, large)
+        yield "query", BaseTask(run_id=RUN, architecture=large, bytes=1, sha256="0" * 64), {}
+    state = rounded(initial_model(large, plan.seed, begun.base).state_dict(), plan.federation.transfer)
+    sent = to_arrays(travelling(state, large))
     link = LinkTask(
         run_id=RUN,
         hop="link",
@@ -328,9 +337,9 @@ def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]
         recipe=plan.link_recipe(),
         predecessor_digest=digest(state),
     )
-    yield "train.link", link, {"predecessor": to_arrays(state)}
+    yield "train.link", link, {"predecessor": sent}
     if small:
-        yield _student_request(plan, small[0], large, state)
+        yield _student_request(plan, small[0], large, digest(state), sent)
     score = EvaluateTask(
         run_id=RUN,
         architecture=large,
@@ -339,14 +348,16 @@ def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]
         threads=plan.federation.threads,
         digest=digest(state),
     )
-    yield "evaluate", score, {"model": to_arrays(state)}
+    yield "evaluate", score, {"model": sent}
 
 
 def _fresh(architecture: Architecture, seed: int, plan: RunConfig) -> StateDict:
     return rounded(build_model(architecture, seed).state_dict(), plan.federation.transfer)
 
 
-def _student_request(plan: RunConfig, small: Architecture, large: Architecture, state: StateDict) -> _Request:
+def _student_request(
+    plan: RunConfig, small: Architecture, large: Architecture, large_digest: str, sent: ArrayRecord
+) -> _Request:
     student, auxiliary = _fresh(small, plan.seed, plan), _fresh(small, plan.seed + 1, plan)
     recipe = plan.student_recipe("distil")
     taught = recipe.large_weight > 0
@@ -358,10 +369,10 @@ def _student_request(plan: RunConfig, small: Architecture, large: Architecture, 
         student_digest=digest(student),
         auxiliary_digest=digest(auxiliary),
         large_architecture=large if taught else None,
-        large_digests=[digest(state)] if taught else [],
+        large_digests=[large_digest] if taught else [],
     )
     arrays = {"student": to_arrays(student), "auxiliary": to_arrays(auxiliary)}
-    return "train.student", task, arrays | ({"large_0": to_arrays(state)} if taught else {})
+    return "train.student", task, arrays | ({"large_0": sent} if taught else {})
 
 
 def _little(plan: RunConfig, site: OpenSite, steps: int) -> RunConfig:
@@ -451,7 +462,7 @@ def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np
     """Return the tensors in the arrays of an answer, and which arrays are not those of the model, or of the counts of scores."""
     templates: dict[str, StateDict] = {}
     if isinstance(request, LinkTask):
-        templates["model"] = skeleton(request.architecture).state_dict()
+        templates["model"] = travelling_template(request.architecture)
     elif isinstance(request, StudentTask):
         templates["student"] = skeleton(request.architecture).state_dict()
     tensors: list[np.ndarray] = []

@@ -10,9 +10,10 @@ from torch import nn
 
 from chainward_client.data.site_data import Cases
 from chainward_client.precision import best_device, training_environment
+from chainward_client.training.features import Features
 from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.evaluation.localisation import LocalisationValues, score_maps
-from chainward_shared.preprocessing import resized, to_float
+from chainward_shared.preprocessing import resized, scaled_for
 
 BATCH = 256
 
@@ -21,39 +22,56 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def predict(
-    model: nn.Module, images: torch.Tensor, threads: int, *, multilabel: bool = False, image_size: int = 0
+    model: nn.Module,
+    images: torch.Tensor,
+    threads: int,
+    *,
+    multilabel: bool = False,
+    image_size: int = 0,
+    features: Features | None = None,
 ) -> np.ndarray:
     """Return the class probabilities of uint8 `images` (n, c, h, w) as float64 (n, classes), computed in fp32.
 
     They sum to 1; `multilabel`: each is that of a finding, for itself. Whatever the weights: logits that are not finite
     saturate, because whether scoring fails would tell of single images. `image_size`: side of the images that the model
-    sees; 0, the default: as they are.
+    sees; 0, the default: as they are. `features`: where the output of a frozen trunk is kept, and used if there is one.
     """
     size = image_size or images.shape[-1]
     device = best_device()
+    kept = None if features is None else features.of(model, images, "none", threads)
+    seen, called = (images, model) if kept is None else (kept[0], kept[1].rest)
     model.to(device).eval()
+
+    def logits(batch: torch.Tensor) -> torch.Tensor:
+        if kept is not None:
+            return called(batch[:, 0].to(device).float())  # type: ignore[no-any-return]
+        return called(scaled_for(model, resized(batch, size).to(device)))  # type: ignore[no-any-return]
+
     with training_environment(threads, seed=0), torch.inference_mode():
-        logits = torch.cat(
-            [
-                model(to_float(resized(images[start : start + BATCH], size).to(device))).double().cpu()
-                for start in range(0, len(images), BATCH)
-            ]
-        )
+        found = torch.cat([logits(seen[start : start + BATCH]).double().cpu() for start in range(0, len(seen), BATCH)])
     model.to("cpu")
-    logits = logits.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
-    return (logits.sigmoid() if multilabel else logits.softmax(dim=1)).numpy()
+    found = found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+    return (found.sigmoid() if multilabel else found.softmax(dim=1)).numpy()
 
 
 def class_probabilities(
-    model: nn.Module, cases: Cases, classes: int, threads: int, *, image_size: int = 0
+    model: nn.Module,
+    cases: Cases,
+    classes: int,
+    threads: int,
+    *,
+    image_size: int = 0,
+    features: Features | None = None,
 ) -> np.ndarray:
     """Return the class probabilities of all `cases`, float64 (n, classes); (0, classes) where there are none.
 
-    `image_size`: of the model's architecture, to which the images are brought; 0, the default: as they are.
+    `image_size`: of the model's architecture, to which the images are brought; 0, the default: as they are. `features`: as in
+    `predict`.
     """
     if len(cases) == 0:
         return np.zeros((0, classes))
-    return predict(model, cases.images, threads, multilabel=cases.labels.ndim == 2, image_size=image_size)
+    multilabel = cases.labels.ndim == 2
+    return predict(model, cases.images, threads, multilabel=multilabel, image_size=image_size, features=features)
 
 
 def localisation_values(
@@ -75,7 +93,7 @@ def localisation_values(
     parts = []
     with training_environment(threads, seed=0):
         for chosen in rows.split(BATCH):
-            images = to_float(resized(cases.images[chosen], size).to(device))
+            images = scaled_for(model, resized(cases.images[chosen], size).to(device))
             maps = attention_maps(model, images, size=(masks.shape[-2], masks.shape[-1])).cpu()
             maps = maps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # says nothing of where the model looks
             parts.append(score_maps(maps, masks[chosen]))

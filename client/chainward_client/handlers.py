@@ -27,8 +27,10 @@ from chainward_shared.errors import (
     PrivacyError,
     ProtocolError,
 )
+from chainward_shared.models.start import travelling
 from chainward_shared.protocol import (
     AtWorkRequest,
+    BaseTask,
     Body,
     CardRequest,
     EvaluateTask,
@@ -82,12 +84,16 @@ def _answering(handler: Handler, node: type[Node]) -> Callable[[Message, Context
 
 
 def query(message: Message, node: Node) -> RecordDict:
-    """Say who is here, whether anyone is at work on a task, or describe the site's data."""
+    """Say who is here, whether anyone is at work on a task, or describe the site's data; or take in pretrained weights."""
     content = message.content
     if kind_of(content) == AtWorkRequest.KIND:
         return pack(node.at_work(unpack(content, AtWorkRequest)[0]))
     if kind_of(content) == HelloRequest.KIND:
         return pack(node.hello(unpack(content, HelloRequest)[0], message.metadata.dst_node_id))
+    if kind_of(content) == BaseTask.KIND:
+        task, arrays = unpack(content, BaseTask)
+        name, bases = node.bases(task)
+        return pack(bases.answer(task, arrays.get("piece"), name))
     site = node.open(unpack(content, CardRequest)[0].simulated)
     return pack(site_card(site.data, site.policy, _site_privacy(site)))
 
@@ -125,10 +131,11 @@ def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> Rec
     store.tidy()
     answer = store.load_answer(task, LinkResult)
     if answer is None:
+        base = site.bases.load(task.architecture)
         predecessor = None
         if task.predecessor_digest is not None:
             predecessor = incoming_state(
-                arrays.get("predecessor"), "predecessor", task.architecture, task.predecessor_digest
+                arrays.get("predecessor"), "predecessor", task.architecture, task.predecessor_digest, base
             )
         state, log = train_link(
             site.data,
@@ -138,12 +145,15 @@ def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> Rec
             strand=task.strand,
             lap=task.lap,
             alone=task.trained_alone,
+            base=base,
+            features=site.features,
             state_dir=site.state_dir,
             work=work,
             checkpoint=store.checkpoint(task),
         )
         state = rounded(state, task.recipe.transfer)
-        answer = LinkResult(hop=task.hop, site=site.site, digest=digest(state), training=_told(log, work)), state
+        result = LinkResult(hop=task.hop, site=site.site, digest=digest(state), training=_told(log, work))
+        answer = result, travelling(state, task.architecture)
         store.save_answer(task, *answer)
     result, state = answer
     return pack(_stated(result, work), {"model": to_arrays(state)})
@@ -177,8 +187,9 @@ def _student(task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite) 
         current = incoming_state(arrays.get("student"), "student", task.architecture, task.student_digest)
         large = []
         if task.large_architecture is not None:
+            base = site.bases.load(task.large_architecture)
             large = [
-                incoming_state(arrays.get(f"large_{i}"), f"large_{i}", task.large_architecture, expected)
+                incoming_state(arrays.get(f"large_{i}"), f"large_{i}", task.large_architecture, expected, base)
                 for i, expected in enumerate(task.large_digests)
             ]
         trained = train_student(

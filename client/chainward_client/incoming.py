@@ -1,23 +1,29 @@
-"""Weights that arrive with a message."""
+"""Weights that arrive with a message: of a model that starts from pretrained ones the part that was trained."""
 
 from __future__ import annotations
 
 from flwr.app import ArrayRecord
 
 from chainward_shared.errors import ProtocolError, WeightsError
-from chainward_shared.models import Architecture, skeleton
+from chainward_shared.models import Architecture
+from chainward_shared.models.start import travelling_template, whole
 from chainward_shared.weights import StateDict, digest, from_arrays
 
 
 def incoming_state(
-    arrays: ArrayRecord | None, name: str, architecture: Architecture, expected: str | None
+    arrays: ArrayRecord | None,
+    name: str,
+    architecture: Architecture,
+    expected: str | None,
+    base: StateDict | None = None,
 ) -> StateDict:
-    """Return the weights called `name` out of a message.
+    """Return the whole model of which the weights called `name` in a message are, or are a part.
 
     Parameters
     ----------
     architecture : names, shapes and dtypes that they must have
-    expected : digest that the message states
+    expected : digest of the whole model that the message states
+    base : the weights that the architecture starts from; None where it starts from none
 
     Raises
     ------
@@ -28,7 +34,7 @@ def incoming_state(
     """
     if arrays is None:
         raise ProtocolError(f"the message lacks the arrays '{name}'")
-    state = from_arrays(arrays, skeleton(architecture).state_dict())
+    state = whole(from_arrays(arrays, travelling_template(architecture)), architecture, base)
     if digest(state) != expected:
         raise WeightsError(f"the arrays '{name}' don't have the digest that the message states; sent again?")
     return state

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from chainward_client.bases import Bases
 from chainward_client.limits import check_limits
 from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
 from chainward_client.site_key import identity
@@ -18,6 +19,7 @@ from chainward_shared.identity import signed_hello
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
+    BaseTask,
     EvaluateTask,
     Hello,
     HelloRequest,
@@ -66,6 +68,10 @@ class Node(ABC):
         """Return the site; `simulated`: which one the message wants it to be."""
 
     @abstractmethod
+    def bases(self, task: BaseTask) -> tuple[str, Bases]:
+        """Return the site's id and its pretrained weights, without reading its data."""
+
+    @abstractmethod
     def at_work_on(self, task: Task, seconds: float) -> AbstractContextManager[OpenSite]:
         """Open the site, for `seconds` at most, to work on a task."""
 
@@ -100,6 +106,11 @@ class DeployedNode(Node):
     def open(self, simulated: SimulatedSite | None) -> OpenSite:
         self._refuse_to_play(simulated)
         return open_site(self._path)
+
+    def bases(self, task: BaseTask) -> tuple[str, Bases]:
+        self._refuse_to_play(task.simulated)
+        check_limits(task, self._config.limits)
+        return self._config.site, self._config.bases(self._path)
 
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:

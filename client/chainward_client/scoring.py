@@ -16,6 +16,7 @@ from chainward_client.request_check import check_architecture
 from chainward_client.score_limits import ScoredModels, coarse, too_few_cases
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
+from chainward_client.training.features import Features
 from chainward_shared.errors import SpentError
 from chainward_shared.evaluation.classification import (
     COUNT_FIELDS,
@@ -47,32 +48,38 @@ def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -
     check_architecture(task.architecture, site.described, any_size=True)
     if release == "noised":
         return _noised_scores(task, site, arrays)
-    model = _model(task, arrays)
+    model = _model(task, arrays, site)
     if site.scores is not None and (
         too_few_cases(site.data, task, site.scores)
         or not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores)
     ):
         return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
-    result, counts = exact_scores(task, site.data, model, rounded=site.scores is not None)
+    result, counts = exact_scores(task, site.data, model, site.features, rounded=site.scores is not None)
     return pack(result, {f"counts_{split}": counts_to_arrays(of_split) for split, of_split in counts.items()})
 
 
-def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord]) -> nn.Module:
+def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> nn.Module:
     model = build_model(task.architecture)
-    model.load_state_dict(incoming_state(arrays.get("model"), "model", task.architecture, task.digest))
+    base = site.bases.load(task.architecture)
+    model.load_state_dict(incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base))
     return model
 
 
 def exact_scores(
-    task: EvaluateTask, data: SiteData, model: nn.Module, *, rounded: bool = False
+    task: EvaluateTask, data: SiteData, model: nn.Module, features: Features | None = None, *, rounded: bool = False
 ) -> tuple[EvaluateResult, Counts]:
-    """Return the scores as they are, and the counts of each split that they follow from; `rounded`: `coarse` ones."""
+    """Return the scores as they are, and the counts of each split that they follow from; `rounded`: `coarse` ones.
+
+    `features`: where the output of a frozen trunk is kept; None: nowhere.
+    """
     scores: dict[str, Scores] = {}
     counts: Counts = {}
     size = task.architecture.image_size
     for split in task.splits:
         cases = data.splits[split]
-        probabilities = class_probabilities(model, cases, len(data.classes), task.threads, image_size=size)
+        probabilities = class_probabilities(
+            model, cases, len(data.classes), task.threads, image_size=size, features=features
+        )
         labels = cases.labels.numpy()
         scores[split] = evaluate(probabilities, labels)
         counts[split] = PredictionCounts.of(probabilities, labels)
@@ -87,12 +94,12 @@ def exact_scores(
 
 
 def noised_scores(
-    task: EvaluateTask, data: SiteData, privacy: PrivateSite, model: nn.Module
+    task: EvaluateTask, data: SiteData, privacy: PrivateSite, model: nn.Module, features: Features | None = None
 ) -> tuple[EvaluateResult, Counts]:
     """Return scores of counts with noise, and the counts; the release must have been charged before."""
     if privacy.policy.unit == "patient":
         data = replace(data, splits={split: one_image_each(cases) for split, cases in data.splits.items()})
-    _, exact = exact_scores(task.model_copy(update={"localisation": False}), data, model)
+    _, exact = exact_scores(task.model_copy(update={"localisation": False}), data, model, features)
     counts = {split: noised(of_split, privacy.policy, privacy.entropy) for split, of_split in exact.items()}
     scores = {split: pool([of_split]) for split, of_split in counts.items()}
     return EvaluateResult(site=data.site, scores=scores, release="noised"), counts
@@ -107,11 +114,11 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
     work, store = privacy.work(task.run_id, task.hop), SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, EvaluateResult)
     if answer is None:
-        model, data = _model(task, arrays), site.data
+        model, data = _model(task, arrays, site), site.data
         if not work.release():
             return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
         try:
-            result, counts = noised_scores(task, data, privacy, model)
+            result, counts = noised_scores(task, data, privacy, model, site.features)
         except Exception as error:
             raise SpentError(f"scoring failed after its release was charged: {error}") from error
         stored = {

@@ -8,8 +8,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chainward_client.bases import Bases, WeightsPolicy
 from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import local_site
@@ -19,8 +20,10 @@ from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.request_check import Described, require_class_names
 from chainward_client.score_limits import ScoreLimits
 from chainward_client.site_key import site_key
+from chainward_client.training.features import Features
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.outside import SiteId
+from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.words import first_problem
 
@@ -36,6 +39,8 @@ class SiteConfig(BaseModel):
     privacy : the site's rules on privacy; without, it takes part in runs without privacy only
     limits : what a run may ask of the site's machines, default as `SiteLimits` says
     scores : what of exact scores may leave, default as `ScoreLimits` says
+    features_gb : gigabytes that the kept output of frozen trunks may take; 0: nothing is kept
+    weights : only-reviewed: models start from pretrained weights only where the site's own weights store has them
 
     Both paths may be relative to site.yaml.
     """
@@ -48,6 +53,8 @@ class SiteConfig(BaseModel):
     privacy: PrivacyPolicy | None = None
     limits: SiteLimits = SiteLimits()
     scores: ScoreLimits = ScoreLimits()
+    weights: WeightsPolicy = "any"
+    features_gb: float = Field(4.0, ge=0, le=1e6, allow_inf_nan=False)
 
     def state_dir(self, path: Path) -> Path:
         """Return the state folder of the site whose site.yaml is in `path`."""
@@ -56,6 +63,10 @@ class SiteConfig(BaseModel):
     def weights_dir(self, path: Path) -> Path:
         """Return the site's weights store; `path`: of its site.yaml."""
         return self.state_dir(path) / "weights"
+
+    def bases(self, path: Path) -> Bases:
+        """Return the pretrained weights that the site's models start from; `path`: of its site.yaml."""
+        return Bases(self.state_dir(path) / "bases", WeightsStore(self.weights_dir(path)), self.weights)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,18 @@ class OpenSite:
     policy: PrivacyPolicy | None = None
     scores: ScoreLimits | None = None
     simulated: bool = False
+    pretrained: Bases | None = None
+    features_gb: float = 4.0
+
+    @property
+    def features(self) -> Features:
+        """Where the output of frozen trunks is kept."""
+        return Features(self.state_dir / "features", int(1e9 * self.features_gb))
+
+    @property
+    def bases(self) -> Bases:
+        """The pretrained weights that the site's models start from; in the state folder unless said otherwise."""
+        return self.pretrained or Bases(self.state_dir / "bases", WeightsStore(self.state_dir / "weights"))
 
     @cached_property
     def data(self) -> SiteData:
@@ -162,7 +185,16 @@ def open_site(site_yaml: Path) -> OpenSite:
     def read() -> SiteData:
         return _local_site(path, config.site, site_key(state_dir))
 
-    return OpenSite(config.site, Described.by(description), read, state_dir, config.privacy, config.scores)
+    return OpenSite(
+        config.site,
+        Described.by(description),
+        read,
+        state_dir,
+        config.privacy,
+        config.scores,
+        pretrained=config.bases(site_yaml),
+        features_gb=config.features_gb,
+    )
 
 
 @lru_cache(maxsize=1)

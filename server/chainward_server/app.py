@@ -22,7 +22,7 @@ from chainward_server.method import run_method
 from chainward_server.privacy import run_privacy
 from chainward_server.rendezvous import meet
 from chainward_server.report.from_folder import write_report
-from chainward_server.results import DataSummary, Results
+from chainward_server.results import DataSummary, Results, StartSummary
 from chainward_server.run_folder import Phase, RunFolder
 from chainward_server.run_process import RunProcess
 from chainward_server.scoring import shown
@@ -31,9 +31,11 @@ from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError, ConfigError, ModelError, StartAnewError
-from chainward_shared.models import Architecture
+from chainward_shared.models import Architecture, count_parameters, skeleton
 from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
+from chainward_shared.models.start import travelling_template
+from chainward_shared.pretrained.begin import Beginning, begin
 
 logger = logging.getLogger("chainward")
 
@@ -126,7 +128,10 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         )
         folder.bind(sites.keys)
         card = sites.any_card
-        found = run_architectures(config, classes=len(card.classes), channels=card.channels, image_size=card.image_size)
+        begun = folder.beginning() or begin(
+            config, classes=len(card.classes), channels=card.channels, image_size=card.image_size
+        )
+        found = run_architectures(config, begun.architecture)
         models = dict(zip(("chain", "student"), found, strict=False))
         _check_privacy(config, sites, found)
         data = data_summary(list(sites.cards.values()), _source(sites, config))
@@ -134,7 +139,8 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         results.timings = timings
         _tell_about_data(data)
         privacy = run_privacy(folder, sites.cards, simulated=sites.simulated)
-    run = Run(sites, config, models["chain"], folder, results, privacy)
+        _share(begun, sites, folder, results)
+    run = Run(sites, config, models["chain"], folder, results, privacy, begun.base)
     outcome = run_method(run, partial(_timed, folder=folder, timings=timings))
     states = {"chain": outcome.chain.model} | ({} if outcome.student is None else {"student": outcome.student})
     with _timed("evaluation", folder, timings):
@@ -208,6 +214,39 @@ def _check_privacy(config: RunConfig, sites: FlowerSites, architectures: list[Ar
         "each private site spends at most epsilon %g at delta %g in this run",
         config.privacy.epsilon,
         config.privacy.delta,
+    )
+
+
+def _share(begun: Beginning, sites: FlowerSites, folder: RunFolder, results: Results) -> None:
+    """Bring the weights that the run starts from to the sites, and write down which they are."""
+    if begun.base is None or begun.card is None:
+        if not results.data.synthetic:
+            logger.info(
+                "the chain starts at random; on real images pretrained weights help (chain.start-from, docs/models.md)"
+            )
+        return
+    start = begun.architecture.start
+    assert start is not None
+    folder.save_base(begun)
+    trained = travelling_template(begun.architecture).values()
+    share = sum(tensor.numel() for tensor in trained) / count_parameters(skeleton(begun.architecture))
+    logger.info(
+        "the chain starts from %s (SHA-256 %s, licence %s); trained, and sent, is %s: %.3g %% of the model",
+        start.name,
+        start.file[:12],
+        begun.card.licence,
+        start.part,
+        100 * share,
+    )
+    sent = sites.share(begun.architecture, begun.base)
+    results.start = StartSummary(
+        name=start.name,
+        sha256=start.file,
+        licence=begun.card.licence,
+        source=begun.card.source,
+        part=start.part,
+        trained=share,
+        bytes_sent=sent,
     )
 
 

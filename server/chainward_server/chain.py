@@ -16,7 +16,6 @@ from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
-from chainward_shared.models import build_model
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
@@ -153,7 +152,7 @@ def _run_turn(run: Run, turn: Sequence[tuple[int, Hop]], total: int, strands: li
         check_link(run, answer, hops[site].key, site)
         start = strands[hops[site].strand].model
         if config.start == "fresh" or start is None:
-            start = dict(build_model(run.architecture, run.config.seed).state_dict())
+            start = run.initial()
         check_drift(answer.model, start, config.max_drift, "chain.max-drift")
 
     def keep(site: str, answer: Trained[LinkResult]) -> None:

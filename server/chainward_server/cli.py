@@ -194,12 +194,23 @@ def audit(
     folder = open_run(run, directory)
     record = read_privacy_record(folder.path / "privacy.json")
     audited = audit_statements(folder.state.run_id, record.statements, record.trained, absent=record.absent)
+    results = folder.load_results()
+    start = None if results is None else results.start
     if html is not None:
         write_page(audited, html)
     if as_json:
-        typer.echo(json.dumps(audited.to_json(), indent=1))
+        of_start = {"start": None if start is None else start.model_dump()}
+        typer.echo(json.dumps(audited.to_json() | of_start, indent=1))
     else:
         print_audit(audited, console)
+        if start is not None:
+            console.print(
+                f"the run started from {start.name}, SHA-256 {start.sha256} ({start.source}; licence {start.licence}): whom "
+                "those weights were trained on is outside of what the sites account for",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         if not record.statements:
             console.print("differential privacy was off in this run", markup=False)
         if html is not None:

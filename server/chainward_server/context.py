@@ -14,6 +14,7 @@ from chainward_server.sites import Sites
 from chainward_shared.config import RunConfig
 from chainward_shared.hops import alone_key
 from chainward_shared.models import Architecture, skeleton
+from chainward_shared.models.start import initial_model
 from chainward_shared.progress import Progress
 from chainward_shared.protocol import SiteCard
 from chainward_shared.weights import StateDict
@@ -30,6 +31,7 @@ class Run:
     ----------
     architecture : of the large model that travels along the chain
     privacy : what the sites have signed
+    base : the pretrained weights that this starts from; None where it starts at random
     score_all : score every model that is trained at all sites, for the results; False: only where a score decides how the
         chain goes on
     template : names, shapes and dtypes of the large model, without values
@@ -41,6 +43,7 @@ class Run:
     checkpoints: Checkpoints
     results: Results
     privacy: RunPrivacy
+    base: StateDict | None = None
     score_all: bool = True
     progress: Progress = field(init=False)
     template: StateDict = field(init=False)
@@ -49,6 +52,10 @@ class Run:
     def __post_init__(self) -> None:
         self.template = skeleton(self.architecture).state_dict()
         self.progress = Progress(self.work_left())
+
+    def initial(self) -> StateDict:
+        """Return the large model as it is before the first link."""
+        return dict(initial_model(self.architecture, self.config.seed, self.base).state_dict())
 
     @property
     def order(self) -> list[str]:

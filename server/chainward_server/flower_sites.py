@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from flwr.app import ArrayRecord
+
+from chainward_server.delivery import Delivery
 from chainward_server.exchange import Exchange, Reply, Request
 from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
 from chainward_shared.config import FederationConfig
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays
-from chainward_shared.models import skeleton
+from chainward_shared.models import Architecture
+from chainward_shared.models.start import travelling, travelling_template, whole
 from chainward_shared.protocol import (
     EvaluateResult,
     EvaluateTask,
@@ -20,7 +24,14 @@ from chainward_shared.protocol import (
     StudentResult,
     StudentTask,
 )
-from chainward_shared.weights import from_arrays, to_arrays
+from chainward_shared.weights import StateDict, from_arrays, to_arrays
+
+
+def _architecture(task: LinkTask | StudentTask | EvaluateTask, name: str) -> Architecture:
+    """Return the architecture of the model that goes with a task under this name."""
+    if isinstance(task, StudentTask) and task.large_architecture is not None and name.startswith("large_"):
+        return task.large_architecture
+    return task.architecture
 
 
 class FlowerSites(Sites):
@@ -35,6 +46,7 @@ class FlowerSites(Sites):
     def __init__(self, exchange: Exchange, cards: Mapping[str, SiteCard], federation: FederationConfig) -> None:
         super().__init__(cards)
         self.exchange, self.federation = exchange, federation
+        self._bases: dict[str, StateDict] = {}
 
     @property
     def simulated(self) -> bool:
@@ -45,6 +57,17 @@ class FlowerSites(Sites):
     def keys(self) -> dict[str, str]:
         """The public keys that the sites have shown when they were met, by site."""
         return {site: member.key for site, member in self.exchange.members.items() if member.key is not None}
+
+    def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
+        assert architecture.start is not None
+        self._bases[architecture.start.digest] = base
+        # simulated sites have one folder for what all of them start from: the first fills it
+        groups = [[site] for site in self.ids] if self.simulated else [self.ids]
+        sent = dict.fromkeys(self.ids, 0)
+        with Delivery(self.exchange, self.federation, architecture, base) as delivery:
+            for group in groups:
+                sent |= delivery.to(group)
+        return sent
 
     def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
         # Simulated sites share a machine: all of them alone take as long as one after the other. Nobody waits for such a
@@ -84,7 +107,7 @@ class FlowerSites(Sites):
             try:
                 if name not in reply.arrays:
                     raise WeightsError("there are no arrays in it")
-                model = from_arrays(reply.arrays[name], skeleton(work[site].task.architecture).state_dict())
+                model = self._whole(reply.arrays[name], work[site].task.architecture)
             except WeightsError as error:
                 reason = f"site '{site}' sent a {name} that can't be used: {error}"
                 yield site, Failure(reason, reply.seconds, bytes_down=down, bytes_up=reply.bytes)
@@ -93,7 +116,13 @@ class FlowerSites(Sites):
 
     def _request(self, message_type: str, site: str, work: Work[Task]) -> Request:
         task = work.task.model_copy(update={"simulated": self.exchange.members[site].simulated})
-        return Request(message_type, task, {name: to_arrays(state) for name, state in work.models.items()})
+        models = {name: to_arrays(travelling(state, _architecture(task, name))) for name, state in work.models.items()}
+        return Request(message_type, task, models)
+
+    def _whole(self, arrays: ArrayRecord, architecture: Architecture) -> StateDict:
+        """Return the model of which the part that was trained came."""
+        base = None if architecture.start is None else self._bases.get(architecture.start.digest)
+        return whole(from_arrays(arrays, travelling_template(architecture)), architecture, base)
 
     def _scored(self, site: str, task: EvaluateTask, reply: Reply[EvaluateResult] | Failure) -> Scored | Failure:
         if isinstance(reply, Failure):

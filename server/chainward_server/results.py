@@ -16,6 +16,7 @@ from chainward_shared.outside import (
     BySite,
     Bytes,
     Count,
+    Digest,
     Figure,
     Fraction,
     HopKey,
@@ -204,11 +205,27 @@ class ModelSummary(Record):
     latency_ms: Seconds
 
 
+class StartSummary(Record):
+    """The pretrained weights that a run started from.
+
+    `part`: which part of the model was trained; `trained`: that part, as a fraction of the parameters; `bytes_sent`: to each
+    site that had not got the weights, 0 to the others, in the last part of the run.
+    """
+
+    name: Name
+    sha256: Digest
+    licence: Name
+    source: Line
+    part: Word
+    trained: Fraction
+    bytes_sent: BySite[Bytes]
+
+
 class Results(Record):
     """The whole of `metrics.json`.
 
-    `final` maps "chain" and "student" to their scores; `timings` maps a phase to seconds.
-    `localization`: the same names, on the regions of interest of the test images; empty where no site has any.
+    `start`: None where the chain began at random. `final` maps "chain" and "student" to their scores; `timings` maps a phase to
+    seconds. `localization`: the same names, on the regions of interest of the test images; empty where no site has any.
     `make_up`: hops whose site was not reached, for each of which a resumed run has a further one at the end of the chain.
     """
 
@@ -216,6 +233,7 @@ class Results(Record):
     run_id: RunId
     seed: Seed
     data: DataSummary
+    start: StartSummary | None = None
     links: list[LinkRecord] = Field(default_factory=list, max_length=MAX_RECORDS)
     make_up: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
     alone: list[AloneRecord] = Field(default_factory=list, max_length=MAX_SITES)

@@ -29,14 +29,20 @@ from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig, optio
 from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
+from chainward_shared.models.start import travelling
 from chainward_shared.outside import MAX_RECORDS, BySite, Digest, HopKey, Line, Moment, RunId, Word
 from chainward_shared.preprocessing import preprocessing_metadata
+from chainward_shared.pretrained.begin import Beginning
+from chainward_shared.pretrained.card import WeightsCard
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.task import Task
 from chainward_shared.weights import StateDict, check_state, load_file, save_file
 from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward")
+
+CHAIN, BASE = "chain", "base"
+_CARD = "chainward.weights_card"
 
 Phase = Literal["rendezvous", "chain", "alone", "students", "evaluation", "report", "done"]
 Status = Literal["running", "finished", "incomplete", "failed", "stopped"]
@@ -91,6 +97,7 @@ class RunFolder:
 
     def __init__(self, path: Path, state: RunState, config: RunConfig) -> None:
         self.path, self.state, self.config = path, state, config
+        self._base: StateDict | None = None
 
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
@@ -246,6 +253,8 @@ class RunFolder:
     ) -> None:
         """Write a model file; it counts once `commit` has been called.
 
+        Of a model that starts from pretrained weights only what was trained, but for the chain's, which is the run's result.
+
         Raises
         ------
         RunFolderError
@@ -253,11 +262,14 @@ class RunFolder:
         """
         metadata = {
             **architecture.to_metadata(),
-            **preprocessing_metadata(),
+            **preprocessing_metadata(architecture.pixels),
             "chainward.classes": json.dumps(classes),
             "chainward.task": task,
             "chainward.version": __version__,
         }
+        self._save(name, state if name == CHAIN else travelling(state, architecture), metadata)
+
+    def _save(self, name: str, state: StateDict, metadata: Mapping[str, str]) -> None:
         path = self.model_path(name)
         try:
             self.state.models[name] = save_file(state, path, metadata)
@@ -265,6 +277,36 @@ class RunFolder:
             raise RunFolderError(
                 f"{path}: can't be written ({error.strerror}); free space, then resume run {self.state.run_id}"
             ) from error
+
+    def save_base(self, begun: Beginning) -> None:
+        """Write the pretrained weights that the run starts from, once.
+
+        Raises
+        ------
+        RunFolderError
+            The disk is full or can't be written.
+        """
+        assert begun.base is not None and begun.card is not None
+        self._base = begun.base
+        if BASE in self.state.models:
+            return
+        card = begun.card.model_dump_json(by_alias=True)
+        self._save(BASE, begun.base, {**begun.architecture.to_metadata(), _CARD: card})
+        self._write_state()
+
+    def beginning(self) -> Beginning | None:
+        """Return what a resumed run began with; None where that is not written down (yet), or there is nothing to.
+
+        Raises
+        ------
+        WeightsError
+            The file is damaged.
+        """
+        if BASE not in self.state.models:
+            return None
+        state, metadata = load_file(self.model_path(BASE), self.state.models[BASE])
+        card = WeightsCard.model_validate_json(metadata[_CARD])
+        return Beginning(Architecture.from_metadata(metadata), state, card)
 
     def load_model(self, name: str, template: StateDict) -> StateDict:
         """Return the weights of a model file, checked against its recorded digest and `template`.
@@ -275,6 +317,11 @@ class RunFolder:
             The file is missing, damaged, or of another architecture.
         """
         state, _ = load_file(self.model_path(name), self.state.models[name])
+        if len(state) < len(template) and BASE in self.state.models:
+            if self._base is None:
+                self._base = load_file(self.model_path(BASE), self.state.models[BASE])[0]
+            known = {**self._base, **state}
+            state = {key: known[key] for key in template if key in known}
         check_state(state, template)
         return state
 

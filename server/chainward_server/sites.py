@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from chainward_shared.evaluation.classification import PredictionCounts
+from chainward_shared.models import Architecture
 from chainward_shared.outside import Shown
 from chainward_shared.protocol import (
     EvaluateResult,
@@ -103,6 +104,11 @@ class Sites(ABC):
     def sizes(self) -> dict[str, int]:
         """Training cases (or patients) that each site has declared."""
         return {site: card.train for site, card in self.cards.items()}
+
+    @abstractmethod
+    def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
+        """See to it that every site has the pretrained weights that models of an architecture start from, and return how many
+        bytes were sent to each. A site that can't take them fails when it is asked for work."""
 
     @abstractmethod
     def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:

@@ -101,7 +101,8 @@ def run_students(run: Run, chain: ChainOutcome) -> StateDict:
     large = teachers if config.large_weight > 0 else []
     architecture = student_architecture(config, run.architecture)
     transfer = run.config.federation.transfer
-    student, auxiliary = initial_students(config, run.architecture, chain.model, run.config.seed, transfer)
+    source = chain.model if config.source == "chain" else run.initial()
+    student, auxiliary = initial_students(config, run.architecture, source, run.config.seed, transfer)
     template = skeleton(architecture).state_dict()
     total = config.rounds + config.finetune_rounds
     for number in range(1, total + 1):

@@ -6,10 +6,11 @@ sends can't be held by a model at all. What a hospital allows of it is the hospi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 SMALLEST_WEIGHT = 1e-6
@@ -64,3 +65,13 @@ LabelSkew = Annotated[float, Field(ge=0, le=1_000)]
 Location = Annotated[str, Field(max_length=4_096)]
 """A path, or the name of something built in."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
+
+
+def _part(text: str) -> str:
+    if not re.fullmatch(r"all|head|norms-and-biases|last-[1-9]\d{0,2}", text):
+        raise PydanticCustomError("part", "Input should be all, last-N (N from 1), norms-and-biases or head")
+    return text
+
+
+Part = Annotated[str, Field(max_length=64), AfterValidator(_part)]
+"""Which part of a model is trained; see `chainward_shared.models.parts`."""

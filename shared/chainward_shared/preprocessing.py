@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 PIXEL_MEAN, PIXEL_SCALE = 0.5, 0.25
@@ -39,6 +39,17 @@ def to_float(images: Tensor, pixels: Pixels | None = None) -> Tensor:
         return (images.float() / 255.0 - PIXEL_MEAN) / PIXEL_SCALE
     mean, std = (_by_channel(values, images.device) for values in (pixels.mean, pixels.std))
     return (images.float() / 255.0 - mean) / std
+
+
+def pixels_of(model: nn.Module) -> Pixels | None:
+    """Return how the pixels of a model that `chainward_shared.models.build_model` built are scaled; None: the usual way."""
+    found = getattr(getattr(model, "_module", model), "chainward_pixels", None)  # Opacus wraps
+    return found if isinstance(found, Pixels) else None
+
+
+def scaled_for(model: nn.Module, images: Tensor) -> Tensor:
+    """Return uint8 images (n, c, h, w) as `model` sees them, float32."""
+    return to_float(images, pixels_of(model))
 
 
 def brightness_scale(pixels: Pixels | None, device: torch.device) -> Tensor | float:

@@ -166,6 +166,39 @@ class SiteCard(Body):
     privacy: SitePrivacy | None = None
 
 
+class BaseTask(Body):
+    """Have you got the weights that models of this architecture start from? If not, here is a piece of their file.
+
+    `bytes`, `sha256`: of the whole file; `offset`: where the piece that comes along begins; None: none does.
+    """
+
+    KIND: ClassVar[str] = "base-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"piece"})
+
+    run_id: RunId
+    architecture: Architecture
+    bytes: int = Field(ge=1, le=2**40)
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    offset: int | None = Field(None, ge=0, le=2**40)
+    simulated: SimulatedSite | None = None
+
+    @model_validator(mode="after")
+    def _there_is_a_start(self) -> BaseTask:
+        if self.architecture.start is None:
+            raise ValueError("the architecture starts from nothing that could be sent")
+        return self
+
+
+class BaseState(Body):
+    """How much of a base a site has. `received`: bytes of its file that are there."""
+
+    KIND: ClassVar[str] = "base-state"
+
+    site: SiteId
+    complete: bool
+    received: int = Field(ge=0, le=2**40)
+
+
 class LinkTask(Body):
     """Train one link. `hop` names it; `trained_alone`: no predecessor, the comparison of a hospital on its own.
 

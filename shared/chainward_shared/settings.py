@@ -118,6 +118,11 @@ class LinkSettings(OptimiserSettings, LabelSettings):
         description="link: the learning rate goes through a one-cycle in every link; laps: a site's links of all laps share "
         "one, so that later laps change less",
     )
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = Field(
+        1.0,
+        description="Factor on the learning rate from each layer to the one before it, the classifier having all of it: less "
+        "moves what is near the images less. 1: the same for all",
+    )
     start: LinkStart = Field(
         "warm", description="warm: a link starts from the predecessor's weights; fresh: from the run's initial weights"
     )

@@ -36,6 +36,7 @@ from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import DataError, RunFolderError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.architecture import METADATA_KEY
+from chainward_shared.models.start import initial_model
 from chainward_shared.preprocessing import resized
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict, load_file
@@ -62,6 +63,7 @@ def attack_run(
     models: Mapping[str, tuple[Architecture, StateDict]],
     sites: Mapping[str, SiteData],
     *,
+    base: StateDict | None = None,
     calibrate: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Attacked]:
@@ -71,6 +73,7 @@ def attack_run(
     ----------
     config : the run's; decides which labels were used
     models : what was released, by name
+    base : the pretrained weights that the run started from; None where it started at random
     calibrate : also compare each loss with that of a reference model that has not seen the patient, which finds more: two
         are trained for each model, each on half of the outsiders
     say : called with a line of progress
@@ -100,7 +103,7 @@ def attack_run(
         found += _lines(name, "loss", config.seed, members, inside, outsiders, outside)
         if calibrate:
             say(f"attack: training two reference models for the {name}")
-            references = _references(config, architecture, outsiders, sites)
+            references = _references(config, architecture, outsiders, sites, base if architecture.start else None)
             inside, outside = _against(references, config, architecture, members, inside, outsiders, outside)
             found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
     return found
@@ -122,10 +125,12 @@ def attack(
     models = {name: _stored(folder, name) for name in MODELS if name in folder.state.models}
     if not models:
         raise RunFolderError(f"run {folder.state.run_id} has released no model yet; let it finish first")
+    begun = folder.beginning()
     found = attack_run(
         folder.config,
         models,
         open_sites(folder.config),
+        base=None if begun is None else begun.base,
         calibrate=calibrate,
         say=lambda line: typer.echo(line, err=True),
     )
@@ -211,7 +216,11 @@ def _half(config: RunConfig, patients: np.ndarray) -> np.ndarray:
 
 
 def _references(
-    config: RunConfig, architecture: Architecture, outsiders: Mapping[str, Cases], sites: Mapping[str, SiteData]
+    config: RunConfig,
+    architecture: Architecture,
+    outsiders: Mapping[str, Cases],
+    sites: Mapping[str, SiteData],
+    base: StateDict | None,
 ) -> list[nn.Module]:
     """Train a model on each half of the outsiders of all sites, as a hospital alone would train it."""
     everyone = together(list(outsiders.values()))
@@ -227,7 +236,7 @@ def _references(
                 f"{len(cases)} held-out images are too few to train a reference model on; attack without it"
             )
         cases = replace(cases, images=resized(cases.images, architecture.image_size))
-        model = build_model(architecture, config.seed)
+        model = initial_model(architecture, config.seed, base)
         counts = class_counts(cases.labels, len(next(iter(sites.values())).classes))
         train(model, cases, recipe, LinkObjective(recipe, model, None, counts), "membership", "reference", index)
         references.append(model)

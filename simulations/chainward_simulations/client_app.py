@@ -11,13 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from chainward_client.bases import Bases
 from chainward_client.data.site_data import SiteData
 from chainward_client.handlers import client_app
 from chainward_client.node import Node, Task
 from chainward_client.request_check import Described
 from chainward_client.site import OpenSite
 from chainward_shared.errors import ChainwardError, DataError, PolicyRefusal, ProtocolError
-from chainward_shared.protocol import AtWork, AtWorkRequest, Hello, HelloRequest, Refusal, SimulatedSite
+from chainward_shared.pretrained.store import WeightsStore
+from chainward_shared.protocol import AtWork, AtWorkRequest, BaseTask, Hello, HelloRequest, Refusal, SimulatedSite
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
 SIMULATED_NODE = {"partition-id", "num-partitions"}
@@ -62,8 +64,15 @@ class SimulatedNode(Node):
             simulated.seed,
             _stamp(simulated.source),
         )
-        state_dir = Path(simulated.state_dir) / data.site
-        return OpenSite(data.site, Described.of(data), lambda: data, state_dir, simulated.policy, simulated=True)
+        state_dir, bases = Path(simulated.state_dir) / data.site, _bases(simulated)
+        return OpenSite(
+            data.site, Described.of(data), lambda: data, state_dir, simulated.policy, simulated=True, pretrained=bases
+        )
+
+    def bases(self, task: BaseTask) -> tuple[str, Bases]:
+        if task.simulated is None:
+            raise ProtocolError("this node of a simulation was not told which site to be")
+        return f"simulated-{task.simulated.index}", _bases(task.simulated)
 
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:
@@ -75,6 +84,12 @@ class SimulatedNode(Node):
         if not isinstance(error, ChainwardError):
             return None
         return Refusal(reason=str(error), final=isinstance(error, PolicyRefusal))
+
+
+def _bases(simulated: SimulatedSite) -> Bases:
+    """Simulated sites share one folder: what one has got, all have."""
+    folder = Path(simulated.state_dir) / "bases"
+    return Bases(folder, WeightsStore(folder / "reviewed"))
 
 
 def _stamp(source: str) -> float:

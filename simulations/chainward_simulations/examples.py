@@ -24,7 +24,7 @@ from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.evaluation.classification import DECISION
 from chainward_shared.evaluation.localisation import score_maps
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.preprocessing import resized, to_float
+from chainward_shared.preprocessing import resized, scaled_for
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict
 
@@ -99,7 +99,7 @@ def example_figure(
             _draw(axes[0, column], case, mask)
             _write(axes[0, column], _truth(example, data.classes), example.site)
             for row, (model, size) in enumerate(built.values(), start=1):
-                map_ = attention_maps(model, to_float(resized(case.images, size)), size=mask.shape)
+                map_ = attention_maps(model, scaled_for(model, resized(case.images, size)), size=mask.shape)
                 _draw(axes[row, column], case, mask, map_[0].numpy())
                 answer = _answer(probabilities[example.site][row - 1][example.row], data.classes)
                 lift = float(score_maps(map_, masks).lift[0])

@@ -12,11 +12,12 @@ from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.scoring import exact_scores, noised_scores
+from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
 from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
 from chainward_shared.errors import ChainwardError, PolicyRefusal
-from chainward_shared.models import build_model
+from chainward_shared.models import Architecture, build_model
 from chainward_shared.protocol import (
     EvaluateResult,
     EvaluateTask,
@@ -61,6 +62,12 @@ class InProcessSites(Sites):
         self.alone: dict[str, StateDict] = {}
         self._auxiliaries: dict[str, StateDict] = {}
         self._last: dict[str, tuple[str, Trained[Any]]] = {}
+        self._base: StateDict | None = None
+        self._features = {site: Features(None) for site in data}
+
+    def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
+        self._base = base
+        return dict.fromkeys(self.ids, 0)
 
     def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
         return ((site, self._answer(site, one, self._link)) for site, one in work.items())
@@ -107,6 +114,8 @@ class InProcessSites(Sites):
             strand=task.strand,
             lap=task.lap,
             alone=task.trained_alone,
+            base=self._base,
+            features=self._features[site],
             state_dir=self._state_dir(site),
             work=spends,
         )
@@ -164,9 +173,9 @@ class InProcessSites(Sites):
         model = build_model(task.architecture)
         model.load_state_dict(work.models["model"])
         if private is None or release == "exact":
-            return Scored(*exact_scores(task, self.data[site], model))
+            return Scored(*exact_scores(task, self.data[site], model, self._features[site]))
         charged = private.work(task.run_id, task.hop)
         if not charged.release():
             return withheld
-        result, counts = noised_scores(task, self.data[site], private, model)
+        result, counts = noised_scores(task, self.data[site], private, model, self._features[site])
         return Scored(result.model_copy(update={"statement": charged.statement()}), counts)

@@ -28,7 +28,8 @@ from chainward_server.students import run_students
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
-from chainward_shared.models.planned import run_architectures, student_architecture
+from chainward_shared.models.planned import student_architecture
+from chainward_shared.pretrained.begin import begin
 from chainward_shared.protocol import (
     TrainingLog,
 )
@@ -143,10 +144,10 @@ def in_process(
         )
         privacy = RunPrivacy(on=config.privacy.mode != "off", run_id=RUN, cards=here.cards)
         card = here.any_card
-        architecture, *_ = run_architectures(
-            config, classes=len(card.classes), channels=card.channels, image_size=card.image_size
-        )
-        yield Run(here, config, architecture, InMemory(RUN), results, privacy, score_all), here
+        begun = begin(config, classes=len(card.classes), channels=card.channels, image_size=card.image_size)
+        if begun.base is not None:
+            here.share(begun.architecture, begun.base)
+        yield Run(here, config, begun.architecture, InMemory(RUN), results, privacy, begun.base, score_all), here
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import nn
 
 from chainward_shared.errors import ModelError
 from chainward_shared.models import gradient_formulas, private_ready, resolve_architecture, skeleton
-from chainward_shared.models.architecture import Architecture
+from chainward_shared.models.architecture import Architecture, Start
 from chainward_shared.models.private_ready import READY, check_private_ready
 
 
@@ -51,6 +51,47 @@ def test_a_backbone_is_tried_once_in_a_process(monkeypatch):
 def test_batch_norm_is_refused_with_the_nearest_ready_backbone(name, nearest):
     with pytest.raises(ModelError, match=f"batch norm mixes .* '{nearest}'"):
         check_private_ready(architecture_of(name, 64))
+
+
+def started(name: str, part: str, size: int = 64) -> Architecture:
+    plain = resolve_architecture(name, num_classes=3, in_chans=1, image_size=size, pretrained=True)
+    return plain.model_copy(update={"start": Start(name=name, file="0" * 64, digest="0" * 64, part=part)})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("test_efficientnet", "all"),
+        ("test_efficientnet", "last-1"),
+        ("test_efficientnet", "norms-and-biases"),
+        ("test_efficientnet", "head"),
+        ("test_resnet", "all"),
+        ("test_vit", "last-2"),
+        ("test_vit", "norms-and-biases"),
+        ("test_vit", "head"),
+        ("test_convnext", "norms-and-biases"),
+        ("test_convnext", "last-1"),
+    ],
+)
+def test_a_part_of_a_pretrained_backbone_trains_privately_batch_norm_included(name, part):
+    check_private_ready(started(name, part))
+
+
+def test_frozen_batch_norm_with_a_wrong_gradient_is_found_out(monkeypatch):
+    right = gradient_formulas.frozen_batch_norm
+
+    def wrong(layer, activation, backprops):
+        return right(layer, activation + 0.1, backprops)
+
+    monkeypatch.setattr("chainward_shared.models.ghost.frozen_batch_norm", wrong)
+    with pytest.raises(ModelError, match="can't be trained privately"):
+        check_private_ready(started("test_efficientnet", "norms-and-biases"))
+
+
+def test_batch_norm_in_training_mode_is_refused_also_with_a_start(monkeypatch):
+    monkeypatch.setattr(private_ready, "train_mode", lambda model: model.train())
+    with pytest.raises(ModelError, match="can't be trained privately"):
+        check_private_ready(started("test_efficientnet", "all"))
 
 
 def test_another_failure_is_said_and_an_attention_model_is_answered_with_one():

@@ -14,11 +14,13 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums, Moments
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.models import Architecture
+from chainward_shared.models import Architecture, Start
 from chainward_shared.protocol import (
     PROTOCOL_VERSION,
     AtWork,
     AtWorkRequest,
+    BaseState,
+    BaseTask,
     Body,
     CardRequest,
     EvaluateResult,
@@ -40,10 +42,13 @@ from chainward_shared.protocol import (
 )
 
 LARGE = {f"large_{i}" for i in range(8)}
-MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "counts_val", "counts_test"} | LARGE
+MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "counts_val", "counts_test", "piece"} | LARGE
 
 SIMULATED = SimulatedSite(index=1, source="phantom", num_sites=6, label_skew=0.0, seed=3, state_dir="/state")
 ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
+STARTED = ARCHITECTURE.model_copy(
+    update={"start": Start(name="test_convnext.x", file="0" * 64, digest="1" * 64, part="head")}
+)
 LOG = TrainingLog(epochs=2, steps=4, images=40, loss=[1.0, 0.1 + 0.2], seconds=1.5, precision="fp32")
 SCORES = Scores(n=3, accuracy=1 / 3, balanced_accuracy=0.5, macro_auc=None, ece=0.1)
 
@@ -66,6 +71,8 @@ MESSAGES: list[Body] = [
         synthetic=True,
         notes=["no case of class 'b' in test"],
     ),
+    BaseTask(run_id="run", architecture=STARTED, bytes=9, sha256="0" * 64, offset=3, simulated=SIMULATED),
+    BaseState(site="oak", complete=False, received=3),
     LinkTask(
         run_id="run",
         hop="0-1",

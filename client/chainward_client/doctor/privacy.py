@@ -23,6 +23,7 @@ from chainward_shared.models import (
 )
 from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
+from chainward_shared.pretrained.begin import Beginning, as_if_begun
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.audit import audit_ledger
 from chainward_shared.privacy.policy import PrivacyPolicy
@@ -107,10 +108,19 @@ def architectures(config: RunConfig, data: SiteData) -> list[Architecture]:
     ModelError
         A backbone is unknown, or doesn't suit the site's images.
     """
+    return run_architectures(config, beginning(config, data).architecture)
+
+
+def beginning(config: RunConfig, data: SiteData) -> Beginning:
+    """Return what a run begins with at this site, random weights in place of pretrained ones.
+
+    Raises
+    ------
+    ModelError
+        As `architectures`.
+    """
     image = data.splits["train"].images
-    return run_architectures(
-        config, classes=len(data.classes), channels=int(image.shape[1]), image_size=int(image.shape[-1])
-    )
+    return as_if_begun(config, classes=len(data.classes), channels=int(image.shape[1]), image_size=int(image.shape[-1]))
 
 
 def need_of(config: RunConfig, data: SiteData | None, *, planned: bool) -> Need:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from chainward_client.data.site_data import Cases
 from chainward_client.precision import best_device, training_environment
 from chainward_shared.errors import DataError
-from chainward_shared.preprocessing import resized, to_float
+from chainward_shared.preprocessing import resized, scaled_for
 from chainward_shared.seeds import numpy_generator
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
@@ -62,7 +62,7 @@ def case_losses(model: nn.Module, cases: Cases, threads: int, *, image_size: int
     losses = []
     with training_environment(threads, seed=0), torch.inference_mode():
         for images, labels in zip(cases.images.split(_BATCH), cases.labels.split(_BATCH), strict=True):
-            logits = model(to_float(resized(images, size).to(device))).double().cpu()
+            logits = model(scaled_for(model, resized(images, size).to(device))).double().cpu()
             if labels.ndim == 2:
                 losses.append(
                     functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none").mean(1)

@@ -23,7 +23,7 @@ from chainward_client.training.loop import Batch, Objective, train
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import check_private_ready
-from chainward_shared.preprocessing import to_float
+from chainward_shared.preprocessing import scaled_for
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.empirical import Attack
 from chainward_shared.privacy.plan import PrivatePlan
@@ -194,7 +194,7 @@ def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     model.eval()
     return torch.cat(
         [
-            functional.cross_entropy(model(to_float(some)).float(), of_some, reduction="none")
+            functional.cross_entropy(model(scaled_for(model, some)).float(), of_some, reduction="none")
             for some, of_some in zip(images.split(64), labels.split(64), strict=True)
         ]
     )

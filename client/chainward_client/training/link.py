@@ -4,6 +4,7 @@ teachers as teachers."""
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from chainward_client.precision import best_device
 from chainward_client.private_site import PrivateWork
 from chainward_client.private_training import keeps_labels
 from chainward_client.privileged.targets import privileged_targets
+from chainward_client.training.features import Features
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.attention import attention_transfer
@@ -29,7 +31,9 @@ from chainward_shared.distillation.losses import (
 from chainward_shared.distillation.schedules import annealed_temperature
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import check_private_ready
+from chainward_shared.models.start import initial_model
 from chainward_shared.models.taps import Taps, embedding_size
+from chainward_shared.models.trunk import Trunk, trunk_of
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
@@ -185,6 +189,22 @@ def privileged_term(
     return PrivilegedTerm(targets, recipe.privileged, embedding_size(model), seed)
 
 
+def _through_trunk(
+    features: Features, model: nn.Module, cases: Cases, others: Cases | None, recipe: LinkRecipe
+) -> tuple[Cases, Cases | None, Trunk | None]:
+    """Return the cases with features in the place of images, and the trunk; as they were, without, where there are none."""
+    of_cases = features.of(model, cases.images, recipe.augmentation, recipe.threads)
+    if of_cases is None:
+        return cases, others, None
+    seen, trunk = of_cases
+    if others is not None and len(others):
+        of_others = features.of(model, others.images, recipe.augmentation, recipe.threads)
+        if of_others is None:
+            return cases, others, None
+        others = replace(others, images=of_others[0])
+    return replace(cases, images=seen), others, trunk
+
+
 def train_link(
     data: SiteData,
     architecture: Architecture,
@@ -194,6 +214,8 @@ def train_link(
     strand: int,
     lap: int,
     alone: bool = False,
+    base: StateDict | None = None,
+    features: Features | None = None,
     state_dir: Path | None = None,
     work: PrivateWork | None = None,
     checkpoint: Checkpoint | None = None,
@@ -205,6 +227,8 @@ def train_link(
     predecessor : weights that the previous link handed on; None for the first link and for a hospital alone
     strand, lap : 0-based; with the site they name the random choices of this link
     alone : name them otherwise, so that a hospital alone is not the chain's first link in disguise
+    base : the pretrained weights that the architecture starts from; None where it starts from none
+    features : where the output of a frozen trunk is kept; None: every image goes through it in every epoch
     state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each link
     work : what a private training spends through; None: the site trains without privacy
     checkpoint : where the training writes itself down
@@ -223,7 +247,7 @@ def train_link(
         prepared = work.prepared(recipe, data)
         recipe, counts, declared, notes = prepared.recipe, prepared.counts, prepared.declared, prepared.notes
         check_private_ready(architecture, best_device().type)  # before the privileged teachers spend anything
-    model = build_model(architecture, recipe.seed)
+    model = initial_model(architecture, recipe.seed, base)
     teacher = None
     others = None
     if predecessor is not None:
@@ -233,9 +257,15 @@ def train_link(
             model.load_state_dict(predecessor)
         if recipe.unlabelled_weight > 0:
             others = unlabelled_cases(data, recipe, private=private)
+    trunk = None
+    if features is not None and recipe.attention_weight == 0:
+        cases, others, trunk = _through_trunk(features, model, cases, others, recipe)
+    called = teacher
+    if teacher is not None and trunk is not None and (of_teacher := trunk_of(teacher)) is not None:
+        called = of_teacher.rest
     names = ("alone" if alone else "link", data.site, "strand", strand, "lap", lap)
     guide = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
-    objective = LinkObjective(recipe, model, teacher, counts, guide)
+    objective = LinkObjective(recipe, model, called, counts, guide)
     part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
     patients = None if others is None else others.patients
     spending = (
@@ -261,6 +291,8 @@ def train_link(
             *names,
             unlabelled=unlabelled,
             part=part,
+            layer_decay=recipe.layer_decay,
+            trunk=trunk,
             private=privately,
             checkpoint=checkpoint,
         )

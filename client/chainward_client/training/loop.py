@@ -17,7 +17,11 @@ from chainward_client.checkpoint import Checkpoint, restore_training, training_s
 from chainward_client.data.site_data import Cases
 from chainward_client.precision import best_device, resolve_precision, training_environment
 from chainward_client.training.augmentation import augmented
+from chainward_client.training.features import forward_of, is_features, one_view
 from chainward_shared.errors import ModelError
+from chainward_shared.models.start import mixes_images, train_mode
+from chainward_shared.models.trunk import Trunk
+from chainward_shared.preprocessing import Pixels, pixels_of
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import TrainingRecipe
 from chainward_shared.seeds import derive_seed, torch_generator
@@ -38,9 +42,10 @@ class Batch:
 
     Attributes
     ----------
-    images, labels : the labelled images, uint8 (n, c, h, w), and their labels
+    images, labels : the labelled images, uint8 (n, c, h, w), or their features, float16 (n, views, ...), and their labels
     rows : int64 (n,), which of the training's cases they are
     unlabelled : images without a label that go with them, uint8 (m, c, h, w); None where there are none
+    pixels : how the model's pixels are scaled
     """
 
     images: Tensor
@@ -49,11 +54,14 @@ class Batch:
     unlabelled: Tensor | None
     augmentation: Augmentation
     generator: torch.Generator
+    pixels: Pixels | None = None
 
     def view(self) -> Tensor:
-        """Return a new random view of the images, float32 (n + m, c, h, w), labelled ones first."""
+        """Return a new random view of the images, float32 (n + m, c, h, w), labelled ones first; of features, (n + m, ...)."""
         images = self.images if self.unlabelled is None else torch.cat([self.images, self.unlabelled])
-        return augmented(images, self.augmentation, self.generator)
+        if is_features(images):
+            return one_view(images, self.generator)
+        return augmented(images, self.augmentation, self.generator, self.pixels)
 
 
 class Objective:
@@ -101,6 +109,8 @@ def train(
     *names: str | int,
     unlabelled: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
+    layer_decay: float = 1.0,
+    trunk: Trunk | None = None,
     private: PrivateTraining | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> TrainingLog:
@@ -114,6 +124,8 @@ def train(
     unlabelled : further images without labels, uint8 (m, c, h, w); every batch gets as many of them as it has labelled
         ones. An epoch is one pass over the labelled images
     part : (index, of): this training is part `index`, 0-based, of `of` equal ones under one learning-rate schedule
+    layer_decay : factor on the learning rate from each layer to the one before it (as timm counts layers), the last has 1
+    trunk : images are its features (`training.features`), and what is called is the rest of the model; None: all of it
     private : train privately by its plan, which then decides steps and batches; holds what was spent, also after an
         error. The log says nothing of the data then: no losses, and the plan's number of images
     checkpoint : where the training writes itself down from epoch to epoch, and goes on from if it was interrupted: without
@@ -126,29 +138,31 @@ def train(
     PrivacyError
         A private training is asked for something that is not a function of one record and public things.
     """
-    if len(cases) < 2 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if len(cases) < 2 and mixes_images(model):
         raise ModelError(
             "a backbone with batch norm needs at least 2 training images at a site, found 1; choose another"
         )
-    device = best_device()
+    device, pixels = best_device(), pixels_of(model)
     precision = resolve_precision(recipe.precision, device)
     if private is not None:
         private.check(recipe, 0 if unlabelled is None else len(unlabelled))
         precision = "fp32"
     started = time.monotonic()
     with training_environment(recipe.threads, derive_seed(recipe.seed, *names, "torch")):
-        model.to(device).train()
+        train_mode(model.to(device))
+        called = forward_of(model, trunk)
         steps_per_epoch = math.ceil(len(cases) / recipe.batch_size)
         if private is not None:
             steps_per_epoch = math.ceil(private.plan.steps / recipe.epochs)
         objective.start(device, steps_per_epoch)
         images, labels = cases.images.to(device), cases.labels.to(device)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, objective, recipe.weight_decay), lr=recipe.learning_rate, fused=True
-        )
+        groups = _parameter_groups(model, objective, recipe.weight_decay, layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
         if private is not None:
             schedule = _one_cycle(optimizer, recipe.learning_rate, private.plan.steps, part)
-            _train_privately(model, cases, recipe, objective, unlabelled, private, optimizer, schedule, checkpoint)
+            _train_privately(
+                model, cases, recipe, objective, unlabelled, trunk, private, optimizer, schedule, checkpoint
+            )
             return _private_log(recipe, private, started)
         schedule = _one_cycle(optimizer, recipe.learning_rate, recipe.epochs * steps_per_epoch, part)
         order = torch_generator(recipe.seed, *names, "batches")
@@ -173,9 +187,9 @@ def train(
             # Batches of nearly one size: a remainder of one image would be too few for batch norm, and too loud.
             for chosen in torch.randperm(len(cases), generator=order).to(device).tensor_split(steps_per_epoch):
                 beside = None if others is None else others.take(len(chosen))
-                batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
+                batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views, pixels)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    losses = objective.losses(model, batch)
+                    losses = objective.losses(called, batch)
                 labelled, rest = losses[: len(chosen)], losses[len(chosen) :]
                 optimizer.zero_grad(set_to_none=True)
                 (labelled.mean() + rest.mean() if len(rest) else labelled.mean()).backward()
@@ -229,6 +243,7 @@ def _train_privately(
     recipe: TrainingRecipe,
     objective: Objective,
     unlabelled: Tensor | None,
+    trunk: Trunk | None,
     private: PrivateTraining,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -240,13 +255,13 @@ def _train_privately(
     others = None if unlabelled is None or not len(unlabelled) else unlabelled.to(device)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     private.start(model, objective.extra_modules(), parameters, cases.patients)
-    views = private.fresh_chance(device)
+    views, pixels, called = private.fresh_chance(device), pixels_of(model), forward_of(model, trunk)
 
     def losses(rows: Tensor) -> Tensor:
         chosen = rows[rows < n].to(device)
         beside = None if others is None or len(chosen) == len(rows) else others[rows[rows >= n] - n]
-        batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views)
-        return objective.losses(model, batch)
+        batch = Batch(images[chosen], labels[chosen], chosen, beside, recipe.augmentation, views, pixels)
+        return objective.losses(called, batch)
 
     first = 0
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
@@ -289,10 +304,18 @@ def _private_log(recipe: TrainingRecipe, private: PrivateTraining, started: floa
     )
 
 
-def _parameter_groups(model: nn.Module, objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
-    from timm.optim import param_groups_weight_decay  # seconds of CPU: see `chainward_shared.models.architecture`
+def _parameter_groups(
+    model: nn.Module, objective: Objective, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups of one weight decay and one ``lr_scale``, a factor on the learning rate."""
+    # seconds of CPU: see `chainward_shared.models.architecture`
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay)
+    groups: list[dict[str, Any]] = (
+        param_groups_weight_decay(model, weight_decay)
+        if layer_decay == 1
+        else param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+    )
     if extra := objective.extra_parameters():
         groups.append({"params": extra, "weight_decay": weight_decay})
     return groups
@@ -303,7 +326,8 @@ def _one_cycle(
 ) -> torch.optim.lr_scheduler.OneCycleLR:
     """Return the schedule of part `part[0]` of `part[1]`, of `steps` each."""
     index, of = part
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=of * steps)
+    peaks = [peak * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=of * steps)
     _forward(schedule, index * steps)
     return schedule
 

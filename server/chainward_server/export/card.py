@@ -25,7 +25,7 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
-from chainward_shared.preprocessing import PIXEL_MEAN, PIXEL_SCALE
+from chainward_shared.preprocessing import scaling
 from chainward_shared.privacy.audit import Audit
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.privacy.report import epsilon_text, outside
@@ -107,8 +107,9 @@ def model_card(
             measured=results.models.get(name),
             multilabel=multilabel,
             activation="sigmoid" if multilabel else "softmax",
-            mean=PIXEL_MEAN,
-            scale=PIXEL_SCALE,
+            mean=_numbers(scaling(architecture.pixels)[0]),
+            scale=_numbers(scaling(architecture.pixels)[1]),
+            scaled=_scaling_code(architecture),
             simulated=(folder.path / "simulated-sites").is_dir(),
             sites=results.data.sites,
             train_mix=next((mix for mix in tables.class_mixes(results) if mix.split == "train"), None),
@@ -222,6 +223,22 @@ def _settings(folder: RunFolder) -> str:
     shown = {"seed": given["seed"], **{table: dict(given[table]) for table in _SETTINGS_SHOWN if table in given}}
     shown.get("data", {}).pop("source", None)
     return tomli_w.dumps(shown)
+
+
+def _numbers(values: float | list[float]) -> str:
+    """Return numbers as words."""
+    return " / ".join(f"{value:g}" for value in values) if isinstance(values, list) else f"{values:g}"
+
+
+def _scaling_code(architecture: Architecture) -> dict[str, str]:
+    """Return what follows ``pixels / 255`` in code, for PyTorch and for NumPy."""
+    mean, std = scaling(architecture.pixels)
+    if architecture.pixels is None:
+        return dict.fromkeys(("torch", "numpy"), f"- {mean}) / {std}")
+    return {
+        "torch": f"- torch.tensor({mean})[:, None, None]) / torch.tensor({std})[:, None, None]",
+        "numpy": f'- np.array({mean}, "float32")[:, None, None]) / np.array({std}, "float32")[:, None, None]',
+    }
 
 
 def _pooled(scores: SiteScores | None) -> Scores | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chainward_shared.errors import ExportError
 from chainward_shared.models import Architecture
-from chainward_shared.preprocessing import to_float
+from chainward_shared.preprocessing import scaled_for
 from chainward_shared.task import Task
 from chainward_shared.words import first_line
 
@@ -69,7 +69,7 @@ class WithProbabilities(nn.Module):
         self.model, self.task, self.takes = model, task, takes
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(to_float(images) if self.takes == "pixels" else images)
+        logits = self.model(scaled_for(self.model, images) if self.takes == "pixels" else images)
         return logits, torch.sigmoid(logits) if self.task == "multilabel" else torch.softmax(logits, dim=1)
 
 
@@ -142,10 +142,10 @@ def compare(
         session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
         (name,) = (given.name for given in session.get_inputs())
         for pixels in check_images(architecture, BATCHES):
-            given = pixels if takes == "pixels" else to_float(pixels)
+            given = pixels if takes == "pixels" else scaled_for(model, pixels)
             logits, probabilities = (torch.from_numpy(out) for out in session.run(None, {name: given.numpy()}))
             with torch.no_grad():
-                expected = model(to_float(pixels))
+                expected = model(scaled_for(model, pixels))
             likely = expected.sigmoid() if task == "multilabel" else expected.softmax(dim=1)
             if logits.shape != expected.shape or probabilities.shape != expected.shape:
                 raise ExportError(
@@ -192,7 +192,7 @@ def _traced(model: nn.Module, architecture: Architecture, task: Task, takes: Onn
         with _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
                 wrapped,
-                (example if takes == "pixels" else to_float(example),),
+                (example if takes == "pixels" else scaled_for(model, example),),
                 dynamo=True,
                 verbose=False,
                 external_data=False,

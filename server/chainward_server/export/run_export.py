@@ -20,7 +20,7 @@ from chainward_shared import __version__
 from chainward_shared.errors import ExportError
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture, build_model, skeleton
-from chainward_shared.preprocessing import PIXEL_MEAN, PIXEL_SCALE, preprocessing_metadata
+from chainward_shared.preprocessing import preprocessing_metadata, scaling
 from chainward_shared.privacy.audit import Audit, audit_statements
 from chainward_shared.privacy.record import PrivacyRecord, read_privacy_record
 from chainward_shared.task import Task
@@ -191,16 +191,18 @@ def _onnx_metadata(
     takes: OnnxInput,
     sha256: str,
 ) -> dict[str, str]:
+    mean, std = scaling(architecture.pixels)
+    by_channel = "" if architecture.pixels is None else ", by channel"
     shape = f"[batch, {architecture.in_chans}, {architecture.image_size}, {architecture.image_size}]"
     given = (
         f"pixels: uint8 {shape}, 0 to 255; the scaling is part of the graph"
         if takes == "pixels"
-        else f"images: float32 {shape}, (pixels / 255 - {PIXEL_MEAN}) / {PIXEL_SCALE}"
+        else f"images: float32 {shape}, (pixels / 255 - {mean}) / {std}{by_channel}"
     )
     activation = "sigmoid of each" if results.data.task == "multilabel" else "softmax"
     return {
         **{key: value for key, value in sorted(metadata.items()) if key.startswith(("chainward.", "timm."))},
-        **preprocessing_metadata(),
+        **preprocessing_metadata(architecture.pixels),
         "chainward.input": given,
         "chainward.outputs": f"logits, probabilities ({activation}): float32 [batch, {architecture.num_classes}]",
         "chainward.channels": str(architecture.in_chans),
@@ -219,6 +221,7 @@ def _onnx_metadata(
 def _timm_config(model: nn.Module, architecture: Architecture, results: Results) -> str:
     """Return the config.json with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the weights."""
     channels = architecture.in_chans
+    mean, std = scaling(architecture.pixels)
     arguments = {key: value for key, value in architecture.timm_kwargs().items() if key != "num_classes"}
     config = {
         "architecture": architecture.name,
@@ -232,8 +235,8 @@ def _timm_config(model: nn.Module, architecture: Architecture, results: Results)
             "fixed_input_size": "img_size" in arguments,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
-            "mean": [PIXEL_MEAN] * channels,
-            "std": [PIXEL_SCALE] * channels,
+            "mean": mean if isinstance(mean, list) else [mean] * channels,
+            "std": std if isinstance(std, list) else [std] * channels,
         },
     }
     return json.dumps(config, indent=1) + "\n"

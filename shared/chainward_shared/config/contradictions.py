@@ -84,6 +84,21 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.unlabelled-weight = {chain.unlabelled_weight} contradicts chain.label-fraction = 1.0, which leaves no "
             "image without a label; lower the fraction or set chain.unlabelled-weight=0"
         )
+    if chain.trainable != "all" and not chain.start_from:
+        yield (
+            f"chain.trainable = '{chain.trainable}' contradicts chain.start-from = '': the rest would stay random; set "
+            "chain.start-from, or chain.trainable='all'"
+        )
+    if config.student.source == "start" and not chain.start_from:
+        yield (
+            "student.source = 'start' contradicts chain.start-from = '': there is no start to select weights out of; set "
+            "chain.start-from, or student.source='chain'"
+        )
+    if "/" in chain.start_from and not Path(chain.start_from).expanduser().is_absolute():
+        yield (
+            f"chain.start-from = {chain.start_from!r} is a relative path (Flower runs apps in a folder of its own); give an "
+            "absolute one, or the name of weights in the store"
+        )
     if chain.epochs * chain.laps > MOST_EPOCHS:
         yield (
             f"chain.epochs = {chain.epochs} contradicts chain.laps = {chain.laps}: a site alone trains for the epochs of all "

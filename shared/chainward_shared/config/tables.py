@@ -6,7 +6,7 @@ from typing import Literal, cast, get_args
 
 from pydantic import ConfigDict, Field
 
-from chainward_shared.bounds import Epsilon, LabelSkew, PositiveFraction, SiteCount
+from chainward_shared.bounds import Epsilon, LabelSkew, Part, PositiveFraction, SiteCount
 from chainward_shared.errors import ConfigError
 from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy
 from chainward_shared.recipes import PrivilegedRecipe
@@ -27,6 +27,7 @@ from chainward_shared.settings import (
 OnFailure = Literal["skip", "revisit", "stop"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
+StudentSource = Literal["chain", "start"]
 StudentStart = Literal["dual", "single", "random"]
 Aggregation = Literal["mean", "median", "trimmed-mean"]
 
@@ -97,6 +98,17 @@ class ChainConfig(Table, LinkSettings):
 
     backbone: str = Field("convnext_atto", description="timm model that travels along the chain")
     patch_size: int = Field(0, ge=0, le=64, description="Patch size of a ViT, in pixels. 0: the backbone's own")
+    start_from: str = Field(
+        "",
+        max_length=4_096,
+        description="Pretrained weights that the chain starts from: a name or digest in the coordinator's weights store "
+        "(`chainward weights list`), or the path of a file there. Empty: random weights",
+    )
+    trainable: Part = Field(
+        "all",
+        description="Which part of a backbone with pretrained weights is trained, and travels. all; last-N: the last N blocks "
+        "or stages; norms-and-biases; head. The classifier always is",
+    )
     strands: int = Field(1, ge=1, le=512, description="Chains that run at the same time, each starting at another site")
     merge: StrandMerge = Field(
         "best",
@@ -190,6 +202,10 @@ class StudentConfig(Table, StudentSettings):
     model: str = Field(
         "",
         description="timm model of the chain's family for the student. Empty: the backbone narrowed by width and depth",
+    )
+    source: StudentSource = Field(
+        "chain",
+        description="Whose weights the student is selected out of: the chain's model, or the pretrained start itself",
     )
     width: float = Field(0.5, gt=0, le=1, description="Width of the student as a fraction of the backbone's")
     depth: float = Field(0.67, gt=0, le=1, description="Depth of the student's stages as a fraction of the backbone's")

@@ -28,11 +28,13 @@ from pydantic import (
 )
 from torch import nn
 
-from chainward_shared.bounds import ImageSize, Sha256
+from chainward_shared.bounds import ImageSize, Part, Sha256
 from chainward_shared.errors import ModelError, nearest
 from chainward_shared.models.border import border_is_lost, unfilled_patches
 from chainward_shared.models.families import Family, describe_families, find_family
 from chainward_shared.models.options import MOST_OPTIONS, OptionName, check_options
+from chainward_shared.models.parts import trained_names
+from chainward_shared.outside import Name
 from chainward_shared.preprocessing import Pixels
 from chainward_shared.words import first_line, first_problem
 
@@ -56,10 +58,10 @@ class Start(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=256)
+    name: Name = Field(min_length=1)
     file: Sha256
     digest: Sha256
-    part: str = Field("all", max_length=64, pattern=r"^(all|head|norms-and-biases|last-[1-9]\d{0,2})$")
+    part: Part = "all"
 
 
 class Architecture(BaseModel):
@@ -190,7 +192,9 @@ def resolve_architecture(
 
 
 def build_model(architecture: Architecture, seed: int | None = None) -> nn.Module:
-    """Return the model on the CPU in training mode, with fresh weights.
+    """Return the model on the CPU in training mode, with fresh weights; trainable is the part that its start says.
+
+    `architecture_of` and `chainward_shared.preprocessing.scaled_for` know it again.
 
     Args:
         seed: decides every initial weight, and leaves the global generators untouched. None, the default,
@@ -200,11 +204,28 @@ def build_model(architecture: Architecture, seed: int | None = None) -> nn.Modul
         ModelError: timm can't build it.
     """
     if seed is None:
-        return _create(architecture, "cpu")
+        return _known(_create(architecture, "cpu"), architecture)
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: that also reseeds every accelerator, which nothing here restores
         torch.default_generator.manual_seed(seed)
-        return _create(architecture, "cpu")
+        return _known(_create(architecture, "cpu"), architecture)
+
+
+def _known(model: nn.Module, architecture: Architecture) -> nn.Module:
+    model.chainward_architecture = architecture  # type: ignore[assignment]
+    model.chainward_pixels = architecture.pixels  # type: ignore[assignment]
+    if architecture.start is not None:
+        trained = trained_names(model, architecture.start.part)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+    return model
+
+
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """Return the architecture of a model that `build_model` built, also where Opacus wrapped it; None of any other."""
+    inner = getattr(model, "_module", model)
+    found = getattr(inner, "chainward_architecture", None)
+    return found if isinstance(found, Architecture) else None
 
 
 def skeleton(architecture: Architecture) -> nn.Module:

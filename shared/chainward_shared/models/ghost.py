@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from chainward_shared.errors import ModelError
-from chainward_shared.models.gradient_formulas import Formula, block_scale, formulas, group_norm, of_any_layer
+from chainward_shared.models.gradient_formulas import (
+    Formula,
+    block_scale,
+    formulas,
+    frozen_batch_norm,
+    group_norm,
+    of_any_layer,
+)
 from chainward_shared.models.per_example import Gradients, Held
 
 GRADIENT_BYTES = 2**29
@@ -156,6 +163,12 @@ class GhostClipping:
         elif known is norm_act.GroupNormAct:
             self._hide(module, [module])
             self._watch_between(module, group_norm, "drop")
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and known in (nn.BatchNorm2d, norm_act.BatchNormAct2d):
+            self._hide(module, [module])
+            if known is nn.BatchNorm2d:
+                self._handles.append(module.register_forward_hook(partial(self._watch, frozen_batch_norm)))
+            else:
+                self._watch_between(module, frozen_batch_norm, "drop")
         elif known is convnext.ConvNeXtBlock:
             self._hide(module, [module])
             self._watch_between(module, block_scale, "drop_path", source="mlp")
@@ -294,7 +307,8 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _trains(module: nn.Module) -> bool:
-    return module.training and torch.is_grad_enabled()
+    # batch norm with the statistics of pretrained weights trains in evaluation mode: `models.start.train_mode`
+    return (module.training or isinstance(module, nn.modules.batchnorm._BatchNorm)) and torch.is_grad_enabled()
 
 
 def _show(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from chainward_shared.errors import ModelError
 from chainward_shared.models.per_example import Gradients, Held, OfConvolution, OfTokens, ghost_is_cheaper
 
 if TYPE_CHECKING:  # timm takes seconds to import: see `architecture`
@@ -117,6 +118,24 @@ def _layer_norm_2d(layer: LayerNorm2d, activation: Tensor, backprops: Tensor) ->
 def group_norm(layer: nn.GroupNorm, activation: Tensor, backprops: Tensor) -> dict[nn.Parameter, Gradients]:
     def normalised() -> Tensor:
         return functional.group_norm(activation, layer.num_groups, eps=layer.eps).flatten(2).transpose(1, 2)
+
+    return _of_norm(layer, normalised, backprops.flatten(2).transpose(1, 2))
+
+
+def frozen_batch_norm(layer: nn.BatchNorm2d, activation: Tensor, backprops: Tensor) -> dict[nn.Parameter, Gradients]:
+    """Return the gradients of a batch norm with fixed statistics, to which each image is its own.
+
+    Raises
+    ------
+    ModelError
+        It normalises by the statistics of the batch, in which images have no gradients of their own.
+    """
+    if layer.training or layer.running_mean is None or layer.running_var is None:
+        raise ModelError("its batch norm mixes the images of a batch, so that no image has a gradient of its own")
+    mean, variance = layer.running_mean, layer.running_var
+
+    def normalised() -> Tensor:
+        return functional.batch_norm(activation, mean, variance, eps=layer.eps).flatten(2).transpose(1, 2)
 
     return _of_norm(layer, normalised, backprops.flatten(2).transpose(1, 2))
 

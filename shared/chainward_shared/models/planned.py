@@ -7,7 +7,8 @@ from chainward_shared.models.architecture import Architecture, compact_architect
 
 
 def chain_architecture(config: ChainConfig, *, classes: int, channels: int, image_size: int) -> Architecture:
-    """Return the architecture that travels along the chain, for square images of `image_size` pixels.
+    """Return the architecture that travels along the chain, for square images of `image_size` pixels; see `pretrained.begin` for
+    what it starts from.
 
     Raises
     ------
@@ -15,7 +16,12 @@ def chain_architecture(config: ChainConfig, *, classes: int, channels: int, imag
         The backbone is unknown, or doesn't suit such images.
     """
     return resolve_architecture(
-        config.backbone, num_classes=classes, in_chans=channels, image_size=image_size, patch_size=config.patch_size
+        config.backbone,
+        num_classes=classes,
+        in_chans=channels,
+        image_size=image_size,
+        patch_size=config.patch_size,
+        pretrained=bool(config.start_from),
     )
 
 
@@ -38,13 +44,12 @@ def student_architecture(config: StudentConfig, large: Architecture) -> Architec
     )
 
 
-def run_architectures(config: RunConfig, *, classes: int, channels: int, image_size: int) -> list[Architecture]:
+def run_architectures(config: RunConfig, large: Architecture) -> list[Architecture]:
     """Return the models of a run: the chain's, and the students' where there are any.
 
     Raises
     ------
     ModelError
-        See `chain_architecture` and `student_architecture`.
+        See `student_architecture`.
     """
-    large = chain_architecture(config.chain, classes=classes, channels=channels, image_size=image_size)
     return [large, student_architecture(config.student, large)] if config.student.rounds else [large]

@@ -23,6 +23,8 @@ from torch.nn import functional
 from chainward_shared.errors import ModelError
 from chainward_shared.models.architecture import Architecture, build_model, count_parameters, skeleton
 from chainward_shared.models.ghost import ROOM, GhostClipping
+from chainward_shared.models.parts import batch_norms
+from chainward_shared.models.start import train_mode
 from chainward_shared.models.taps import Taps
 
 READY = (
@@ -43,7 +45,6 @@ READY = (
 
 _EXAMPLES = 3
 _TOLERANCE = 1e-3
-_MIXERS = (nn.modules.batchnorm._BatchNorm,)
 
 
 def check_private_ready(architecture: Architecture, device: str = "cpu") -> None:
@@ -82,7 +83,7 @@ def _problem_of(architecture_json: str, device: str) -> str:
 
 
 def _batch_norm(architecture: Architecture) -> str:
-    if any(isinstance(module, _MIXERS) for module in skeleton(architecture).modules()):
+    if architecture.start is None and any(True for _ in batch_norms(skeleton(architecture))):
         return "its batch norm mixes the images of a batch, so that no image has a gradient of its own"
     return ""
 
@@ -109,7 +110,7 @@ def _compare(architecture: Architecture, device: str) -> str:
     shape = (_EXAMPLES, architecture.in_chans, architecture.image_size, architecture.image_size)
     images = torch.randn(shape, generator=generator).to(device)
     labels = (torch.arange(_EXAMPLES) % architecture.num_classes).to(device)
-    model = model.to(device).train()
+    train_mode(model.to(device))
     before = [buffer.clone() for buffer in model.buffers()]
     taps = _taps(model)
     expected = [_gradients(model, images[i : i + 1], labels[i : i + 1], taps) for i in range(_EXAMPLES)]

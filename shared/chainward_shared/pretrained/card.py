@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from chainward_shared.outside import Line, Name
 from chainward_shared.preprocessing import Pixels
 
 UNKNOWN = "unknown"
@@ -33,20 +34,20 @@ class WeightsCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_: Literal[1] = Field(default=1, alias="schema")
-    backbone: str = Field(min_length=1, max_length=128)
-    tag: str = Field("", max_length=128)
+    backbone: Name = Field(min_length=1)
+    tag: Name = ""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     original_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=1)
-    licence: str = Field(UNKNOWN, max_length=200)
-    source: str = Field(UNKNOWN, max_length=500)
+    licence: Name = UNKNOWN
+    source: Line = UNKNOWN
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: tuple[int, int, int]
-    interpolation: str = Field(UNKNOWN, max_length=64)
+    interpolation: Name = UNKNOWN
     num_classes: int = Field(ge=0)
     parameters: int = Field(ge=1)
-    precision: str = Field(max_length=64)
+    precision: Name
 
     @model_validator(mode="after")
     def _pixels_are_possible(self) -> WeightsCard:

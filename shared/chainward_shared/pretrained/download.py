@@ -6,6 +6,7 @@ from pathlib import Path
 
 from chainward_shared.errors import WeightsError
 from chainward_shared.pretrained.loading import split_name, timm_config
+from chainward_shared.words import first_line
 
 PREFIX = "timm:"
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -51,5 +52,5 @@ def _download(hub: str, names: list[str]) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # the hub's client has no common base for what a network does
-            raise WeightsError(f"{hub}: can't be downloaded ({(str(error).splitlines() or [''])[0][:200]})") from error
+            raise WeightsError(f"{hub}: can't be downloaded ({first_line(error)[:200]})") from error
     raise WeightsError(f"{hub}: has no file {' or '.join(names)}; get it elsewhere and `weights add` it")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chainward_shared.errors import WeightsError
+from chainward_shared.words import first_line, listed
 
 SAFETENSORS = ".safetensors"
 PYTORCH = (".pth", ".pt", ".bin")
@@ -74,14 +75,16 @@ def check_numbers(weights: Mapping[str, Tensor], where: str) -> None:
     """
     odd = [f"'{name}' ({_dtype(t)})" for name, t in weights.items() if t.dtype not in (*_FLOATS, torch.int64)]
     if odd:
-        raise WeightsError(f"{where}: {_first(odd)}; expected float32, or half precision, which is read as float32")
+        raise WeightsError(
+            f"{where}: {listed(odd, _SHOWN)}; expected float32, or half precision, which is read as float32"
+        )
     bad = [
         f"'{name}' ({int((~t.isfinite()).sum())} of {t.numel()} values)"
         for name, t in weights.items()
         if t.dtype in _FLOATS and not bool(t.isfinite().all())
     ]
     if bad:
-        raise WeightsError(f"{where}: NaN or infinite in {_first(bad)}; get the file anew")
+        raise WeightsError(f"{where}: NaN or infinite in {listed(bad, _SHOWN)}; get the file anew")
 
 
 def precision_of(weights: Mapping[str, Tensor]) -> str:
@@ -95,7 +98,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: not a whole safetensors file ({_line(error)}); was it cut off? Compare its size and SHA-256 with the source"
+            f"{path}: not a whole safetensors file ({first_line(error)[:200]}); was it cut off? Compare its size and SHA-256 "
+            "with the source"
         ) from error
 
 
@@ -107,7 +111,9 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
             raise WeightsError(
                 f"{path}: needs more than tensors to be unpickled, which could run any program; refused. Get it as safetensors"
             ) from error
-        raise WeightsError(f"{path}: not a whole file of PyTorch's ({_line(error)}); was it cut off?") from error
+        raise WeightsError(
+            f"{path}: not a whole file of PyTorch's ({first_line(error)[:200]}); was it cut off?"
+        ) from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -118,17 +124,12 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
         f"'{_short(name)}' ({type(value).__name__})" for name, value in content.items() if not _plain(name, value)
     ]
     if others:
-        raise WeightsError(f"{path}: beside tensors there is {_first(others)}; expected tensors by name")
+        raise WeightsError(f"{path}: beside tensors there is {listed(others, _SHOWN)}; expected tensors by name")
     return {str(name): tensor.detach().contiguous() for name, tensor in content.items()}
 
 
 def _plain(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _first(found: list[str]) -> str:
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -137,7 +138,3 @@ def _dtype(tensor: Tensor) -> str:
 
 def _short(name: Any) -> str:
     return str(name)[:80]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

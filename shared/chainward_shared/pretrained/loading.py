@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from chainward_shared.errors import ModelError, WeightsError, nearest
-from chainward_shared.models import Architecture
-from chainward_shared.models.architecture import skeleton
+from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.parts import classifier_names
 from chainward_shared.pretrained.card import WeightsCard
+from chainward_shared.words import first_line, listed
 
 _SHOWN = 3
 
@@ -97,7 +97,7 @@ def start_state(weights: Mapping[str, Tensor], card: WeightsCard, architecture: 
             f"the weights {card.name} are of the backbone '{card.backbone}', the model is '{architecture.name}': "
             f"set chain.backbone = '{card.backbone}'"
         )
-    classifier = classifier_names(architecture)
+    classifier = classifier_names(skeleton(architecture))
     plain = Architecture(
         name=card.backbone, num_classes=architecture.num_classes, in_chans=3, image_size=architecture.image_size
     )
@@ -159,18 +159,17 @@ def _explained(error: Exception, weights: Mapping[str, Tensor], backbone: str) -
     theirs = [name for name in _plain_names(backbone) if name not in weights]
     if theirs:
         return _listed("missing", theirs)
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]
 
 
 def _plain_names(backbone: str) -> list[str]:
     plain = Architecture(name=backbone, num_classes=2, in_chans=3, image_size=224)
-    classifier = classifier_names(plain)
+    classifier = classifier_names(skeleton(plain))
     return [name for name in skeleton(plain).state_dict() if name not in classifier]
 
 
 def _listed(what: str, names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return f"{len(names)} {what}, first {', '.join(names[:_SHOWN])}" + (" and more" if more > 0 else "")
+    return f"{len(names)} {what}, first {listed(names[:_SHOWN])}"
 
 
 def _shape(text: str) -> str:

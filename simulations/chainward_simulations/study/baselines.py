@@ -14,7 +14,8 @@ from chainward_client.training.link import LinkObjective, labelled_cases, train_
 from chainward_client.training.loop import Batch, Objective, train
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.hops import alone_key
-from chainward_shared.models import Architecture, build_model
+from chainward_shared.models import Architecture
+from chainward_shared.models.start import initial_model
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, rounded, weighted_average
@@ -67,6 +68,7 @@ def train_alone(
     recipe: LinkRecipe,
     on_step: OnStep,
     *,
+    base: StateDict | None = None,
     steps: int | None = None,
     private: Mapping[str, PrivateSite] | None = None,
 ) -> tuple[dict[str, StateDict], list[TrainingLog]]:
@@ -74,6 +76,7 @@ def train_alone(
 
     Parameters
     ----------
+    base : the pretrained weights that the architecture starts from, here and below; None where it starts at random
     steps : steps of the optimiser at each site, as nearly as whole epochs allow; None: the recipe's epochs
     private : the sites that train privately; they spend all the epsilon that is asked for on this one training
     """
@@ -86,7 +89,7 @@ def train_alone(
         work = private[site].work(RUN, alone_key(site)) if private and site in private else None
         if its.privacy is not None:
             its = its.model_copy(update={"privacy": its.privacy.model_copy(update={"run": ()})})
-        state, log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, work=work)
+        state, log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, base=base, work=work)
         models[site] = rounded(state, its.transfer)
         logs.append(log)
         on_step(f"alone {site}")
@@ -94,18 +97,25 @@ def train_alone(
 
 
 def train_union(
-    sites: Sites, architecture: Architecture, recipe: LinkRecipe, on_step: OnStep
+    sites: Sites, architecture: Architecture, recipe: LinkRecipe, on_step: OnStep, *, base: StateDict | None = None
 ) -> tuple[StateDict, list[TrainingLog]]:
     """Train one model on the labelled images of all sites, as if they lay in one place."""
     cases = together([labelled_cases(data, recipe) for data in sites.values()])
-    model = build_model(architecture, recipe.seed)
+    model = initial_model(architecture, recipe.seed, base)
     log = train(model, cases, recipe, _cross_entropy(model, cases, _classes(sites), recipe), "union")
     on_step("union")
     return state_of(model), [log]
 
 
 def train_cyclic(
-    sites: Sites, order: Sequence[str], architecture: Architecture, recipe: LinkRecipe, laps: int, on_step: OnStep
+    sites: Sites,
+    order: Sequence[str],
+    architecture: Architecture,
+    recipe: LinkRecipe,
+    laps: int,
+    on_step: OnStep,
+    *,
+    base: StateDict | None = None,
 ) -> tuple[StateDict, list[TrainingLog]]:
     """Hand one model from site to site: each goes on from exactly the weights that the one before it handed on.
 
@@ -122,7 +132,7 @@ def train_cyclic(
     for lap in range(laps):
         for site in order:
             cases = labelled_cases(sites[site], recipe)
-            model = build_model(architecture, recipe.seed)
+            model = initial_model(architecture, recipe.seed, base)
             if carried is not None:
                 model.load_state_dict(carried)
             objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
@@ -141,6 +151,7 @@ def train_federated(
     rounds: int,
     on_step: OnStep,
     *,
+    base: StateDict | None = None,
     mu: float | None = None,
 ) -> tuple[StateDict, list[TrainingLog]]:
     """Average the sites' models after each round, weighted by their labelled images (McMahan et al. 2017, FedAvg).
@@ -154,13 +165,13 @@ def train_federated(
     mu : weight of FedProx's proximal term; None: FedAvg
     """
     per_round = recipe.model_copy(update={"epochs": recipe.epochs // rounds})
-    average = rounded(state_of(build_model(architecture, recipe.seed)), recipe.transfer)
+    average = rounded(state_of(initial_model(architecture, recipe.seed, base)), recipe.transfer)
     own = {site: labelled_cases(data, recipe) for site, data in sites.items()}
     logs = []
     for number in range(rounds):
         trained = []
         for site, cases in own.items():
-            model = build_model(architecture, recipe.seed)
+            model = initial_model(architecture, recipe.seed, base)
             model.load_state_dict(average)
             objective: Objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
             if mu is not None:

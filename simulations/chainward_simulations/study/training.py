@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 from chainward_client.data.site_data import SiteData, copies_between_splits
 from chainward_server.schedule import site_order
 from chainward_shared.models import Architecture, build_model, count_parameters
-from chainward_shared.models.planned import chain_architecture
+from chainward_shared.pretrained.begin import Beginning, begin
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict
 from chainward_shared.words import listed
@@ -75,31 +75,32 @@ def train_arm(
         assert outcome.student is not None
         assert outcome.student_architecture is not None
         return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
-    architecture = architecture_of(planned, sites)
+    begun = beginning_of(planned, sites)
+    architecture, base = begun.architecture, begun.base
     if arm.trainer in ("alone", "alone-long"):
         steps = baselines.chain_steps(sites, recipe) if arm.trainer == "alone-long" else None
         with runner.private_sites(config, sites) as private:
-            models, logs = baselines.train_alone(sites, architecture, recipe, on_step, steps=steps, private=private)
+            models, logs = baselines.train_alone(
+                sites, architecture, recipe, on_step, base=base, steps=steps, private=private
+            )
         return Trained(architecture, models, logs, shared=False)
     if arm.trainer == "union":
-        state, logs = baselines.train_union(sites, architecture, recipe, on_step)
+        state, logs = baselines.train_union(sites, architecture, recipe, on_step, base=base)
     elif arm.trainer == "cyclic":
         sizes = {site: len(data.splits["train"]) for site, data in sites.items()}
         order = site_order(list(sites), sizes, config.chain, config.seed)
-        state, logs = baselines.train_cyclic(sites, order, architecture, recipe, arm.laps, on_step)
+        state, logs = baselines.train_cyclic(sites, order, architecture, recipe, arm.laps, on_step, base=base)
     else:
         mu = arm.mu if arm.mu > 0 else None
-        state, logs = baselines.train_federated(sites, architecture, recipe, planned.rounds, on_step, mu=mu)
+        state, logs = baselines.train_federated(sites, architecture, recipe, planned.rounds, on_step, base=base, mu=mu)
     return Trained(architecture, {arm.trainer: state}, logs)
 
 
-def architecture_of(planned: PlannedArm, sites: Mapping[str, SiteData]) -> Architecture:
-    """Return the backbone of the arm for these images."""
+def beginning_of(planned: PlannedArm, sites: Mapping[str, SiteData]) -> Beginning:
+    """Return what the arm begins with for these images."""
     some_site = next(iter(sites.values()))
     images = some_site.splits["train"].images
-    return chain_architecture(
-        planned.config.chain, classes=len(some_site.classes), channels=images.shape[1], image_size=images.shape[-1]
-    )
+    return begin(planned.config, classes=len(some_site.classes), channels=images.shape[1], image_size=images.shape[-1])
 
 
 def measure_arm(planned: PlannedArm, trained: Trained, sites: Mapping[str, SiteData], folder: Path) -> ArmRecord:

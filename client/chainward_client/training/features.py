@@ -1,0 +1,169 @@
+"""The output of a frozen trunk, computed once for each image and view, and kept at the site.
+
+Features tell nearly as much of an image as the image does: they stay in the site's state folder, for its own user only, and no
+message has a name for them. A file is found by the digest of all that decides it: the images, the weights of the trunk, where
+it ends, how pixels are scaled, and the views. So it is never out of date; it may only lie there unused, until others need room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chainward_client.precision import best_device, training_environment
+from chainward_client.training.augmentation import fixed_view, number_of_views
+from chainward_shared.models.architecture import architecture_of
+from chainward_shared.models.trunk import Trunk, trunk_of
+from chainward_shared.preprocessing import pixels_of, resized
+from chainward_shared.settings import Augmentation
+
+logger = logging.getLogger("chainward.client")
+
+BLOCK = 64
+"""Images that go through the trunk together, and are written together."""
+
+PROGRESS_SECONDS = 20.0
+
+
+class Features:
+    """The features of one site.
+
+    Parameters
+    ----------
+    folder : where they are kept; None: in memory, as long as this object
+    limit : bytes that they may take; default 4 GB. Features that would take more are not kept, nor used
+    """
+
+    def __init__(self, folder: Path | None, limit: int = 4_000_000_000) -> None:
+        self.folder, self.limit = folder, limit
+        self._held: dict[str, Tensor] = {}
+
+    def of(
+        self, model: nn.Module, images: Tensor, augmentation: Augmentation, threads: int
+    ) -> tuple[Tensor, Trunk] | None:
+        """Return the features of `images` by the trunk of `model`, and the trunk; None where there are none.
+
+        Parameters
+        ----------
+        model : as `build_model` builds it; its weights before the cut are those of its start
+        images : uint8 (n, c, h, w)
+        augmentation : decides the views: "none" has one, the image as it is
+        threads : of the computation
+
+        Returns
+        -------
+        float16 (n, views, ...): see `chainward_client.training.augmentation.fixed_view`
+        """
+        if not len(images) or (trunk := trunk_of(model)) is None:
+            return None
+        architecture = architecture_of(model)
+        assert architecture is not None and architecture.start is not None
+        views, pixels, size = number_of_views(augmentation), pixels_of(model), architecture.image_size
+
+        def compute(start: int) -> Tensor:
+            block = resized(images[start : start + BLOCK], size).to(best_device())
+            seen = [trunk(fixed_view(block, augmentation, view, pixels)) for view in range(views)]
+            return torch.stack(seen, dim=1).cpu()
+
+        device = best_device()
+        training = model.training
+        model.to(device).eval()
+        try:
+            with training_environment(threads, seed=0), torch.inference_mode():
+                shape = (len(images), *compute(0).shape[1:])
+                if 2 * math.prod(shape) > self.limit:
+                    logger.info(
+                        "features of %d images and %d views would take %.1f GB, the site allows %.1f: computed anew each time",
+                        len(images),
+                        views,
+                        2 * math.prod(shape) / 1e9,
+                        self.limit / 1e9,
+                    )
+                    return None
+                what = f"{architecture.model_dump_json()} {augmentation} {torch.__version__}"
+                key = hashlib.sha256(what.encode())
+                for part in images.split(4096):
+                    key.update(part.contiguous().numpy())
+                found = self._get(key.hexdigest(), shape, compute)
+        finally:
+            model.to("cpu").train(training)
+        return None if found is None else (found, trunk)
+
+    def _get(self, key: str, shape: tuple[int, ...], compute: Callable[[int], Tensor]) -> Tensor | None:
+        if self.folder is None:
+            if key not in self._held:
+                self._held[key] = torch.cat([compute(start).half() for start in range(0, shape[0], BLOCK)])
+            found = self._held[key]
+        else:
+            path = self.folder / f"{key}.f16"
+            whole = 2 * math.prod(shape)
+            if not path.exists() or path.stat().st_size != whole:
+                self._write(path, shape, compute)
+                self._make_room(path)
+            os.utime(path)
+            # copy-on-write, since PyTorch wants memory that it may write to; nothing here does
+            found = torch.from_numpy(np.memmap(path, dtype=np.float16, mode="c", shape=shape))
+        if not bool(found.isfinite().all()):
+            logger.info("features of this trunk are too large for half precision: computed anew each time")
+            return None
+        return found
+
+    def _write(self, path: Path, shape: tuple[int, ...], compute: Callable[[int], Tensor]) -> None:
+        """Compute and write what is missing; an earlier try that was interrupted is gone on from its last whole block."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        part = path.with_suffix(".part")
+        part.touch(mode=0o600)
+        of_block = 2 * BLOCK * math.prod(shape[1:])
+        done = part.stat().st_size // of_block
+        started = told = time.monotonic()
+        with part.open("r+b") as file:
+            file.truncate(done * of_block)
+            file.seek(0, os.SEEK_END)
+            for start in range(done * BLOCK, shape[0], BLOCK):
+                file.write(compute(start).half().contiguous().numpy().tobytes())
+                if time.monotonic() - told > PROGRESS_SECONDS:
+                    told = time.monotonic()
+                    left = (told - started) / (start + BLOCK - done * BLOCK) * (shape[0] - start - BLOCK)
+                    logger.info("features: %d of %d images, about %.0f s left", start + BLOCK, shape[0], left)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def _make_room(self, newest: Path) -> None:
+        """Remove what was used longest ago until the rest is within the limit."""
+        files = (
+            sorted(self.folder.glob("*.f16"), key=lambda file: file.stat().st_mtime, reverse=True)
+            if self.folder
+            else []
+        )
+        total = newest.stat().st_size
+        for file in files:
+            if file != newest:
+                total += file.stat().st_size
+                if total > self.limit:
+                    file.unlink(missing_ok=True)
+
+
+def is_features(images: Tensor) -> bool:
+    """Tell whether a tensor holds features, (n, views, ...), in the place of images."""
+    return images.dtype == torch.float16
+
+
+def one_view(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Return of each row of features (n, views, ...) those of one view, drawn at random, float32 (n, ...)."""
+    drawn = torch.randint(features.shape[1], (len(features),), generator=generator)
+    return features[torch.arange(len(features)), drawn.to(features.device)].float()
+
+
+def forward_of(model: nn.Module, trunk: Trunk | None) -> nn.Module:
+    """Return what is called with images, or, where there is a trunk, with features."""
+    return model if trunk is None else trunk.rest
