@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from chainward_client.data import image_store
 from chainward_client.data.description import Fit, ImageShape
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.images import load_images, open_image, to_channels
@@ -103,6 +104,32 @@ def test_no_name_reaches_outside_the_folder(tmp_path: Path) -> None:
     save(tmp_path / "secret.png", plain())
     (tmp_path / "images").mkdir()
     assert "image not found" in refusal(tmp_path / "images", "../secret.png")
+
+
+def test_a_bomb_in_a_zip_is_counted_and_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_store, "BLANK_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "i.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, size in (("small.png", 2**20), ("bomb.png", 2**20 + 1)):
+            archive.writestr(name, bytes(size))
+        archive.writestr("noise.png", np.random.default_rng(0).bytes(2**20 + 1))
+    with ImageStore(tmp_path / "i.zip") as store:
+        assert len(store.read("small.png")) == 2**20, "a blank picture"
+        assert len(store.read("noise.png")) == 2**20 + 1, "large, and no larger than in the zip"
+        monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
+        with pytest.raises(ImageProblem, match="bytes in the zip become 1,048,577"):
+            store.read("bomb.png")
+        monkeypatch.setattr(image_store, "MOST_BYTES", 2**20 - 1)
+        with pytest.raises(ImageProblem, match="take it out of the zip"):
+            store.read("small.png")
+
+
+def test_a_zip_of_more_files_than_a_data_set_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_store, "MOST_FILES", 2)
+    with zipfile.ZipFile(tmp_path / "i.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.png", b"")
+    with pytest.raises(DataError, match="holds 3 files; expected at most 2"):
+        ImageStore(tmp_path / "i.zip")
 
 
 def test_a_location_that_is_no_folder_and_no_zip_is_refused(tmp_path: Path) -> None:

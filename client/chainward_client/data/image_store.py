@@ -20,6 +20,17 @@ from chainward_shared.errors import DataError, nearest
 _DRIVE = re.compile(r"[A-Za-z]:")
 NOT_FOUND = "{} not found"
 
+MOST_FILES = 2_000_000
+"""In a zip. Each costs some hundred bytes of memory before a single one is read."""
+
+MOST_BYTES = 2 * 2**30
+"""Of one file in a zip, unpacked: a whole-slide image or a long cine loop is smaller."""
+
+MOST_RATIO = 200
+BLANK_BYTES = 64 * 2**20
+"""A file that unpacks to more than `BLANK_BYTES`, and `MOST_RATIO` times its size in the zip, is a bomb and no picture. A blank
+mask is smaller."""
+
 
 class ImageStore:
     """The files of a folder (with its sub-folders) or of a zip, found by name.
@@ -45,6 +56,11 @@ class ImageStore:
                 self._zip = zipfile.ZipFile(location)
             except (OSError, zipfile.BadZipFile) as error:
                 raise DataError(f"{location} is neither a folder nor a whole zip ({error})") from None
+            count = len(self._zip.infolist())
+            if count > MOST_FILES:
+                raise DataError(
+                    f"{location} holds {count:,} files; expected at most {MOST_FILES:,}: unpack it into a folder"
+                )
             members = [info.filename for info in self._zip.infolist() if not info.is_dir()]
         self._members = set(members)
         self._by_name: dict[str, list[str]] = {}
@@ -110,8 +126,21 @@ class ImageStore:
         return nearest(name, self._by_name)
 
     def read(self, member: str) -> bytes:
-        """Return the bytes of a file that `find` named."""
+        """Return the bytes of a file that `find` named.
+
+        Raises
+        ------
+        ImageProblem
+            Of a zip: it unpacks to more than a picture would. No more is ever unpacked than the zip's directory says.
+        """
         if self._zip is not None:
+            info = self._zip.getinfo(member)
+            bomb = info.file_size > BLANK_BYTES and info.file_size > MOST_RATIO * max(info.compress_size, 1)
+            if bomb or info.file_size > MOST_BYTES:
+                raise ImageProblem(
+                    "{} too large to be unpacked",
+                    f"{info.compress_size:,} bytes in the zip become {info.file_size:,}; take it out of the zip",
+                )
             return self._zip.read(member)
         return (self.location / member).read_bytes()
 
