@@ -42,7 +42,7 @@ class Planned:
     clip_norm: float | None = None
 
 
-def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool) -> None:
+def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool, scale_measured: bool = False) -> None:
     """Check the policy against the site's training data.
 
     Parameters
@@ -50,12 +50,15 @@ def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool) -> 
     policy : the site's
     units : patients (or images, if that is the unit) in the training data
     has_patient_ids : whether the data say which image is of which patient
+    scale_measured : whether what is black and white in an image was measured over all of them: one patient more or less
+        would then change the images of all others, and no noise accounts for that
 
     Raises
     ------
     PolicyRefusal
-        Delta is not below 1 / `units`, or patients can't be told apart.
+        Delta is not below 1 / `units`, patients can't be told apart, or the grey scale was measured.
     """
+    check_scale(measured=scale_measured)
     if policy.unit == "patient" and not has_patient_ids:
         raise PolicyRefusal(
             "the policy protects patients (unit: patient), but the data have no patient ids; "
@@ -68,6 +71,21 @@ def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool) -> 
         raise PolicyRefusal(
             f"delta {policy.delta:g} is not below 1 over the number of {policy.unit}s in the training data; "
             "a mechanism that publishes a record with that probability would pass. Lower delta in site.yaml"
+        )
+
+
+def check_scale(*, measured: bool) -> None:
+    """Refuse private work on images whose grey scale was measured over all patients.
+
+    Raises
+    ------
+    PolicyRefusal
+        It was; the data file has to declare it.
+    """
+    if measured:
+        raise PolicyRefusal(
+            "the images have more than 8 bits and their grey scale was measured over all patients, which no noise accounts "
+            "for; declare it in the data file (image.scale: [black, white])"
         )
 
 

@@ -90,9 +90,14 @@ class PrivateSite:
         Raises
         ------
         PolicyRefusal
-            Delta is not below 1 / units, or patients can't be told apart.
+            Delta is not below 1 / units, patients can't be told apart, or the images' grey scale was measured on all of them.
         """
-        check_units(self.policy, _true_units(self.policy, data), has_patient_ids=data.has_patient_ids)
+        check_units(
+            self.policy,
+            _true_units(self.policy, data),
+            has_patient_ids=data.has_patient_ids,
+            scale_measured=data.scale is not None,
+        )
 
 
 def declared_units(policy: PrivacyPolicy, data: SiteData) -> int:

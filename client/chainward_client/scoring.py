@@ -11,6 +11,7 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.evaluation import class_probabilities, localisation_values
 from chainward_client.incoming import incoming_state
 from chainward_client.noised_scores import noised, one_image_each
+from chainward_client.policy import check_scale
 from chainward_client.private_site import PrivateSite
 from chainward_client.request_check import check_architecture
 from chainward_client.score_limits import ScoredModels, coarse, too_few_cases
@@ -115,6 +116,7 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
     answer = store.load_answer(task, EvaluateResult)
     if answer is None:
         model, data = _model(task, arrays, site), site.data
+        check_scale(measured=data.scale is not None)
         if not work.release():
             return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
         try:

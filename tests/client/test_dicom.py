@@ -130,15 +130,21 @@ def test_patients_of_the_column_go_before_those_of_the_files(dicom: Write, tmp_p
     assert manifest.patients.tolist() == ["one", "two"]
 
 
-def test_without_the_column_patient_id_groups_and_is_replaced_by_numbers(dicom: Write, tmp_path: Path) -> None:
+def test_without_the_column_patient_id_groups_and_is_replaced_by_a_digest_of_itself(
+    dicom: Write, tmp_path: Path
+) -> None:
     for name, who in {"a": "Meier", "b": "Schmid", "c": " MEIER ", "d": "Huber"}.items():
         save(tmp_path / name, dicom(PatientID=who))
     manifest = read(tmp_path, ["image,dx", "d,ill", "a,ill", "b,healthy", "c,ill"])
-    assert manifest.patients.tolist() == ["patient-0000001", "patient-0000002", "patient-0000003", "patient-0000002"]
+    huber, meier, schmid, again = manifest.patients.tolist()
+    assert meier == again and len({huber, meier, schmid}) == 3
+    assert "meier" not in meier.casefold()
+    alone = read(tmp_path, ["image,dx", "b,healthy", "a,ill"])
+    assert alone.patients.tolist() == [schmid, meier]
     assert NO_PATIENTS not in manifest.notes
 
 
-def test_the_numbers_of_patients_are_the_same_in_every_process(
+def test_the_names_of_patients_are_the_same_in_every_process(
     dicom: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ["image,dx"]

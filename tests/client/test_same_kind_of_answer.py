@@ -10,8 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from private_hospital import (
     ARCHITECTURES,
     LEAVING,
@@ -127,3 +130,21 @@ def test_scoring_that_fails_after_its_charge_says_nothing_of_why(neighbours, ask
     kind, body, _, _, ledger = kind_of_answer(neighbours[0], *scores(model, state_of(model, "as they come")))
     assert (kind, body["reason"]) == ("refusal", PRIVATE_REASON)
     assert [phase for phase, _, _ in ledger] == ["scores"]
+
+
+@pytest.mark.parametrize("asked", ["link", "student", "scores"], indirect=True)
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_grey_scale_that_depends_on_all_patients_is_refused_before_anything_is_spent(tmp_path, asked, declared):
+    node = hospital(tmp_path / "deep")
+    for path in (tmp_path / "deep").glob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 16).save(path)
+    described = yaml.safe_load((tmp_path / "deep" / "data.yaml").read_text())
+    if declared:
+        described["image"]["scale"] = [0, 4095]
+    (tmp_path / "deep" / "data.yaml").write_text(yaml.safe_dump(described))
+    model = architecture()
+    kind, body, *_, ledger = kind_of_answer(node, *REQUESTS[asked](model, state_of(model, "as they come")))
+    assert (kind == "refusal") == (not declared)
+    assert bool(ledger) == declared
+    if not declared:
+        assert "image.scale" in body["reason"]

@@ -44,7 +44,7 @@ def test_all_images_of_a_patient_go_together(patients):
     ids = np.array(patients * 3, dtype=object)
     splits, kept = split_by_key(ids, KEY), set(labelled_by_key(ids, 0.5, KEY).tolist())
     for patient in patients:
-        rows = np.flatnonzero(ids == patient)
+        rows = [row for row, other in enumerate(ids) if other == patient]
         assert len(set(splits[rows])) == 1
         assert len({int(row) in kept for row in rows}) == 1
 
@@ -67,6 +67,26 @@ def test_a_hospital_without_one_patient_has_the_same_splits_otherwise(tmp_path):
         assert rest == {patient: split for patient, split in everybody.items() if patient != f"p{gone}"}
     assert members(site_of(tmp_path / "relabelled", list(range(60)), labels="healthy")) == everybody
     assert members(site_of(tmp_path / "backwards", list(range(59, -1, -1)))) == everybody
+
+
+def test_an_image_less_in_an_npz_file_changes_no_other_image_s_label(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (40, 16, 16), dtype=np.uint8)
+
+    def kept(rows: list[int], folder: str) -> set[bytes]:
+        (tmp_path / folder).mkdir()
+        arrays = {"train_images": pictures[rows], "train_labels": np.array(rows) % 2}
+        for split in ("val", "test"):
+            arrays |= {f"{split}_images": pictures[:4], f"{split}_labels": np.arange(4) % 2}
+        np.savez(tmp_path / folder / "x.npz", **arrays)
+        (tmp_path / folder / "data.yaml").write_text("format: npz\nimages: x.npz\nimage: {size: 16, channels: 1}\n")
+        train = local_site(tmp_path / folder / "data.yaml", "north", KEY).splits["train"]
+        return {train.images[row].numpy().tobytes() for row in labelled_by_key(train.patients, 0.5, KEY)}
+
+    everybody = kept(list(range(40)), "all")
+    assert 0 < len(everybody) < 40
+    gone = pictures[3].tobytes()
+    assert kept([row for row in range(40) if row != 3], "without") == everybody - {gone}
+    assert kept(list(range(39, -1, -1)), "backwards") == everybody
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -22,7 +22,7 @@ from PIL import Image
 from chainward_client.data.description import DicomBlock, DicomDescription
 from chainward_client.data.dicom_file import is_dicom, parse, require_pydicom
 from chainward_client.data.dicom_geometry import Geometry
-from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person, shared_persons
+from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person_name, shared_persons
 from chainward_client.data.dicom_picture import deep_values, mask_image, picture
 from chainward_client.data.dicom_workers import close_decoders
 from chainward_client.data.image_store import ImageStore
@@ -285,7 +285,9 @@ def _by_instance(store: ImageStore) -> dict[bytes | None, list[str]]:
 def _patients(
     store: ImageStore, manifest: Manifest, members: list[str | ImageProblem]
 ) -> tuple[np.ndarray, list[str | ImageProblem]]:
-    """Return the patients of all rows, numbered in the order in which they first come, and the files.
+    """Return the patients of all rows, each named by a digest of its PatientID alone, and the files.
+
+    The name does not depend on other patients, their number or order, so that splits by a hospital's secret don't either.
 
     Where the data file leaves out what can't be used, a file without a patient is one of those, and a patient of its own.
 
@@ -296,7 +298,7 @@ def _patients(
     """
     rows = manifest.rows.tolist()
 
-    def tried(position: int) -> tuple[bytes | ImageProblem]:
+    def tried(position: int) -> tuple[str | ImageProblem]:
         try:
             return (attempt(position),)
         except ImageProblem as problem:
@@ -304,11 +306,11 @@ def _patients(
                 return (problem,)
             raise
 
-    def attempt(position: int) -> bytes:
+    def attempt(position: int) -> str:
         member = members[position]
         if isinstance(member, ImageProblem):
             raise member
-        found = person(_header(store, member, "PatientID"))
+        found = person_name(_header(store, member, "PatientID"))
         if found is None:
             raise ImageProblem(
                 "{} without PatientID",
@@ -323,15 +325,13 @@ def _patients(
         )
     ]
     known = [found for found in persons if not isinstance(found, ImageProblem)]
-    numbers = {found: number for number, found in enumerate(dict.fromkeys(known), start=1)}
-    if len(numbers) == 1 and len(known) > 1:
+    if len(set(known)) == 1 and len(known) > 1:
         raise DataError(
             f"{store.location.name}: all {len(known)} files have the same PatientID, so they can't be split by patient; name a "
             "patient column in columns.patient"
         )
     patients = [
-        f"unusable-{position}" if isinstance(found, ImageProblem) else f"patient-{numbers[found]:07d}"
-        for position, found in enumerate(persons)
+        f"unusable-{position}" if isinstance(found, ImageProblem) else found for position, found in enumerate(persons)
     ]
     files = [
         found if isinstance(found, ImageProblem) else member for found, member in zip(persons, members, strict=True)

@@ -1,7 +1,8 @@
 """What the headers of DICOM files tell beside the picture: who is in them, which is counted and never passed on, and oddities.
 
 Nothing here returns a value of a header: what comes out are keywords of the standard, counts, letters of closed lists, sizes in
-pixels, and digests under a key that is drawn anew in every process and never stored.
+pixels, digests under a key that is drawn anew in every process and never stored, and, as a patient's name within the hospital,
+a digest of PatientID.
 """
 
 from __future__ import annotations
@@ -201,6 +202,20 @@ def person(dataset: Dataset) -> bytes | None:
         If it is damaged.
     """
     return digest(_text(dataset, "PatientID").casefold())
+
+
+def person_name(dataset: Dataset) -> str | None:
+    """Return a name for a file's patient that is the same in every process, None where PatientID is missing or empty.
+
+    It stays at the hospital, as patients of a column do; the id itself is not kept in memory.
+
+    Raises
+    ------
+    ImageProblem
+        If it is damaged.
+    """
+    text = _text(dataset, "PatientID").casefold()
+    return f"patient-{hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8).hexdigest()}" if text else None
 
 
 def digest(text: str) -> bytes | None:

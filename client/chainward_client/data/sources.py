@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import replace
 from functools import lru_cache
@@ -39,7 +40,19 @@ def local_site(data: Path | str | DataDescription, site_id: str, key: bytes) -> 
     """
     table = read_table(Path(data)) if isinstance(data, Path | str) else _read_described(data)
     splits = split_by_key(table.patients, key) if table.splits is None else table.splits
-    return replace(site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes), key=key)
+    opened = site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes)
+    if isinstance(table, NpzCases):  # the layout has only places in an array, which shift with every image that goes
+        opened = replace(opened, splits={name: named_by_content(cases) for name, cases in opened.splits.items()})
+    return replace(opened, key=key)
+
+
+def named_by_content(cases: Cases) -> Cases:
+    """Return the cases, each image a patient of its own that is named by a digest of its pixels and label."""
+    names = [
+        hashlib.blake2b(image.numpy().tobytes() + label.numpy().tobytes(), digest_size=8).hexdigest()
+        for image, label in zip(cases.images, cases.labels, strict=True)
+    ]
+    return replace(cases, patients=np.array(names, dtype=str))
 
 
 def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, notes: tuple[str, ...]) -> SiteData:

@@ -58,7 +58,7 @@ def check_policy(policy: PrivacyPolicy | None, state: Path, site: str, data: Sit
         try:
             patients = data.splits["train"].patients
             count = len(set(patients.tolist())) if policy.unit == "patient" else len(patients)
-            check_units(policy, count, has_patient_ids=data.has_patient_ids)
+            check_units(policy, count, has_patient_ids=data.has_patient_ids, scale_measured=data.scale is not None)
         except PolicyRefusal as refusal:
             checks.append(problem("policy: data", str(refusal), "change site.yaml (delta, unit) or the data file"))
         else:
