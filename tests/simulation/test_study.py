@@ -214,12 +214,12 @@ def test_two_processes_do_not_write_one_study(study, tmp_path):
 
 def test_an_arm_that_fails_does_not_cost_the_others(study, monkeypatch):
     from chainward_shared.errors import ModelError
-    from chainward_simulations.study import baselines
+    from chainward_simulations.study import further
 
     def fail(*_, **__):
         raise ModelError("the loss became nan")
 
-    monkeypatch.setattr(baselines, "train_union", fail)
+    monkeypatch.setitem(further._REGISTERED, "union", further.Baseline("broken", fail))
     report = study("union,cyclic")
     assert [arm.name for arm in report.result.arms] == ["cyclic"]
     assert report.result.failures == (("union", 0, "the loss became nan"),)

@@ -25,8 +25,8 @@ from chainward_simulations.study.baselines import (
     train_alone,
     train_cyclic,
     train_federated,
-    train_union,
 )
+from chainward_simulations.study.further.union import train_union
 
 RECIPE = SMALL_LINK.model_copy(
     update={

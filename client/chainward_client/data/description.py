@@ -23,6 +23,7 @@ from chainward_client.data.folder_layout import folder_layout
 from chainward_client.data.paths import FilePath, Folder, FolderOrZip, ManifestPath, beside_data_file, folder_or_zip
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.task import Task
+from chainward_shared.words import listed
 
 Fit = Literal["pad", "crop", "stretch"]
 
@@ -359,13 +360,16 @@ def parse_description(block: Any, origin: Path) -> DataDescription:
 def _model_of(block: Mapping[str, Any]) -> _Formats:
     if "format" not in block:
         raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; expected csv, dicom, npz or folders")
+    from chainward_client.data.formats import further_formats  # they are built on this module
+
     found = block["format"]
-    if isinstance(found, str) and found in _FORMATS:
-        return _FORMATS[found]
+    formats: dict[str, _Formats] = {**_FORMATS, **{name: one.description for name, one in further_formats().items()}}
+    if isinstance(found, str) and found in formats:
+        return formats[found]
     if found == "phantom":
         raise ValueError('phantoms need no data file; set data.source to "phantom" in the run\'s configuration')
     raise ValueError(
-        f"key 'format': found {found!r}{nearest(str(found), _FORMATS)}; expected csv, dicom, npz or folders"
+        f"key 'format': found {found!r}{nearest(str(found), formats)}; expected {listed(list(formats), last='or')}"
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from chainward_client.data.description import CsvDescription, DataDescription, DicomDescription, load_description
 from chainward_client.data.dicom import DicomManifest, read_dicom
+from chainward_client.data.formats import further_formats
 from chainward_client.data.manifest import NO_PATIENTS, Manifest, read_manifest
 from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
@@ -209,6 +210,9 @@ def _cached_table(path: Path, stamp: _Stamp, _: _Stamp) -> Table:
 
 
 def _read_described(description: DataDescription) -> Table:
+    for further in further_formats().values():
+        if type(description) is further.description:
+            return further.read(description)
     if isinstance(description, DicomDescription):
         return read_dicom(description)
     return read_manifest(description) if isinstance(description, CsvDescription) else read_npz(description)

@@ -7,16 +7,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import ConfigError, StudyError, nearest
 from chainward_shared.recipes import LinkRecipe
+from chainward_simulations.study.further import further_baselines
 from chainward_simulations.study.settings import parse_assignments, typed
 
-Trainer = Literal["alone", "alone-long", "union", "federated", "cyclic", "chain", "student"]
-
-PRIVATE_TRAINERS: tuple[Trainer, ...] = ("alone", "alone-long", "chain", "student")
+PRIVATE_TRAINERS = ("alone", "alone-long", "chain", "student")
 
 ROUNDS = 4
 """Rounds of FedAvg, as nearly as the epochs allow."""
@@ -43,6 +42,7 @@ class Arm:
 
     Attributes
     ----------
+    trainer : "alone", "alone-long", "federated", "cyclic", "chain", "student", or the name of a further baseline
     about : one line for people
     overrides : keys of the run configuration in which the arm differs from the study's settings
     laps : for the arms of several laps, which share the epochs of one among them; 0: as the configuration says
@@ -51,7 +51,7 @@ class Arm:
     """
 
     name: str
-    trainer: Trainer
+    trainer: str
     about: str
     overrides: Mapping[str, ConfigScalar] = field(default_factory=dict)
     laps: int = 0
@@ -74,7 +74,6 @@ def _keys(overrides: Mapping[str, ConfigScalar]) -> dict[str, ConfigScalar]:
 _TABLE = (
     Arm("alone", "alone", "each site by itself, with the epochs of its links: mean over the sites, best site noted"),
     Arm("alone-long", "alone-long", "each site by itself, with as many steps as the whole chain takes"),
-    Arm("union", "union", "all sites' labelled images together, in one training"),
     Arm("fedavg", "federated", "federated averaging (McMahan et al. 2017), by default 4 rounds"),
     Arm("fedprox", "federated", "FedAvg held near the round's start (Li et al. 2020), mu = 0.01", mu=PROXIMAL_WEIGHT),
     Arm("cyclic", "cyclic", "weights handed from site to site, cross-entropy only, one lap", laps=1),
@@ -161,7 +160,8 @@ _TABLE = (
         student__large_weight=1.0,
     ),
 )
-ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _TABLE}
+_FURTHER = tuple(Arm(name, name, baseline.about) for name, baseline in further_baselines().items())
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*_TABLE[:2], *_FURTHER, *_TABLE[2:])}
 
 
 def find_arm(name: str) -> Arm:

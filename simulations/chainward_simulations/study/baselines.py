@@ -96,17 +96,6 @@ def train_alone(
     return models, logs
 
 
-def train_union(
-    sites: Sites, architecture: Architecture, recipe: LinkRecipe, on_step: OnStep, *, base: StateDict | None = None
-) -> tuple[StateDict, list[TrainingLog]]:
-    """Train one model on the labelled images of all sites, as if they lay in one place."""
-    cases = together([labelled_cases(data, recipe) for data in sites.values()])
-    model = initial_model(architecture, recipe.seed, base)
-    log = train(model, cases, recipe, _cross_entropy(model, cases, _classes(sites), recipe), "union")
-    on_step("union")
-    return state_of(model), [log]
-
-
 def train_cyclic(
     sites: Sites,
     order: Sequence[str],
@@ -135,7 +124,7 @@ def train_cyclic(
             model = initial_model(architecture, recipe.seed, base)
             if carried is not None:
                 model.load_state_dict(carried)
-            objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
+            objective = cross_entropy(model, cases, len(sites[site].classes), recipe)
             names = ("link", site, "strand", 0, "lap", lap)
             logs.append(train(model, cases, per_lap, objective, *names, part=(lap, laps)))
             carried = rounded(state_of(model), recipe.transfer)
@@ -173,7 +162,7 @@ def train_federated(
         for site, cases in own.items():
             model = initial_model(architecture, recipe.seed, base)
             model.load_state_dict(average)
-            objective: Objective = _cross_entropy(model, cases, len(sites[site].classes), recipe)
+            objective: Objective = cross_entropy(model, cases, len(sites[site].classes), recipe)
             if mu is not None:
                 objective = ProximalObjective(objective, mu, dict(model.named_parameters()))
             names = ("federated", site, "round", number)
@@ -211,9 +200,11 @@ def state_of(model: nn.Module) -> StateDict:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _cross_entropy(model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe) -> LinkObjective:
+def cross_entropy(model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe) -> LinkObjective:
+    """Return a link's objective without any teacher."""
     return LinkObjective(recipe, model, None, class_counts(cases.labels, classes))
 
 
-def _classes(sites: Sites) -> int:
+def number_of_classes(sites: Sites) -> int:
+    """Return how many classes the sites' images are of."""
     return len(next(iter(sites.values())).classes)

@@ -21,6 +21,7 @@ from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study import baselines
 from chainward_simulations.study.arms import PlannedArm
+from chainward_simulations.study.further import further_baselines
 from chainward_simulations.study.predictions import predict_all, save_predictions
 from chainward_simulations.study.records import ArmRecord, BestSite, mean_scores
 
@@ -84,8 +85,8 @@ def train_arm(
                 sites, architecture, recipe, on_step, base=base, steps=steps, private=private
             )
         return Trained(architecture, models, logs, shared=False)
-    if arm.trainer == "union":
-        state, logs = baselines.train_union(sites, architecture, recipe, on_step, base=base)
+    if arm.trainer in further_baselines():
+        state, logs = further_baselines()[arm.trainer].train(sites, architecture, recipe, on_step, base)
     elif arm.trainer == "cyclic":
         sizes = {site: len(data.splits["train"]) for site, data in sites.items()}
         order = site_order(list(sites), sizes, config.chain, config.seed)

@@ -1,0 +1,124 @@
+"""The examples of CONTRIBUTING.md are one file each, and work as they stand there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = dict(
+    re.findall(
+        r"```python\n# (\S+\.py)\n(.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+)
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """Put an example's file beside those of its folder, and let the registry there look again; all is undone afterwards."""
+
+    def add(place: str, package: str, find: str, registered: str):
+        registry = importlib.import_module(package)
+        module = f"{package}.{Path(place).stem}"
+        (tmp_path / "added").mkdir()
+        (tmp_path / "added" / Path(place).name).write_text(EXAMPLES[place], encoding="utf-8")
+        monkeypatch.setattr(registry, "__path__", [*registry.__path__, str(tmp_path / "added")])
+        before = dict(getattr(registry, registered))
+        getattr(registry, find).cache_clear()
+        undo.append((registry, find, registered, before, module))
+        return getattr(registry, find)()
+
+    undo: list = []
+    yield add
+    for registry, find, registered, before, module in undo:
+        getattr(registry, registered).clear()
+        getattr(registry, registered).update(before)
+        getattr(registry, find).cache_clear()
+        sys.modules.pop(module, None)
+
+
+def test_each_example_is_one_file_where_the_page_says():
+    assert sorted(Path(place).parent for place in EXAMPLES) == sorted(
+        map(
+            Path,
+            [
+                "client/chainward_client/data/formats",
+                "shared/chainward_shared/models/families",
+                "simulations/chainward_simulations/study/further",
+            ],
+        )
+    )
+    for place in EXAMPLES:
+        assert (REPOSITORY / place).parent.is_dir()
+        assert not (REPOSITORY / place).exists()
+
+
+def test_a_baseline_is_added_by_one_file_and_trains_the_same_model_each_time(added):
+    from chainward_shared.config import RunConfig
+    from chainward_shared.models import resolve_architecture
+    from chainward_simulations.runner import open_sites
+
+    baselines = added(
+        "simulations/chainward_simulations/study/further/largest.py",
+        "chainward_simulations.study.further",
+        "further_baselines",
+        "_REGISTERED",
+    )
+    assert {"union", "largest"} <= set(baselines)
+    config = RunConfig.from_flat({"federation.num-sites": 2, "chain.epochs": 1, "federation.threads": 1})
+    sites = open_sites(config)
+    architecture = resolve_architecture(
+        "test_convnext", num_classes=len(sites[next(iter(sites))].classes), in_chans=1, image_size=32
+    )
+    steps: list[str] = []
+    (first, _), (second, logs) = (
+        baselines["largest"].train(sites, architecture, config.link_recipe(), steps.append, None) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(logs) == 1
+    assert steps[0].startswith("largest ")
+
+
+def test_a_data_format_is_added_by_one_file_and_says_what_is_wrong_in_one_line(added, tmp_path):
+    from chainward_client.data.sources import local_site
+    from chainward_shared.errors import DataError
+
+    place = "client/chainward_client/data/formats/jsonl.py"
+    assert "jsonl" in added(place, "chainward_client.data.formats", "further_formats", "_REGISTERED")
+    rows = [
+        {"file": f"{split}-{label}.png", "label": label, "split": split}
+        for split in ("train", "val", "test")
+        for label in "ab"
+    ]
+    for row in rows:
+        Image.fromarray(np.full((8, 8), 100 if row["label"] == "a" else 200, np.uint8)).save(tmp_path / row["file"])
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    block = {
+        "format": "jsonl",
+        "manifest": "cases.jsonl",
+        "images": ".",
+        "classes": ["a", "b"],
+        "columns": {"image": "file", "label": "label", "split": "split"},
+        "image": {"size": 8, "channels": 1},
+    }
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(block))
+    data = local_site(tmp_path / "data.yaml", "oak", b"k" * 32)
+    assert [len(data.splits[split]) for split in ("train", "val", "test")] == [2, 2, 2]
+    (tmp_path / "cases.jsonl").write_text("file,label\n")
+    with pytest.raises(DataError, match="not a JSON object on each line") as raised:
+        local_site(tmp_path / "data.yaml", "oak", b"k" * 32)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_family_of_backbones_is_added_by_one_file(added):
+    place = "shared/chainward_shared/models/families/named_groups.py"
+    assert "resnetv2-small" in added(place, "chainward_shared.models.families", "_families", "_REGISTERED")
