@@ -39,6 +39,12 @@ def test_every_folder_of_the_packages_is_named_by_the_architecture():
     assert [folder for folder in sorted(of_packages) if f"`{folder}`" not in PAGE] == []
 
 
+def test_every_test_that_the_page_on_security_names_is_there():
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", (REPOSITORY / "docs/security.md").read_text(encoding="utf-8")))
+    assert len(named) > 15
+    assert [path for path in sorted(named) if not (REPOSITORY / path).exists()] == []
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_inside_the_repository_leads_somewhere(path: Path):
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
