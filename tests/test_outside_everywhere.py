@@ -45,14 +45,9 @@ from chainward_shared.privacy.audit import audit_ledger, audit_statements
 from chainward_shared.privacy.console import print_audit
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
+from chainward_shared.privacy.record import PrivacyRecord, privacy_record, read_privacy_record
 from chainward_shared.privacy.report import render_audit
-from chainward_shared.privacy.statements import (
-    Statement,
-    Statements,
-    privacy_record,
-    read_privacy_record,
-    sign_statement,
-)
+from chainward_shared.privacy.statements import Statement, Statements, sign_statement
 from chainward_shared.protocol import TrainingLog
 
 ANSWERS = (
@@ -266,7 +261,7 @@ def every_output(path: Path) -> Iterator[tuple[str, str]]:
         folder = RunFolder.open(path)
         yield "report", write_report(folder).read_text()
         record = read_privacy_record(path / "privacy.json")
-        audit = audit_statements(folder.state.run_id, record["statements"], list(record["sites"]))
+        audit = audit_statements(folder.state.run_id, record.statements, record.trained)
         yield from audit_outputs(audit)
         results = folder.load_results()
         assert results is not None
@@ -283,7 +278,7 @@ def audit_outputs(audit: Any) -> Iterator[tuple[str, str]]:
     yield "audit JSON", json.dumps(audit.to_json(), ensure_ascii=False, indent=1)
 
 
-def card_of(folder: RunFolder, results: Results, record: dict[str, Any], audit: Any) -> str:
+def card_of(folder: RunFolder, results: Results, record: PrivacyRecord, audit: Any) -> str:
     architecture = resolve_architecture("test_convnext", num_classes=2, in_chans=1, image_size=32)
     return model_card(
         folder,
