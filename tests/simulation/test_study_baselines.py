@@ -26,6 +26,7 @@ from chainward_simulations.study.baselines import (
     train_cyclic,
     train_federated,
 )
+from chainward_simulations.study.further import union
 from chainward_simulations.study.further.union import train_union
 
 RECIPE = SMALL_LINK.model_copy(
@@ -79,7 +80,8 @@ def trainings(monkeypatch) -> list[Training]:
         seen[-1].end = state_of(model)
         return log
 
-    monkeypatch.setattr(baselines, "train", watched)
+    for module in (baselines, union):
+        monkeypatch.setattr(module, "train", watched)
     monkeypatch.setattr(link, "train", watched)
     return seen
 
