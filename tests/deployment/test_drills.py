@@ -437,7 +437,7 @@ def test_a_run_without_an_expected_site_ends_with_a_line_that_names_it(drilled):
     assert "Traceback" not in said
 
 
-def test_a_site_that_goes_for_good_is_skipped_and_the_run_ends_well(drilled):
+def test_a_site_that_goes_for_good_is_skipped_and_the_run_says_that_it_is_incomplete(drilled):
     drilled.begin(**{"federation.patience": 20.0})
     drilled.in_mid_link()
     drilled.take_down()
@@ -445,7 +445,7 @@ def test_a_site_that_goes_for_good_is_skipped_and_the_run_ends_well(drilled):
     folder = wait_for_links(drilled, 2)
     row = note("site goes and stays away", drilled, folder, recovered=time.monotonic() - start, repeated=None)
     folder = drilled.ended()
-    assert folder.state.status == "finished"
+    assert folder.state.status == "incomplete"
     assert [link["status"] if isinstance(link, dict) else link[1] for link in row["links"]][1] == "skipped"
     assert [link.status for link in folder.load_results().links] == ["done", "skipped", "done"]
 
@@ -504,7 +504,7 @@ def test_a_full_disk_at_a_site_costs_that_link_and_the_run_goes_on(drilled, smal
     finally:
         site_yaml.write_text(content)
     row = note("disk full at the site", drilled, folder, recovered=None, repeated=None)
-    assert row["status"] == "finished"
+    assert row["status"] == "incomplete"
     assert row["lost"] == 1
 
 
@@ -623,7 +623,7 @@ def test_a_key_that_the_superlink_does_not_know_is_refused(drilled):
     drilled.make_whole()
 
 
-def test_a_revoked_site_is_skipped_and_the_run_ends_well(drilled):
+def test_a_revoked_site_is_skipped_and_the_run_says_that_it_is_incomplete(drilled):
     drilled.begin(**{"federation.patience": 20.0})
     drilled.in_mid_link()
     drilled.deployment.unregister(VICTIM)
@@ -631,7 +631,7 @@ def test_a_revoked_site_is_skipped_and_the_run_ends_well(drilled):
     folder = wait_for_links(drilled, 2)
     note("site revoked", drilled, folder, recovered=time.monotonic() - start, repeated=None)
     folder = drilled.ended()
-    assert folder.state.status == "finished"
+    assert folder.state.status == "incomplete"
     assert [link.status for link in folder.load_results().links] == ["done", "skipped", "done"]
     drilled.take_down()
     key = drilled.deployment.site_dir(VICTIM) / "node.key"
