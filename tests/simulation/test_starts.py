@@ -228,6 +228,14 @@ def test_settings_that_need_a_start_or_another_one_are_refused(changes, words, s
         RunConfig.from_flat(settings | changes)
 
 
+def test_attention_transfer_is_refused_where_nothing_but_the_head_is_trained(settings):
+    attentive = settings | {"chain.start-from": "test_vit", "chain.attention-weight": 1.0}
+    with pytest.raises(ConfigError, match=r"attention-weight = 1.0 contradicts chain.trainable = 'head'"):
+        RunConfig.from_flat(attentive | {"chain.trainable": "head"})
+    for part in ("last-1", "norms-and-biases", "all"):
+        RunConfig.from_flat(attentive | {"chain.trainable": part})
+
+
 def test_a_file_is_taken_into_the_store_by_its_path(settings, start, coordinated, tmp_path):
     settings |= start("test_vit", "head") | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False}
     settings["federation.sites"] = "ash"

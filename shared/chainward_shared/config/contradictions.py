@@ -17,6 +17,24 @@ if TYPE_CHECKING:
 
 def contradictions(config: RunConfig) -> Iterator[str]:
     """Yield one line for each pair of keys that can't both hold."""
+    yield from _site_contradictions(config)
+    yield from _chain_contradictions(config)
+    if config.chain.start == "fresh" and config.chain.distillation_weight == config.chain.attention_weight == 0:
+        yield (
+            "chain.start = 'fresh' contradicts chain.distillation-weight = 0.0: nothing would pass from link to link; "
+            "set chain.start='warm' or a distillation weight above 0"
+        )
+    yield from _student_contradictions(config.student)
+    yield from _privacy_contradictions(config)
+    output = Path(config.output.dir)
+    if not output.is_absolute() and not config.output.dir.startswith("~"):
+        yield (
+            f"output.dir = {config.output.dir!r} is relative, and Flower runs apps in a folder of its own; "
+            "give an absolute path, or one that starts with ~"
+        )
+
+
+def _site_contradictions(config: RunConfig) -> Iterator[str]:
     sites, num_sites = config.expected_sites, config.federation.num_sites
     if len(set(sites)) != len(sites):
         yield f"federation.sites = {config.federation.sites!r} names a site twice; name each once"
@@ -41,31 +59,6 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"data.source = {config.data.source!r} is not an absolute path (Flower runs apps in a folder of its own); "
             "give the absolute path of a data file, or 'phantom'"
         )
-    yield from _chain_contradictions(config)
-    if config.chain.start == "fresh" and config.chain.distillation_weight == config.chain.attention_weight == 0:
-        yield (
-            "chain.start = 'fresh' contradicts chain.distillation-weight = 0.0: nothing would pass from link to link; "
-            "set chain.start='warm' or a distillation weight above 0"
-        )
-    student = config.student
-    default = StudentConfig()
-    if student.model and (student.width, student.depth) != (default.width, default.depth):
-        yield (
-            f"student.model = {student.model!r} contradicts student.width = {student.width} and student.depth = "
-            f"{student.depth}: a named model has a size of its own; set either"
-        )
-    if student.rounds == 0 and student.finetune_rounds > default.finetune_rounds:
-        yield (
-            f"student.finetune-rounds = {student.finetune_rounds} contradicts student.rounds = 0, which trains no student"
-        )
-    yield from _contradictions_of_students(student)
-    yield from _privacy_contradictions(config)
-    output = Path(config.output.dir)
-    if not output.is_absolute() and not config.output.dir.startswith("~"):
-        yield (
-            f"output.dir = {config.output.dir!r} is relative, and Flower runs apps in a folder of its own; "
-            "give an absolute path, or one that starts with ~"
-        )
 
 
 def _chain_contradictions(config: RunConfig) -> Iterator[str]:
@@ -84,10 +77,31 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.unlabelled-weight = {chain.unlabelled_weight} contradicts chain.label-fraction = 1.0, which leaves no "
             "image without a label; lower the fraction or set chain.unlabelled-weight=0"
         )
+    yield from _start_contradictions(config)
+    if chain.epochs * chain.laps > MOST_EPOCHS:
+        yield (
+            f"chain.epochs = {chain.epochs} contradicts chain.laps = {chain.laps}: a site alone trains for the epochs of all "
+            f"laps, {chain.epochs * chain.laps:,}; allowed: at most {MOST_EPOCHS:,}"
+        )
+    yield from _strand_contradictions(config)
+    if privileged.mode != "off" and privileged.logit_weight == 0 and privileged.embedding_weight == 0:
+        yield (
+            f"privileged.mode = '{privileged.mode}' contradicts privileged.logit-weight = 0 and "
+            "privileged.embedding-weight = 0: nothing would be learnt from the teachers; set one of them, or mode off"
+        )
+
+
+def _start_contradictions(config: RunConfig) -> Iterator[str]:
+    chain = config.chain
     if chain.trainable != "all" and not chain.start_from:
         yield (
             f"chain.trainable = '{chain.trainable}' contradicts chain.start-from = '': the rest would stay random; set "
             "chain.start-from, or chain.trainable='all'"
+        )
+    if chain.trainable == "head" and chain.attention_weight > 0:
+        yield (
+            f"chain.attention-weight = {chain.attention_weight} contradicts chain.trainable = 'head': what is frozen attends as "
+            "its predecessor does; set chain.attention-weight=0 or train more than the head"
         )
     if config.student.source == "start" and not chain.start_from:
         yield (
@@ -99,11 +113,10 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.start-from = {chain.start_from!r} is a relative path (Flower runs apps in a folder of its own); give an "
             "absolute one, or the name of weights in the store"
         )
-    if chain.epochs * chain.laps > MOST_EPOCHS:
-        yield (
-            f"chain.epochs = {chain.epochs} contradicts chain.laps = {chain.laps}: a site alone trains for the epochs of all "
-            f"laps, {chain.epochs * chain.laps:,}; allowed: at most {MOST_EPOCHS:,}"
-        )
+
+
+def _strand_contradictions(config: RunConfig) -> Iterator[str]:
+    chain = config.chain
     if chain.merge != "best" and chain.strands == 1:
         yield f"chain.merge = '{chain.merge}' contradicts chain.strands = 1: there is nothing to merge; set chain.strands"
     if chain.merge == "ensemble" and (config.student.rounds == 0 or config.student.large_weight == 0):
@@ -117,11 +130,6 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"chain.order = 'weakest-next' contradicts chain.strands = {chain.strands}: two strands could want the same "
             "site; set chain.strands=1 or another order"
-        )
-    if privileged.mode != "off" and privileged.logit_weight == 0 and privileged.embedding_weight == 0:
-        yield (
-            f"privileged.mode = '{privileged.mode}' contradicts privileged.logit-weight = 0 and "
-            "privileged.embedding-weight = 0: nothing would be learnt from the teachers; set one of them, or mode off"
         )
 
 
@@ -150,13 +158,22 @@ def _privacy_contradictions(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _contradictions_of_students(student: StudentConfig) -> Iterator[str]:
+def _student_contradictions(student: StudentConfig) -> Iterator[str]:
+    default = StudentConfig()
+    if student.model and (student.width, student.depth) != (default.width, default.depth):
+        yield (
+            f"student.model = {student.model!r} contradicts student.width = {student.width} and student.depth = "
+            f"{student.depth}: a named model has a size of its own; set either"
+        )
+    if student.rounds == 0 and student.finetune_rounds > default.finetune_rounds:
+        yield (
+            f"student.finetune-rounds = {student.finetune_rounds} contradicts student.rounds = 0, which trains no student"
+        )
     if student.learning_rate * student.finetune_factor < SMALLEST_LEARNING_RATE:
         yield (
             f"student.finetune-factor = {student.finetune_factor:g} contradicts student.learning-rate = "
             f"{student.learning_rate:g}: fine-tuning would have a rate below {SMALLEST_LEARNING_RATE:g}; raise one of the two"
         )
-    default = StudentConfig()
     for key in ("selection", "heads", "layers"):
         if student.start == "random" and getattr(student, key) != getattr(default, key):
             yield (
