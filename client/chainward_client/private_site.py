@@ -218,6 +218,16 @@ class PrivateWork:
         planned = self.plan(
             recipe, data, epochs=epochs or recipe.epochs, batch_size=batch_size or asked.batch_size or recipe.batch_size
         )
+        private = PrivateTraining(
+            planned,
+            unlabelled_patients=unlabelled_patients,
+            declared_prior=declared_prior,
+            private_teachers=private_teachers,
+            entropy=self.site.entropy,
+        )
+        # what the recipe alone makes impossible costs nothing; a teacher's training has no teachers of its own
+        own = recipe.model_copy(update={"privileged": None}) if phase.startswith("teacher") else recipe
+        private.check(own, 0 if unlabelled_patients is None else len(unlabelled_patients))
         ledger = self.site.ledger
         reservation = None if checkpoint is None else self._resumed(checkpoint, phase, planned)
         if reservation is None:
@@ -226,14 +236,6 @@ class PrivateWork:
             (reservation,) = reserve(self.site.policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
         if checkpoint is not None:
             checkpoint.reservation = reservation.entry.sequence
-        private = PrivateTraining(
-            planned,
-            unlabelled_patients=unlabelled_patients,
-            declared_prior=declared_prior,
-            private_teachers=private_teachers,
-            entropy=self.site.entropy,
-            begin=reservation.begin,
-        )
         reservation.begin()
         try:
             yield private
@@ -241,7 +243,7 @@ class PrivateWork:
             # whether and when it failed may follow from single records: to the ledger it looks like any other
             ledger.commit(reservation, reservation.mechanism.steps)
             raise SpentError(f"a private training failed, and is charged in full: {error}") from error
-        ledger.commit(reservation, private.spent.mechanism.steps)
+        ledger.commit(reservation, max(1, private.spent.mechanism.steps))
 
     def _resumed(self, checkpoint: Checkpoint, phase: str, planned: PrivatePlan) -> Reservation | None:
         """Return the open reservation in which a training began that left this checkpoint; else forget the checkpoint."""

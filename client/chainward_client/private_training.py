@@ -91,7 +91,6 @@ class PrivateTraining:
     private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
     together : examples computed at once; 0, the default: as many as fit into memory. Changes no result
     entropy : the operating system, unless a test wants to repeat itself
-    begin : called once, before the first noisy step: from then on the plan counts as spent
     """
 
     def __init__(
@@ -103,13 +102,11 @@ class PrivateTraining:
         private_teachers: bool = False,
         together: int = 0,
         entropy: Entropy | None = None,
-        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.together = plan, together
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
-        self.begin = begin
         self.steps_done = 0
         self._units: list[np.ndarray] = []
         self._ghost: GhostClipping | None = None
@@ -179,7 +176,6 @@ class PrivateTraining:
         beside = np.array([], dtype=str) if self.unlabelled_patients is None else self.unlabelled_patients
         self._units = units_of(np.concatenate([patients, beside]), self.plan.unit)
         self._sums = []
-        self.begin()
 
     def fresh_chance(self, device: torch.device) -> torch.Generator:
         """Draw the state of PyTorch's own generators (dropout) anew and return a generator for augmentations."""

@@ -29,7 +29,7 @@ from chainward_client.training import link as link_module
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
 from chainward_shared.distillation.losses import classification_loss
-from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal
+from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, SpentError
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_shared.models.ghost import ROOM
 from chainward_shared.privacy import plan as plan_module
@@ -375,12 +375,12 @@ def test_what_fails_in_the_second_modality_does_not_charge_the_first_twice(phant
         return train_teacher_privately(*arguments)
 
     monkeypatch.setattr(targets, "train_teacher_privately", failing)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(SpentError, match="power cut"):
         asked(phantoms, work, tmp_path)
-    assert phases(work) == ["teacher-text"]  # what had not begun was given back
+    assert phases(work) == ["teacher-text", "teacher-table"], "that it failed costs as much as if it had not"
     monkeypatch.undo()
     answered(phantoms, work, tmp_path)
-    assert phases(work) == ["teacher-text", "teacher-table"]
+    assert phases(work) == ["teacher-text", "teacher-table", "teacher-table"]
 
 
 def test_nothing_is_kept_that_was_not_committed(phantoms, work, tmp_path, monkeypatch):
