@@ -6,9 +6,25 @@ from collections.abc import Callable
 
 from chainward_client.policy import check_run
 from chainward_client.private_site import PrivateSite, PrivateWork
+from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import TrainingRecipe
+
+
+def admit_statistics(policy: PrivacyPolicy | None) -> None:
+    """Refuse sums over embeddings at a site with a privacy policy: they leave without noise, and nothing accounts for them.
+
+    Raises
+    ------
+    PolicyRefusal
+        The site has a policy.
+    """
+    if policy is not None:
+        raise PolicyRefusal(
+            "this site has a privacy policy, and the sums of a statistics round would leave it without noise; set "
+            "chain.head = 'trained'"
+        )
 
 
 def admitted(

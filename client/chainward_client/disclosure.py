@@ -58,6 +58,13 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     (r"site-card/privacy\.(terms|required).*", _OF_POLICY),
     (r"site-card/privacy\.head.*", "how many entries the ledger has, and a hash of the last: it can't be turned back"),
     (r"site-card/privacy", "that the site has no policy"),
+    (
+        r"statistics-result/(sums|images|validation)",
+        "sums over the images, of embeddings and of their products, by class, and how many there are: of a class of one image "
+        "that image's embedding, and a model made for it can have embeddings that show the image",
+    ),
+    (r"statistics-result/digest", "a checksum of the sums in this message"),
+    (r"statistics-result/hop", _NAMES),
     (r"(link|student)-result/(hop|round)", _NAMES),
     (r"(link|student)-result/digest", "a checksum of the weights in this message"),
     (r"(link|student)-result/training\.(epochs|precision|temperature.*)", "how it was trained, as the request said"),

@@ -37,9 +37,12 @@ from chainward_client.private_site import declared_units
 from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
+from chainward_shared.discriminant import sums_template
 from chainward_shared.errors import DataError, StoreError, WeightsError
 from chainward_shared.evaluation.classification import counts_from_arrays
+from chainward_shared.hops import head_key
 from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.models.heads import check_head
 from chainward_shared.models.planned import run_architectures
 from chainward_shared.models.start import initial_model, travelling, travelling_template
 from chainward_shared.privacy.policy import PrivacyPolicy
@@ -51,6 +54,7 @@ from chainward_shared.protocol import (
     HelloRequest,
     LinkTask,
     Refusal,
+    StatisticsTask,
     StudentTask,
     kind_of,
     pack,
@@ -340,6 +344,17 @@ def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]
     yield "train.link", link, {"predecessor": sent}
     if small:
         yield _student_request(plan, small[0], large, digest(state), sent)
+    if plan.chain.head == "statistics":
+        statistics = StatisticsTask(
+            run_id=RUN,
+            hop=head_key(None),
+            architecture=large,
+            label_fraction=plan.chain.label_fraction,
+            seed=plan.seed,
+            threads=plan.federation.threads,
+            digest=digest(state),
+        )
+        yield "evaluate.statistics", statistics, {"model": sent}
     score = EvaluateTask(
         run_id=RUN,
         architecture=large,
@@ -390,6 +405,7 @@ def _little(plan: RunConfig, site: OpenSite, steps: int) -> RunConfig:
         "chain.laps": 1,
         "chain.strands": 1,
         "chain.merge": "best",
+        "chain.refit": "end",
         "chain.epochs": epochs,
         "chain.label-fraction": min(1.0, wanted, chain.label_fraction),
         "chain.unlabelled-weight": 0.0,
@@ -463,6 +479,8 @@ def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np
     templates: dict[str, StateDict] = {}
     if isinstance(request, LinkTask):
         templates["model"] = travelling_template(request.architecture)
+    elif isinstance(request, StatisticsTask):
+        templates["sums"] = sums_template(len(data.classes), check_head(request.architecture))
     elif isinstance(request, StudentTask):
         templates["student"] = skeleton(request.architecture).state_dict()
     tensors: list[np.ndarray] = []

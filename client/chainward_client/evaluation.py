@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,18 @@ def predict(
     saturate, because whether scoring fails would tell of single images. `image_size`: side of the images that the model
     sees; 0, the default: as they are. `features`: where the output of a frozen trunk is kept, and used if there is one.
     """
+    found = torch.cat([logits.double().cpu() for logits in passes(model, images, threads, image_size, features)])
+    found = found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+    return (found.sigmoid() if multilabel else found.softmax(dim=1)).numpy()
+
+
+def passes(
+    model: nn.Module, images: torch.Tensor, threads: int, image_size: int = 0, features: Features | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield the logits of uint8 `images`, at most `BATCH` of them at once, computed in fp32; parameters as of `predict`.
+
+    Between one and the next, what `Taps` have kept is of the same images.
+    """
     size = image_size or images.shape[-1]
     device = best_device()
     kept = None if features is None else features.of(model, images, "none", threads)
@@ -47,11 +60,11 @@ def predict(
             return called(batch[:, 0].to(device).float())  # type: ignore[no-any-return]
         return called(scaled_for(model, resized(batch, size).to(device)))  # type: ignore[no-any-return]
 
-    with training_environment(threads, seed=0), torch.inference_mode():
-        found = torch.cat([logits(seen[start : start + BATCH]).double().cpu() for start in range(0, len(seen), BATCH)])
+    for batch in seen.split(BATCH):
+        with training_environment(threads, seed=0), torch.inference_mode():
+            found = logits(batch)
+        yield found
     model.to("cpu")
-    found = found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
-    return (found.sigmoid() if multilabel else found.softmax(dim=1)).numpy()
 
 
 def class_probabilities(

@@ -9,21 +9,24 @@ from typing import TypeVar
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chainward_client.admission import admitted
+from chainward_client.admission import admit_statistics, admitted
 from chainward_client.card import site_card
 from chainward_client.incoming import incoming_state
 from chainward_client.node import Node
 from chainward_client.private_files import for_the_owner_alone
 from chainward_client.private_site import PrivateWork
 from chainward_client.request_check import check_architecture
+from chainward_client.score_limits import ScoredModels
 from chainward_client.scoring import scored
 from chainward_client.site import OpenSite
+from chainward_client.statistics import sums_of
 from chainward_client.store import SiteStore
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
 from chainward_shared.console import show_progress
 from chainward_shared.errors import (
     ChainwardError,
+    PolicyRefusal,
     PrivacyError,
     ProtocolError,
 )
@@ -38,6 +41,7 @@ from chainward_shared.protocol import (
     LinkResult,
     LinkTask,
     SitePrivacy,
+    StatisticsTask,
     StudentResult,
     StudentTask,
     TrainingLog,
@@ -61,6 +65,7 @@ def client_app(node: type[Node]) -> ClientApp:
     app.train("link")(_answering(link, node))
     app.train("student")(_answering(student, node))
     app.evaluate()(_answering(score, node))
+    app.evaluate("statistics")(_answering(statistics, node))
     return app
 
 
@@ -239,3 +244,20 @@ def score(message: Message, node: Node) -> RecordDict:
     task, arrays = unpack(message.content, EvaluateTask)
     with node.at_work_on(task, message.metadata.ttl) as site:
         return scored(task, arrays, site)
+
+
+def statistics(message: Message, node: Node) -> RecordDict:
+    """Sum up a model's embeddings of this site's labelled images."""
+    task, arrays = unpack(message.content, StatisticsTask)
+    with node.at_work_on(task, message.metadata.ttl) as site:
+        check_architecture(task.architecture, site.described)
+        admit_statistics(site.policy)
+        base = site.bases.load(task.architecture)
+        state = incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
+        if site.scores is not None and not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores):
+            raise PolicyRefusal(
+                "the hospital answers questions about no more models in this run, or today (scores.per_run, scores.per_day in "
+                "its site.yaml)"
+            )
+        result, sums = sums_of(task, site.data, state, site.limits, site.features)
+        return pack(result, {"sums": to_arrays(sums)})

@@ -19,7 +19,7 @@ from chainward_shared.words import shown
 
 
 class SiteLimits(BaseModel):
-    """The `limits` block of site.yaml: the most of each that one request may ask for.
+    """The `limits` block of site.yaml: the most of each that one request may ask for, and the fewest images that sums go over.
 
     Attributes
     ----------
@@ -32,6 +32,10 @@ class SiteLimits(BaseModel):
     threads : of the processor. A run that asks for more is refused, not given fewer: the number decides the last bits of
         the model
     trainings : that a private run plans here in all; each costs time to account for
+    statistics_images : the fewest labelled training images over which embeddings are summed up; from sums over few, more can be
+        told of each
+    statistics_class : the fewest images of each class that the site has among them (multi-label: with and without each
+        finding); the sums over a class of one image are that image's embedding. 1: any number
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +48,8 @@ class SiteLimits(BaseModel):
     parameters: Annotated[int, Field(ge=1, le=10**11)] = 400_000_000
     threads: Threads = 64
     trainings: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    statistics_images: Annotated[int, Field(ge=1, le=10**9)] = 10
+    statistics_class: Annotated[int, Field(ge=1, le=10**9)] = 1
 
 
 _LIMIT_OF = {
@@ -79,6 +85,36 @@ def check_limits(task: BaseModel, limits: SiteLimits) -> None:
             _refuse_above(where, value, limit, limits)
     for where, architecture in models:  # last: only now their sizes are known to be such that they may be laid out
         _refuse_above(f"{where}.parameters", count_parameters(skeleton(architecture)), "parameters", limits)
+
+
+def enough(images: int, rarest: int, limits: SiteLimits) -> bool:
+    """Return whether sums go over enough images for the hospital to let them out; see `check_enough`."""
+    return images >= limits.statistics_images and rarest >= limits.statistics_class
+
+
+def check_enough(images: int, rarest: int, limits: SiteLimits) -> None:
+    """Check that sums go over enough images for the hospital to let them out.
+
+    Parameters
+    ----------
+    images : labelled training images
+    rarest : of them, those of the class with the fewest that the site has
+
+    Raises
+    ------
+    PolicyRefusal
+        They don't. Neither number is in the message.
+    """
+    for found, limit, of in (
+        (images, "statistics_images", "labelled training images"),
+        (rarest, "statistics_class", "images of some class"),
+    ):
+        least = getattr(limits, limit)
+        if found < least:
+            raise PolicyRefusal(
+                f"the hospital has too few {of} for the sums over their embeddings to leave it: it wants at least {least} "
+                f"(limits.{limit} in its site.yaml); go on without it, or set chain.head = 'trained'"
+            )
 
 
 def _fields(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:

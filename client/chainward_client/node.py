@@ -26,6 +26,7 @@ from chainward_shared.protocol import (
     LinkTask,
     Refusal,
     SimulatedSite,
+    StatisticsTask,
     StudentTask,
     fingerprint,
 )
@@ -41,7 +42,7 @@ SHAREABLE = (PolicyRefusal, ModelError, ProtocolError, WeightsError)
 LONGEST_WAIT = 7 * 86_400.0
 """Seconds for which a request may wait for another one at most, whatever its sender says."""
 
-Task = LinkTask | StudentTask | EvaluateTask
+Task = LinkTask | StudentTask | EvaluateTask | StatisticsTask
 
 
 class Node(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class OpenSite:
     simulated: bool = False
     pretrained: Bases | None = None
     features_gb: float = 4.0
+    limits: SiteLimits = field(default_factory=SiteLimits)
 
     @property
     def features(self) -> Features:
@@ -194,6 +195,7 @@ def open_site(site_yaml: Path) -> OpenSite:
         config.scores,
         pretrained=config.bases(site_yaml),
         features_gb=config.features_gb,
+        limits=config.limits,
     )
 
 

@@ -19,16 +19,16 @@ logger = logging.getLogger("chainward")
 def run_alone(run: Run) -> None:
     """Train every site without the others, with the budget of its links, to compare the chain with.
 
-    A chain of one lap has trained its first site just so already: that link is taken as it is. A private site is not asked:
-    it would pay for a comparison out of the budget that protects its patients.
+    Without a teacher the first link of a chain of one lap has trained its site just so already: it is taken as it is. A
+    private site is not asked: it would pay for a comparison out of the budget that protects its patients.
     """
-    laps = run.config.chain.laps
+    alone_already = run.config.chain.laps == 1 and run.config.chain.head == "trained"
     missing = [site for site in run.sites.ids if not run.checkpoints.is_finished(alone_key(site))]
     if private := [site for site in missing if run.privacy.is_private(site)]:
         logger.info("not trained alone, which would cost them privacy: %s", ", ".join(private))
         missing = [site for site in missing if site not in private]
     for link in run.results.links:
-        if laps == 1 and link.predecessor is None and link.succeeded and link.site in missing:
+        if alone_already and link.predecessor is None and link.succeeded and link.site in missing:
             missing.remove(link.site)
             run.results.alone.append(
                 AloneRecord(site=link.site, status="done", seconds=link.seconds, metrics=link.metrics)

@@ -10,12 +10,14 @@ from chainward_server.aggregation import check_drift
 from chainward_server.attempts import Attempted, attempted
 from chainward_server.claims import check_training
 from chainward_server.context import Run
-from chainward_server.decisions import best_strand, forgetting, weakest_site
+from chainward_server.decisions import best_model, best_strand, forgetting, weakest_site
+from chainward_server.heads import with_statistics_head
 from chainward_server.results import LinkMetrics, LinkRecord, LinkStatus, SiteScores
 from chainward_server.schedule import Hop, plan
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
+from chainward_shared.hops import head_key
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
@@ -65,7 +67,7 @@ def run_chain(run: Run) -> ChainOutcome:
     order = run.order
     turns = plan(order, config.laps, config.strands)
     total = sum(len(turn) for turn in turns)
-    strands = [Strand() for _ in range(config.strands)]
+    strands = _beginnings(run)
     number = 0
     for index, turn in enumerate(turns):
         hops = turn
@@ -78,10 +80,47 @@ def run_chain(run: Run) -> ChainOutcome:
             for hop in _to_revisit(run, turn[0].lap, len(order)):
                 number, total = number + 1, total + 1
                 _run_turn(run, [(number, hop)], total, strands)
+            if config.refit == "laps" and index + 1 < len(turns):
+                _refit(run, turn[0].lap + 1, strands)
     for hop in _to_make_up_for(run, turns[-1][0].lap, len(order)):
         number, total = number + 1, total + 1
         _run_turn(run, [(number, hop)], total, strands)
-    return _merged(run)
+    return _released(run, _merged(run))
+
+
+def _beginnings(run: Run) -> list[Strand]:
+    """Return where the strands are before the first link: at a model of which only the head is known, or at none."""
+    count = run.config.chain.strands
+    if run.config.chain.head == "trained":
+        return [Strand() for _ in range(count)]
+    key = head_key(0)
+    model = with_statistics_head(run, key, rounded(run.initial(), run.config.federation.transfer))
+    return [Strand(model, key) for _ in range(count)]
+
+
+def _refit(run: Run, lap: int, strands: list[Strand]) -> None:
+    """Give the model of each strand the head that follows from its own features, after the first `lap` laps."""
+    for index, strand in enumerate(strands):
+        if strand.site is not None and strand.model is not None:
+            strand.model_name = head_key(lap, index)
+            strand.model = with_statistics_head(run, strand.model_name, strand.model)
+
+
+def _released(run: Run, outcome: ChainOutcome) -> ChainOutcome:
+    """Return what the chain leaves: with its head from statistics, and the best of all models along it, where that is asked."""
+    config, results = run.config.chain, run.results
+    if config.head == "statistics":
+        results.released = head_key(None)
+        outcome = replace(outcome, model=with_statistics_head(run, results.released, outcome.model), test=None)
+    if config.release == "best":
+        keys = [link.key for link in results.links if link.succeeded] + [head.key for head in results.heads]
+        results.released = best_model({key: run.validation(key).pooled for key in keys})
+        outcome = replace(outcome, model=run.checkpoints.load_model(results.released, run.template), test=None)
+    if results.released is None:
+        return outcome
+    logger.info("the chain leaves the model of '%s'", results.released)
+    metrics = run.metrics(results.released)
+    return replace(outcome, test=metrics.test if metrics else None)
 
 
 def _to_revisit(run: Run, lap: int, steps: int) -> list[Hop]:
@@ -263,9 +302,9 @@ def _forgotten(run: Run, hop: Hop, strand: Strand, metrics: LinkMetrics | None) 
 
 
 def _tell(run: Run, record: LinkRecord, number: str, strand: Strand) -> None:
-    before, scores = run.link(strand.model_name), ""
+    before, scores = run.metrics(strand.model_name), ""
     if record.metrics is not None:
-        earlier = before.metrics.validation.balanced_accuracy if before and before.metrics else None
+        earlier = before.validation.balanced_accuracy if before else None
         now = record.metrics.validation.balanced_accuracy
         scores = f"validation balanced accuracy {shown(earlier)} -> {shown(now)}, "
     logger.info(

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from chainward_shared.discriminant import LARGEST, HeadSums
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.protocol import SiteCard, TrainingLog
+from chainward_shared.protocol import SiteCard, Split, TrainingLog
 
 NOISED_CASES = 10
 """A split of a site that withholds its counts has at most this many times the units it declares for training, plus a thousand:
@@ -85,6 +88,48 @@ def check_counted(scores: Mapping[Any, Scores], card: SiteCard) -> None:
         most = NOISED_CASES * card.train + 1_000 if declared is None else declared
         if found.n > most:
             raise ProtocolError(f"it scored {found.n} images of '{split}'; at most {most} follow from its card")
+
+
+def check_sums(sums: HeadSums, split: Split, stated: int, card: SiteCard) -> None:
+    """Check that sums over embeddings can be those of a site's images.
+
+    Parameters
+    ----------
+    stated : how many images they go over, in the site's own words
+
+    Raises
+    ------
+    ProtocolError
+        They go over more images than it has, of other classes, or no images have such sums.
+    """
+    images, counts = float(sums.images), sums.counts
+    declared: int | None = getattr(card, split)
+    most = NOISED_CASES * card.train + 1_000 if declared is None else declared
+    if images != stated or images > most:
+        raise ProtocolError(
+            f"its sums go over {images:g} images of '{split}'; it says {stated}, and has at most {most}"
+        )
+    if bool((counts < 0).any()) or bool((counts != counts.round()).any()) or float(counts.max()) > images:
+        raise ProtocolError(f"its sums over '{split}' have counts that are none of {images:g} images")
+    for place, known in enumerate(card.class_counts.get(split, [])):
+        if float(counts[place]) > known:
+            raise ProtocolError(
+                f"its sums go over {float(counts[place]):g} images of '{split}' of class '{card.classes[place]}'; it has {known}"
+            )
+    _check_moments(sums, split, multilabel=card.task == "multilabel")
+
+
+def _check_moments(sums: HeadSums, split: Split, *, multilabel: bool) -> None:
+    images, size = float(sums.images), len(sums.total)
+    if not multilabel:
+        apart = (sums.sums.sum(dim=0) - sums.total).abs() > 1e-6 * (1 + sums.total.abs())
+        if float(sums.counts.sum()) != images or bool(apart.any()):
+            raise ProtocolError(f"its sums over the classes of '{split}' don't come to its sums over all images")
+    moments, total = sums.second_moments, sums.total.numpy()
+    level = float(moments.trace())
+    lowest = float(np.linalg.eigvalsh(moments - np.outer(total, total) / max(1.0, images))[0])
+    if level > LARGEST**2 * images * size or lowest < -1e-6 * (level + 1e-9):
+        raise ProtocolError(f"no {images:g} images of '{split}' have such sums and second moments")
 
 
 def check_looks(sums: LocalisationSums, card: SiteCard, image_size: int) -> None:

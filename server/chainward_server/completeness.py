@@ -6,12 +6,13 @@ import math
 
 from chainward_server.results import Results
 from chainward_shared.config import RunConfig
+from chainward_shared.hops import head_key
 
 
 def shortfalls(results: Results, config: RunConfig, private: frozenset[str] = frozenset()) -> list[str]:
     """Return in words what keeps a run from being called finished; empty where nothing does.
 
-    Two things do: of the hops, sites, hospitals alone, sites in student rounds or scored sites less than
+    Two things do: of the hops, sites, hospitals alone, sites in statistics and student rounds or scored sites less than
     ``federation.min-complete`` succeeded; or anything at all is missing because a site, or the process that simulates one,
     could not be reached, which resuming the run may make up for.
 
@@ -35,6 +36,7 @@ def unreached_work(results: Results) -> list[str]:
     """Return the names of the pieces of work that are missing because a site could not be reached, and nothing made up for."""
     missing = [link.key for link in results.links if link.unreached and not made_up_for(results, link.key)]
     missing += [record.key for record in results.alone if record.unreached]
+    missing += [head.key for head in results.heads if head.unreached and head.key == head_key(None)]
     return missing + [round_.key for round_ in results.student_rounds if round_.unreached]
 
 
@@ -65,6 +67,9 @@ def _counts(results: Results, config: RunConfig, private: frozenset[str]) -> lis
         alone = [site for site in sites if site not in private]
         done = {record.site for record in results.alone if record.status in ("done", "retried")}
         counts.append(("hospitals trained alone", len(done & set(alone)), len(alone)))
+    counts += [
+        (f"sites took part in statistics round '{head.key}'", len(head.sites), len(sites)) for head in results.heads
+    ]
     counts += [
         (f"sites took part in student round {round_.round}", len(round_.sites), len(sites))
         for round_ in results.student_rounds

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 
 from chainward_server.checkpoints import Checkpoints
 from chainward_server.privacy import RunPrivacy
-from chainward_server.results import DataSummary, LinkRecord, Results, SiteLocalisation, SiteScores, SiteSummary
+from chainward_server.results import (
+    DataSummary,
+    LinkMetrics,
+    LinkRecord,
+    Results,
+    SiteLocalisation,
+    SiteScores,
+    SiteSummary,
+)
 from chainward_server.schedule import site_order
 from chainward_server.scoring import Split, localise_everywhere, score_everywhere
 from chainward_server.sites import Sites
@@ -93,11 +101,16 @@ class Run:
         """Return the record of the hop called `key`; None where there is none yet."""
         return next((link for link in reversed(self.results.links) if link.key == key), None)
 
+    def metrics(self, key: str | None) -> LinkMetrics | None:
+        """Return the scores of the large model that a hop or a statistics round left; None where it was not scored."""
+        heads = {head.key: head for head in self.results.heads}
+        record = heads.get(key) if key in heads else self.link(key)
+        return None if record is None else record.metrics
+
     def validation(self, key: str) -> SiteScores:
-        """Return the validation scores of the large model that the hop `key` left, made now if they were not before."""
-        link = self.link(key)
-        if link is not None and link.metrics is not None:
-            return SiteScores(sites=link.metrics.validation_sites, pooled=link.metrics.validation)
+        """Return the validation scores of the large model that the piece of work `key` left, made now if not before."""
+        if (metrics := self.metrics(key)) is not None:
+            return SiteScores(sites=metrics.validation_sites, pooled=metrics.validation)
         if key not in self._validation:
             model = self.checkpoints.load_model(key, self.template)
             self._validation[key] = self.score(self.architecture, model, ["val"])["val"]

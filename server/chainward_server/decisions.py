@@ -58,5 +58,10 @@ def best_strand(validation: Mapping[int, Scores]) -> int:
     return max(sorted(validation), key=lambda strand: _balanced_accuracy(validation[strand], unknown=-1.0))
 
 
+def best_model(validation: Mapping[str, Scores]) -> str:
+    """Return the model with the highest pooled validation balanced accuracy, the last of equal ones."""
+    return max(reversed(list(validation)), key=lambda name: _balanced_accuracy(validation[name], unknown=-1.0))
+
+
 def _balanced_accuracy(score: Scores | None, *, unknown: float) -> float:
     return unknown if score is None or score.balanced_accuracy is None else score.balanced_accuracy

@@ -28,6 +28,7 @@ from chainward_shared.protocol import (
     LinkTask,
     SimulatedSite,
     SiteRefusal,
+    StatisticsTask,
     StudentTask,
     fingerprint,
     pack,
@@ -291,7 +292,7 @@ class _Lookout:
         self._tasks = {
             site: (task.run_id, fingerprint(task))
             for site, task in ((site, request.body) for site, request in requests.items())
-            if isinstance(task, LinkTask | StudentTask | EvaluateTask)
+            if isinstance(task, LinkTask | StudentTask | EvaluateTask | StatisticsTask)
         }
         self._asked: dict[str, tuple[str, float]] = {}
         self._last: dict[str, float] = {}

@@ -11,9 +11,11 @@ from chainward_server.delivery import Delivery
 from chainward_server.exchange import Exchange, Reply, Request
 from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
 from chainward_shared.config import FederationConfig
+from chainward_shared.discriminant import sums_template
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays
 from chainward_shared.models import Architecture
+from chainward_shared.models.heads import check_head
 from chainward_shared.models.start import travelling, travelling_template, whole
 from chainward_shared.protocol import (
     EvaluateResult,
@@ -21,13 +23,15 @@ from chainward_shared.protocol import (
     LinkResult,
     LinkTask,
     SiteCard,
+    StatisticsResult,
+    StatisticsTask,
     StudentResult,
     StudentTask,
 )
 from chainward_shared.weights import StateDict, from_arrays, to_arrays
 
 
-def _architecture(task: LinkTask | StudentTask | EvaluateTask, name: str) -> Architecture:
+def _architecture(task: LinkTask | StudentTask | EvaluateTask | StatisticsTask, name: str) -> Architecture:
     """Return the architecture of the model that goes with a task under this name."""
     if isinstance(task, StudentTask) and task.large_architecture is not None and name.startswith("large_"):
         return task.large_architecture
@@ -83,6 +87,12 @@ class FlowerSites(Sites):
         deadline = self.federation.hop_deadline * len(work)
         return self._train("train.student", work, StudentResult, "student", deadline, self.federation.patience)
 
+    def statistics(
+        self, work: Mapping[str, Work[StatisticsTask]]
+    ) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
+        deadline = self.federation.hop_deadline * (len(work) if self.simulated else 1)
+        return self._train("evaluate.statistics", work, StatisticsResult, "sums", deadline, self.federation.patience)
+
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
         requests = {site: self._request("evaluate", site, one) for site, one in work.items()}
         replies = self.exchange.ask(requests, EvaluateResult, self.federation.hop_deadline)
@@ -97,7 +107,7 @@ class FlowerSites(Sites):
         deadline: float,
         patience: float,
     ) -> Iterator[tuple[str, Trained[Result] | Failure]]:
-        """Ask for trainings; `name`: of the arrays in the answer."""
+        """Ask for trainings or statistics; `name`: of the arrays in the answer."""
         requests = {site: self._request(message_type, site, one) for site, one in work.items()}
         for site, reply in self.exchange.stream(requests, expected, deadline, patience=patience):
             down = requests[site].bytes
@@ -107,7 +117,7 @@ class FlowerSites(Sites):
             try:
                 if name not in reply.arrays:
                     raise WeightsError("there are no arrays in it")
-                model = self._whole(reply.arrays[name], work[site].task.architecture)
+                model = self._tensors(reply.arrays[name], work[site].task)
             except WeightsError as error:
                 reason = f"site '{site}' sent a {name} that can't be used: {error}"
                 yield site, Failure(reason, reply.seconds, bytes_down=down, bytes_up=reply.bytes)
@@ -119,8 +129,11 @@ class FlowerSites(Sites):
         models = {name: to_arrays(travelling(state, _architecture(task, name))) for name, state in work.models.items()}
         return Request(message_type, task, models)
 
-    def _whole(self, arrays: ArrayRecord, architecture: Architecture) -> StateDict:
-        """Return the model of which the part that was trained came."""
+    def _tensors(self, arrays: ArrayRecord, task: LinkTask | StudentTask | EvaluateTask | StatisticsTask) -> StateDict:
+        """Return the model of which the part that was trained came; of a statistics task, the sums."""
+        architecture = task.architecture
+        if isinstance(task, StatisticsTask):
+            return from_arrays(arrays, sums_template(architecture.num_classes, check_head(architecture)))
         base = None if architecture.start is None else self._bases.get(architecture.start.digest)
         return whole(from_arrays(arrays, travelling_template(architecture)), architecture, base)
 

@@ -1,8 +1,9 @@
 """What a resumed run does again: the pieces of work that are missing because a site could not be reached.
 
 A hop after which nothing else was trained is done again in its own place. One that others have followed is made up for at
-the end of the chain, by a further hop at its site. Students that came out of a chain that changes, or a round of which a site was
-not reached, are trained anew.
+the end of the chain, by a further hop at its site. Then the last head from statistics is computed anew, as it is where a site
+was not reached for it. Students that came out of a chain that changes, or a round of which a site was not reached, are trained
+anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from chainward_server.completeness import made_up_for
 from chainward_server.results import Results
+from chainward_shared.hops import head_key
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ def mending(results: Results, *, private: bool) -> Mending:
     make_up = tuple(
         link.key for link in links if link.unreached and link.step < steps and not made_up_for(results, link.key)
     )
-    if len(links) < len(results.links) or make_up or any(round_.unreached for round_ in rounds):
+    refitted = {head.key: bool(head.unreached) for head in results.heads if head.key == head_key(None)}
+    changes = len(links) < len(results.links) or bool(make_up) or any(refitted.values())
+    if changes:
+        again |= set(refitted)
+    if changes or any(round_.unreached for round_ in rounds):
         again |= {round_.key for round_ in rounds}
     return Mending(frozenset(again), make_up)

@@ -196,6 +196,23 @@ def largest_influence(rounds: Sequence[StudentRound]) -> LargestInfluence | None
     return max(found, key=lambda one: one.part.moved_the_average, default=None)
 
 
+class HeadRecord(Progressing):
+    """One statistics round: the model's head, out of the sums of all sites. `failed`: site -> why it is missing from them;
+    `images`, `validation`: over how many they go; `shrinkage`: of the covariance; `metrics`: of the model with that head."""
+
+    key: HopKey
+    sites: list[SiteId] = Field(max_length=MAX_SITES)
+    failed: BySite[Line] = Field(default_factory=dict)
+    unreached: list[SiteId] = Field(default_factory=list, max_length=MAX_SITES)
+    images: Count
+    validation: Count
+    shrinkage: Fraction = 0.0
+    seconds: Seconds
+    bytes_down: Bytes
+    bytes_up: Bytes
+    metrics: LinkMetrics | None = None
+
+
 class ModelSummary(Record):
     """Size and speed of a model. `latency_ms`: median of one image on this machine's CPU, one thread."""
 
@@ -227,6 +244,7 @@ class Results(Record):
     `start`: None where the chain began at random. `final` maps "chain" and "student" to their scores; `timings` maps a phase to
     seconds. `localization`: the same names, on the regions of interest of the test images; empty where no site has any.
     `make_up`: hops whose site was not reached, for each of which a resumed run has a further one at the end of the chain.
+    `released`: the piece of work whose model is the chain's; None where the last hop's is, the only choice by default.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -236,8 +254,10 @@ class Results(Record):
     start: StartSummary | None = None
     links: list[LinkRecord] = Field(default_factory=list, max_length=MAX_RECORDS)
     make_up: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
+    heads: list[HeadRecord] = Field(default_factory=list, max_length=MAX_RECORDS)
     alone: list[AloneRecord] = Field(default_factory=list, max_length=MAX_SITES)
     student_rounds: list[StudentRound] = Field(default_factory=list, max_length=MAX_RECORDS)
+    released: HopKey | None = None
     models: ByModel[ModelSummary] = Field(default_factory=dict)
     final: ByModel[SiteScores] = Field(default_factory=dict)
     localization: ByModel[SiteLocalisation] = Field(default_factory=dict)

@@ -224,8 +224,9 @@ class RunFolder:
         results.links = [link for link in results.links if link.key in done]
         results.alone = [alone for alone in results.alone if alone.key in done]
         results.student_rounds = [round_ for round_ in results.student_rounds if round_.key in done]
+        results.heads = [head for head in results.heads if head.key in done]
         present = {link.key for link in results.links} | {alone.key for alone in results.alone}
-        present |= {round_.key for round_ in results.student_rounds}
+        present |= {round_.key for round_ in results.student_rounds} | {head.key for head in results.heads}
         if lost := sorted(done - present):
             raise RunFolderError(f"{file}: damaged (it lacks '{lost[0]}', which run.json lists as finished)")
         return results

@@ -21,13 +21,15 @@ from chainward_shared.protocol import (
     LinkResult,
     LinkTask,
     SiteCard,
+    StatisticsResult,
+    StatisticsTask,
     StudentResult,
     StudentTask,
 )
 from chainward_shared.weights import StateDict
 
-Task = TypeVar("Task", LinkTask, StudentTask, EvaluateTask)
-Result = TypeVar("Result", LinkResult, StudentResult)
+Task = TypeVar("Task", LinkTask, StudentTask, EvaluateTask, StatisticsTask)
+Result = TypeVar("Result", LinkResult, StudentResult, StatisticsResult)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Work(Generic[Task]):
 
 @dataclass(frozen=True)
 class Trained(Generic[Result]):
-    """A site's answer to a task of training, not checked yet but for the names, shapes and finiteness of the weights.
+    """A site's answer to a task of training or of statistics, not checked yet but for the names, shapes and finiteness of
+    its tensors.
+
+    `model`: the weights that were trained, or the sums.
 
     `seconds`: from asking to the answer; `bytes_down`, `bytes_up`: of the models that travelled for it.
     """
@@ -119,6 +124,12 @@ class Sites(ABC):
         self, work: Mapping[str, Work[StudentTask]]
     ) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
         """Train one round of the student at each site that `work` names, and yield the answers as they come."""
+
+    @abstractmethod
+    def statistics(
+        self, work: Mapping[str, Work[StatisticsTask]]
+    ) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
+        """Have each site that `work` names sum up a model's embeddings, and yield the sums as they come."""
 
     @abstractmethod
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:

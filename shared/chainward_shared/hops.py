@@ -15,6 +15,13 @@ def alone_key(site: str) -> str:
     return f"alone-{site}"
 
 
+def head_key(lap: int | None, strand: int = 0) -> str:
+    """Return the name of a statistics round: before the first lap (0), after a lap of a strand (from 1), at the end (None)."""
+    if lap is None:
+        return "head"
+    return f"head-lap-{lap}-strand-{strand}" if lap else "head-start"
+
+
 def student_key(number: int) -> str:
     """Return the name of a round of the students, the first of which is 1."""
     return f"student-round-{number}"

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainward_shared import __version__
-from chainward_shared.bounds import LabelSkew, Location, Seed, Sha256, SiteCount, SiteIndex, Threads
+from chainward_shared.bounds import LabelSkew, Location, PositiveFraction, Seed, Sha256, SiteCount, SiteIndex, Threads
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
@@ -357,6 +357,39 @@ class EvaluateResult(Body):
     localisation: LocalisationSums | None = None
     release: MetricsRelease = "exact"
     statement: Statement | None = None
+
+
+class StatisticsTask(Body):
+    """Send the sums over a model's embeddings of the site's labelled training images, and of its validation images.
+
+    `label_fraction`, `seed`: which training images have a label, as in a link.
+    """
+
+    KIND: ClassVar[str] = "statistics-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    run_id: RunId
+    hop: HopKey
+    architecture: Architecture
+    label_fraction: PositiveFraction
+    seed: Seed
+    threads: Threads
+    digest: Sha256
+    simulated: SimulatedSite | None = None
+
+
+class StatisticsResult(Body):
+    """The sums of one site, as the tensors of `discriminant.HeadSums` for "train" and "val". `digest`: of these tensors;
+    `images`, `validation`: over how many images they go."""
+
+    KIND: ClassVar[str] = "statistics-result"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"sums"})
+
+    hop: HopKey
+    site: SiteId
+    digest: Digest
+    images: Count
+    validation: Count
 
 
 class Refusal(Body):

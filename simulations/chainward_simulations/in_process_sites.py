@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chainward_client.admission import admitted
+from chainward_client.admission import admit_statistics, admitted
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
+from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.scoring import exact_scores, noised_scores
+from chainward_client.statistics import sums_of
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
@@ -25,6 +27,8 @@ from chainward_shared.protocol import (
     LinkTask,
     SiteCard,
     SitePrivacy,
+    StatisticsResult,
+    StatisticsTask,
     StudentResult,
     StudentTask,
     TrainingLog,
@@ -76,6 +80,11 @@ class InProcessSites(Sites):
         self, work: Mapping[str, Work[StudentTask]]
     ) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
         return ((site, self._answer(site, one, self._student)) for site, one in work.items())
+
+    def statistics(
+        self, work: Mapping[str, Work[StatisticsTask]]
+    ) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
+        return ((site, self._answer(site, one, self._sums)) for site, one in work.items())
 
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
         return {site: self._scored(site, one) for site, one in work.items()}
@@ -155,6 +164,13 @@ class InProcessSites(Sites):
             auxiliary_kept=trained.auxiliary_kept,
             statement=spends.statement() if spends else None,
         ), state
+
+    def _sums(self, site: str, work: Work[StatisticsTask]) -> tuple[StatisticsResult, StateDict]:
+        private = self.private.get(site)
+        admit_statistics(private.policy if private else None)
+        answer = sums_of(work.task, self.data[site], work.models["model"], SiteLimits(), self._features[site])
+        self.on_step(f"{work.task.hop} {site}")
+        return answer
 
     def _admitted(self, site: str, task: LinkTask | StudentTask) -> PrivateWork | None:
         private = self.private.get(site)

@@ -114,6 +114,20 @@ def test_every_byte_of_every_message_is_named_and_nothing_is_found(hospital):
     assert found.searched["report"] == 36
 
 
+def test_the_sums_of_a_statistics_round_are_shown_and_a_site_with_too_few_images_declines(hospital):
+    plan = f"{PLAN} chain.head='statistics'"
+    found = run(hospital, plan)
+    assert (found.exit_code, found.found) == (0, ())
+    (sent,) = (sent for sent in found.sent if sent.kind == "statistics-result")
+    assert {one.record for one in sent.arrays} == {"sums"}
+    assert all(one.what != UNKNOWN for one in sent.arrays)
+    assert all(one.tells != UNKNOWN for one in sent.fields)
+    content = yaml.safe_load(hospital.read_text())
+    hospital.write_text(yaml.safe_dump(content | {"limits": {"statistics_images": 1_000}}))
+    (declined,) = (sent for sent in run(hospital, plan).sent if sent.asked == "statistics-task")
+    assert "at least 1000" in declined.reason
+
+
 def test_a_private_dry_run_spends_nothing_and_leaves_nothing_behind(hospital):
     with_policy(hospital, metrics="noised", metrics_epsilon=0.5)
     state = hospital.parent / "state"

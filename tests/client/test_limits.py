@@ -13,13 +13,13 @@ from pydantic import BaseModel
 
 import chainward_client.node as node_module
 from chainward_client.app import app
-from chainward_client.limits import SiteLimits, check_limits
+from chainward_client.limits import SiteLimits, check_enough, check_limits, enough
 from chainward_client.node import LONGEST_WAIT
 from chainward_client.site import load_site_config
 from chainward_client.store import SiteStore
 from chainward_shared.errors import DataError, PolicyRefusal
 from chainward_shared.models import Architecture, architecture, count_parameters, resolve_architecture, skeleton
-from chainward_shared.protocol import Body, EvaluateTask, LinkTask, Refusal, StudentTask, pack, unpack
+from chainward_shared.protocol import Body, EvaluateTask, LinkTask, Refusal, StatisticsTask, StudentTask, pack, unpack
 from chainward_shared.recipes import LinkRecipe, PlannedTraining, PrivacyRecipe, PrivilegedRecipe, StudentRecipe
 
 SMALL = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
@@ -144,6 +144,7 @@ def test_the_largest_model_that_a_message_can_name_is_refused_by_default():
 
 def test_every_limit_is_the_limit_of_something(deployed):
     named = {limit.removeprefix("limits.") for *_, limit in BEYOND} | {"parameters", "laps"}
+    named |= {"statistics_images", "statistics_class"}  # the fewest images: `check_enough`
     assert named == set(SiteLimits.model_fields)
 
 
@@ -223,3 +224,39 @@ def test_a_round_of_any_number_is_stored_and_found_without_counting_up_to_it(tmp
     assert store.load_auxiliary(before_round=last + 1) is not None
     store.save_auxiliary(state, SMALL, after_round=last + 5)
     assert store.load_auxiliary(before_round=last + 5) is None, "the teacher of long ago is gone"
+
+
+STATISTICS = StatisticsTask(
+    run_id="r", hop="head", architecture=SMALL, label_fraction=1.0, seed=1, threads=1, digest=DIGEST
+)
+
+
+@pytest.mark.parametrize(
+    ("images", "rarest", "limits", "named"),
+    [
+        (9, 3, SiteLimits(), "limits.statistics_images"),
+        (3, 1, SiteLimits(statistics_images=4), "limits.statistics_images"),
+        (50, 1, SiteLimits(statistics_class=2), "limits.statistics_class"),
+    ],
+)
+def test_sums_over_fewer_images_than_a_hospital_wants_do_not_leave_it(images, rarest, limits, named):
+    with pytest.raises(PolicyRefusal, match=named) as refusal:
+        check_enough(images, rarest, limits)
+    assert not enough(images, rarest, limits)
+    assert f" {images} " not in str(refusal.value), "how many there are is not told"
+
+
+def test_sums_over_enough_images_do():
+    check_enough(10, 1, SiteLimits())
+    assert enough(10, 1, SiteLimits())
+
+
+@pytest.mark.parametrize(("field", "asked"), [("threads", 65), ("architecture.image_size", 1_025)])
+def test_a_statistics_round_is_held_to_the_limits_of_every_request(field, asked):
+    task = STATISTICS.model_copy(
+        update={"threads": asked}
+        if field == "threads"
+        else {"architecture": SMALL.model_copy(update={"image_size": asked})}
+    )
+    with pytest.raises(PolicyRefusal, match=field):
+        check_limits(task, SiteLimits())

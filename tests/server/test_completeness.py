@@ -9,6 +9,7 @@ from chainward_server.mending import mending
 from chainward_server.results import (
     AloneRecord,
     DataSummary,
+    HeadRecord,
     LinkRecord,
     Results,
     SiteScores,
@@ -138,3 +139,29 @@ def test_nothing_that_was_paid_for_with_privacy_is_trained_anew():
     assert mending(made, private=True).again == frozenset()
     made.student_rounds = []
     assert mending(made, private=True).again == {"strand-0-lap-0-step-5"}
+
+
+def head(key: str, sites=SITES, unreached=()) -> HeadRecord:
+    counts = {"images": 9, "validation": 3, "seconds": 1.0, "bytes_down": 0, "bytes_up": 0}
+    return HeadRecord(key=key, sites=list(sites), unreached=list(unreached), **counts)
+
+
+def test_a_statistics_round_with_too_few_sites_makes_a_run_incomplete():
+    found = results()
+    found.heads = [head("head-start"), head("head", SITES[:4])]
+    assert any("4 of 6 sites took part in statistics round 'head'" in what for what in shortfalls(found, config()))
+    found.heads = [head("head-start"), head("head", SITES[:5])]
+    assert shortfalls(found, config()) == []
+
+
+def test_the_last_head_is_computed_anew_where_a_site_was_not_reached_for_it_or_the_chain_changes():
+    found = results()
+    found.heads = [head("head-start", SITES[:5], SITES[5:]), head("head", SITES[:5], SITES[5:])]
+    again = mending(found, private=False).again
+    assert {"head", "student-round-1"} <= again
+    assert "head-start" not in again, "links have begun at it"
+    assert any("head" in what for what in shortfalls(found, config()))
+    found.heads = [head("head")]
+    assert "head" not in mending(found, private=False).again
+    found.links = lost(SITES[5])
+    assert "head" in mending(found, private=False).again

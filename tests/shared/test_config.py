@@ -337,3 +337,18 @@ def test_private_trainings_of_a_run_are_planned_together_and_follow_the_settings
 def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         RunConfig.from_flat(flat)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"chain.refit": "laps", "chain.laps": 2}, "chain.head = 'trained'"),
+        ({"chain.refit": "laps", "chain.head": "statistics"}, "chain.laps = 1"),
+        ({"chain.release": "best", "chain.merge": "average", "chain.strands": 2}, "chain.merge = 'average'"),
+        ({"chain.head": "statistics", "privacy.mode": "dp-sgd"}, "privacy.mode = 'dp-sgd'"),
+        ({"chain.head": "statistics", "privacy.mode": "by-policy"}, "without noise"),
+    ],
+)
+def test_heads_and_releases_that_can_not_be_are_refused_in_words(given, says):
+    with pytest.raises(ConfigError, match=says):
+        RunConfig.from_flat(given)

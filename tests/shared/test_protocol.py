@@ -33,6 +33,8 @@ from chainward_shared.protocol import (
     SimulatedSite,
     SiteCard,
     SiteRefusal,
+    StatisticsResult,
+    StatisticsTask,
     StudentResult,
     StudentTask,
     TrainingLog,
@@ -42,7 +44,7 @@ from chainward_shared.protocol import (
 )
 
 LARGE = {f"large_{i}" for i in range(8)}
-MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "counts_val", "counts_test", "piece"} | LARGE
+MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "sums", "counts_val", "counts_test", "piece"} | LARGE
 
 SIMULATED = SimulatedSite(index=1, source="phantom", num_sites=6, label_skew=0.0, seed=3, state_dir="/state")
 ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)
@@ -101,6 +103,10 @@ MESSAGES: list[Body] = [
         scores={"val": SCORES, "test": SCORES},
         localisation=LocalisationSums(n=2, left_out=1, lift=Moments(sum=3.0, squares=5.0)),
     ),
+    StatisticsTask(
+        run_id="run", hop="head", architecture=ARCHITECTURE, label_fraction=0.3, seed=1, threads=1, digest="ab" * 32
+    ),
+    StatisticsResult(hop="head", site="oak", digest="ab" * 32, images=20, validation=5),
     Refusal(reason="the disk is full"),
 ]
 STUDENT = next(body for body in MESSAGES if isinstance(body, StudentResult))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -134,7 +135,17 @@ class LinkObjective(Objective):
         return means if self.predecessor is None else {"temperature": self.temperature, **means}
 
 
-def labelled_rows(data: SiteData, recipe: TrainingRecipe, *, private: bool = False) -> np.ndarray:
+class Labelling(Protocol):
+    """What decides which training cases have a label: a recipe, or a task that needs none."""
+
+    @property
+    def label_fraction(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def labelled_rows(data: SiteData, recipe: Labelling, *, private: bool = False) -> np.ndarray:
     """Return which training cases keep their labels under the recipe's label fraction, ascending.
 
     At a deployed hospital each patient's, by its secret and the patient alone. In a simulation by the run's seed: a fraction of
@@ -150,7 +161,7 @@ def labelled_rows(data: SiteData, recipe: TrainingRecipe, *, private: bool = Fal
     return keep_label_fraction(cases.labels.numpy(), recipe.label_fraction, recipe.seed, data.site)
 
 
-def labelled_cases(data: SiteData, recipe: TrainingRecipe, *, private: bool = False) -> Cases:
+def labelled_cases(data: SiteData, recipe: Labelling, *, private: bool = False) -> Cases:
     """Return the training cases that the recipe's label fraction leaves; `private` as in `labelled_rows`."""
     cases = data.splits["train"]
     return cases if recipe.label_fraction == 1.0 else cases.take(labelled_rows(data, recipe, private=private))

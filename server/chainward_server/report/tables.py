@@ -274,6 +274,11 @@ def incidents(results: Results) -> list[Incident]:
         for number, record in enumerate(results.student_rounds, 1)
         for site, reason in record.failed.items()
     ]
+    found += [
+        Incident(f"{site}, statistics round {record.key}", "failed", reason)
+        for record in results.heads
+        for site, reason in record.failed.items()
+    ]
     return found
 
 

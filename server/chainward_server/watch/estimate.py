@@ -49,8 +49,9 @@ def remaining_pieces(run: Snapshot) -> list[float] | None:
     if run.phase in ("rendezvous", "chain"):
         pieces += [per_image * LINK_WORK * config.chain.epochs * images for images in _turns_left(run, work)]
     if config.chain.compare_alone and run.phase in ("rendezvous", "chain", "alone"):
-        # with one lap, the first link of a strand is its site alone
-        trained_already = {link.site for link in run.links if link.predecessor is None and config.chain.laps == 1}
+        # with one lap, the first link of a strand is its site alone, unless it has a teacher
+        first_is_alone = config.chain.laps == 1 and config.chain.head == "trained"
+        trained_already = {link.site for link in run.links if link.predecessor is None and first_is_alone}
         to_train = {site: images for site, images in work.items() if site not in trained_already | run.private}
         if to_train and len(run.alone) < len(work) - len(run.private):
             total = per_image * ALONE_WORK * config.chain.epochs * config.chain.laps * together(to_train.values())

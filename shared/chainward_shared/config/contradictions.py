@@ -84,6 +84,7 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
             f"laps, {chain.epochs * chain.laps:,}; allowed: at most {MOST_EPOCHS:,}"
         )
     yield from _strand_contradictions(config)
+    yield from _head_contradictions(config)
     if privileged.mode != "off" and privileged.logit_weight == 0 and privileged.embedding_weight == 0:
         yield (
             f"privileged.mode = '{privileged.mode}' contradicts privileged.logit-weight = 0 and "
@@ -130,6 +131,24 @@ def _strand_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"chain.order = 'weakest-next' contradicts chain.strands = {chain.strands}: two strands could want the same "
             "site; set chain.strands=1 or another order"
+        )
+
+
+def _head_contradictions(config: RunConfig) -> Iterator[str]:
+    chain = config.chain
+    if chain.refit != "end" and chain.head == "trained":
+        yield f"chain.refit = '{chain.refit}' contradicts chain.head = 'trained', which computes no classifier; set chain.head"
+    if chain.refit == "laps" and chain.laps == 1:
+        yield "chain.refit = 'laps' contradicts chain.laps = 1: the only lap ends with the chain; set chain.refit='end'"
+    if chain.release == "best" and chain.merge != "best":
+        yield (
+            f"chain.release = 'best' contradicts chain.merge = '{chain.merge}': it takes one of the models along the chain; set "
+            "chain.release='last' or chain.merge='best'"
+        )
+    if chain.head == "statistics" and config.privacy.mode != "off":
+        yield (
+            f"chain.head = 'statistics' contradicts privacy.mode = '{config.privacy.mode}': the sums would leave private sites "
+            "without noise; set chain.head='trained'"
         )
 
 

@@ -24,6 +24,9 @@ from chainward_shared.settings import (
     values_of,
 )
 
+ChainHead = Literal["trained", "statistics"]
+Refit = Literal["end", "laps"]
+Release = Literal["last", "best"]
 OnFailure = Literal["skip", "revisit", "stop"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
@@ -114,6 +117,20 @@ class ChainConfig(Table, LinkSettings):
         "best",
         description="What comes of several strands. best: the one with the highest validation score; average: the mean of "
         "their weights; ensemble: the best one, and the students learn from all of them (student.large-weight)",
+    )
+    head: ChainHead = Field(
+        "trained",
+        description="Where the classifier comes from. trained: from the links; statistics: in closed form from the sums of all "
+        "sites over the model's embeddings, for the model that the first link starts from, and again at the end",
+    )
+    refit: Refit = Field(
+        "end",
+        description="When chain.head = 'statistics' computes the classifier anew. end: of the chain; laps: also after every lap",
+    )
+    release: Release = Field(
+        "last",
+        description="Which model the chain leaves. last: what its last link left, with its classifier from statistics where "
+        "there is one; best: the model along the chain with the highest validation score",
     )
     order: SiteOrder = Field(
         "given",

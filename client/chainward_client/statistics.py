@@ -1,0 +1,81 @@
+"""A site's part in a statistics round: sums over a model's embeddings of its images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.evaluation import BATCH, passes
+from chainward_client.limits import SiteLimits, check_enough, enough
+from chainward_client.training.features import Features
+from chainward_client.training.link import labelled_cases
+from chainward_shared.discriminant import HeadSums
+from chainward_shared.models import build_model
+from chainward_shared.models.heads import check_head
+from chainward_shared.models.taps import Taps
+from chainward_shared.protocol import StatisticsResult, StatisticsTask
+from chainward_shared.weights import StateDict, digest
+
+
+def sums_of(
+    task: StatisticsTask, data: SiteData, state: StateDict, limits: SiteLimits, features: Features | None = None
+) -> tuple[StatisticsResult, StateDict]:
+    """Return the sums over the labelled training images, and those over the validation images, as they travel.
+
+    Validation images of which there are too few are left out: the sums then go over none.
+
+    An embedding is the input of the classifier in evaluation mode, of the image as it is, computed in fp32 and summed up in
+    fp64. One that is not finite is cut off (`chainward_shared.discriminant.finite`): the answer is of the same kind.
+
+    Parameters
+    ----------
+    state : weights of the whole model
+    features : where the output of a frozen trunk is kept; None: nowhere
+
+    Raises
+    ------
+    PolicyRefusal
+        The site has too few training images for its own limits.
+    ModelError
+        The model's classifier isn't one linear layer.
+    """
+    size, classes = check_head(task.architecture), len(data.classes)
+    train = labelled_cases(data, task)
+    check_enough(len(train), _rarest(train, classes), limits)
+    model = build_model(task.architecture)
+    model.load_state_dict(state)
+    validation = data.splits["val"]
+    if not enough(len(validation), _rarest(validation, classes), limits):
+        validation = validation.take(np.arange(0))
+    sums: StateDict = {}
+    for split, cases in (("train", train), ("val", validation)):
+        sums |= _summed(model, cases, classes, size, task, features).state(split)
+    result = StatisticsResult(
+        hop=task.hop, site=data.site, digest=digest(sums), images=len(train), validation=len(validation)
+    )
+    return result, sums
+
+
+def _summed(
+    model: nn.Module, cases: Cases, classes: int, size: int, task: StatisticsTask, features: Features | None
+) -> HeadSums:
+    total = HeadSums.none(classes, size)
+    if not len(cases):
+        return total
+    with Taps(model, embedding=True) as taps:
+        batches = passes(model, cases.images, task.threads, task.architecture.image_size, features)
+        for labels, _ in zip(cases.labels.split(BATCH), batches, strict=True):
+            total = total + HeadSums.of(taps.embedding.cpu(), labels, classes)
+    return total
+
+
+def _rarest(cases: Cases, classes: int) -> int:
+    """Return the images of the class that has the fewest of those that occur; multi-label: with, or without, a finding."""
+    if cases.labels.ndim == 2:
+        present = cases.labels.sum(dim=0)
+        counts = torch.cat([present, len(cases) - present])
+    else:
+        counts = torch.bincount(cases.labels, minlength=classes)
+    return int(counts[counts > 0].min()) if bool((counts > 0).any()) else 0

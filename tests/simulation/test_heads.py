@@ -1,0 +1,293 @@
+"""Statistics rounds in whole runs: the head is that of all images in one place, whichever way the sites are reached."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chainward_client.evaluation import BATCH
+from chainward_server import chain as chain_module
+from chainward_server.chain import run_chain
+from chainward_server.heads import FURTHEST
+from chainward_server.method import run_method
+from chainward_server.report.from_folder import write_report
+from chainward_server.sites import Failure, Work
+from chainward_shared.config import RunConfig
+from chainward_shared.discriminant import HeadSums, discriminant
+from chainward_shared.errors import ChainwardError
+from chainward_shared.hops import head_key
+from chainward_shared.models import build_model, skeleton
+from chainward_shared.preprocessing import scaled_for
+from chainward_shared.protocol import StatisticsTask
+from chainward_simulations import in_process_sites
+from chainward_simulations.in_process_sites import InProcessSites
+from chainward_simulations.runner import equal, in_process, open_sites, run_in_process
+
+
+@pytest.fixture
+def refitted(settings):
+    return settings | {
+        "chain.head": "statistics",
+        "chain.epochs": 1,
+        "chain.compare-alone": False,
+        "student.rounds": 0,
+        "federation.transfer": "full",
+    }
+
+
+def trained(flat, **changes):
+    """Run the chain of `flat` in this process and return the run and what came of it."""
+    config = RunConfig.from_flat(flat | changes)
+    with in_process(config, open_sites(config)) as (run, _):
+        outcome = run_chain(run)
+    return run, outcome
+
+
+def pooled_head(run, state, sites, strength=1.0):
+    """Return the head of the images of `sites`, laid together, embedded one by one."""
+    model = build_model(run.architecture).eval()
+    model.load_state_dict(state)
+    seen = []
+    model.get_classifier().register_forward_pre_hook(lambda _, given: seen.append(given[0].double()))
+
+    def sums(split):
+        images = torch.cat([site.splits[split].images for site in sites])
+        labels = torch.cat([site.splits[split].labels for site in sites])
+        seen.clear()
+        with torch.no_grad():
+            for batch in images.split(BATCH):
+                model(scaled_for(model, batch))
+        return HeadSums.of(torch.cat(seen), labels, run.architecture.num_classes)
+
+    return discriminant(sums("train"), sums("val"), prior_strength=strength)
+
+
+def head_of(state):
+    (weight,) = (name for name in state if name.endswith("head.fc.weight") or name == "head.weight")
+    return state[weight].numpy(), state[weight.replace("weight", "bias")].numpy()
+
+
+def same_head(state, head):
+    weight, bias = head_of(state)
+    return np.allclose(weight.reshape(head.weight.shape), head.weight, rtol=2e-4, atol=1e-5) and np.allclose(
+        bias, head.bias, rtol=2e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"chain.strands": 2}, {"chain.strands": 2, "chain.merge": "average"}])
+def test_a_chain_begins_and_ends_with_the_head_of_all_images_in_one_place(refitted, changes):
+    run, outcome = trained(refitted, **changes)
+    sites = list(run.sites.data.values())
+    start = run.checkpoints.load_model(head_key(0), run.template)
+    assert same_head(start, pooled_head(run, run.initial(), sites))
+    assert same_head(outcome.model, pooled_head(run, outcome.model, sites))
+    trunk = {name for name in start if not name.startswith("head.fc")}
+    assert all(torch.equal(start[name], run.initial()[name]) for name in trunk)
+    first = run.results.links[0]
+    assert first.predecessor is None
+    assert first.training.teacher_trust, "already the first link has a teacher"
+
+
+def test_every_lap_ends_with_a_new_head_where_that_is_asked(refitted):
+    run, _ = trained(refitted, **{"chain.laps": 2, "chain.refit": "laps", "chain.strands": 2})
+    assert [head.key for head in run.results.heads] == [
+        "head-start",
+        "head-lap-1-strand-0",
+        "head-lap-1-strand-1",
+        "head",
+    ]
+    once, _ = trained(refitted, **{"chain.laps": 2, "chain.strands": 2})
+    assert [head.key for head in once.results.heads] == ["head-start", "head"]
+
+
+@pytest.mark.parametrize(("balance", "strength"), [("site-prior", 0.3), ("none", 0.0), ("weighted", 1.0)])
+def test_the_priors_of_the_head_are_those_that_the_links_are_trained_to(refitted, balance, strength):
+    given = {"chain.class-balance": balance} | ({"chain.prior-strength": 0.3} if balance == "site-prior" else {})
+    run, outcome = trained(refitted, **given)
+    assert same_head(outcome.model, pooled_head(run, outcome.model, list(run.sites.data.values()), strength))
+    other = pooled_head(run, outcome.model, list(run.sites.data.values()), 0.7)
+    assert not same_head(outcome.model, other)
+
+
+def test_a_site_that_does_not_answer_is_left_out_and_said_to_be(refitted, monkeypatch):
+    statistics = InProcessSites.statistics
+
+    def lost(self, work):
+        for site, answer in statistics(self, work):
+            yield site, Failure(f"site '{site}' is gone", 0.0, lost=True) if site == "birch" else answer
+
+    monkeypatch.setattr(InProcessSites, "statistics", lost)
+    run, outcome = trained(refitted)
+    rest = [data for site, data in run.sites.data.items() if site != "birch"]
+    assert same_head(outcome.model, pooled_head(run, outcome.model, rest))
+    assert not same_head(outcome.model, pooled_head(run, outcome.model, list(run.sites.data.values())))
+    last = run.results.heads[-1]
+    assert (last.sites, last.unreached) == (["ash", "cedar", "dogwood"], ["birch"])
+    assert last.images == sum(len(data.splits["train"]) for data in rest)
+
+
+def test_a_site_with_three_images_declines_in_words_and_the_round_goes_on(refitted):
+    config = RunConfig.from_flat(refitted)
+    sites = open_sites(config)
+    few = sites["cedar"]
+    sites["cedar"] = replace(few, splits=few.splits | {"train": few.splits["train"].take(np.arange(3))})
+    with in_process(config, sites) as (run, _):
+        run_chain(run)
+    assert all("too few labelled training images" in head.failed["cedar"] for head in run.results.heads)
+    assert "limits.statistics_images" in run.results.heads[0].failed["cedar"]
+
+
+def test_where_no_site_takes_part_the_run_stops_and_says_so(refitted, monkeypatch):
+    monkeypatch.setattr(
+        InProcessSites, "statistics", lambda self, work: ((site, Failure("no", 0.0, final=True)) for site in work)
+    )
+    with pytest.raises(ChainwardError, match="no site took part"):
+        trained(refitted)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda sums: sums["train.images"].add_(1), "sums go over"),
+        (lambda sums: sums["train.counts"].mul_(0), "don't come to"),
+        (lambda sums: sums["train.counts"].add_(100), "counts that are none|of class"),
+        (lambda sums: sums["train.sums"].add_(5), "don't come to"),
+        (lambda sums: sums["train.moments"].mul_(0), "no .* images of 'train' have such"),
+        (lambda sums: sums["val.moments"].neg_(), "no .* images of 'val' have such"),
+        (lambda sums: sums["train.total"].mul_(1e3), "don't come to|such sums"),
+    ],
+)
+def test_sums_that_no_images_have_are_refused(refitted, monkeypatch, damage, complaint):
+    sums_of = in_process_sites.sums_of
+
+    def damaged(task, data, *rest):
+        result, sums = sums_of(task, data, *rest)
+        if data.site == "ash":
+            damage(sums)
+            result = result.model_copy(update={"digest": in_process_sites.digest(sums)})
+        return result, sums
+
+    monkeypatch.setattr(in_process_sites, "sums_of", damaged)
+    run, _ = trained(refitted)
+    failed = run.results.heads[0].failed
+    assert set(failed) == {"ash"}
+    assert re.search(complaint, failed["ash"]), failed["ash"]
+
+
+def test_a_site_whose_embeddings_are_far_longer_than_all_others_does_not_decide_the_covariance(refitted, monkeypatch):
+    sums_of = in_process_sites.sums_of
+
+    def scaled(task, data, *rest):
+        result, sums = sums_of(task, data, *rest)
+        if data.site == "ash":
+            factor = 3 * FURTHEST
+            sums = {
+                name: tensor * (factor**2 if "moments" in name else factor if "sums" in name or "total" in name else 1)
+                for name, tensor in sums.items()
+            }
+            result = result.model_copy(update={"digest": in_process_sites.digest(sums)})
+        return result, sums
+
+    monkeypatch.setattr(in_process_sites, "sums_of", scaled)
+    run, outcome = trained(refitted)
+    assert "times as long as" in run.results.heads[-1].failed["ash"]
+    rest = [data for site, data in run.sites.data.items() if site != "ash"]
+    assert same_head(outcome.model, pooled_head(run, outcome.model, rest))
+
+
+def test_the_best_model_along_the_chain_is_released_where_that_is_asked(settings, coordinated):
+    flat = settings | {"student.rounds": 0, "chain.epochs": 1, "chain.laps": 2, "chain.compare-alone": False}
+    _, plain = coordinated(flat)
+    folder, results = coordinated(flat | {"chain.release": "best"})
+    scores = [link.metrics.validation.balanced_accuracy for link in results.links]
+    best = max(range(len(scores)), key=lambda place: (scores[place], place))
+    assert plain.released is None
+    assert results.released == results.links[best].key
+    template = skeleton(architecture_of(folder.config)).state_dict()
+    assert equal(folder.load_model("chain", template), folder.load_model(results.released, template))
+    assert results.final["chain"] == results.links[best].metrics.test
+    assert best != len(scores) - 1, "the test needs a chain whose last link is not its best"
+
+
+def architecture_of(config):
+    with in_process(config, open_sites(config)) as (run, _):
+        return run.architecture
+
+
+@pytest.mark.parametrize("changes", [{}, {"chain.laps": 2, "chain.refit": "laps", "student.rounds": 1}])
+def test_over_flower_the_models_are_those_of_one_process(refitted, coordinated, loopback, changes):
+    flat = refitted | {"federation.transfer": "half"} | changes
+    grid = loopback(2)
+    folder, results = coordinated(flat, grid)
+    outcome = run_in_process(RunConfig.from_flat(flat), open_sites(RunConfig.from_flat(flat)))
+    template = skeleton(outcome.architecture).state_dict()
+    assert equal(folder.load_model("chain", template), outcome.chain)
+    for key, state in outcome.links.items():
+        assert equal(folder.load_model(key, template), state), key
+    assert results.released == "head"
+    assert all(head.bytes_up > 0 and head.metrics for head in results.heads)
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "Statistics rounds" in page and "head-start" in page
+    assert json.loads((folder.path / "metrics.json").read_text())["heads"][0]["key"] == "head-start"
+
+
+def test_a_resumed_run_takes_finished_statistics_rounds_as_they_are(refitted, coordinated, loopback, monkeypatch):
+    asked = []
+
+    class Counting(loopback):
+        def push_messages(self, messages):
+            messages = list(messages)
+            asked.extend(
+                message.metadata.message_type for message in messages if "statistics" in message.metadata.message_type
+            )
+            return super().push_messages(messages)
+
+    def stop(run):
+        raise ChainwardError("stopped here")
+
+    merged = chain_module._merged
+    monkeypatch.setattr(chain_module, "_merged", stop)
+    with pytest.raises(ChainwardError, match="stopped here"):
+        coordinated(refitted, Counting(2))
+    assert len(asked) == 4
+    monkeypatch.setattr(chain_module, "_merged", merged)
+    (path,) = [path for path in Path(refitted["output.dir"]).iterdir() if (path / "run.json").exists()]
+    folder, _ = coordinated(refitted | {"output.resume": path.name}, Counting(2))
+    assert len(asked) == 8, "the round before the chain is not asked for again"
+    outcome = run_in_process(RunConfig.from_flat(refitted), open_sites(RunConfig.from_flat(refitted)))
+    assert equal(folder.load_model("chain", skeleton(outcome.architecture).state_dict()), outcome.chain)
+
+
+def test_a_site_with_a_privacy_policy_declines_a_statistics_round(refitted):
+    config = RunConfig.from_flat(refitted)
+    policy = RunConfig.from_flat(
+        refitted | {"chain.head": "trained", "privacy.mode": "dp-sgd"}
+    ).privacy.simulated_policy("ash")
+    sites = open_sites(config)
+    with in_process(config, sites) as (run, here):
+        here.private = {"ash": type("Private", (), {"policy": policy})()}
+        task = StatisticsTask(
+            run_id="r",
+            hop="head",
+            architecture=run.architecture,
+            label_fraction=1.0,
+            seed=0,
+            threads=1,
+            digest="0" * 64,
+        )
+        ((_, answer),) = here.statistics({"ash": Work(task, {"model": run.initial()})})
+    assert isinstance(answer, Failure)
+    assert answer.final and "without noise" in answer.reason
+
+
+def test_a_default_run_has_no_statistics_round(settings):
+    config = RunConfig.from_flat(settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False})
+    with in_process(config, open_sites(config)) as (run, _):
+        run_method(run)
+    assert run.results.heads == [] and run.results.released is None
