@@ -22,9 +22,10 @@ from chainward_shared.console import PlainConsole, speak_plainly
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.store import WeightsStore
-from chainward_shared.privacy.audit import Audit, Finding, audit_ledger
+from chainward_shared.privacy.audit import audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.empirical import Empirical
+from chainward_shared.privacy.findings import Audit, Finding
 from chainward_shared.privacy.ledger_format import named_key_and_site
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import read_privacy_record
@@ -173,8 +174,8 @@ def dry_run_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Train a few steps without a network and show all that would leave, by name and byte. The budget is not touched."""
-    from chainward_client.dry_run import dry_run  # loads PyTorch, which takes seconds
-    from chainward_client.dry_run_console import print_dry_run
+    from chainward_client.dry_run.console import print_dry_run
+    from chainward_client.dry_run.run import dry_run  # loads PyTorch, which takes seconds
     from chainward_client.planned_run import read_plan
 
     found = dry_run(site_yaml, None if plan is None else read_plan(plan), steps)

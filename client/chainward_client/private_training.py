@@ -177,7 +177,7 @@ class PrivateTraining:
         self._units = units_of(np.concatenate([patients, beside]), self.plan.unit)
         self._sums = []
 
-    def fresh_chance(self, device: torch.device) -> torch.Generator:
+    def secret_generator(self, device: torch.device) -> torch.Generator:
         """Draw the state of PyTorch's own generators (dropout) anew and return a generator for augmentations."""
         torch.default_generator.set_state(self.entropy.generator().get_state())
         if device.type == "cuda":

@@ -42,7 +42,7 @@ class SiteStore:
 
     KEPT_ANSWERS: ClassVar[dict[str, int]] = {EvaluateTask.KIND: 256}
     """The newest answers to each kind of task that are kept, default 3: a coordinator asks again for the last one, or the
-    one before it. Scores with noise are small, and dear."""
+    one before it. Noised scores are small, and new ones cost privacy."""
 
     def __init__(self, root: Path, run_id: str) -> None:
         # the id comes in a message: whatever it is, the folder lies directly in the site's own

@@ -25,8 +25,8 @@ TRIED = ("1.41", "1.42")
 """Flower's versions whose SuperExec can be given our way of starting processes: `superexec.py` replaces a function inside it."""
 
 GRACE = 5.0
-"""Seconds in which the SuperNode may end by itself once the process that starts the work has ended; three times as long it may
-take to take its leave of the SuperLink, which otherwise lets it in again no sooner than after a minute."""
+"""Seconds in which the SuperNode may end by itself once the process that starts the work has ended; it may need three times
+as long to sign off from the SuperLink, which otherwise lets it in again no sooner than after a minute."""
 
 _lost = threading.Event()
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import chainward_client.handlers as handlers
 import chainward_client.site
-from chainward_client import cli, dry_run
+from chainward_client import cli
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.disclosure import PLAIN_WEIGHTS, PRIVATE_WEIGHTS, UNKNOWN, what_it_tells
-from chainward_client.dry_run import DryRun
+from chainward_client.dry_run.run import DryRun, dry_run
 from chainward_client.leaks import Secrets, find_leaks
 from chainward_client.planned_run import read_plan
 from chainward_client.site_ledger import create_site_ledger, ledger_path
@@ -88,7 +88,7 @@ def fresh_sites() -> Iterator[None]:
 
 
 def run(site_yaml: Path, plan: str = PLAN) -> DryRun:
-    return dry_run.dry_run(site_yaml, read_plan(plan), steps=2)
+    return dry_run(site_yaml, read_plan(plan), steps=2)
 
 
 def kinds(found: DryRun) -> list[str]:
@@ -387,4 +387,4 @@ def test_a_plan_is_read_from_an_app_and_from_a_run_folder(tmp_path):
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_dry_run_is_not_a_training(hospital, steps):
     with pytest.raises(DataError, match="--steps"):
-        dry_run.dry_run(hospital, None, steps)
+        dry_run(hospital, None, steps)

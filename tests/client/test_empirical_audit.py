@@ -16,7 +16,7 @@ from chainward_client.privacy_audit.trial import attacked_epsilon, try_training
 from chainward_client.private_training import PrivateTraining
 from chainward_client.site_ledger import create_site_ledger, ledger_path
 from chainward_shared.errors import PrivacyError
-from chainward_shared.privacy.audit import Audit
+from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.report import render_audit

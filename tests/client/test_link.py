@@ -9,7 +9,8 @@ from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link, unlabelled_cases
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import distillation_loss
 from chainward_shared.models import Architecture, build_model, resolve_architecture

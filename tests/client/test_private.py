@@ -28,7 +28,8 @@ from chainward_client.private_training import (
 )
 from chainward_client.training import link as link_module
 from chainward_client.training.link import LinkObjective
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError, PrivacyError
 from chainward_shared.models import build_model, ghost, resolve_architecture
@@ -506,7 +507,7 @@ def noise_from_torchs_global_generator(monkeypatch):
         return [torch.randn(shape) for shape in shapes]
 
     monkeypatch.setattr(OperatingSystem, "normal", normal)
-    monkeypatch.setattr(PrivateTraining, "fresh_chance", lambda self, device: torch.Generator())
+    monkeypatch.setattr(PrivateTraining, "secret_generator", lambda self, device: torch.Generator())
 
 
 def a_seeded_entropy(monkeypatch):

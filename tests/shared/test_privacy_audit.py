@@ -13,7 +13,8 @@ from ledgers import KEY, WORK, gaussian, new_ledger, spend
 
 from chainward_shared.privacy import audit as audit_module
 from chainward_shared.privacy.accounting import Epsilons, Mechanism, epsilons
-from chainward_shared.privacy.audit import Audit, audit_ledger, audit_statements
+from chainward_shared.privacy.audit import audit_ledger, audit_statements
+from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.report import render_audit

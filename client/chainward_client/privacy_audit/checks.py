@@ -24,7 +24,8 @@ from chainward_client.privacy_audit.neighbours import (
     failures_problem,
 )
 from chainward_client.private_training import PrivateTraining
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger

@@ -19,7 +19,8 @@ from torch.nn import functional
 from chainward_client.data.site_data import Cases
 from chainward_client.privacy_audit.neighbours import MakeTraining
 from chainward_client.private_training import PrivateTraining
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import check_private_ready

@@ -20,7 +20,8 @@ from chainward_client.private_site import PrivateWork
 from chainward_client.private_training import keeps_labels
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.features import Features
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import (

@@ -16,7 +16,8 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.precision import best_device
 from chainward_client.private_site import PrivateWork
 from chainward_client.training.link import labelled_cases, privileged_term
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.distillation.losses import (
     class_counts,
     classification_loss,

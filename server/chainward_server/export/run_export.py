@@ -21,7 +21,8 @@ from chainward_shared.errors import ExportError
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture, build_model, skeleton
 from chainward_shared.preprocessing import preprocessing_metadata, scaling
-from chainward_shared.privacy.audit import Audit, audit_statements
+from chainward_shared.privacy.audit import audit_statements
+from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.record import PrivacyRecord, read_privacy_record
 from chainward_shared.task import Task
 from chainward_shared.weights import check_state, load_file

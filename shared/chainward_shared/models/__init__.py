@@ -1,20 +1,20 @@
 """The models of the chain: timm backbones, and the compact students selected out of a large one.
 
-`architecture` names and builds a backbone, `selection` takes a student's weights out of a teacher's, and
-`families` holds one file for each kind of backbone whose weights can be selected.
+`architecture` names and builds a backbone, `resolve` finds it by name, `compact` makes it smaller, `selection` takes a
+student's weights out of a teacher's, and `families` holds one file for each kind of backbone whose weights can be selected.
 """
 
 from chainward_shared.models.architecture import (
     Architecture,
     Start,
     build_model,
-    compact_architecture,
     count_parameters,
     family_of,
-    resolve_architecture,
     skeleton,
 )
+from chainward_shared.models.compact import compact_architecture
 from chainward_shared.models.families import supported_families
+from chainward_shared.models.resolve import resolve_architecture
 from chainward_shared.models.selection import Selection, select_weights, uniform_indices
 
 __all__ = [

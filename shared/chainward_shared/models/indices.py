@@ -19,15 +19,16 @@ Variant: TypeAlias = Literal["A", "B"]
 class Selection:
     """How weights are selected (Xu et al. 2024, arXiv:2311.18823).
 
-    Attributes:
-        channels: "strided", the default: evenly spread, see `uniform_indices`. "consecutive": A the first channels,
-            B those that follow. "random": one draw for each channel axis, the same wherever that axis occurs; B takes
-            what A left. "random-inconsistent": a draw for each tensor, a control that shows what consistency is worth.
-        heads: attention of a ViT. "whole", the default: whole heads, the same channels inside each. "mixed": the
-            channels of all heads, laid end to end, as one axis, the same of queries, keys and values; the paper's.
-        layers: "first", the default and the paper's: the first layers (of each stage). "spread": evenly over the
-            depth, first and last included.
-        seed: of the random draws. Default 0.
+    Attributes
+    ----------
+    channels : "strided", the default: evenly spread, see `uniform_indices`. "consecutive": A the first channels,
+        B those that follow. "random": one draw for each channel axis, the same wherever that axis occurs; B takes
+        what A left. "random-inconsistent": a draw for each tensor, a control that shows what consistency is worth.
+    heads : attention of a ViT. "whole", the default: whole heads, the same channels inside each. "mixed": the
+        channels of all heads, laid end to end, as one axis, the same of queries, keys and values; the paper's.
+    layers : "first", the default and the paper's: the first layers (of each stage). "spread": evenly over the
+        depth, first and last included.
+    seed : of the random draws. Default 0.
     """
 
     channels: ChannelSelection = "strided"
@@ -44,11 +45,14 @@ def select_indices(
     "A" and "B" share as few channels as the sizes allow, none when the student is at most half as wide; with equal
     sizes both are the identity.
 
-    Args:
-        generator: draws where `channels` is random; A and B need one of the same seed each.
+    Parameters
+    ----------
+    generator : draws where `channels` is random; A and B need one of the same seed each.
 
-    Raises:
-        ModelError: `student` is not within 1..`teacher`, or `variant` or `channels` is unknown.
+    Raises
+    ------
+    ModelError
+        `student` is not within 1..`teacher`, or `variant` or `channels` is unknown.
     """
     if channels == "strided":
         return uniform_indices(teacher, student, variant)
@@ -93,8 +97,9 @@ class Axis:
 class Picker:
     """Selects along the channel axes of one teacher and student.
 
-    Attributes:
-        tensor: the parameter that is selected, where each has a draw of its own; else empty.
+    Attributes
+    ----------
+    tensor : the parameter that is selected, where each has a draw of its own; else empty.
     """
 
     selection: Selection
@@ -109,10 +114,11 @@ class Picker:
     def axis(self, name: str, teacher: int, student: int, groups: int = 1) -> Axis:
         """Return the selection along one axis.
 
-        Args:
-            groups: equal parts of the axis that are normalised each by itself, as many in teacher and student. The
-                same channels are taken out of each part, so that a part of the student is a sample of one part of
-                the teacher and its mean and variance estimate that part's.
+        Parameters
+        ----------
+        groups : equal parts of the axis that are normalised each by itself, as many in teacher and student. The
+            same channels are taken out of each part, so that a part of the student is a sample of one part of
+            the teacher and its mean and variance estimate that part's.
         """
         channels = self.indices(name, teacher // groups, student // groups)
         starts = torch.arange(groups) * (teacher // groups)
@@ -130,8 +136,10 @@ def uniform_indices(teacher: int, student: int, variant: Variant = "A") -> torch
     whole, else evenly out of the channels "A" left over, which are filled up with channels of "A" where they
     are too few. With equal sizes both are the identity.
 
-    Raises:
-        ModelError: `student` is not within 1..`teacher`, or `variant` is neither "A" nor "B".
+    Raises
+    ------
+    ModelError
+        `student` is not within 1..`teacher`, or `variant` is neither "A" nor "B".
     """
     _check(teacher, student, variant)
     indices = _even(teacher, student) if variant == "A" else _odd(teacher, student)

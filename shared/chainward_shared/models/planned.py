@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from chainward_shared.config import ChainConfig, RunConfig, StudentConfig
-from chainward_shared.models.architecture import Architecture, compact_architecture, resolve_architecture
+from chainward_shared.models.architecture import Architecture
+from chainward_shared.models.compact import compact_architecture
+from chainward_shared.models.resolve import resolve_architecture
 
 
 def chain_architecture(config: ChainConfig, *, classes: int, channels: int, image_size: int) -> Architecture:

@@ -106,7 +106,7 @@ def _compare(architecture: Architecture, device: str) -> str:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    _without_chance(model)
+    _without_randomness(model)
     shape = (_EXAMPLES, architecture.in_chans, architecture.image_size, architecture.image_size)
     images = torch.randn(shape, generator=generator).to(device)
     labels = (torch.arange(_EXAMPLES) % architecture.num_classes).to(device)
@@ -172,7 +172,7 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor, taps: Taps | No
     ]
 
 
-def _without_chance(model: nn.Module) -> None:
+def _without_randomness(model: nn.Module) -> None:
     """Switch off dropout and stochastic depth, which treat each image on its own but can't be compared."""
     for module in model.modules():
         for name in ("p", "drop_prob", "drop_rate"):

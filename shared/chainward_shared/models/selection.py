@@ -20,9 +20,9 @@ from chainward_shared.errors import ModelError, WeightsError
 from chainward_shared.models.architecture import (
     Architecture,
     build_model,
-    check_selectable,
     skeleton,
 )
+from chainward_shared.models.compact import check_selectable
 from chainward_shared.models.families import Family
 from chainward_shared.models.indices import (
     Axis,
@@ -52,25 +52,30 @@ def select_weights(
     A ViT student for images or patches of another size gets its teacher's positions and patch embedding resampled;
     see `families.vit`.
 
-    Args:
-        teacher_state: state dict of `teacher`.
-        teacher: the large model.
-        student: a model of the same family, nowhere larger; see `compact_architecture`.
-        variant: "A" or its complement "B"; see `select_indices`.
-        selection: which channels, heads and layers are taken. None, the default: those of ``Selection()``.
-        head: "copy" takes the classifier with the selected channels, "skip" leaves it at the student's own
-            initialisation. None, the default, copies it when the classes are as many.
-        seed: of the student's own initialisation (`build_model`), used with "skip" only.
+    Parameters
+    ----------
+    teacher_state : state dict of `teacher`.
+    teacher : the large model.
+    student : a model of the same family, nowhere larger; see `compact_architecture`.
+    variant : "A" or its complement "B"; see `select_indices`.
+    selection : which channels, heads and layers are taken. None, the default: those of ``Selection()``.
+    head : "copy" takes the classifier with the selected channels, "skip" leaves it at the student's own
+        initialisation. None, the default, copies it when the classes are as many.
+    seed : of the student's own initialisation (`build_model`), used with "skip" only.
 
-    Returns:
-        Contiguous copies, in the order of the student's own state dict, with the teacher's dtypes and
-        devices.
+    Returns
+    -------
+    Contiguous copies, in the order of the student's own state dict, with the teacher's dtypes and
+    devices.
 
-    Raises:
-        ModelError: the family has no rules or differs, the student is larger than the teacher, the number of input
-            channels differs, or a patch size that can't be resampled, the classifier can't be copied, or a parameter
-            of the student has no counterpart or no rule.
-        WeightsError: `teacher_state` is not a state dict of `teacher`.
+    Raises
+    ------
+    ModelError
+        The family has no rules or differs, the student is larger than the teacher, the number of input
+        channels differs, or a patch size that can't be resampled, the classifier can't be copied, or a parameter
+        of the student has no counterpart or no rule.
+    WeightsError
+        `teacher_state` is not a state dict of `teacher`.
     """
     family = check_selectable(teacher, student)
     skip_head = _skips_head(teacher, student, head)

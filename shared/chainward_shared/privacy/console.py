@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from chainward_shared.errors import PrivacyError
-from chainward_shared.privacy.audit import Audit
 from chainward_shared.privacy.empirical import Empirical
+from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.report import MISSING, epsilon_text, render_audit
 
 

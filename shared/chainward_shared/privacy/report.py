@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from chainward_shared.privacy.audit import Audit, SiteAudit, Spent
 from chainward_shared.privacy.entries import MechanismRecord
+from chainward_shared.privacy.findings import Audit, SiteAudit, Spent
 from chainward_shared.words import listed
 
 MISSING = "–"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.private_site import PrivateSite
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
-from chainward_client.training.loop import Batch, Objective, train
+from chainward_client.training.loop import train
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.hops import alone_key
 from chainward_shared.models import Architecture

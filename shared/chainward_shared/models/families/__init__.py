@@ -68,8 +68,10 @@ class Family(ABC):
     def channels(self, teacher: Any, student: Any, picker: Picker) -> Mapping[str, Axis]:
         """Return the selection along each axis that `rules` label.
 
-        Raises:
-            ModelError: the kind of selection does not suit the models.
+        Raises
+        ------
+        ModelError
+            The kind of selection does not suit the models.
         """
 
     def default_options(self, model: Any) -> dict[str, JsonValue]:

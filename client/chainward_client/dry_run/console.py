@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chainward_client.dry_run import DryRun, Sent
+from chainward_client.dry_run.run import DryRun
+from chainward_client.dry_run.sent import Sent
 
 
 def print_dry_run(run: DryRun, console: Console) -> None:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from flwr.app import ArrayRecord, Context, Message, RecordDict
-from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from chainward_client.app import app
@@ -29,90 +26,32 @@ from chainward_client.data.description import NpzDescription, load_description
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import read_manifest
 from chainward_client.data.site_data import SiteData
-from chainward_client.disclosure import what_it_tells
-from chainward_client.doctor.privacy import beginning
+from chainward_client.dry_run.no_network import no_network
+from chainward_client.dry_run.questions import questions
+from chainward_client.dry_run.sent import Sent, leaves, taken_apart
 from chainward_client.leaks import Found, Secrets, find_leaks
 from chainward_client.node import SITE_CONFIG_KEY
-from chainward_client.private_site import declared_units
 from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import sums_template
 from chainward_shared.errors import DataError, StoreError, WeightsError
 from chainward_shared.evaluation.classification import counts_from_arrays
-from chainward_shared.hops import head_key
-from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.models import skeleton
 from chainward_shared.models.heads import check_head
-from chainward_shared.models.planned import run_architectures
-from chainward_shared.models.start import initial_model, travelling, travelling_template
+from chainward_shared.models.start import travelling_template
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import (
-    BaseTask,
     Body,
-    CardRequest,
     EvaluateTask,
-    HelloRequest,
     LinkTask,
-    Refusal,
     StatisticsTask,
     StudentTask,
-    kind_of,
     pack,
 )
-from chainward_shared.weights import StateDict, as_sent, digest, rounded, to_arrays
+from chainward_shared.weights import StateDict, as_sent
 
-RUN = "dry-run"
 _NODE = 1
-
-
-@dataclass(frozen=True)
-class SentArray:
-    """One array of an answer: its record and name, shape, dtype, bytes, and what it is."""
-
-    record: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    what: str
-
-
-@dataclass(frozen=True)
-class SentField:
-    """One value of an answer's body, or of its metrics: where it stands, its text (shortened), and what it can tell."""
-
-    path: str
-    value: str
-    bytes: int
-    tells: str
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One answer, taken apart.
-
-    Attributes
-    ----------
-    asked, kind : what the coordinator asked for, and the kind of the answer; a "refusal" says why nothing else came
-    bytes : of the whole message, as it is on the wire; those of arrays and fields, and the rest: names, shapes, brackets
-    """
-
-    asked: str
-    kind: str
-    bytes: int
-    arrays: tuple[SentArray, ...]
-    fields: tuple[SentField, ...]
-
-    @property
-    def reason(self) -> str | None:
-        """Why the site refused; None where it didn't."""
-        given = (one.value for one in self.fields if one.path == "reason")
-        return next(given, "") if self.kind == Refusal.KIND else None
-
-    @property
-    def framing(self) -> int:
-        """Bytes that are neither an array's nor a value's: names, shapes, brackets, the version of the protocol."""
-        return self.bytes - sum(one.bytes for one in self.arrays) - sum(one.bytes for one in self.fields)
 
 
 @dataclass(frozen=True)
@@ -187,10 +126,10 @@ def dry_run(site_yaml: Path, plan: RunConfig | None = None, steps: int = 4) -> D
     plan = plan or _usual_plan(config.privacy)
     data_path = (site_yaml.parent / Path(config.data).expanduser()).resolve()
     own_state = config.state_dir(site_yaml).absolute()
-    with _no_network() as attempts, _throw_away(site_yaml, config, data_path, own_state) as copy:
+    with no_network() as attempts, _throw_away(site_yaml, config, data_path, own_state) as copy:
         context = {SITE_CONFIG_KEY: str(copy)}
         site = open_site(copy)
-        requests = list(_requests(plan, site, steps))
+        requests = list(questions(plan, site, steps))
         answers = [_answer(request, message_type, arrays, context) for message_type, request, arrays in requests]
         secrets = _secrets(site.data, data_path, (site_yaml, own_state, copy))
     asked = [request for _, request, _ in requests]
@@ -203,7 +142,7 @@ def dry_run(site_yaml: Path, plan: RunConfig | None = None, steps: int = 4) -> D
     return DryRun(
         site=config.site,
         private=private,
-        sent=tuple(_taken_apart(r, a, private=private) for r, a in zip(asked, answers, strict=True)),
+        sent=tuple(taken_apart(r, a, private=private) for r, a in zip(asked, answers, strict=True)),
         searched=secrets.counts,
         found=tuple(found),
         sockets=tuple(dict.fromkeys(attempts)),
@@ -238,57 +177,6 @@ def _notes(plan: RunConfig, data: SiteData, private: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-# --- a place to work in, without a network ---
-
-_attempts: list[str] | None = None
-"""Attempts to use the network while it is guarded; None while it isn't."""
-_hooked = False
-
-_NETWORK_EVENTS = (
-    "socket.connect",
-    "socket.bind",
-    "socket.sendto",
-    "socket.sendmsg",
-    "socket.getaddrinfo",
-    "socket.gethostbyname",
-)
-
-
-class NetworkUsed(OSError):
-    """Something tried to use the network during a dry run."""
-
-
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _attempts is None or not event.startswith("socket."):
-        return
-    if event == "socket.__new__":
-        family = arguments[1]
-        if family in (2, 10, 30):  # AF_INET; AF_INET6 on Linux and on macOS
-            _attempts.append("a socket was opened")
-            raise NetworkUsed("a dry run has no network")
-    elif event in _NETWORK_EVENTS:
-        address = arguments[0] if event.startswith("socket.get") else arguments[1]
-        if isinstance(address, str | bytes) and not event.startswith("socket.get"):
-            return  # a socket of this machine's file system
-        _attempts.append(f"{event} {address!r}")
-        raise NetworkUsed("a dry run has no network")
-
-
-@contextmanager
-def _no_network() -> Iterator[list[str]]:
-    """Refuse every socket of this process to another machine, and hand out the list of attempts."""
-    global _attempts, _hooked
-    if not _hooked:
-        sys.addaudithook(_watch)  # for good: a hook can't be removed
-        _hooked = True
-    attempts: list[str] = []
-    _attempts = attempts
-    try:
-        yield attempts
-    finally:
-        _attempts = None
-
-
 @contextmanager
 def _throw_away(site_yaml: Path, config: SiteConfig, data: Path, own_state: Path) -> Iterator[Path]:
     """Hand out the path of a copy of site.yaml that has the same policy, and state, key and ledger of its own.
@@ -315,112 +203,6 @@ def _throw_away(site_yaml: Path, config: SiteConfig, data: Path, own_state: Path
             logging.getLogger("chainward.client").error("%s: can't be deleted; do so, it may hold private data", folder)
 
 
-# --- what is asked ---
-
-_Request = tuple[str, Body, dict[str, ArrayRecord]]
-
-
-def _requests(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[_Request]:
-    """Yield what a coordinator asks in a run, with fresh weights and little work."""
-    yield "query", HelloRequest(source="phantom", num_sites=0, label_skew=0.0), {}
-    yield "query", CardRequest(), {}
-    plan = _little(plan, site, steps)
-    begun = beginning(plan, site.data)
-    large, *small = run_architectures(plan, begun.architecture)
-    if begun.base is not None:
-        site.bases.keep(begun.base, large)
-        yield "query", BaseTask(run_id=RUN, architecture=large, bytes=1, sha256="0" * 64), {}
-    state = rounded(initial_model(large, plan.seed, begun.base).state_dict(), plan.federation.transfer)
-    sent = to_arrays(travelling(state, large))
-    link = LinkTask(
-        run_id=RUN,
-        hop="link",
-        strand=0,
-        lap=0,
-        architecture=large,
-        recipe=plan.link_recipe(),
-        predecessor_digest=digest(state),
-    )
-    yield "train.link", link, {"predecessor": sent}
-    if small:
-        yield _student_request(plan, small[0], large, digest(state), sent)
-    if plan.chain.head == "statistics":
-        statistics = StatisticsTask(
-            run_id=RUN,
-            hop=head_key(None),
-            architecture=large,
-            label_fraction=plan.chain.label_fraction,
-            seed=plan.seed,
-            threads=plan.federation.threads,
-            digest=digest(state),
-        )
-        yield "evaluate.statistics", statistics, {"model": sent}
-    score = EvaluateTask(
-        run_id=RUN,
-        architecture=large,
-        splits=["val", "test"],
-        localisation=site.data.splits["test"].privileged.masks is not None,
-        threads=plan.federation.threads,
-        digest=digest(state),
-    )
-    yield "evaluate", score, {"model": sent}
-
-
-def _fresh(architecture: Architecture, seed: int, plan: RunConfig) -> StateDict:
-    return rounded(build_model(architecture, seed).state_dict(), plan.federation.transfer)
-
-
-def _student_request(
-    plan: RunConfig, small: Architecture, large: Architecture, large_digest: str, sent: ArrayRecord
-) -> _Request:
-    student, auxiliary = _fresh(small, plan.seed, plan), _fresh(small, plan.seed + 1, plan)
-    recipe = plan.student_recipe("distil")
-    taught = recipe.large_weight > 0
-    task = StudentTask(
-        run_id=RUN,
-        round=1,
-        architecture=small,
-        recipe=recipe,
-        student_digest=digest(student),
-        auxiliary_digest=digest(auxiliary),
-        large_architecture=large if taught else None,
-        large_digests=[large_digest] if taught else [],
-    )
-    arrays = {"student": to_arrays(student), "auxiliary": to_arrays(auxiliary)}
-    return "train.student", task, arrays | ({"large_0": sent} if taught else {})
-
-
-def _little(plan: RunConfig, site: OpenSite, steps: int) -> RunConfig:
-    """Return the plan with one training of each kind, of about so many steps.
-
-    One epoch of part of the cases, or several epochs where there are few. A private one is allowed what the policy allows a
-    run, less one release of noised scores: whether the whole plan fits is for `chainward-site check --plan` to say.
-    """
-    data, policy, chain = site.data, site.policy, plan.chain
-    units = len(data.splits["train"]) if policy is None else declared_units(policy, data)
-    batch = plan.privacy.batch_size or chain.batch_size
-    wanted = steps * batch / units
-    epochs = max(1, ceil(wanted)) if wanted >= 1 else 1
-    changes: dict[str, Any] = {
-        "chain.laps": 1,
-        "chain.strands": 1,
-        "chain.merge": "best",
-        "chain.refit": "end",
-        "chain.epochs": epochs,
-        "chain.label-fraction": min(1.0, wanted, chain.label_fraction),
-        "chain.unlabelled-weight": 0.0,
-        "student.epochs": epochs,
-        "student.rounds": min(1, plan.student.rounds),
-        "student.finetune-rounds": 0,
-        "privileged.epochs": 1,
-    }
-    if plan.privacy.mode != "off" and policy is not None:
-        allowed = (policy.epsilon_per_run or policy.epsilon) - (policy.metrics_epsilon or 0.0)
-        if allowed > 0:
-            changes["privacy.epsilon"] = min(plan.privacy.epsilon, 0.99 * allowed)
-    return RunConfig.from_flat(plan.to_flat() | changes)
-
-
 def _answer(
     request: Body, message_type: str, arrays: Mapping[str, ArrayRecord], node_config: dict[str, Any]
 ) -> RecordDict:
@@ -429,49 +211,6 @@ def _answer(
     message = Message(pack(request, arrays), dst_node_id=_NODE, message_type=message_type)
     context = Context(run_id=1, node_id=_NODE, node_config=dict(node_config), state=RecordDict(), run_config={})
     return app(message, context).content
-
-
-# --- what came ---
-
-
-def _taken_apart(request: Body, answer: RecordDict, *, private: bool) -> Sent:
-    kind = kind_of(answer)
-    arrays = tuple(
-        SentArray(
-            record, name, tuple(array.shape), array.dtype, len(array.data), what_it_tells(kind, record, private=private)
-        )
-        for record, entries in answer.array_records.items()
-        for name, array in entries.items()
-    )
-    fields: list[SentField] = []
-    for key, value in answer.config_records["chainward"].items():
-        if key == "body":
-            for path, leaf in _leaves(json.loads(str(value))):
-                text = json.dumps(leaf, ensure_ascii=False)
-                fields.append(_field(kind, path, text, private))
-        else:
-            fields.append(_field("envelope", key, str(value), private))
-    for key, number in answer.metric_records.get("metrics", {}).items():
-        fields.append(_field(kind, f"metrics.{key}", str(number), private))
-    size = len(recorddict_to_proto(answer).SerializeToString())
-    return Sent(request.KIND, kind, size, arrays, tuple(fields))
-
-
-def _field(kind: str, path: str, text: str, private: bool) -> SentField:
-    shown = text if len(text) <= 60 or kind == Refusal.KIND else f"{text[:57]}..."
-    return SentField(path, shown, len(text.encode()), what_it_tells(kind, path, private=private))
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of parsed JSON with its path; a list of plain values is one of them."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else key)
-    elif isinstance(node, list) and any(isinstance(item, dict | list) for item in node):
-        for position, item in enumerate(node):
-            yield from _leaves(item, f"{path}[{position}]")
-    else:
-        yield path, node
 
 
 def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np.ndarray], list[Found]]:
@@ -500,9 +239,6 @@ def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np
     return tensors, foreign
 
 
-# --- what must not be in it ---
-
-
 def _secrets(data: SiteData, data_path: Path, paths: Sequence[Path]) -> Secrets:
     """Return every text, cell, id, file name and path of the site."""
     secrets = Secrets.of(data)
@@ -525,7 +261,7 @@ def _said_anyway(request: Body, site: OpenSite) -> set[str]:
     words = {site.data.site, *site.data.classes}
     words.update(
         str(leaf)
-        for _, value in _leaves(json.loads(request.model_dump_json()))
+        for _, value in leaves(json.loads(request.model_dump_json()))
         for leaf in (value if isinstance(value, list) else [value])
     )
     return words

@@ -1,0 +1,119 @@
+"""Whether a backbone works on images of a size, cut into patches of a size, and what would fit where it does not."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from inspect import signature
+
+import torch
+from torch import nn
+
+from chainward_shared.errors import ModelError
+from chainward_shared.models.architecture import Architecture, build_model, skeleton
+from chainward_shared.models.border import border_is_lost, unfilled_patches
+from chainward_shared.models.families import find_family
+from chainward_shared.words import first_line
+
+
+def takes_argument(model: nn.Module, argument: str) -> bool:
+    """Tell whether the class of `model`, or one that it hands its arguments on to, has this argument."""
+    own_inits = (vars(cls).get("__init__") for cls in type(model).__mro__)
+    return any(argument in signature(init).parameters for init in own_inits if init)
+
+
+def with_sizes(plain: Architecture, image_size: int, patch_size: int, takes_image_size: bool) -> Architecture:
+    """Return the architecture for images of `image_size` pixels; a `patch_size` of 0 leaves the patches as they are."""
+    options = dict(plain.options)
+    if takes_image_size:
+        options["img_size"] = image_size
+    if patch_size:
+        options["patch_size"] = patch_size
+    return plain.model_copy(update={"image_size": image_size, "options": options})
+
+
+def check_patch_size_is_used(architecture: Architecture, patch_size: int) -> None:
+    """Raise a `ModelError` unless the backbone cuts its images into patches of `patch_size` pixels."""
+    plain = architecture.model_copy(update={"options": {}})
+    # timm's models pass unknown arguments on to a class that may not have them, or may not use them
+    used = takes_argument(skeleton(plain), "patch_size")
+    if used and (family := find_family(skeleton(architecture))):
+        used = family.patch_size(skeleton(architecture)) == patch_size
+    if not used:
+        raise ModelError(f"backbone '{architecture.name}' has no patch size to set to {patch_size}: leave it at 0")
+
+
+def check_image_size(architecture: Architecture, takes_image_size: bool) -> None:
+    """Raise a `ModelError`, with what would fit, unless the model works on its images and sees all of them."""
+    name, image_size, model = architecture.name, architecture.image_size, skeleton(architecture)
+    family = find_family(model)
+    patch_size = family.patch_size(model) if family else 0
+    # a ViT would silently drop the border that does not fill a patch
+    if takes_image_size and patch_size and image_size % patch_size:
+        fitting = [size for size in range(1, image_size + 1) if image_size % size == 0]
+        closest = min(fitting, key=lambda size: abs(size - patch_size))
+        raise ModelError(
+            f"images of {image_size} pixels can't be cut into the {patch_size}-pixel patches of '{name}': "
+            f"choose a patch size that divides {image_size}, e.g. {closest}"
+        )
+    if problem := _forward_problem(architecture):
+        advice = _what_fits(architecture, takes_image_size) or problem
+        raise ModelError(f"'{name}' can't work on images of {image_size} pixels: {advice}")
+    _check_border(architecture)
+
+
+def _check_border(architecture: Architecture) -> None:
+    """Refuse a model that would see only the inner part of its images."""
+    name, side = architecture.name, architecture.image_size
+    try:
+        patch = unfilled_patches(
+            skeleton(architecture), torch.empty(1, architecture.in_chans, side, side, device="meta")
+        )
+    except NotImplementedError:
+        return  # an operation that the meta device lacks says nothing about the size
+    if patch and _loses_border(architecture.model_dump_json()):
+        raise ModelError(
+            f"'{name}' does not see the border of images of {side} pixels, which don't fill its patches of {patch}: choose "
+            f"images of {side // patch * patch or patch} or {(side // patch + 1) * patch} pixels"
+        )
+
+
+@lru_cache(maxsize=64)
+def _loses_border(architecture_json: str) -> bool:
+    architecture = Architecture.model_validate_json(architecture_json).model_copy(update={"start": None})
+    model = build_model(architecture, seed=0).eval()
+    return border_is_lost(model, architecture.in_chans, architecture.image_size)
+
+
+def _what_fits(architecture: Architecture, takes_image_size: bool) -> str:
+    """Return the smallest larger image, and the patch size, with which the model works, or an empty
+    string."""
+
+    def fits(image_size: int, patch_size: int) -> bool:
+        try:
+            return not _forward_problem(with_sizes(architecture, image_size, patch_size, takes_image_size))
+        except ModelError:
+            return False
+
+    ways = []
+    side = architecture.image_size
+    larger = range((side // 8 + 1) * 8, 513, 8)
+    if image := next((size for size in larger if fits(size, 0)), 0):
+        ways.append(f"choose images of at least {image} pixels")
+    family = find_family(skeleton(architecture))
+    own_patch = family.patch_size(skeleton(architecture)) if family else 0
+    if patch := next((size for size in range(own_patch - 1, 0, -1) if side % size == 0 and fits(side, size)), 0):
+        ways.append(f"patch size {patch}")
+    return " or ".join(ways)
+
+
+def _forward_problem(architecture: Architecture) -> str:
+    """Return why the model can't do a forward pass at its image size, or an empty string if it can."""
+    shape = (1, architecture.in_chans, architecture.image_size, architecture.image_size)
+    try:
+        with torch.no_grad():
+            skeleton(architecture)(torch.empty(shape, device="meta"))
+    except NotImplementedError:
+        return ""  # an operation that the meta device lacks says nothing about the size
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return first_line(error)
+    return ""
