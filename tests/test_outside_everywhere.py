@@ -57,6 +57,8 @@ ANSWERS = (
     protocol.LinkResult,
     protocol.StudentResult,
     protocol.EvaluateResult,
+    protocol.StatisticsResult,
+    protocol.BaseState,
     protocol.Refusal,
 )
 FILES = (Results, RunState, Statement, LocalisationSums, Scores, TrainingLog)

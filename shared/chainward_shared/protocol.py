@@ -178,7 +178,7 @@ class BaseTask(Body):
     run_id: RunId
     architecture: Architecture
     bytes: int = Field(ge=1, le=2**40)
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
     offset: int | None = Field(None, ge=0, le=2**40)
     simulated: SimulatedSite | None = None
 

@@ -104,7 +104,7 @@ def test_a_hospital_as_it_should_be_is_ready(hospital):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("sight: oak\n", "did you mean 'site'"),
+        ("sitee: oak\n", "did you mean 'site'"),
         ("site: oak\n", "data"),
         ("{", "not a YAML file"),
         ("site: oak\ndata: data.yaml\nprivacy: {epsilon: -1, delta: 1e-5}\n", "privacy.epsilon"),

@@ -72,7 +72,7 @@ def test_the_word_for_no_finding_stands_beside_indices_too(tmp_path: Path) -> No
     [
         ("mass|efusion", "1 finding outside the classes; first: row 3, 'efusion' (did you mean 'effusion'?); expected"),
         ("mass|", "1 finding outside the classes; first: row 3, ''"),
-        ("3", "1 finding outside the classes; first: row 3, '3'; expected effusion, mass, nodule"),
+        ("3", "1 finding outside the classes; first: row 3, '3'; expected effusion, mass or nodule"),
         ("mass|mass", "1 row that names a finding twice; first: row 3, 'mass|mass'; keep one of the two"),
         ("NA", "1 row without a label; first: row 3, 'NA'; expected an empty cell where there is no finding"),
     ],

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy import stats
 from small_recipes import SMALL_LINK
 from torch import nn
@@ -357,7 +358,7 @@ def test_a_plan_without_patients_or_with_a_delta_that_gives_one_away_is_refused(
         plan(recipe, units=100, epochs=1, batch_size=10)
     with pytest.raises(PrivacyError, match="0 patients"):
         plan(recipe, units=0, epochs=1, batch_size=10)
-    with pytest.raises(PrivacyError, match="exactly one"):
+    with pytest.raises(ValidationError, match="exactly one"):
         PrivacyRecipe(delta=1e-5)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from html.parser import HTMLParser
 from typing import Any
 
@@ -344,13 +343,6 @@ def test_every_page_says_that_it_is_not_for_clinical_use(any_page: str) -> None:
 
 def test_same_results_give_the_same_page() -> None:
     assert render(finished_run()) == render(finished_run())
-
-
-def test_rendering_twelve_sites_and_two_strands_takes_less_than_five_seconds() -> None:
-    results, status, reason = EVERY_RUN["twelve sites"]
-    begin = time.perf_counter()
-    render(results, status, reason)
-    assert time.perf_counter() - begin < 5
 
 
 def test_cards_show_the_figures_of_the_results(page: Page) -> None:

@@ -15,6 +15,19 @@ MOST_OPTIONS = 32
 OptionName = Annotated[str, Field(max_length=64)]
 
 _PLAIN = frozenset({"img_size", "patch_size", "ls_init_value", "norm_layer"})
+_VARIANTS = frozenset(
+    {
+        "conv_mlp",
+        "head_hidden_size",
+        "init_values",
+        "qk_norm",
+        "qkv_bias",
+        "scale_attn_norm",
+        "scale_mlp_norm",
+        "stem_type",
+    }
+)
+"""What else tells the variants of a family apart that weights can be selected out of; none leaves out a layer."""
 _DEPTHS = ("depth", "layers")
 _MOST_BLOCKS = 128
 """In a stage; the deepest ones of timm have less than half."""
@@ -36,7 +49,7 @@ def check_options(name: str, options: dict[str, JsonValue]) -> None:
     ModelError
         An option is none of those that Chainward sets, or its value is beyond what a model can be built with.
     """
-    known = _PLAIN | size_options()
+    known = _PLAIN | _VARIANTS | size_options()
     for option, value in options.items():
         if option not in known:
             raise ModelError(
