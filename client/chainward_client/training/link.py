@@ -3,7 +3,7 @@ teachers as teachers."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +16,8 @@ from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import keep_label_fraction, labelled_by_key
 from chainward_client.precision import best_device
-from chainward_client.private_site import PrivateWork
-from chainward_client.private_training import keeps_labels
+from chainward_client.private_site import Prepared, PrivateWork, R
+from chainward_client.private_training import PrivateTraining, keeps_labels
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.features import Features
 from chainward_client.training.loop import train
@@ -201,6 +201,49 @@ def privileged_term(
     return PrivilegedTerm(targets, recipe.privileged, embedding_size(model), seed)
 
 
+def prepared_for(
+    work: PrivateWork | None, recipe: R, data: SiteData, cases: Cases, architecture: Architecture
+) -> Prepared[R]:
+    """Return the recipe as this site follows it, and the class counts: those of `cases` without privacy.
+
+    Raises
+    ------
+    ModelError
+        The backbone can't be trained privately. Said before privileged teachers spend anything.
+    PolicyRefusal
+        See `PrivateWork.prepared`.
+    """
+    if work is None:
+        return Prepared(recipe, class_counts(cases.labels, len(data.classes)), False, [])
+    prepared = work.prepared(recipe, data)
+    check_private_ready(architecture, best_device().type)
+    return prepared
+
+
+def spending(
+    work: PrivateWork | None,
+    prepared: Prepared[R],
+    data: SiteData,
+    guide: PrivilegedTerm | None,
+    checkpoint: Checkpoint | None,
+    *,
+    phase: str,
+    unlabelled: Cases | None = None,
+) -> AbstractContextManager[PrivateTraining | None]:
+    """Return the context of a training that spends through `work`; without privacy one that holds nothing."""
+    if work is None:
+        return nullcontext()
+    return work.training(
+        prepared.recipe,
+        data,
+        phase=phase,
+        declared_prior=prepared.declared,
+        unlabelled_patients=None if unlabelled is None else unlabelled.patients,
+        private_teachers=guide is None or guide.private,
+        checkpoint=checkpoint,
+    )
+
+
 def _through_trunk(
     features: Features, model: nn.Module, cases: Cases, others: Cases | None, recipe: LinkRecipe
 ) -> tuple[Cases, Cases | None, Trunk | None]:
@@ -215,6 +258,12 @@ def _through_trunk(
             return cases, others, None
         others = replace(others, images=of_others[0])
     return replace(cases, images=seen), others, trunk
+
+
+def _called(teacher: nn.Module | None, trunk: Trunk | None) -> nn.Module | None:
+    """Return what is called of the predecessor: all of it, or, where images come as a trunk's features, the rest."""
+    of_teacher = None if teacher is None or trunk is None else trunk_of(teacher)
+    return teacher if of_teacher is None else of_teacher.rest
 
 
 def train_link(
@@ -254,14 +303,9 @@ def train_link(
     """
     private = work is not None
     cases = labelled_cases(data, recipe, private=private)
-    counts, declared, notes = class_counts(cases.labels, len(data.classes)), False, list[str]()
-    if work is not None:
-        prepared = work.prepared(recipe, data)
-        recipe, counts, declared, notes = prepared.recipe, prepared.counts, prepared.declared, prepared.notes
-        check_private_ready(architecture, best_device().type)  # before the privileged teachers spend anything
-    model = initial_model(architecture, recipe.seed, base)
-    teacher = None
-    others = None
+    prepared = prepared_for(work, recipe, data, cases, architecture)
+    recipe = prepared.recipe
+    model, teacher, others, trunk = initial_model(architecture, recipe.seed, base), None, None, None
     if predecessor is not None:
         teacher = build_model(architecture, recipe.seed)
         teacher.load_state_dict(predecessor)
@@ -269,39 +313,21 @@ def train_link(
             model.load_state_dict(predecessor)
         if recipe.unlabelled_weight > 0:
             others = unlabelled_cases(data, recipe, private=private)
-    trunk = None
     if features is not None and recipe.attention_weight == 0:
         cases, others, trunk = _through_trunk(features, model, cases, others, recipe)
-    called = teacher
-    if teacher is not None and trunk is not None and (of_teacher := trunk_of(teacher)) is not None:
-        called = of_teacher.rest
     names = ("alone" if alone else "link", data.site, "strand", strand, "lap", lap)
     guide = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
-    objective = LinkObjective(recipe, model, called, counts, guide)
+    objective = LinkObjective(recipe, model, _called(teacher, trunk), prepared.counts, guide)
     part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
-    patients = None if others is None else others.patients
-    spending = (
-        nullcontext()
-        if work is None
-        else work.training(
-            recipe,
-            data,
-            phase="alone" if alone else "link",
-            declared_prior=declared,
-            unlabelled_patients=patients,
-            private_teachers=guide is None or guide.private,
-            checkpoint=checkpoint,
-        )
-    )
-    with spending as privately:
-        unlabelled = None if others is None else others.images
+    phase = "alone" if alone else "link"
+    with spending(work, prepared, data, guide, checkpoint, phase=phase, unlabelled=others) as privately:
         log = train(
             model,
             cases,
             recipe,
             objective,
             *names,
-            unlabelled=unlabelled,
+            unlabelled=None if others is None else others.images,
             part=part,
             layer_decay=recipe.layer_decay,
             trunk=trunk,
@@ -309,4 +335,4 @@ def train_link(
             checkpoint=checkpoint,
         )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return state, log.model_copy(update={"notes": notes})
+    return state, log.model_copy(update={"notes": prepared.notes})

@@ -103,21 +103,7 @@ def train(
         epochs = _Epochs(training, names, precision)
         epochs.run(started)
         model.to("cpu").eval()
-    curves = epochs.curves
-    return TrainingLog(
-        epochs=recipe.epochs,
-        steps=steps,
-        images=recipe.epochs * len(cases),
-        loss=curves["loss"],
-        unlabelled=images_without_label,
-        temperature=curves.get("temperature", []),
-        teacher_trust=curves.get("teacher_trust", []),
-        attention=curves.get("attention", []),
-        unlabelled_loss=curves.get("unlabelled_loss", []),
-        privileged=curves.get("privileged", []),
-        seconds=time.monotonic() - started,
-        precision=precision,
-    )
+    return epochs.log(time.monotonic() - started, images_without_label)
 
 
 class _Epochs:
@@ -151,6 +137,25 @@ class _Epochs:
                 logger.info(
                     "%s: epoch %d of %d, loss %.3f, about %.0f s left", self.name, epoch + 1, epochs, loss, left
                 )
+
+    def log(self, seconds: float, unlabelled: int) -> TrainingLog:
+        """Return how the training went, in `seconds`, with so many images without label."""
+        training, curves = self.training, self.curves
+        epochs = training.recipe.epochs
+        return TrainingLog(
+            epochs=epochs,
+            steps=epochs * training.steps_per_epoch,
+            images=epochs * len(training.labels),
+            loss=curves["loss"],
+            unlabelled=unlabelled,
+            temperature=curves.get("temperature", []),
+            teacher_trust=curves.get("teacher_trust", []),
+            attention=curves.get("attention", []),
+            unlabelled_loss=curves.get("unlabelled_loss", []),
+            privileged=curves.get("privileged", []),
+            seconds=seconds,
+            precision=self.precision,
+        )
 
     def _resume(self) -> int:
         training = self.training

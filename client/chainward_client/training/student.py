@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 
 from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
-from chainward_client.precision import best_device
 from chainward_client.private_site import PrivateWork
-from chainward_client.training.link import labelled_cases, privileged_term
+from chainward_client.training.link import labelled_cases, prepared_for, privileged_term, spending
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
 from chainward_shared.distillation.losses import (
-    class_counts,
     classification_loss,
     distillation_loss,
     ensemble_distillation_loss,
@@ -27,7 +24,6 @@ from chainward_shared.distillation.losses import (
 from chainward_shared.distillation.schedules import ema_decay
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.taps import Taps
 from chainward_shared.preprocessing import resized
 from chainward_shared.protocol import TrainingLog
@@ -191,11 +187,8 @@ def train_student(
         Policy, budget or ledger don't allow a private training.
     """
     cases = labelled_cases(data, recipe, private=work is not None)
-    counts, declared, notes = class_counts(cases.labels, len(data.classes)), False, list[str]()
-    if work is not None:
-        prepared = work.prepared(recipe, data)
-        recipe, counts, declared, notes = prepared.recipe, prepared.counts, prepared.declared, prepared.notes
-        check_private_ready(architecture, best_device().type)  # before the privileged teachers spend anything
+    prepared = prepared_for(work, recipe, data, cases, architecture)
+    recipe = prepared.recipe
     model = _loaded(architecture, recipe, student)
     teacher = None if auxiliary is None else _loaded(architecture, recipe, auxiliary)
     large_models: list[nn.Module] = []
@@ -213,25 +206,13 @@ def train_student(
         term = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
         privileged = None if term is None else (term, Taps(model, embedding=True))
     objective = StudentObjective(
-        recipe, teacher, counts, round_index, large=large_models, large_size=large_size, privileged=privileged
+        recipe, teacher, prepared.counts, round_index, large=large_models, large_size=large_size, privileged=privileged
     )
     seen = replace(cases, images=resized(cases.images, architecture.image_size))
     guide = None if privileged is None else privileged[0]
-    spending = (
-        nullcontext()
-        if work is None
-        else work.training(
-            recipe,
-            data,
-            phase="student",
-            declared_prior=declared,
-            private_teachers=guide is None or guide.private,
-            checkpoint=checkpoint,
-        )
-    )
-    with spending as privately:
+    with spending(work, prepared, data, guide, checkpoint, phase="student") as privately:
         log = train(model, seen, recipe, objective, *names, private=privately, checkpoint=checkpoint)
-    log = log.model_copy(update={"notes": notes})
+    log = log.model_copy(update={"notes": prepared.notes})
     state = dict(model.state_dict())
     if teacher is None:
         return TrainedStudent(state, None, log, None)
