@@ -29,8 +29,9 @@ from chainward_server.results import (
     SiteSummary,
     StudentRound,
 )
-from chainward_server.run_folder import RunFolder, RunState
+from chainward_server.run_folder import RunFolder
 from chainward_server.run_list import list_runs
+from chainward_server.run_state import RunState
 from chainward_server.watch.display import as_json, news, outcome, picture
 from chainward_server.watch.snapshot import look
 from chainward_shared import protocol

@@ -23,8 +23,9 @@ from chainward_server.privacy import run_privacy
 from chainward_server.rendezvous import meet
 from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results, StartSummary
-from chainward_server.run_folder import Phase, RunFolder
+from chainward_server.run_folder import RunFolder
 from chainward_server.run_process import RunProcess
+from chainward_server.run_state import Phase
 from chainward_server.scoring import shown
 from chainward_server.surroundings import tell as tell_surroundings
 from chainward_shared import __version__

@@ -9,28 +9,27 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import secrets
 import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from chainward_server.mending import Mending, mending
 from chainward_server.results import Results
+from chainward_server.resuming import as_setting, reconciled
 from chainward_server.run_process import RunProcess
+from chainward_server.run_state import Phase, RunState, Status
 from chainward_shared import __version__
-from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig, options
-from chainward_shared.errors import ConfigError, RunFolderError, WeightsError, nearest
+from chainward_shared.config import OutputConfig, RunConfig
+from chainward_shared.errors import RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
 from chainward_shared.models.start import travelling
-from chainward_shared.outside import MAX_RECORDS, BySite, Digest, HopKey, Line, Moment, RunId, Word
 from chainward_shared.preprocessing import preprocessing_metadata
 from chainward_shared.pretrained.begin import Beginning
 from chainward_shared.pretrained.card import WeightsCard
@@ -43,53 +42,6 @@ logger = logging.getLogger("chainward")
 
 CHAIN, BASE = "chain", "base"
 _CARD = "chainward.weights_card"
-
-Phase = Literal["rendezvous", "chain", "alone", "students", "evaluation", "report", "done"]
-Status = Literal["running", "finished", "incomplete", "failed", "stopped"]
-
-
-def as_setting(key: str, value: ConfigScalar) -> str:
-    """Return a setting as Flower's ``--run-config`` reads it: as TOML, and no text may hold a quotation mark inside."""
-    return f"{key}={re.sub(_ESCAPE, _without_quote, json.dumps(value, ensure_ascii=False))}"
-
-
-_ESCAPE = re.compile(r"\\(.)")
-
-
-def _without_quote(escape: re.Match[str]) -> str:
-    return "\\u0022" if escape[1] == '"' else escape[0]
-
-
-class RunState(BaseModel):
-    """`run.json`.
-
-    Attributes
-    ----------
-    config : SHA-256 of config.toml: cut in the right place, the file would still be one; None in runs of earlier versions
-    models : SHA-256 of each model file, by name without suffix
-    finished : names of finished pieces of work: hops, sites trained alone, student rounds
-    status : "incomplete": it came to its end, with less than was asked for; "stopped": by a person
-    process : the process that coordinates it; None in runs of earlier versions
-    resumable : whether resuming may help a run that has ended; None while it goes on
-    keys : public keys of deployed sites, as they were when the run began: nobody else is taken for one of them
-    """
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-    schema_: Literal[1] = Field(default=1, alias="schema")
-    run_id: RunId
-    status: Status = "running"
-    reason: Line | None = None
-    phase: Phase = "rendezvous"
-    started: Moment
-    updated: Moment
-    version: Word = __version__
-    config: Digest | None = None
-    models: dict[HopKey, Digest] = Field(default_factory=dict, max_length=MAX_RECORDS)
-    finished: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
-    process: RunProcess | None = None
-    resumable: bool | None = None
-    keys: BySite[Digest] = Field(default_factory=dict)
 
 
 class RunFolder:
@@ -149,7 +101,7 @@ class RunFolder:
             raise RunFolderError(
                 f"run {folder.state.run_id} has finished; there is nothing to resume. See {path / 'report.html'}"
             )
-        folder.config = _reconciled(folder.config, config)
+        folder.config = reconciled(folder.config, config)
         folder._check_models()
         if folder.state.status == "running" and folder.state.process and folder.state.process.find():
             raise RunFolderError(
@@ -430,28 +382,6 @@ class RunFolder:
                 load_file(self.model_path(name), sha256)
             except WeightsError as error:
                 raise RunFolderError(f"{error}; start anew, or restore the run folder") from error
-
-
-FREE_ON_RESUME = re.compile(
-    r"output\..*|federation\.(hop-deadline|deadline|patience|check-every|min-complete)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
-)
-"""Keys that may differ between a run and its continuation: they don't decide what is trained."""
-
-
-def _reconciled(stored: RunConfig, given: RunConfig) -> RunConfig:
-    """Return the stored configuration with the free keys of the given one."""
-    old, new = stored.to_flat(), given.to_flat()
-    defaults = {option.key: option.default for option in options()}
-    problems = [
-        f"{key} = {new[key]!r}, but the run was started with {old[key]!r}"
-        for key in old
-        if new[key] != old[key] and new[key] != defaults[key] and not FREE_ON_RESUME.fullmatch(key)
-    ]
-    if problems:
-        raise ConfigError(
-            f"a resumed run keeps its configuration: {' | '.join(problems)}; leave the key out, or start anew"
-        )
-    return RunConfig.from_flat({**old, **{key: new[key] for key in old if FREE_ON_RESUME.fullmatch(key)}})
 
 
 def _iso(moment: datetime) -> str:

@@ -200,7 +200,7 @@ def _measure_consortium(
     measured: dict[str, object],
 ) -> list[Table]:
     try:
-        from chainward_simulations.benchmark import consortium, flower_run
+        from chainward_simulations.benchmark import consortium, consortium_tables, flower_run
     except ModuleNotFoundError as error:
         progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
         raise typer.Exit(1) from error
@@ -214,7 +214,7 @@ def _measure_consortium(
         progress.print(str(error), markup=False)
         raise typer.Exit(1) from error
     measured["consortium"] = run.to_json()
-    return [consortium.consortium_table(run), consortium.coordinator_table(run)]
+    return [consortium_tables.consortium_table(run), consortium_tables.coordinator_table(run)]
 
 
 def _measure_peers(

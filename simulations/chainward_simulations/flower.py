@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from chainward_server.run_folder import as_setting
+from chainward_server.resuming import as_setting
 from chainward_server.stop import end_processes
 from chainward_shared.config import ConfigScalar
 

@@ -23,12 +23,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from chainward_client.doctor import network
+from chainward_client.doctor.certificates import check_auth_key, check_root_certificates
 from chainward_client.doctor.network import (
     Endpoint,
-    check_auth_key,
     check_health,
     check_network,
-    check_root_certificates,
     check_superlink,
     compare_clocks,
 )

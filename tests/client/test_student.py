@@ -13,7 +13,7 @@ from torch import nn
 from chainward_client.app import app
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.evaluation import class_probabilities
-from chainward_client.privileged.targets import PrivilegedTargets
+from chainward_client.privileged.results import PrivilegedTargets
 from chainward_client.training.objective import Batch
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_client.training.student import StudentObjective, train_student

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from chainward_server.results import LinkRecord
-from chainward_server.run_folder import RunState
+from chainward_server.run_state import RunState
 from chainward_shared.config import RunConfig
 from chainward_shared.files import write_atomically
 from chainward_shared.models import build_model
@@ -141,6 +141,11 @@ def consortium():
     return pytest.importorskip("chainward_simulations.benchmark.consortium", reason="needs psutil")
 
 
+@pytest.fixture
+def memory():
+    return pytest.importorskip("chainward_simulations.benchmark.coordinator_memory", reason="needs psutil")
+
+
 def link(step, *, lap=0, seconds=3.0, training=1.0):
     log = TrainingLog(epochs=1, steps=1, images=16, loss=[0.7], seconds=training, precision="fp32")
     return LinkRecord(
@@ -158,9 +163,9 @@ def link(step, *, lap=0, seconds=3.0, training=1.0):
     )
 
 
-def sample(consortium, hops, mib, phase="chain"):
+def sample(memory, hops, mib, phase="chain"):
     size = int(mib * 2**20)
-    return consortium.Sample(seconds=0.0, phase=phase, hops=hops, uss=size, rss=2 * size, pss=size)
+    return memory.Sample(seconds=0.0, phase=phase, hops=hops, uss=size, rss=2 * size, pss=size)
 
 
 @pytest.mark.parametrize("sites", [3, 12])
@@ -212,47 +217,48 @@ def test_a_consortium_that_lost_a_hop_is_not_measured(consortium):
         consortium.hop_seconds([link(0), lost], [3.0], 9.0)
 
 
-def test_the_memory_after_a_hop_is_the_median_of_the_samples_until_the_next(consortium):
+def test_the_memory_after_a_hop_is_the_median_of_the_samples_until_the_next(memory):
     seen = [(0, 90), (1, 100), (1, 101), (1, 400), (3, 103)]  # no sample between the second hop and the third
-    samples = [sample(consortium, *one) for one in seen]
-    others = [sample(consortium, 0, 50, "rendezvous"), sample(consortium, 3, 700, "report")]
-    assert consortium.memory_after_hops(samples + others) == {1: 101.0, 3: 103.0}
+    samples = [sample(memory, *one) for one in seen]
+    others = [sample(memory, 0, 50, "rendezvous"), sample(memory, 3, 700, "report")]
+    assert memory.memory_after_hops(samples + others) == {1: 101.0, 3: 103.0}
 
 
-def test_growth_is_the_slope_of_least_squares_over_the_hops_of_a_lap(consortium):
+def test_growth_is_the_slope_of_least_squares_over_the_hops_of_a_lap(memory):
     random = np.random.default_rng(0)
-    memory = {hop: 500 + 0.25 * hop + random.normal() for hop in range(1, 21)} | {21: 10_000.0}
-    hops, sizes = np.arange(1, 21), np.array([memory[hop] for hop in range(1, 21)])
+    of_hops = {hop: 500 + 0.25 * hop + random.normal() for hop in range(1, 21)} | {21: 10_000.0}
+    hops, sizes = np.arange(1, 21), np.array([of_hops[hop] for hop in range(1, 21)])
     reference = ((hops - hops.mean()) * (sizes - sizes.mean())).sum() / ((hops - hops.mean()) ** 2).sum()
-    found = consortium.growth(memory, 1, 20)
+    found = memory.growth(of_hops, 1, 20)
     assert found.per_hop == pytest.approx(reference)
-    assert (found.first, found.half, found.last) == (memory[1], memory[10], memory[20])
+    assert (found.first, found.half, found.last) == (of_hops[1], of_hops[10], of_hops[20])
 
 
-def test_growth_is_unknown_where_fewer_than_two_hops_were_sampled(consortium):
-    assert consortium.growth({5: 500.0, 30: 600.0}, 1, 20) == consortium.Growth()
+def test_growth_is_unknown_where_fewer_than_two_hops_were_sampled(memory):
+    assert memory.growth({5: 500.0, 30: 600.0}, 1, 20) == memory.Growth()
 
 
-def test_a_table_shows_the_memory_of_each_lap_and_what_a_model_kept_per_hop_would_be(consortium):
+def test_a_table_shows_the_memory_of_each_lap_and_what_a_model_kept_per_hop_would_be(consortium, memory):
     plan = consortium.ConsortiumPlan(sites=4, laps=2)
-    samples = [sample(consortium, hops, 500 + 2 * min(hops, 4)) for hops in range(8)]
-    samples.append(sample(consortium, 8, 650, "done"))
+    samples = [sample(memory, hops, 500 + 2 * min(hops, 4)) for hops in range(8)]
+    samples.append(sample(memory, 8, 650, "done"))
     links = [link(step, lap=lap) for lap in range(2) for step in range(4)]
     hops = consortium.hop_seconds(links, [5.0 * number + 3.0 for number in range(8)], 40.0)
     timings = {"rendezvous": 10.0, "chain": 40.0}
     folder = {"models": 3_000_000, "simulated-sites": 2_000_000, "rest": 500_000}
     run = consortium.ConsortiumRun(plan, 60.0, timings, links, hops, 2**20, 40_000, 0.02, folder, samples)
-    memory = consortium.coordinator_table(run)
-    assert memory.rows == [
+    tables = pytest.importorskip("chainward_simulations.benchmark.consortium_tables")
+    shown = tables.coordinator_table(run)
+    assert shown.rows == [
         ("lap 1", "4", "502.0", "504.0", "508.0", "2.000"),
         ("lap 2", "4", "508.0", "508.0", "508.0", "0.000"),
         ("whole chain", "8", "502.0", "508.0", "508.0", "1.000"),
     ]
-    notes = " ".join(memory.notes)
+    notes = " ".join(shown.notes)
     assert "650 USS (phase done, after 8 hops)" in notes
     assert "When the chain begins it holds 500.0 MiB" in notes
     assert "would be 1.00 MiB per hop" in notes
-    figures = dict(consortium.consortium_table(run).rows)
+    figures = dict(tables.consortium_table(run).rows)
     assert figures["a hop, s"] == "5.00 (5.00 to 5.00)"
     assert figures["overhead of a hop: all but training, s"] == "4.00 (4.00 to 4.00)"
     assert figures["a hop: MB down, up"] == "2.00, 2.00"
@@ -260,16 +266,16 @@ def test_a_table_shows_the_memory_of_each_lap_and_what_a_model_kept_per_hop_woul
     assert run.to_json()["growth"]["lap 2"]["per_hop"] == 0.0
 
 
-def test_the_watch_sees_the_coordinators_process_grow_with_the_hops(consortium, monkeypatch, tmp_path):
-    monkeypatch.setattr(consortium, "SAMPLE_SECONDS", 0.05)
-    program, output = tmp_path / consortium.COORDINATOR, tmp_path / "runs"
+def test_the_watch_sees_the_coordinators_process_grow_with_the_hops(memory, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "SAMPLE_SECONDS", 0.05)
+    program, output = tmp_path / memory.COORDINATOR, tmp_path / "runs"
     program.write_text("kept = []\nwhile input():\n    kept.append(bytearray(b'x' * 2**26))\n", encoding="utf-8")
     (output / "run-1").mkdir(parents=True)
     environment = os.environ | {"FLWR_HOME": str(tmp_path)}
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], env=environment, stdin=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, str(program)], env=environment, stdin=subprocess.PIPE, text=True)
     try:
-        with consortium.CoordinatorWatch(tmp_path, output) as watch:
+        with memory.CoordinatorWatch(tmp_path, output) as watch:
             for hops in range(3):
                 seen = len(watch.samples)
                 finished = [*(f"strand-0-lap-0-step-{step}" for step in range(hops)), "alone-site-1"]
@@ -285,9 +291,9 @@ def test_the_watch_sees_the_coordinators_process_grow_with_the_hops(consortium, 
         for child in (bystander, process):
             child.kill()
             child.communicate()
-    memory = consortium.memory_after_hops(watch.samples)
+    of_hops = memory.memory_after_hops(watch.samples)
     assert {one.hops for one in watch.samples} == {0, 1, 2}
-    assert memory[2] - memory[1] == pytest.approx(64, abs=2)
+    assert of_hops[2] - of_hops[1] == pytest.approx(64, abs=2)
 
 
 def test_help_names_what_can_be_measured():

@@ -20,7 +20,7 @@ from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations.cli import app
 from chainward_simulations.runner import equal, open_sites, run_in_process, score
 from chainward_simulations.study import training
-from chainward_simulations.study.arms import plan_arms
+from chainward_simulations.study.planned_arms import plan_arms
 from chainward_simulations.study.predictions import load_predictions
 from chainward_simulations.study.store import load_chain, save_chain
 from chainward_simulations.study.study import StudyRequest, run_study

@@ -6,7 +6,8 @@ import pytest
 
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
-from chainward_simulations.study.arms import ARMS, plan_arms
+from chainward_simulations.study.arms import ARMS
+from chainward_simulations.study.planned_arms import plan_arms
 from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
 
 BASE = {"data.source": "phantom", "federation.threads": 1, "chain.epochs": 12}

@@ -18,11 +18,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from cryptography.x509.oid import NameOID
 
+from chainward_client.doctor.certificates import (
+    alternative_names,
+    check_auth_key,
+    check_root_certificates,
+    check_server_certificate,
+    common_name,
+    day,
+)
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_shared.errors import ConfigError
 from chainward_shared.words import listed
@@ -30,8 +34,6 @@ from chainward_shared.words import listed
 TIMEOUT = 8.0
 """Seconds to wait for an answer of the network."""
 
-SOON = timedelta(days=30)
-"""A certificate that expires within this time is worth a warning."""
 
 AHEAD, BEHIND = 5, 300
 """Seconds by which a site's clock may differ from the SuperLink's: Flower refuses signed requests beyond (flwr 1.41 and 1.42)."""
@@ -93,57 +95,6 @@ def check_network(
 
 
 # --- certificates ---
-
-
-def check_root_certificates(path: Path, now: datetime | None = None) -> Check:
-    """Check the file with the certificates by which the coordinator's is to be verified."""
-    name = "root certificates"
-    ask = "ask the coordinator for the root certificate (a PEM file), and compare its fingerprint by phone"
-    now = now or datetime.now(UTC)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return problem(name, f"{path}: can't be read ({error.strerror})", ask)
-    if b"PRIVATE KEY" in content:
-        return problem(name, f"{path}: holds a private key", "delete it, tell the coordinator at once, and " + ask)
-    try:
-        certificates = x509.load_pem_x509_certificates(content)
-    except ValueError:
-        return problem(name, f"{path}: not a PEM file with certificates", ask)
-    found = listed([f"{_subject(one)}, valid until {_day(one.not_valid_after_utc)}" for one in certificates], 3)
-    for one in certificates:
-        if one.not_valid_after_utc < now:
-            return problem(name, f"{_subject(one)}: expired on {_day(one.not_valid_after_utc)}", ask)
-        if one.not_valid_before_utc > now:
-            return problem(
-                name,
-                f"{_subject(one)}: not valid before {_day(one.not_valid_before_utc)}",
-                f"check the clock, or {ask}",
-            )
-    if soon := [one for one in certificates if one.not_valid_after_utc < now + SOON]:
-        return warning(name, f"{_subject(soon[0])}: expires on {_day(soon[0].not_valid_after_utc)}", ask)
-    return ok(name, found)
-
-
-def _day(time: datetime) -> str:
-    return time.strftime("%Y-%m-%d")
-
-
-def _subject(certificate: x509.Certificate) -> str:
-    return _common_name(certificate.subject) or certificate.subject.rfc4514_string() or "a certificate without a name"
-
-
-def _common_name(name: x509.Name) -> str:
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(found[0].value) if found else ""
-
-
-def _alternative_names(certificate: x509.Certificate) -> list[str]:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        return []
-    return [str(name.value) for name in names]
 
 
 # --- the SuperLink ---
@@ -229,58 +180,17 @@ def _handshake(endpoint: Endpoint, roots: Path | None) -> tuple[list[Check], ssl
     except (OSError, ValueError) as error:
         return [_tls_problem(endpoint, roots, error)], None
     assert der is not None
-    return [ok("TLS", f"{version}, verified by {_trust(roots)}"), _server_certificate(der)], context
+    return [ok("TLS", f"{version}, verified by {_trust(roots)}"), check_server_certificate(der)], context
 
 
 def _trust(roots: Path | None) -> str:
     return "the certificates of this machine (no --root-certificates)" if roots is None else roots.name
 
 
-def _server_certificate(der: bytes) -> Check:
-    certificate = x509.load_der_x509_certificate(der)
-    until = certificate.not_valid_after_utc
-    found = f"for {listed(_alternative_names(certificate), 4)}, valid until {_day(until)}"
-    if until < datetime.now(UTC) + SOON:
-        return warning("server certificate", found, "tell the coordinator that it has to be renewed soon")
-    return ok("server certificate", found)
-
-
 def _tls_problem(endpoint: Endpoint, roots: Path | None, error: Exception) -> Check:
-    """Return in plain words why a handshake failed. Codes of verification are OpenSSL's (X509_V_ERR_...)."""
-    coordinator = "ask the coordinator"
+    """Return in plain words why a handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        shown = _unverified(endpoint)
-        code = error.verify_code
-        if code == 10:
-            expired = f" on {_day(shown.not_valid_after_utc)}" if shown else ""
-            if shown and shown.not_valid_after_utc > datetime.now(UTC):
-                return problem(
-                    "TLS", "a certificate between the server's and the root expired", "renew it: " + coordinator
-                )
-            return problem(
-                "TLS",
-                f"the server's certificate expired{expired}",
-                "the coordinator must renew it (or this clock is wrong)",
-            )
-        if code == 9:
-            start = f" before {_day(shown.not_valid_before_utc)}" if shown else " yet"
-            return problem("TLS", f"the server's certificate is not valid{start}", "check this machine's clock")
-        if code in (62, 64):
-            names = listed(_alternative_names(shown), 4) if shown else ""
-            return problem(
-                "TLS",
-                f"wrong name: the server's certificate is for {names or 'no name at all'}, not for {endpoint.host}",
-                f"use one of these names in --superlink, or {coordinator} for a certificate with this one (SAN)",
-            )
-        if code in (2, 18, 19, 20, 21):
-            signer = _common_name(shown.issuer) or shown.issuer.rfc4514_string() if shown else "somebody else"
-            return problem(
-                "TLS",
-                f"wrong CA: the server's certificate is signed by '{signer}', which {_trust(roots)} doesn't hold",
-                "use the root certificate that the coordinator sent for this server; if it is the right one, a proxy of the "
-                "hospital opens TLS: exempt this host from it",
-            )
-        return problem("TLS", f"the server's certificate is refused: {error.verify_message}", coordinator)
+        return _verification_problem(endpoint, roots, error)
     reason = str(getattr(error, "reason", "") or "")
     if isinstance(error, ssl.SSLError) and any(
         part in reason for part in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH")
@@ -300,7 +210,42 @@ def _tls_problem(endpoint: Endpoint, roots: Path | None, error: Exception) -> Ch
             f"{endpoint}: hung up in the handshake",
             "a firewall or proxy that inspects TLS is the usual cause: exempt this host from it; else another service",
         )
-    return problem("TLS", f"the handshake failed: {reason or error}", coordinator)
+    return problem("TLS", f"the handshake failed: {reason or error}", "ask the coordinator")
+
+
+def _verification_problem(endpoint: Endpoint, roots: Path | None, error: ssl.SSLCertVerificationError) -> Check:
+    """Return in plain words why the server's certificate is refused, by OpenSSL's codes (X509_V_ERR_...)."""
+    coordinator = "ask the coordinator"
+    shown = _unverified(endpoint)
+    code = error.verify_code
+    if code == 10:
+        expired = f" on {day(shown.not_valid_after_utc)}" if shown else ""
+        if shown and shown.not_valid_after_utc > datetime.now(UTC):
+            return problem("TLS", "a certificate between the server's and the root expired", "renew it: " + coordinator)
+        return problem(
+            "TLS",
+            f"the server's certificate expired{expired}",
+            "the coordinator must renew it (or this clock is wrong)",
+        )
+    if code == 9:
+        start = f" before {day(shown.not_valid_before_utc)}" if shown else " yet"
+        return problem("TLS", f"the server's certificate is not valid{start}", "check this machine's clock")
+    if code in (62, 64):
+        names = listed(alternative_names(shown), 4) if shown else ""
+        return problem(
+            "TLS",
+            f"wrong name: the server's certificate is for {names or 'no name at all'}, not for {endpoint.host}",
+            f"use one of these names in --superlink, or {coordinator} for a certificate with this one (SAN)",
+        )
+    if code in (2, 18, 19, 20, 21):
+        signer = common_name(shown.issuer) or shown.issuer.rfc4514_string() if shown else "somebody else"
+        return problem(
+            "TLS",
+            f"wrong CA: the server's certificate is signed by '{signer}', which {_trust(roots)} doesn't hold",
+            "use the root certificate that the coordinator sent for this server; if it is the right one, a proxy of the "
+            "hospital opens TLS: exempt this host from it",
+        )
+    return problem("TLS", f"the server's certificate is refused: {error.verify_message}", coordinator)
 
 
 def _unverified(endpoint: Endpoint) -> x509.Certificate | None:
@@ -380,32 +325,6 @@ def compare_clocks(date: str | None, sent: datetime, received: datetime) -> Chec
 
 
 # --- key and health ---
-
-
-def check_auth_key(path: Path) -> Check:
-    """Check the key with which the SuperNode proves which hospital it is."""
-    name = "SuperNode key"
-    make = f"make one here, it never travels: ssh-keygen -t ecdsa -b 384 -N '' -f {path}"
-    try:
-        content = path.read_bytes()
-        mode = path.stat().st_mode & 0o777
-    except OSError as error:
-        return problem(name, f"{path}: can't be read ({error.strerror})", make)
-    try:
-        key = load_ssh_private_key(content, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        if content.startswith((b"ecdsa-", b"ssh-")):
-            return problem(name, f"{path}: the public half", "give the private key, the file without .pub")
-        return problem(name, f"{path}: not a private key without passphrase in OpenSSH's format", make)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        return problem(name, f"{path}: a key of another kind than ECDSA, which Flower wants", make)
-    if mode & 0o077:
-        return problem(name, f"{path}: others may read it (mode {mode:04o})", f"chmod 600 {path}")
-    return ok(
-        name,
-        f"{key.curve.name}, only its owner may read it; fingerprint: ssh-keygen -l -f {path}. Whether the coordinator has "
-        "registered it shows when the SuperNode connects",
-    )
 
 
 def check_health(endpoint: Endpoint, ask: Callable[[Endpoint], str] | None = None) -> Check:

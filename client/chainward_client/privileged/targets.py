@@ -13,16 +13,13 @@ declares, and its classes are all those of the task.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -35,69 +32,18 @@ from chainward_client.policy import check_run
 from chainward_client.precision import training_environment
 from chainward_client.private_site import Prepared, PrivateWork
 from chainward_client.privileged.checks import MIN_CASES
+from chainward_client.privileged.kept import key_of, key_of_private, load, path_of, save
+from chainward_client.privileged.results import PrivilegedTargets, TeacherReport
 from chainward_client.privileged.table import table_vectors
-from chainward_client.privileged.teacher import train_teacher, train_teacher_privately
+from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
 from chainward_shared.distillation.losses import class_counts
-from chainward_shared.errors import WeightsError
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import PRIVILEGED_BATCH, PrivilegedRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
-from chainward_shared.weights import StateDict, digest, load_file, save_file
 
 logger = logging.getLogger("chainward.client")
-
-KEPT_FILES = 16
-_FORMAT = 1
-_FOLDER = "privileged"
-
-
-@dataclass(frozen=True)
-class TeacherReport:
-    """How one teacher fares. Stays in the site's own log.
-
-    Attributes
-    ----------
-    cases : training cases that have the modality
-    balanced_accuracy : out of fold, under privacy on the training cases themselves; multi-label: the mean over the
-        findings. NaN where no case can tell
-    """
-
-    cases: int
-    balanced_accuracy: float
-
-
-@dataclass(frozen=True)
-class PrivilegedTargets:
-    """What the privileged teachers of a site say of each of n cases. Never leaves the site.
-
-    A case with report and table has the mean of the two teachers' logits, and their embeddings side by side, each of
-    length 1. A case with one of them has that one, and zeros for the other, which `present` keeps out of every comparison.
-
-    Attributes
-    ----------
-    logits : float32 (n, classes), out of fold (under privacy of the one teacher); 0 where not taught
-    taught : bool (n, classes), the classes that all teachers of this case have seen; under privacy all classes
-    embeddings : float32 (n, d), 0 where not present
-    present : bool (n, d), the dimensions of the modalities that the case has
-    multilabel : whether the classes are questions of their own
-    report : of each teacher, "text" and "table"
-    private : whether the teachers were trained privately, and paid for on the site's ledger
-    """
-
-    logits: Tensor
-    taught: Tensor
-    embeddings: Tensor
-    present: Tensor
-    multilabel: bool
-    report: Mapping[str, TeacherReport]
-    private: bool = False
-
-    @property
-    def available(self) -> Tensor:
-        """Return which cases have something privileged, bool (n,)."""
-        return self.present.any(dim=1)
 
 
 def privileged_targets(
@@ -131,8 +77,8 @@ def privileged_targets(
     """
     if work is not None:
         return _private_targets(data, cases, recipe, training, cache, work)
-    key = _key(data, cases, recipe, training)
-    if cache is not None and (kept := _load(_path(cache, key), key, cases, data)) is not None:
+    key = key_of(data, cases, recipe, training)
+    if cache is not None and (kept := load(path_of(cache, key), key, cases, data)) is not None:
         return kept
     started = time.monotonic()
     parts = {
@@ -154,7 +100,7 @@ def privileged_targets(
         shown,
     )
     if cache is not None:
-        _save(targets, _path(cache, key), key)
+        save(targets, path_of(cache, key), key)
     return targets
 
 
@@ -221,10 +167,10 @@ def _private_modality(
     """
     phase, training = f"teacher-{name}", prepared.recipe
     planned = work.plan(training, data, epochs=recipe.epochs, batch_size=PRIVILEGED_BATCH)
-    key = _private_key(name, data, cases, recipe, prepared, planned, work.run)
-    path = None if cache is None else _path(cache, key, private=True)
+    key = key_of_private(name, data, cases, recipe, prepared, planned, work.run)
+    path = None if cache is None else path_of(cache, key, private=True)
     if path is not None and _paid(work, phase, planned):
-        kept = _load(path, key, cases, data, private=True)
+        kept = load(path, key, cases, data, private=True)
         if kept is not None:
             return _Answers(name, kept.logits, kept.taught, kept.embeddings, kept.available, kept.report[name])
     started = time.monotonic()
@@ -251,25 +197,32 @@ def _private_modality(
             private,
             *purpose,
         )
-    with training_environment(training.threads, seed=0), torch.no_grad():
-        logits = torch.where(there[:, None], teacher(inputs), 0.0)
-        embeddings = torch.nn.functional.normalize(teacher.embed(inputs), dim=1) * there[:, None]
-    taught = there[:, None].expand_as(logits).contiguous()
-    report = TeacherReport(int(there.sum()), _balanced_accuracy(logits[there], taught[there], cases.labels[there]))
-    answers = _Answers(name, logits, taught, embeddings, there, report)
+    answers = _answers_of(name, teacher, inputs, there, cases.labels, training.threads)
     logger.info(
         "%s: privileged %s teacher trained privately in %.1f s; balanced accuracy on its own training cases: %.3f on %d of "
         "%d cases",
         data.site,
         name,
         time.monotonic() - started,
-        report.balanced_accuracy,
-        report.cases,
+        answers.report.balanced_accuracy,
+        answers.report.cases,
         len(cases),
     )
     if path is not None:
-        _save(_merged([answers], cases.labels.ndim == 2, private=True), path, key)
+        save(_merged([answers], cases.labels.ndim == 2, private=True), path, key)
     return answers
+
+
+def _answers_of(
+    name: str, teacher: PrivilegedTeacher, inputs: Tensor, there: Tensor, labels: Tensor, threads: int
+) -> _Answers:
+    """Return what one teacher, trained on all cases, says of those that have its modality."""
+    with training_environment(threads, seed=0), torch.no_grad():
+        logits = torch.where(there[:, None], teacher(inputs), 0.0)
+        embeddings = torch.nn.functional.normalize(teacher.embed(inputs), dim=1) * there[:, None]
+    taught = there[:, None].expand_as(logits).contiguous()
+    report = TeacherReport(int(there.sum()), _balanced_accuracy(logits[there], taught[there], labels[there]))
+    return _Answers(name, logits, taught, embeddings, there, report)
 
 
 def _paid(work: PrivateWork, phase: str, planned: PrivatePlan) -> bool:
@@ -369,108 +322,3 @@ def _balanced_accuracy(logits: Tensor, taught: Tensor, labels: Tensor) -> float:
     both = [finding for finding in range(labels.shape[1]) if 0 < labels[:, finding].sum() < len(labels)]
     scores = [balanced_accuracy_score(labels[:, finding] > 0.5, logits[:, finding] > 0) for finding in both]
     return float(np.mean(scores)) if scores else math.nan
-
-
-def _private_key(
-    name: str,
-    data: SiteData,
-    cases: Cases,
-    recipe: PrivilegedRecipe,
-    prepared: Prepared[TrainingRecipe],
-    planned: PrivatePlan,
-    run: str,
-) -> str:
-    """Return the SHA-256 over everything that decides what one private teacher says, but for the noise; and the run."""
-    hidden = {"text": {"table": None}, "table": {"texts": None}}[name]
-    own = replace(cases, privileged=replace(cases.privileged, **hidden))
-    private = {"run": run, "plan": planned.model_dump(), "counts": prepared.counts.tolist(), "of": name}
-    return _key(data, own, recipe.model_copy(update={"use": name}), prepared.recipe, private)
-
-
-def _key(
-    data: SiteData,
-    cases: Cases,
-    recipe: PrivilegedRecipe,
-    training: TrainingRecipe,
-    private: Mapping[str, object] | None = None,
-) -> str:
-    """Return the SHA-256 over everything that decides the targets."""
-    setup, privileged = data.privileged, cases.privileged
-    decides = {
-        "format": _FORMAT,
-        "versions": {name: _version(name) for name in ("chainward", "torch", "scikit-learn", "numpy", "transformers")},
-        "site": data.site,
-        "classes": data.classes,
-        # the weights in the student's loss decide nothing here
-        "recipe": recipe.model_dump(exclude={"logit_weight", "embedding_weight", "temperature"}),
-        "training": [training.seed, training.threads, training.class_balance, training.prior_strength],
-        "labels": [list(cases.labels.shape), cases.labels.tolist()],
-        "patients": cases.patients.tolist(),
-        "texts": privileged.texts,
-        "table": {name: privileged.table[name] for name in setup.columns} if privileged.table is not None else None,
-        "columns": {name: declared.model_dump() for name, declared in setup.columns.items()},
-        "label words": setup.label_words,
-        "encoder": None if setup.encoder is None else _stamps(setup.encoder),
-    }
-    if private is not None:
-        decides["private"] = private
-    return hashlib.sha256(json.dumps(decides, ensure_ascii=True).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    files = sorted(path for path in folder.glob("*") if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-def _path(cache: Path, key: str, *, private: bool = False) -> Path:
-    return cache / _FOLDER / f"{_prefix(private)}{key[:32]}.safetensors"
-
-
-def _prefix(private: bool) -> str:
-    """Private answers have their own, so that those of other trainings, which cost nothing, don't push them out."""
-    return "private-targets-" if private else "targets-"
-
-
-def _tensors(targets: PrivilegedTargets) -> StateDict:
-    return {name: getattr(targets, name) for name in ("logits", "taught", "embeddings", "present")}
-
-
-def _save(targets: PrivilegedTargets, path: Path, key: str) -> None:
-    report = {name: [entry.cases, entry.balanced_accuracy] for name, entry in targets.report.items()}
-    metadata = {"key": key, "digest": digest(_tensors(targets)), "report": json.dumps(report)}
-    again = " and charged" if targets.private else ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_tensors(targets), path, metadata)
-        kept = sorted(
-            path.parent.glob(f"{_prefix(targets.private)}*.safetensors"), key=lambda file: file.stat().st_mtime_ns
-        )
-        for old in kept[:-KEPT_FILES]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning(
-            "%s: can't be written (%s); privileged teachers are trained%s again", path, error.strerror, again
-        )
-
-
-def _load(path: Path, key: str, cases: Cases, data: SiteData, *, private: bool = False) -> PrivilegedTargets | None:
-    """Return the targets in a file, or None if there is none that can be used."""
-    if not path.exists():
-        return None
-    try:
-        tensors, metadata = load_file(path)
-        if metadata.get("key") != key or metadata.get("digest") != digest(tensors):
-            raise WeightsError(f"{path}: not what was written")
-        report = {name: TeacherReport(*entry) for name, entry in json.loads(metadata["report"]).items()}
-    except (WeightsError, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s: damaged (%s); privileged teachers are trained again", path, error)
-        return None
-    logger.info("%s: privileged teachers found in %s", data.site, path)
-    return PrivilegedTargets(**tensors, multilabel=cases.labels.ndim == 2, report=report, private=private)

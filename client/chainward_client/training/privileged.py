@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from chainward_client.privileged.targets import PrivilegedTargets
+from chainward_client.privileged.results import PrivilegedTargets
 from chainward_shared.distillation.privileged import embedding_loss, logit_loss
 from chainward_shared.recipes import PrivilegedRecipe
 

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from chainward_shared.config import ConfigScalar, RunConfig
-from chainward_shared.errors import ConfigError, StudyError, nearest
-from chainward_shared.recipes import LinkRecipe
+from chainward_shared.config import ConfigScalar
+from chainward_shared.errors import StudyError, nearest
 from chainward_simulations.study.further import further_baselines
 from chainward_simulations.study.settings import parse_assignments, typed
 
-PRIVATE_TRAINERS = ("alone", "alone-long", "chain", "student")
-
-ROUNDS = 4
-"""Rounds of FedAvg, as nearly as the epochs allow."""
 PROXIMAL_WEIGHT = 0.01
 """mu of FedProx."""
-_CYCLIC: Mapping[str, ConfigScalar] = {
-    "chain.distillation-weight": 0.0,
-    "chain.attention-weight": 0.0,
-    "chain.unlabelled-weight": 0.0,
-    "chain.start": "warm",
-    "chain.max-forgetting": 1.0,
-    "chain.strands": 1,
-    "chain.merge": "best",
-    "privileged.mode": "off",
-}
 _OF_THE_DATA = ("seed", "data.source", "data.label-skew", "federation.", "output.")
 _OWN_OPTIONS = ("arm", "rounds", "mu")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -235,169 +217,3 @@ def _number(text: str | None, default: float, key: str, source: str, *, least: f
         kind = "a whole number" if whole else "a number"
         raise StudyError(f"{source} {key}={text}: expected {kind} of at least {least:g}")
     return value
-
-
-@dataclass(frozen=True)
-class PlannedArm:
-    """An arm with its whole configuration, checked; `config` has the first seed until `of_seed` sets another.
-
-    Attributes
-    ----------
-    rounds : of federated arms, a divisor of the epochs; 0 otherwise
-    """
-
-    arm: Arm
-    config: RunConfig
-    rounds: int
-
-    @property
-    def name(self) -> str:
-        """The arm's name."""
-        return self.arm.name
-
-    def of_seed(self, seed: int) -> PlannedArm:
-        """Return the same arm for another seed."""
-        return replace(self, config=self.config.model_copy(update={"seed": seed}))
-
-    @property
-    def chain_config(self) -> RunConfig:
-        """The configuration of the chain without the sites alone; students are only in the plans of private sites."""
-        return self.config.model_copy(update={"chain": self.config.chain.model_copy(update={"compare_alone": False})})
-
-    @property
-    def plain_recipe(self) -> LinkRecipe:
-        """The recipe of a baseline's training: a link's, for all its laps, without any teacher."""
-        return self.config.link_recipe(laps=self.config.chain.laps).model_copy(
-            update={
-                "start": "warm",
-                "distillation_weight": 0.0,
-                "attention_weight": 0.0,
-                "unlabelled_weight": 0.0,
-                "privileged": None,
-                # without a teacher these do nothing; the same everywhere, they don't make it another training
-                "temperature": 1.0,
-                "temperature_decay": 1.0,
-                "teacher_trust": "none",
-                "cycle": "link",  # baselines of several parts share one cycle whatever the chain does
-            }
-        )
-
-    def chain_digest(self) -> str:
-        """Return the digest of all that decides the chain's model."""
-        return _digest(self._of_chain())
-
-    def digest(self) -> str:
-        """Return the digest of all that decides what is trained: arms with the same are trained once.
-
-        One lap of cyclic weight transfer is a chain without teachers, to the bit; a test holds this.
-        """
-        if self.arm.trainer in ("chain", "cyclic"):
-            return _digest(self._of_chain() if self.arm.trainer == "chain" or self.arm.laps == 1 else self._of_cyclic())
-        if self.arm.trainer == "student":
-            recipes = [self.config.student_recipe(stage).model_dump() for stage in ("distil", "finetune")]
-            return _digest([self._of_chain(), self.config.student.model_dump(), recipes])
-        return _digest([self.arm.trainer, self.rounds, self.arm.mu, *self._of_sites(), self.plain_recipe.model_dump()])
-
-    def _of_sites(self) -> list[Any]:
-        """What decides the sites' data and the backbone."""
-        config = self.config
-        return [
-            config.data.model_dump(),
-            config.federation.model_dump(include={"num_sites", "sites"}),
-            [config.chain.backbone, config.chain.patch_size],
-        ]
-
-    def _of_cyclic(self) -> list[Any]:
-        return ["cyclic", self.arm.laps, self.config.chain.order, *self._of_sites(), self.plain_recipe.model_dump()]
-
-    def _of_chain(self) -> list[Any]:
-        aside = {"retries", "on_failure", "on_failure_at", "max_drift", "compare_alone"}
-        recipe = self.config.link_recipe()
-        chain = self.config.chain.model_dump(exclude=aside | set(recipe.model_dump()))
-        return ["chain", chain, *self._of_sites(), recipe.model_dump()]
-
-
-def _digest(deciding: object) -> str:
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def plan_arms(
-    names: Sequence[str],
-    definitions: Sequence[str],
-    base: Mapping[str, ConfigScalar],
-    seed: int,
-    *,
-    may_be_none: bool = False,
-) -> list[PlannedArm]:
-    """Return the arms of a study, checked, in the order they were named; arms that were defined follow.
-
-    Parameters
-    ----------
-    names : names of arms, also of those in `definitions`
-    definitions : ``NAME=key=value key=value``, see `custom_arm`
-    base : the study's settings as flat run config
-
-    Raises
-    ------
-    StudyError, ConfigError
-        One line: an unknown arm, one named twice, or one that the configuration doesn't allow.
-    """
-    custom: dict[str, Arm] = {}
-    for definition in definitions:
-        arm = custom_arm(definition)
-        if arm.name in ARMS or arm.name in custom:
-            raise StudyError(f"--arm {arm.name}: there is an arm of this name already; choose another name")
-        custom[arm.name] = arm
-    wanted = list(names)
-    if twice := next((name for name in wanted if wanted.count(name) > 1), None):
-        raise StudyError(f"--arms: '{twice}' is named twice; name each arm once")
-    wanted += [name for name in custom if name not in wanted]
-    if not wanted and not may_be_none:
-        raise StudyError("no arms: name some with --arms alone,chain or define one with --arm")
-    RunConfig.from_flat({**base, "seed": seed})  # what is wrong with the settings is not an arm's fault
-    return [_planned(custom[name] if name in custom else find_arm(name), base, seed) for name in wanted]
-
-
-def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedArm:
-    known = RunConfig().to_flat()
-    if missing := next((key for key in arm.overrides if key not in known), None):
-        raise StudyError(f"arm '{arm.name}': this version has no setting {missing}; leave the arm out")
-    flat = {**base, "seed": seed, **arm.overrides}
-    given = RunConfig.from_flat({**base, "seed": seed})
-    epochs = given.chain.epochs * given.chain.laps if "chain.epochs" not in arm.overrides else None
-    if arm.trainer == "cyclic":
-        flat |= _CYCLIC
-        flat["chain.order"] = "given" if given.chain.order == "weakest-next" else given.chain.order
-    if arm.laps:
-        total = epochs if epochs is not None else int(flat["chain.epochs"])
-        if total % arm.laps:
-            raise StudyError(
-                f"arm '{arm.name}': {arm.laps} laps can't share {total} epochs (chain.epochs times chain.laps) evenly; "
-                f"set a multiple of {arm.laps}"
-            )
-        flat |= {"chain.laps": arm.laps, "chain.epochs": total // arm.laps}
-    if arm.trainer == "student" and given.student.rounds == 0 and "student.rounds" not in arm.overrides:
-        raise StudyError(f"arm '{arm.name}': student.rounds = 0 trains no students; set it to at least 1")
-    try:
-        config = RunConfig.from_flat(flat)
-    except ConfigError as error:
-        raise StudyError(f"arm '{arm.name}': {error}") from None
-    if config.privacy.mode != "off" and arm.trainer not in PRIVATE_TRAINERS:
-        raise StudyError(
-            f"arm '{arm.name}' can't be trained privately; arms that can: alone, chain..., student..., or set privacy.mode=off"
-        )
-    rounds = _rounds(arm, config.chain.epochs * config.chain.laps) if arm.trainer == "federated" else 0
-    return PlannedArm(arm, config, rounds)
-
-
-def _rounds(arm: Arm, epochs: int) -> int:
-    """Return the rounds among which the epochs are shared evenly."""
-    if arm.rounds:
-        if epochs % arm.rounds:
-            raise StudyError(
-                f"arm '{arm.name}': {arm.rounds} rounds can't share {epochs} epochs (chain.epochs times chain.laps) evenly; "
-                "set a divisor"
-            )
-        return arm.rounds
-    divisors = [count for count in range(2, epochs + 1) if epochs % count == 0] or [1]
-    return min(divisors, key=lambda count: (abs(count - ROUNDS), -count))

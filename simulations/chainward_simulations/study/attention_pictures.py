@@ -8,7 +8,7 @@ from chainward_shared.errors import DataError
 from chainward_shared.models import Architecture
 from chainward_shared.weights import StateDict
 from chainward_simulations.examples import example_figure
-from chainward_simulations.study.arms import PlannedArm
+from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.store import StudyFolder, chain_file, load_chain
 from chainward_simulations.study.workers import open_sites
 

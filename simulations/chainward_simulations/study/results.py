@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chainward_shared.errors import StudyError
-from chainward_simulations.study.arms import PlannedArm
+from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.predictions import load_predictions
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.statistics import COMPARED, Difference, Metric, PairedBootstrap, Spread, spread

@@ -17,9 +17,9 @@ from chainward_shared.errors import StudyError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.models import build_model
 from chainward_simulations.simulated_sites import simulated_site_ids
-from chainward_simulations.study.arms import PlannedArm, plan_arms
 from chainward_simulations.study.attention_pictures import attention_pictures
 from chainward_simulations.study.picture import study_picture
+from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.results import StudyResult, as_json, collect
 from chainward_simulations.study.store import StudyFolder, check_definitions, default_folder, study_settings

@@ -20,8 +20,8 @@ from chainward_shared.words import listed
 from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study import baselines
-from chainward_simulations.study.arms import PlannedArm
 from chainward_simulations.study.further import further_baselines
+from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.predictions import predict_all, save_predictions
 from chainward_simulations.study.records import ArmRecord, BestSite, mean_scores
 

@@ -21,7 +21,7 @@ from chainward_shared.errors import ChainwardError, StudyError
 from chainward_shared.files import write_atomically
 from chainward_shared.seeds import derive_seed
 from chainward_simulations import runner
-from chainward_simulations.study.arms import PlannedArm, plan_arms
+from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.training import chain_work
 from chainward_simulations.study.workers import Event, Report, Step, Tried, Workers, open_sites

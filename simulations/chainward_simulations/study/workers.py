@@ -21,7 +21,7 @@ from chainward_shared.config import DataConfig, FederationConfig, RunConfig
 from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
-from chainward_simulations.study.arms import PlannedArm
+from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.store import chain_file, load_chain, save_chain
 from chainward_simulations.study.training import (

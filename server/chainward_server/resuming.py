@@ -1,0 +1,43 @@
+"""Which settings a run that is resumed may have otherwise than it had before, and how to write one."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from chainward_shared.config import ConfigScalar, RunConfig, options
+from chainward_shared.errors import ConfigError
+
+
+def as_setting(key: str, value: ConfigScalar) -> str:
+    """Return a setting as Flower's ``--run-config`` reads it: as TOML, and no text may hold a quotation mark inside."""
+    return f"{key}={re.sub(_ESCAPE, _without_quote, json.dumps(value, ensure_ascii=False))}"
+
+
+_ESCAPE = re.compile(r"\\(.)")
+
+
+def _without_quote(escape: re.Match[str]) -> str:
+    return "\\u0022" if escape[1] == '"' else escape[0]
+
+
+FREE_ON_RESUME = re.compile(
+    r"output\..*|federation\.(hop-deadline|deadline|patience|check-every|min-complete)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
+)
+"""Keys that may differ between a run and its continuation: they don't decide what is trained."""
+
+
+def reconciled(stored: RunConfig, given: RunConfig) -> RunConfig:
+    """Return the stored configuration with the free keys of the given one."""
+    old, new = stored.to_flat(), given.to_flat()
+    defaults = {option.key: option.default for option in options()}
+    problems = [
+        f"{key} = {new[key]!r}, but the run was started with {old[key]!r}"
+        for key in old
+        if new[key] != old[key] and new[key] != defaults[key] and not FREE_ON_RESUME.fullmatch(key)
+    ]
+    if problems:
+        raise ConfigError(
+            f"a resumed run keeps its configuration: {' | '.join(problems)}; leave the key out, or start anew"
+        )
+    return RunConfig.from_flat({**old, **{key: new[key] for key in old if FREE_ON_RESUME.fullmatch(key)}})

@@ -1,0 +1,91 @@
+"""No file and no function of the house is longer than a reader holds in mind; what still is, is listed and may only shrink."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from house import PACKAGES, REPOSITORY, parsed, sources
+
+MOST_LINES_OF_A_FILE = 400
+MOST_LINES_OF_A_FUNCTION = 50
+"""Without its docstring: parameters, units and errors are to be said at length."""
+
+LONGER_FILES = {
+    "shared/chainward_shared/protocol.py": 489,
+}
+LONGER_FUNCTIONS = {
+    "client/chainward_client/data/dicom_headers.py:notes": 55,
+    "client/chainward_client/doctor/data.py:odd_headers": 63,
+    "client/chainward_client/privileged/targets.py:_private_modality": 56,
+    "server/chainward_server/exchange.py:stream": 67,
+    "server/chainward_server/export/card.py:model_card": 60,
+    "server/chainward_server/export/run_export.py:export_run": 54,
+    "server/chainward_server/heads.py:_asked": 55,
+    "server/chainward_server/report/page.py:render_report": 55,
+    "server/chainward_server/report/plots.py:curve_plot": 63,
+    "server/chainward_server/report/verdict.py:cards": 53,
+    "shared/chainward_shared/pretrained/commands.py:weights_commands": 91,
+    "simulations/chainward_simulations/phantoms/difficulty.py:main": 51,
+    "simulations/chainward_simulations/study/command.py:study": 93,
+}
+
+
+def lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many lines a function has, from ``def`` on, without its docstring."""
+    assert function.end_lineno is not None
+    whole, first = function.end_lineno - function.lineno + 1, function.body[0]
+    if ast.get_docstring(function) is None:
+        return whole
+    assert first.end_lineno is not None
+    return whole - (first.end_lineno - first.lineno + 1)
+
+
+def functions() -> dict[str, int]:
+    """Return the lines of every function; of several that share a name in a file, of the longest."""
+    found: dict[str, int] = {}
+    for path in (path for package in PACKAGES for path in sources(package)):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{path.relative_to(REPOSITORY)}:{node.name}"
+                found[name] = max(found.get(name, 0), lines(node))
+    return found
+
+
+def too_long(found: dict[str, int], most: int, longer: dict[str, int]) -> dict[str, int]:
+    """Return what is longer than it may be, and, with 0, what has become short enough to leave the list."""
+    grown = {name: count for name, count in found.items() if count > max(most, longer.get(name, 0))}
+    return grown | {name: 0 for name in longer if found.get(name, 0) <= most}
+
+
+def test_no_file_is_longer_than_400_lines():
+    found = {
+        str(path.relative_to(REPOSITORY)): len(path.read_text(encoding="utf-8").splitlines())
+        for package in PACKAGES
+        for path in sources(package)
+    }
+    assert too_long(found, MOST_LINES_OF_A_FILE, LONGER_FILES) == {}
+
+
+def test_no_function_is_longer_than_50_lines_without_its_docstring():
+    assert too_long(functions(), MOST_LINES_OF_A_FUNCTION, LONGER_FUNCTIONS) == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        ("def f():\n    return 1", 2),
+        ('def f():\n    """One."""\n    return 1', 2),
+        ('def f():\n    """One.\n\n    Two.\n    """\n    return 1', 2),
+        ("async def f(\n    x,\n):\n    return 1", 4),
+    ],
+)
+def test_the_lines_of_a_function_are_those_without_its_docstring(body, count):
+    (function,) = ast.parse(body).body
+    assert lines(function) == count
+
+
+def test_what_grows_and_what_has_left_the_list_is_told():
+    longer = {"a": 60, "b": 70}
+    assert too_long({"a": 60, "b": 70, "c": 50}, 50, longer) == {}
+    assert too_long({"a": 61, "b": 50, "c": 51}, 50, longer) == {"a": 61, "b": 0, "c": 51}
