@@ -37,6 +37,7 @@ from chainward_simulations.simulated_sites import simulated_site, simulated_site
 
 BENCHMARK = Path(__file__).parents[2] / "simulations" / "benchmark"
 PLAN = replace(TrainingPlan.quick(), augmentations=("upright",), sites="site-6", threads=1)
+MOMENT = "2026-01-02T03:04:05+00:00"
 
 
 def test_every_loop_has_a_throughput_and_a_ratio_for_each_repeat():
@@ -279,7 +280,7 @@ def test_the_watch_sees_the_coordinators_process_grow_with_the_hops(memory, monk
             for hops in range(3):
                 seen = len(watch.samples)
                 finished = [*(f"strand-0-lap-0-step-{step}" for step in range(hops)), "alone-site-1"]
-                state = RunState(run_id="run-1", started="now", updated="now", phase="chain", finished=finished)
+                state = RunState(run_id="run-1", started=MOMENT, updated=MOMENT, phase="chain", finished=finished)
                 write_atomically(output / "run-1" / "run.json", state.model_dump_json(by_alias=True).encode())
                 if hops:
                     process.stdin.write("more\n")
