@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_client.bases import Bases, WeightsPolicy
+from chainward_client.data.decoded_store import DecodedStore
 from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SiteData
-from chainward_client.data.sources import local_site
 from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite
 from chainward_client.privileged.checks import with_privileged_notes
@@ -184,7 +184,7 @@ def open_site(site_yaml: Path) -> OpenSite:
         require_class_names(description)
 
     def read() -> SiteData:
-        return _local_site(path, config.site, site_key(state_dir))
+        return _local_site(path, config.site, site_key(state_dir), state_dir)
 
     return OpenSite(
         config.site,
@@ -200,5 +200,5 @@ def open_site(site_yaml: Path) -> OpenSite:
 
 
 @lru_cache(maxsize=1)
-def _local_site(path: Path, site: str, key: bytes) -> SiteData:
-    return with_privileged_notes(local_site(path, site, key))
+def _local_site(path: Path, site: str, key: bytes, state: Path) -> SiteData:
+    return with_privileged_notes(DecodedStore(state, site, key).open(path))

@@ -33,6 +33,7 @@ class Part(StrEnum):
     PRIVATE = "private"
     CONSORTIUM = "consortium"
     PEERS = "peers"
+    IMAGES = "images"
 
 
 @cli.command()
@@ -44,7 +45,8 @@ def main(
             "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
             "private: a private step beside a plain one, its time and memory; consortium: seconds per hop and the "
             "coordinator's memory in a flwr run over many sites with next to no training, about ten minutes; peers: the same six "
-            "trainings in a plain loop, in Flower's FedAvg, in NVFlare where it is installed, and here. Peers only where named."
+            "trainings in a plain loop, in Flower's FedAvg, in NVFlare where it is installed, and here; images: opening a "
+            "deployed site's images with and without its store of decoded ones. Peers and images only where named."
         ),
     ] = None,
     quick: Annotated[
@@ -79,6 +81,7 @@ def main(
     runs: Annotated[int, typer.Option(min=1, help="Times that the Flower app is run.")] = 1,
     sites: Annotated[int | None, typer.Option(min=2, max=512, help="Sites of the consortium. Default: 50.")] = None,
     laps: Annotated[int | None, typer.Option(min=1, help="Laps of the consortium's chain. Default: 2.")] = None,
+    images: Annotated[int | None, typer.Option(min=100, help="Generated images of the site. Default: 50000.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one whole run may take.")] = 3600.0,
 ) -> None:
     """Measure Chainward on this machine: training throughput, a whole Flower run, peak memory, and many sites.
@@ -89,7 +92,7 @@ def main(
     from chainward_simulations.benchmark import machine, training
     from chainward_simulations.benchmark.figures import Table
 
-    parts = set(only or set(Part) - {Part.PEERS})
+    parts = set(only or set(Part) - {Part.PEERS, Part.IMAGES})
     try:
         backbones = tuple(training.Backbone.parse(name) for name in backbone or [])
     except ValueError as error:
@@ -119,6 +122,8 @@ def main(
         tables += _measure_consortium(app, backbones, quick, sites, laps, threads, timeout, measured)
     if Part.PEERS in parts:
         tables.append(_measure_peers(backbones, repeats, epochs, quick, threads, timeout, measured))
+    if Part.IMAGES in parts:
+        tables.append(_measure_images(images or (200 if quick else 50_000), measured))
     progress.print(f"measured in {time.monotonic() - started:.0f} s")
 
     output = Console(highlight=False)
@@ -215,6 +220,14 @@ def _measure_consortium(
         raise typer.Exit(1) from error
     measured["consortium"] = run.to_json()
     return [consortium_tables.consortium_table(run), consortium_tables.coordinator_table(run)]
+
+
+def _measure_images(count: int, measured: dict[str, object]) -> Table:
+    from chainward_simulations.benchmark import images
+
+    openings, stored = images.measure_images(count, progress.print)
+    measured["images"] = {"images": count, "store": stored, "openings": [one.to_json() for one in openings]}
+    return images.images_table(openings, stored, count)
 
 
 def _measure_peers(

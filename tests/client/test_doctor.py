@@ -26,7 +26,8 @@ from chainward_client.doctor.machine import GIB, Need, SuperNode, check_disk, ch
 from chainward_client.doctor.report import Check, Diagnosis
 from chainward_client.planned_run import read_plan
 from chainward_client.policy import Planned, reserve
-from chainward_client.site import load_site_config
+from chainward_client.site import load_site_config, open_site
+from chainward_client.site_key import site_key
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.errors import ChainwardError
 from chainward_shared.privacy.accounting import Mechanism, spent
@@ -99,6 +100,14 @@ def test_a_hospital_as_it_should_be_is_ready(hospital):
     assert "fits" in checks["plan: epsilon"].found
     assert checks["network"].outcome == "skipped"
     assert not [path for path in hospital.parent.rglob("*") if path.name.startswith(".")], "and nothing is left behind"
+
+
+def test_it_says_what_the_decoded_images_take_and_makes_none(hospital):
+    site_key(hospital.parent / "state")
+    assert "not there yet" in by_name(examine(hospital))["images: decoded"].found
+    assert not (hospital.parent / "state/images").exists()
+    assert open_site(hospital).data
+    assert "nothing has changed since" in by_name(examine(hospital))["images: decoded"].found
 
 
 @pytest.mark.parametrize(

@@ -277,3 +277,17 @@ def test_copies_of_one_picture_in_two_splits_are_counted(tmp_path: Path) -> None
     assert data.copies() == 1
     assert any(note.startswith("1 picture in two splits") for note in data.notes)
     assert [check.name for check in checks_of(path, data)].count("patients: copies") == 1
+
+
+def test_a_mask_that_cannot_be_used_leaves_out_its_own_case_where_others_have_no_mask(tmp_path: Path) -> None:
+    rows = []
+    for index in range(9):
+        picture(tmp_path / f"i{index}.png", index)
+        picture(tmp_path / f"m{index}.png", index)
+        mask = f"m{index}.png" if index > 3 else ""
+        rows.append(f"i{index}.png,{'ab'[index % 2]},{['train', 'val', 'test'][index % 3]},p{index},{mask}")
+    (tmp_path / "m6.png").write_bytes(b"")
+    columns = {"image": "image", "label": "dx", "split": "split", "patient": "who", "mask": "mask"}
+    data = opened(write(tmp_path, rows, header=f"{HEADER},mask", columns=columns, unusable="leave-out"))
+    kept = {patient for cases in data.splits.values() for patient in cases.patients.tolist()}
+    assert kept == {f"p{index}" for index in range(9) if index != 6}

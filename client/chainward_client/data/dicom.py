@@ -25,7 +25,7 @@ from chainward_client.data.dicom_geometry import Geometry
 from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person_name, shared_persons
 from chainward_client.data.dicom_picture import deep_values, mask_image, picture
 from chainward_client.data.dicom_workers import close_decoders
-from chainward_client.data.image_store import ImageStore
+from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.images import open_image
 from chainward_client.data.manifest import Manifest, read_manifest
 from chainward_client.data.placement import fit_image
@@ -77,6 +77,17 @@ class DicomManifest(Manifest):
         DataError
             As `cases`.
         """
+        cases, found = self.cases_with_facts(indices)
+        return cases, self.notes_on(found, cases.patients)
+
+    def cases_with_facts(self, indices: np.ndarray) -> tuple[Cases, list[Facts]]:
+        """Decode the rows at `indices`, and return also what is counted of each file.
+
+        Raises
+        ------
+        DataError
+            As `cases`.
+        """
         require_pydicom()
         shape = self.description.image
         decoded = self._decoded(indices)
@@ -85,19 +96,22 @@ class DicomManifest(Manifest):
             images[position] = array
         found = [file for _, file in decoded]
         masks = self._masks(indices, [file.origin.geometry for file in found])
-        cases = self._with_labels(indices, torch.from_numpy(images), masks)
+        return self.with_labels(indices, torch.from_numpy(images), masks), found
+
+    def notes_on(self, found: Sequence[Facts], patients: np.ndarray) -> tuple[str, ...]:
+        """Return what a person should know about files, one for each of `patients` (n,): keywords and counts."""
         lines = notes(found, view=self.block.view, own_window=self.block.window is not None)
         if self.description.columns.patient is not None:
-            shared = shared_persons(found, cases.patients.tolist())
+            shared = shared_persons(found, patients.tolist())
             if shared:
                 lines += (
                     f"{shared} patients of column '{self.description.columns.patient}' share their PatientID with another of "
                     "them: one person may be on both sides of a split",
                 )
-        return cases, lines
+        return lines
 
     def _measured_scale(self) -> Scale:
-        with ImageStore(self.description.image_location, EXTENSIONS) as store:
+        with opened(self.description.image_location, EXTENSIONS) as store:
             return measure(len(self), lambda index: self._measured_values(store, index))
 
     def _measured_values(self, store: ImageStore, index: int) -> np.ndarray | None:
@@ -108,7 +122,7 @@ class DicomManifest(Manifest):
 
     def _decoded(self, indices: np.ndarray) -> list[tuple[np.ndarray, Facts]]:
         shape, rows = self.description.image, self.rows[indices]
-        with ImageStore(self.description.image_location, EXTENSIONS) as store, _quiet():
+        with opened(self.description.image_location, EXTENSIONS) as store, _quiet():
 
             def attempt(position: int) -> tuple[np.ndarray, Facts]:
                 dataset = parse(_bytes(store, self.members[indices[position]]))
@@ -163,7 +177,7 @@ def read_dicom(description: DicomDescription) -> DicomManifest:
     """
     require_pydicom()
     manifest = read_manifest(description, quoted=False)
-    with ImageStore(description.image_location, EXTENSIONS) as store, _quiet():
+    with opened(description.image_location, EXTENSIONS) as store, _quiet():
         members = _located(store, manifest)
         patients = manifest.patients
         if description.columns.patient is None:

@@ -141,7 +141,7 @@ class Facts:
     burned_in : BurnedInAnnotation is YES
     overlays : it has overlays, which are not shown
     modality : one of the common ones, or ""
-    instance, person : digests of SOPInstanceUID and PatientID, for comparison within this process; None where missing
+    instance, person : digests of SOPInstanceUID and PatientID, as of `digest`; None where missing
     origin : how its picture came about
     unreadable : elements of it can't be read, and may identify
     """
@@ -218,8 +218,14 @@ def person_name(dataset: Dataset) -> str | None:
     return f"patient-{hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8).hexdigest()}" if text else None
 
 
+def digest_with(key: bytes) -> None:
+    """Make digests comparable with those of other processes that were given the same `key`, 32 bytes."""
+    global _KEY
+    _KEY = key
+
+
 def digest(text: str) -> bytes | None:
-    """Return a digest that can be compared within this process only, None of an empty text."""
+    """Return a digest that can be compared within this process only (or as `digest_with` says), None of an empty text."""
     return hashlib.blake2b(text.encode("utf-8", "replace"), key=_KEY, digest_size=16).digest() if text else None
 
 

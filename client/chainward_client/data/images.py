@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from chainward_client.data.description import ImageShape
-from chainward_client.data.image_store import NOT_FOUND, ImageStore
+from chainward_client.data.image_store import NOT_FOUND, ImageStore, opened
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale
 from chainward_client.data.unusable import ImageProblem, attempt_all
@@ -153,7 +153,7 @@ def decode_all(
     quoted: bool = True,
 ) -> list[_Decoded]:
     """Return `decode(bytes, position)` of every named file, or raise the UnusableFiles."""
-    with ImageStore(location, extensions) as store:
+    with opened(location, extensions) as store:
 
         def attempt(position: int) -> _Decoded:
             try:

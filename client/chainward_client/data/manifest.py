@@ -13,7 +13,7 @@ import torch
 
 from chainward_client.data.description import CsvDescription, FoldersDescription
 from chainward_client.data.folder_layout import folder_layout
-from chainward_client.data.image_store import ImageStore
+from chainward_client.data.image_store import opened
 from chainward_client.data.images import load_images, measured_values
 from chainward_client.data.manifest_columns import ManifestColumns
 from chainward_client.data.manifest_file import cells_of, read_cells
@@ -71,7 +71,7 @@ class Manifest:
         return ScaleOfSet(self.description.image.scale, self._measured_scale)
 
     def _measured_scale(self) -> Scale:
-        with ImageStore(self.description.image_location) as store:
+        with opened(self.description.image_location) as store:
             return measure(len(self), lambda index: measured_values(store, str(self.images[index])))
 
     def cases(self, indices: np.ndarray) -> Cases:
@@ -95,9 +95,9 @@ class Manifest:
                 masks = box_masks(self.boxes[indices], rows, sizes, shape)
             except DataError as error:
                 raise DataError(f"{self.description.manifest.name}: {error}") from None
-        return self._with_labels(indices, images, masks)
+        return self.with_labels(indices, images, masks)
 
-    def _with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
+    def with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
         """Return the cases of decoded images and masks."""
         privileged = PrivilegedCases(
             texts=None if self.texts is None else tuple(self.texts[index] for index in indices),

@@ -18,7 +18,7 @@ from chainward_client.data.description import NpzDescription
 from chainward_client.data.manifest import NO_PATIENTS
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale, ScaleOfSet, measure
-from chainward_client.data.site_data import SPLITS, Cases, SplitName
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SplitName
 from chainward_client.data.unusable import counted
 from chainward_shared.errors import DataError, nearest
 
@@ -85,7 +85,13 @@ class NpzCases:
                     image = fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC)
                     array = np.asarray(image)
                     images[place] = array if shape.channels == 1 else array.transpose(2, 0, 1)
-        return Cases(torch.from_numpy(images), torch.from_numpy(self.labels[indices]), self.patients[indices])
+        return self.with_labels(indices, torch.from_numpy(images), None)
+
+    def with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
+        """Return the cases of resized images; the layout has no masks."""
+        return Cases(
+            images, torch.from_numpy(self.labels[indices]), self.patients[indices], PrivilegedCases(masks=masks)
+        )
 
 
 def read_npz(description: NpzDescription) -> NpzCases:

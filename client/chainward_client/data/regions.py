@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from chainward_client.data.description import ImageShape
 from chainward_client.data.images import decode_all, deep, open_image, to_channels
 from chainward_client.data.placement import fit_image, placement
 from chainward_client.data.scale import Scale
-from chainward_client.data.unusable import ImageProblem, counted
+from chainward_client.data.unusable import ImageProblem, UnusableFiles, counted
 from chainward_shared.errors import DataError
 
 
@@ -73,9 +74,12 @@ def load_masks(
         return np.asarray(fitted) // np.uint8(255)
 
     named = [str(names[position]) for position in present]
-    decoded = decode_all(
-        "mask", location, named, [rows[position] for position in present], decode, extensions, quoted=quoted
-    )
+    rows_of_masks = [rows[position] for position in present]
+    try:
+        decoded = decode_all("mask", location, named, rows_of_masks, decode, extensions, quoted=quoted)
+    except UnusableFiles as error:  # positions among all cases, also those without a mask
+        files = [replace(file, position=present[file.position]) for file in error.files]
+        raise UnusableFiles(str(error), files, "mask") from None
     masks = np.zeros((len(names), shape.size, shape.size), dtype=np.uint8)
     for position, array in zip(present, decoded, strict=True):
         masks[position] = array

@@ -135,6 +135,10 @@ class ScaleOfSet:
                 self._found = self._measure()
             return self._found
 
+    def forget(self) -> None:
+        """Be as before the first image asked."""
+        self._found = None
+
     @property
     def measured(self) -> Scale | None:
         """Return the scale if it was measured; None where no image asked for it, or it is declared."""

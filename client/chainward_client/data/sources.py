@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,38 @@ Table = Manifest | NpzCases
 COPIES = " in two splits, pixel for pixel, under two names or patients: scores on them are too good"
 
 
-def local_site(data: Path | str | DataDescription, site_id: str, key: bytes) -> SiteData:
+Decoded = tuple[tuple[Cases, tuple[str, ...]], np.ndarray, tuple[UnusableFile, ...]]
+"""Cases with notes on their files, the rows of the table that they are, and the files that were left out."""
+
+
+def decoded_in_memory(table: Table, rows: np.ndarray) -> Decoded:
+    """Decode the images of some rows of a table.
+
+    Raises
+    ------
+    DataError
+        An image can't be used.
+    """
+
+    def decode(indices: np.ndarray) -> tuple[Cases, tuple[str, ...]]:
+        return table.cases_with_notes(indices) if isinstance(table, DicomManifest) else (table.cases(indices), ())
+
+    if leaves_out(table):
+        return without_unusable(decode, rows)
+    return decode(rows), rows, ()
+
+
+def leaves_out(table: Table) -> bool:
+    """Return whether the files that can't be used are left out."""
+    return isinstance(table, Manifest) and table.description.unusable == "leave-out"
+
+
+def local_site(
+    data: Path | str | DataDescription,
+    site_id: str,
+    key: bytes,
+    decode: Callable[[Table, np.ndarray], Decoded] = decoded_in_memory,
+) -> SiteData:
     """Return the data of a deployed hospital: all rows of its data file.
 
     Parameters
@@ -33,6 +65,7 @@ def local_site(data: Path | str | DataDescription, site_id: str, key: bytes) -> 
     data : path of the data file, or its parsed content (the `data` block of a `site.yaml`)
     site_id : the hospital's id
     key : the hospital's secret, which decides the splits where the file has none, and which patients keep their labels
+    decode : decodes rows of the table
 
     Raises
     ------
@@ -41,7 +74,7 @@ def local_site(data: Path | str | DataDescription, site_id: str, key: bytes) -> 
     """
     table = read_table(Path(data)) if isinstance(data, Path | str) else _read_described(data)
     splits = split_by_key(table.patients, key) if table.splits is None else table.splits
-    opened = site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes)
+    opened = site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes, decode=decode)
     if isinstance(table, NpzCases):  # the layout has only places in an array, which shift with every image that goes
         opened = replace(opened, splits={name: named_by_content(cases) for name, cases in opened.splits.items()})
     return replace(opened, key=key)
@@ -56,7 +89,15 @@ def named_by_content(cases: Cases) -> Cases:
     return replace(cases, patients=np.array(names, dtype=str))
 
 
-def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, notes: tuple[str, ...]) -> SiteData:
+def site_data(
+    site: str,
+    table: Table,
+    splits: np.ndarray,
+    rows: np.ndarray,
+    *,
+    notes: tuple[str, ...],
+    decode: Callable[[Table, np.ndarray], Decoded] = decoded_in_memory,
+) -> SiteData:
     """Return the data of a site that has some rows of a table; only their images are decoded.
 
     Parameters
@@ -64,6 +105,7 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
     splits : str (n,), "train", "val" or "test" for every row of the table
     rows : the site's
     notes : lines to begin with
+    decode : decodes rows of the table
 
     Raises
     ------
@@ -78,7 +120,7 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
         )
     # Decoded together, so that one message counts all unusable images of the site.
     wanted = np.concatenate(by_split)
-    (cases, found), kept, left_out = _decoded(table, wanted)
+    (cases, found), kept, left_out = decode(table, wanted)
     notes += found
     if left_out:
         notes += (f"{len(left_out)} of {len(wanted)} images left out: their files can't be used (unusable: leave-out)",)
@@ -93,7 +135,7 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
     }
     privileged = PrivilegedSetup()
     if isinstance(table, Manifest):
-        privileged = _privileged_setup(table.description)
+        privileged = privileged_setup(table.description)
         notes += _lost_regions(table, kept, cases)
     opened = SiteData(
         site,
@@ -108,20 +150,8 @@ def site_data(site: str, table: Table, splits: np.ndarray, rows: np.ndarray, *, 
     return replace(opened, notes=notes + _findings(opened))
 
 
-def _decoded(
-    table: Table, rows: np.ndarray
-) -> tuple[tuple[Cases, tuple[str, ...]], np.ndarray, tuple[UnusableFile, ...]]:
-    """Return the cases of rows with notes on their files, the rows that these are, and the files that were left out."""
-
-    def decode(indices: np.ndarray) -> tuple[Cases, tuple[str, ...]]:
-        return table.cases_with_notes(indices) if isinstance(table, DicomManifest) else (table.cases(indices), ())
-
-    if isinstance(table, Manifest) and table.description.unusable == "leave-out":
-        return without_unusable(decode, rows)
-    return decode(rows), rows, ()
-
-
-def _privileged_setup(description: CsvDescription) -> PrivilegedSetup:
+def privileged_setup(description: CsvDescription) -> PrivilegedSetup:
+    """Return how the privileged teachers of a site with this data file read its reports and table."""
     block = description.privileged
     columns = {name: column for name, column in description.columns.tabular.items() if name not in block.exclude}
     return PrivilegedSetup(columns, block.label_words, block.encoder)

@@ -55,10 +55,12 @@ class UnusableFiles(DataError):
     ----------
     message : one line
     files : all of them, in the order of their rows
+    what : "image" or "mask"
     """
 
-    def __init__(self, message: str, files: Sequence[UnusableFile]) -> None:
+    def __init__(self, message: str, files: Sequence[UnusableFile], what: str = "image") -> None:
         super().__init__(message)
+        self.what = what
         self.files = tuple(files)
 
 
@@ -135,5 +137,5 @@ def attempt_all(
         clauses = "; ".join(
             counted(kind.format(what), kind.format(what + "s"), found, SHOWN) for kind, found in problems.items()
         )
-        raise UnusableFiles(f"{location.name}: {clauses}", files)
+        raise UnusableFiles(f"{location.name}: {clauses}", files, what)
     return good

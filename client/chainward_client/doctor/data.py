@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from chainward_client.data.decoded_store import DecodedStore, expected_bytes
 from chainward_client.data.description import CsvDescription, DicomDescription, ImageShape, load_description
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import NO_PATIENTS, read_manifest
 from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.data.sources import COPIES, local_site
 from chainward_client.data.unusable import ImageProblem, UnusableFiles
+from chainward_client.doctor.machine import size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.site_key import site_key_to_look_with
@@ -58,10 +60,21 @@ def open_data(path: Path, site: str, state: Path) -> tuple[SiteData | None, list
     except StoreError as error:
         return None, [problem("site key", str(error), "docs/operations.md says what belongs in a backup")]
     try:
-        data = with_privileged_notes(local_site(path, site, key))
+        store = DecodedStore(state, site, key)
+        kept = store.find(path)
+        data = with_privileged_notes(local_site(path, site, key) if kept is None else kept)
     except DataError as error:
         return None, [unusable_data(path, error)]
-    return data, checks_of(path, data)
+    return data, [*checks_of(path, data), check_store(store, data, found=kept is not None)]
+
+
+def check_store(store: DecodedStore, data: SiteData, *, found: bool) -> Check:
+    """Say how large the store of decoded images is, and will be."""
+    will_be = size(expected_bytes(data))
+    if found:
+        return ok("images: decoded", f"kept in {store.folder}: {size(store.bytes)}; nothing has changed since")
+    there = f"{size(store.bytes)} there, and something has changed since" if store.bytes else "not there yet"
+    return ok("images: decoded", f"{there}; the first message makes them: about {will_be} in {store.folder}")
 
 
 def unusable_data(path: Path, error: DataError) -> Check:

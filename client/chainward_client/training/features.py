@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chainward_client.kept_files import Making, mapped
 from chainward_client.precision import best_device, training_environment
 from chainward_client.training.augmentation import fixed_view, number_of_views
 from chainward_shared.models.architecture import architecture_of
@@ -30,8 +30,6 @@ logger = logging.getLogger("chainward.client")
 
 BLOCK = 64
 """Images that go through the trunk together, and are written together."""
-
-PROGRESS_SECONDS = 20.0
 
 
 class Features:
@@ -110,8 +108,7 @@ class Features:
                 self._write(path, shape, compute)
                 self._make_room(path)
             os.utime(path)
-            # copy-on-write, since PyTorch wants memory that it may write to; nothing here does
-            found = torch.from_numpy(np.memmap(path, dtype=np.float16, mode="c", shape=shape))
+            found = mapped(path, np.float16, shape)
         if not bool(found.isfinite().all()):
             logger.info("features of this trunk are too large for half precision: computed anew each time")
             return None
@@ -124,16 +121,12 @@ class Features:
         part.touch(mode=0o600)
         of_block = 2 * BLOCK * math.prod(shape[1:])
         done = part.stat().st_size // of_block
-        started = told = time.monotonic()
-        with part.open("r+b") as file:
+        with part.open("r+b") as file, Making("features", shape[0], done * BLOCK) as making:
             file.truncate(done * of_block)
             file.seek(0, os.SEEK_END)
             for start in range(done * BLOCK, shape[0], BLOCK):
                 file.write(compute(start).half().contiguous().numpy().tobytes())
-                if time.monotonic() - told > PROGRESS_SECONDS:
-                    told = time.monotonic()
-                    left = (told - started) / (start + BLOCK - done * BLOCK) * (shape[0] - start - BLOCK)
-                    logger.info("features: %d of %d images, about %.0f s left", start + BLOCK, shape[0], left)
+                making.done(min(start + BLOCK, shape[0]))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -1,0 +1,222 @@
+"""Decoded images in files, row by row: pixels, masks, and a journal that says of each row what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from chainward_client.data.description import CsvDescription, DataDescription, DicomDescription
+from chainward_client.data.dicom import EXTENSIONS, DicomManifest
+from chainward_client.data.dicom_headers import Facts
+from chainward_client.data.image_store import ImageStore, opened
+from chainward_client.data.manifest import Manifest
+from chainward_client.data.npz import NpzCases
+from chainward_client.data.unusable import ImageProblem
+
+IMAGES, MASKS, JOURNAL = "images.u8", "masks.u8", "rows.jsonl"
+
+_FACTS = TypeAdapter(Facts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decoded image.
+
+    Attributes
+    ----------
+    key : digest of all that decides it, but a measured scale of grey
+    image : uint8 (channels, size, size)
+    mask : uint8 (size, size), or None
+    facts : what is counted of a DICOM file
+    """
+
+    key: str
+    image: np.ndarray
+    mask: np.ndarray | None
+    facts: Facts | None
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the pixels."""
+        found = hashlib.blake2b(np.ascontiguousarray(self.image).data, digest_size=16)
+        if self.mask is not None:
+            found.update(np.ascontiguousarray(self.mask).data)
+        return found.hexdigest()
+
+
+class RowWriter:
+    """Writes rows to the files of a folder, in order; what it has written can be read again if its process is ended."""
+
+    def __init__(self, folder: Path, key: bytes) -> None:
+        self._key = key
+        self._folder = folder
+        self._images = (folder / IMAGES).open("wb")
+        self._masks: BinaryIO | None = None
+        self._journal = (folder / JOURNAL).open("wb")
+        self.digests: list[str] = []
+
+    def write(self, rows: Sequence[Row], scale: tuple[float, float] | None) -> None:
+        """Write rows; `scale` of grey was measured before they were decoded, or not."""
+        lines = []
+        for row in rows:
+            self._images.write(row.image.tobytes())
+            if row.mask is not None:
+                self._masks = self._masks or (self._folder / MASKS).open("wb")
+                self._masks.write(row.mask.tobytes())
+            self.digests.append(row.digest)
+            facts = None if row.facts is None else asdict(row.facts)
+            lines.append([row.key, self.digests[-1], facts])
+        for file in (self._images, self._masks):
+            if file is not None:
+                file.flush()
+        self._journal.write(signed({"rows": lines, "scale": scale}, self._key))
+        self._journal.flush()
+
+    def close(self, *, sync: bool) -> None:
+        """Close the files; `sync`: once they are on the disk."""
+        for file in (self._images, self._masks, self._journal):
+            if file is not None:
+                if sync:
+                    os.fsync(file.fileno())
+                file.close()
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """Where a row is that was decoded before."""
+
+    folder: Path
+    position: int
+    digest: str
+    facts: Any
+    scale: tuple[float, float] | None
+
+
+def kept_rows(folder: Path, key: bytes) -> Iterator[tuple[str, KeptRow]]:
+    """Yield the rows of a store, whole or not, by their keys; up to the first line of its journal that isn't the site's."""
+    try:
+        lines = (folder / JOURNAL).read_bytes().splitlines()
+    except OSError:
+        return
+    position = 0
+    for line in lines:
+        content = verified(line, key)
+        if content is None:
+            return
+        scale = None if content["scale"] is None else tuple(content["scale"])
+        for of_row, digest, facts in content["rows"]:
+            yield of_row, KeptRow(folder, position, digest, facts, scale)
+            position += 1
+
+
+def read_row(key: str, kept: KeptRow, shape: tuple[int, int, int], *, masks: bool) -> Row | None:
+    """Return a row that was decoded before; None if it isn't what was written.
+
+    Parameters
+    ----------
+    shape : channels, height and width
+    masks : whether it has a mask
+    """
+    try:
+        image = _part(kept.folder / IMAGES, kept.position, shape)
+        mask = _part(kept.folder / MASKS, kept.position, shape[1:]) if masks else None
+    except (OSError, ValueError):
+        return None
+    facts = None
+    if kept.facts is not None:
+        digests = {name: kept.facts[name] and bytes.fromhex(kept.facts[name]) for name in ("instance", "person")}
+        facts = _FACTS.validate_python({**kept.facts, **digests})
+    row = Row(key, image, mask, facts)
+    return row if row.digest == kept.digest else None
+
+
+def _part(path: Path, position: int, shape: tuple[int, ...]) -> np.ndarray:
+    count = int(np.prod(shape))
+    return np.fromfile(path, np.uint8, count, offset=position * count).reshape(shape)
+
+
+def signed(content: object, key: bytes) -> bytes:
+    """Return content as one line, with a code under the site's secret."""
+    body = json.dumps(content, separators=(",", ":"), default=_plain).encode()
+    return hmac.digest(key, body, "sha256").hex().encode() + b" " + body + b"\n"
+
+
+def verified(line: bytes, key: bytes) -> Any:
+    """Return the content of a line that `signed` made; None of any other."""
+    code, _, body = line.rstrip(b"\n").partition(b" ")
+    return json.loads(body) if hmac.compare_digest(code, hmac.digest(key, body, "sha256").hex().encode()) else None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, frozenset | set):
+        return sorted(value)
+    raise TypeError(type(value))
+
+
+def locations_of(description: DataDescription) -> tuple[Path, ...]:
+    """Return the folders, zips or files that images and masks are read from."""
+    if not isinstance(description, CsvDescription):
+        return (description.images,)
+    if description.mask_location == description.image_location or description.columns.mask is None:
+        return (description.image_location,)
+    return (description.image_location, description.mask_location)
+
+
+class RowKeys:
+    """The digests of all that decides the rows of a table; `used` are the files that they are made of, by location.
+
+    Parameters
+    ----------
+    table : the checked table
+    settings : what decides every row: how images are brought to their shape, versions
+    """
+
+    def __init__(self, table: Manifest | NpzCases, settings: str) -> None:
+        self.table, self._settings = table, settings
+        self.used: list[list[str]] = [[] for _ in locations_of(table.description)]
+
+    def of(self, rows: np.ndarray) -> list[str | None]:
+        """Return a key for each of `rows`; None where a file is not there."""
+        table = self.table
+        if isinstance(table, NpzCases):
+            path = table.description.images
+            stamp = (path.stat().st_size, path.stat().st_mtime_ns)
+            return [self._key(str(path), stamp, str(table.splits[row]), int(table.positions[row])) for row in rows]
+        endings = EXTENSIONS if isinstance(table.description, DicomDescription) else ()
+        with (
+            opened(table.description.image_location, endings) as images,
+            opened(table.description.mask_location, endings) as masks,
+        ):
+            return [self._of_files(table, int(row), images, masks) for row in rows]
+
+    def _of_files(self, table: Manifest, row: int, images: ImageStore, masks: ImageStore) -> str | None:
+        try:
+            member: str | ImageProblem
+            member = table.members[row] if isinstance(table, DicomManifest) else images.find(str(table.images[row]))
+            if isinstance(member, ImageProblem):
+                return None
+            self.used[0].append(member)
+            parts = [str(images.location), member, images.stamp(member)]
+            if table.masks is not None and (name := table.masks[row]) is not None:
+                mask = masks.find(name)
+                self.used[-1].append(mask)
+                parts += [str(masks.location), mask, masks.stamp(mask)]
+            elif table.masks is None and table.boxes is not None:
+                parts.append(table.boxes[row].tolist())
+        except (ImageProblem, OSError):
+            return None
+        return self._key(*parts)
+
+    def _key(self, *parts: object) -> str:
+        return hashlib.blake2b(json.dumps([self._settings, *parts]).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,92 @@
+"""What a site's data hold beside pixels, as JSON and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainward_client.data.description import CsvDescription, DataDescription
+from chainward_client.data.scale import Scale
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
+from chainward_client.data.sources import privileged_setup
+
+
+def snapshot(data: SiteData) -> dict[str, Any]:
+    """Return all of a deployed site's data that is neither pixels, nor the site's secret, nor in its data file."""
+    return {
+        "classes": data.classes,
+        "task": data.task,
+        "notes": data.notes,
+        "has_patient_ids": data.has_patient_ids,
+        "left_out": data.left_out,
+        "scale": None if data.scale is None else _of_scale(data.scale),
+        "splits": {split: _of_cases(data.splits[split]) for split in SPLITS},
+    }
+
+
+def restored(
+    content: Mapping[str, Any],
+    images: Tensor,
+    masks: Tensor | None,
+    *,
+    site: str,
+    key: bytes,
+    description: DataDescription,
+) -> SiteData:
+    """Return the data that `snapshot` was made of.
+
+    Parameters
+    ----------
+    images, masks : uint8, of all splits in the order of `SPLITS`
+    site, key, description : as `local_site` was given them
+    """
+    splits, end = {}, 0
+    for split in SPLITS:
+        of_split = content["splits"][split]
+        start, end = end, end + len(of_split["labels"])
+        labels = torch.tensor(of_split["labels"], dtype=torch.int64 if content["task"] == "single" else torch.float32)
+        privileged = PrivilegedCases(
+            texts=None if of_split["texts"] is None else tuple(of_split["texts"]),
+            table=None
+            if of_split["table"] is None
+            else {name: tuple(values) for name, values in of_split["table"].items()},
+            masks=None if masks is None else masks[start:end],
+        )
+        if content["task"] == "multilabel":
+            labels = labels.reshape(-1, len(content["classes"]))
+        splits[split] = Cases(images[start:end], labels, np.array(of_split["patients"], dtype=str), privileged)
+    scale = content["scale"]
+    return SiteData(
+        site,
+        tuple(content["classes"]),
+        splits,
+        notes=tuple(content["notes"]),
+        task=content["task"],
+        privileged=privileged_setup(description) if isinstance(description, CsvDescription) else PrivilegedSetup(),
+        has_patient_ids=content["has_patient_ids"],
+        left_out=tuple(content["left_out"]),
+        scale=None if scale is None else _scale(*scale),
+        key=key,
+    )
+
+
+def _of_scale(scale: Scale) -> list[Any]:
+    return [scale.low, scale.high, scale.images, None if scale.values is None else scale.values.tolist()]
+
+
+def _scale(low: float, high: float, images: int, values: list[float] | None) -> Scale:
+    return Scale(low, high, images, None if values is None else np.array(values, dtype=np.float32))
+
+
+def _of_cases(cases: Cases) -> dict[str, Any]:
+    privileged = cases.privileged
+    return {
+        "labels": cases.labels.tolist(),
+        "patients": cases.patients.tolist(),
+        "texts": privileged.texts,
+        "table": None if privileged.table is None else dict(privileged.table),
+    }
