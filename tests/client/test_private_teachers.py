@@ -556,7 +556,8 @@ def test_labels_are_counted_nowhere_and_declared_shares_are_used(phantoms, tmp_p
 
 def test_two_trainings_with_one_seed_differ(phantoms, work):
     one, other = (answered(phantoms, work, None, recipe_with(use="table")) for _ in range(2))
-    assert not torch.isclose(one.logits, other.logits)[one.available].any()
+    same = torch.isclose(one.logits, other.logits)[one.available]
+    assert float(same.float().mean()) < 0.1  # of many secret numbers two may meet by accident
 
 
 def test_the_sites_own_log_says_on_which_cases_the_accuracy_is(phantoms, work, caplog):
