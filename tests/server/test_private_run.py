@@ -27,7 +27,6 @@ from chainward_shared.protocol import (
     EvaluateTask,
     LinkResult,
     LinkTask,
-    StudentResult,
     StudentTask,
     kind_of,
     pack,
@@ -160,19 +159,12 @@ def test_images_without_labels_and_all_teachers_of_a_link_stay_within_the_same_e
 # -- weights and counts
 
 
-def test_no_exact_number_of_cases_leaves_a_private_site_as_its_weight(private, coordinated, loopback):
-    weights = []
-
-    def watch(message, answer):
-        reply = answer()
-        if asks(message, StudentTask):
-            weights.append(unpack(reply.content, StudentResult)[0].examples)
-        return reply
-
-    _, results = coordinated(private, loopback(2, watch))
-    exact = [site.train for site in results.data.sites]
-    assert weights == [20, 20, 20, 25]  # rounded down to a digit and a half
-    assert exact == [24, 24, 24, 27]
+def test_a_private_site_weighs_by_the_patients_that_it_declares_and_by_no_exact_number(private, coordinated):
+    _, results = coordinated(private | {"privacy.simulated-metrics": "withhold"})
+    declared = [site.train for site in results.data.sites]
+    assert declared == [20, 20, 20, 25]  # rounded down to a digit and a half, of 24, 24, 24 and 27
+    shares = [results.student_rounds[0].influence[site.site].share for site in results.data.sites]
+    assert shares == pytest.approx([units / sum(declared) for units in declared])
 
 
 # -- scores
