@@ -201,6 +201,10 @@ def test_the_surroundings_of_a_process_are_read_from_it(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path), "FLWR_HOME": "/srv/flwr"}
     process = subprocess.Popen([sys.executable, "-c", SLEEP], env=environment)
     try:
+        for _ in range(500):  # a process that has only just begun shows neither words nor environment
+            if psutil.Process(process.pid).cmdline() and psutil.Process(process.pid).environ():
+                break
+            time.sleep(0.01)
         found = Surroundings.of(psutil.Process(process.pid))
         assert (found.user, found.home, found.flower_home) == (getpass.getuser(), str(tmp_path), "/srv/flwr")
         assert any("home folder" in words for words in Surroundings.current().differences(found))
