@@ -46,7 +46,6 @@ def site_of(tmp_path, policy=POLICY) -> PrivateSite:
 
 def train(site, data, asked, run="r", hop="h"):
     with site.work(run, hop).training(asked, data, phase="link") as private:
-        private.begin()
         private.steps_done = private.plan.steps
 
 

@@ -9,6 +9,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from chainward_client.data.scale import Scale
 from chainward_client.data.site_data import PrivilegedSetup, SiteData
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import StudyError
@@ -62,6 +63,8 @@ def test_a_site_without_its_test_images_is_otherwise_the_same(base):
         "privileged": PrivilegedSetup(label_words=("tumour",)),
         "has_patient_ids": False,
         "key": b"x" * 32,
+        "left_out": ("row 7: no image",),
+        "scale": Scale(0, 4095),
     }
     assert other.keys() | {"site", "classes", "splits"} == {field.name for field in dataclasses.fields(SiteData)}
     changed = dataclasses.replace(data, **other)
