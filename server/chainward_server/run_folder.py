@@ -328,12 +328,14 @@ class RunFolder:
     def finish(self, missing: Sequence[str], report: Callable[[RunFolder], Path]) -> Path:
         """Note that the run came to its end: as finished, or as incomplete where something is `missing`; return its report.
 
-        The report is written first: a run that has ended has one.
+        The report is written first: a run that has ended has one. It names the same end as `run.json`.
         """
         self.state.phase, self.state.status = "done", "incomplete" if missing else "finished"
         self.state.reason = "; ".join(missing) or None
+        self.state.updated = ended = _iso(datetime.now(UTC))
         path = report(self)
-        self.end(self.state.status, self.state.reason)
+        self.state.resumable = bool(missing)
+        self._write_state(ended)
         return path
 
     @property
@@ -363,8 +365,8 @@ class RunFolder:
         self._write(name, text.encode())
         return self.path / name
 
-    def _write_state(self) -> None:
-        self.state.updated = _iso(datetime.now(UTC))
+    def _write_state(self, at: str | None = None) -> None:
+        self.state.updated = at or _iso(datetime.now(UTC))
         self._write("run.json", self.state.model_dump_json(by_alias=True, indent=1).encode())
 
     def _write(self, name: str, contents: bytes) -> None:

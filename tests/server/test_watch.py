@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from chainward_server import run_folder
 from chainward_server.cli import app
 from chainward_server.results import (
     AloneRecord,
@@ -313,6 +314,24 @@ def test_a_run_has_its_report_before_it_counts_as_finished(run):
     run.folder.finish([], report)
     assert seen_while_writing == ["running"]
     assert look(run.path).status == "finished"
+
+
+def test_a_report_names_the_end_that_the_run_folder_names_however_long_it_took_to_write(run, monkeypatch):
+    clock = datetime(2026, 1, 1, tzinfo=UTC)
+    said = []
+
+    def a_second_later(_):
+        nonlocal clock
+        clock += timedelta(seconds=1)
+        return clock.isoformat()
+
+    def report(folder):
+        said.append(folder.state.updated)
+        return folder.write_text("report.html", "<!doctype html>")
+
+    monkeypatch.setattr(run_folder, "_iso", a_second_later)
+    run.folder.finish([], report)
+    assert [RunFolder.open(run.path).state.updated] == said
 
 
 def test_a_run_whose_report_cannot_be_written_is_not_finished(run):
