@@ -1,4 +1,4 @@
-"""No file and no function of the house is longer than a reader holds in mind; what still is, is listed and may only shrink."""
+"""No file and no function is longer than a reader holds in mind; functions that still are, are listed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 50
 """Without its docstring: parameters, units and errors are to be said at length."""
 
-LONGER_FILES = {
-    "shared/chainward_shared/protocol.py": 489,
-}
+
 LONGER_FUNCTIONS = {
     "client/chainward_client/data/dicom_headers.py:notes": 55,
     "client/chainward_client/doctor/data.py:odd_headers": 63,
@@ -64,7 +62,7 @@ def test_no_file_is_longer_than_400_lines():
         for package in PACKAGES
         for path in sources(package)
     }
-    assert too_long(found, MOST_LINES_OF_A_FILE, LONGER_FILES) == {}
+    assert too_long(found, MOST_LINES_OF_A_FILE, {}) == {}
 
 
 def test_no_function_is_longer_than_50_lines_without_its_docstring():

@@ -49,7 +49,7 @@ from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import PrivacyRecord, privacy_record, read_privacy_record
 from chainward_shared.privacy.report import render_audit
 from chainward_shared.privacy.statements import Statement, Statements, sign_statement
-from chainward_shared.protocol import TrainingLog
+from chainward_shared.protocol import TrainingLog, envelope
 
 ANSWERS = (
     protocol.Hello,
@@ -377,5 +377,5 @@ def test_a_coordinator_can_not_name_a_run_or_a_piece_of_work_by_more_than_a_name
     )
     body = json.dumps({**json.loads(task.model_dump_json()), field: text})
     with pytest.raises(ChainwardError, match=f"bad field: {field}: ") as raised:
-        protocol._parse(body, protocol.LinkTask)
+        envelope._parse(body, protocol.LinkTask)
     assert acting("error", str(raised.value)) == []

@@ -131,7 +131,7 @@ def _protocol_words() -> frozenset[str]:
                 visit(value)
 
     for thing in vars(protocol).values():
-        if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.__module__ == protocol.__name__:
+        if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.__module__.startswith(protocol.__name__):
             visit(thing.model_json_schema())
             words.add(getattr(thing, "KIND", ""))
     words.update(("train", "val", "test", "chainward"))

@@ -17,6 +17,7 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, PolicyRefusal, ProtocolError
 from chainward_shared.models import Architecture
 from chainward_shared.privacy import plan as privacy_plan
+from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import Body, EvaluateTask, LinkTask, StudentTask, pack, unpack
 from chainward_shared.recipes import LinkRecipe, PlannedTraining, PrivacyRecipe, PrivilegedRecipe, StudentRecipe
 
@@ -101,7 +102,7 @@ def unbounded(model: type[BaseModel]) -> list[str]:
             kinds = {type(one) for one in constraints}
             if part in (int, float) and not (kinds & {Ge, Gt, ZeroOrAtLeast} and kinds & {Le, Lt}):
                 problems.append(f"{model.__name__}.{name}: a number without a range")
-            if part is float and (Gt in kinds or Lt in kinds) and model is not protocol.PrivacyPolicy:
+            if part is float and (Gt in kinds or Lt in kinds) and model is not PrivacyPolicy:
                 problems.append(f"{model.__name__}.{name}: a range that is open")
             if part in (str, list, tuple, dict, set, frozenset, bytes) and MaxLen not in kinds:
                 problems.append(f"{model.__name__}.{name}: {part.__name__} without a largest length")

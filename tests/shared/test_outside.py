@@ -19,6 +19,7 @@ from chainward_shared import outside, protocol
 from chainward_shared.console import PlainConsole, VisibleRecord
 from chainward_shared.errors import ChainwardError
 from chainward_shared.outside import MARKS_IN_A_ROW, MAX_LINE, MAX_LINES, visible, visible_lines, visible_values
+from chainward_shared.protocol import envelope
 
 HOSTILE = [
     "\x1b]0;owned\x07\x1b[2J\x1b[31mledger ash: fine\n",
@@ -230,11 +231,11 @@ def test_a_loss_that_ran_away_is_large_and_a_fraction_above_one_by_rounding_is_o
 @settings(max_examples=60, deadline=None)
 def test_an_error_about_a_message_quotes_no_name_of_its_fields_raw(body):
     with pytest.raises(ChainwardError) as raised:
-        protocol._parse(json.dumps({**body, "": 1}), protocol.Hello)
+        envelope._parse(json.dumps({**body, "": 1}), protocol.Hello)
     assert not unseen(str(raised.value))
     assert len(str(raised.value)) <= outside.LONGEST
 
 
 def test_a_message_of_many_megabytes_is_refused_before_it_is_read():
     with pytest.raises(ChainwardError, match="at most 8388608 are read"):
-        protocol._parse(json.dumps({"reason": "N" * 9_000_000}), protocol.Refusal)
+        envelope._parse(json.dumps({"reason": "N" * 9_000_000}), protocol.Refusal)

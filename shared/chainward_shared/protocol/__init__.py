@@ -1,0 +1,64 @@
+"""The messages between coordinator and sites: typed records, to and from Flower's `RecordDict`.
+
+Every message is one pydantic model, carried as JSON, and at most the arrays that its kind may carry. What isn't listed
+in `ARRAYS` for a kind can't be packed, and is refused on arrival: no tensor of a privileged teacher has a name here.
+"""
+
+from chainward_shared.protocol.envelope import (
+    MAX_BODY,
+    PROTOCOL_VERSION,
+    Body,
+    Refusal,
+    SiteRefusal,
+    fingerprint,
+    kind_of,
+    pack,
+    unpack,
+)
+from chainward_shared.protocol.joining import (
+    AtWork,
+    AtWorkRequest,
+    BaseState,
+    BaseTask,
+    CardRequest,
+    Hello,
+    HelloRequest,
+    SimulatedSite,
+    SiteCard,
+    SitePrivacy,
+    Split,
+)
+from chainward_shared.protocol.scoring import EvaluateResult, EvaluateTask, StatisticsResult, StatisticsTask
+from chainward_shared.protocol.training import LinkResult, LinkTask, StudentResult, StudentTask, TrainingLog
+
+__all__ = [
+    "MAX_BODY",
+    "PROTOCOL_VERSION",
+    "AtWork",
+    "AtWorkRequest",
+    "BaseState",
+    "BaseTask",
+    "Body",
+    "CardRequest",
+    "EvaluateResult",
+    "EvaluateTask",
+    "Hello",
+    "HelloRequest",
+    "LinkResult",
+    "LinkTask",
+    "Refusal",
+    "SimulatedSite",
+    "SiteCard",
+    "SitePrivacy",
+    "SiteRefusal",
+    "Split",
+    "StatisticsResult",
+    "StatisticsTask",
+    "StudentResult",
+    "StudentTask",
+    "TrainingLog",
+    "fingerprint",
+    "kind_of",
+    "pack",
+    "unpack",
+]

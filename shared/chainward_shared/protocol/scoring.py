@@ -1,0 +1,92 @@
+"""What a site tells of a model on its own images: scores, and sums over embeddings."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from chainward_shared.bounds import PositiveFraction, Seed, Sha256, Threads
+from chainward_shared.evaluation.localisation import LocalisationSums
+from chainward_shared.evaluation.scores import Scores
+from chainward_shared.hops import scores_key
+from chainward_shared.models import Architecture
+from chainward_shared.outside import Count, Digest, HopKey, RunId, SiteId
+from chainward_shared.privacy.entries import Head
+from chainward_shared.privacy.policy import MetricsRelease
+from chainward_shared.privacy.statements import Statement
+from chainward_shared.protocol.envelope import Body
+from chainward_shared.protocol.joining import SimulatedSite, Split
+
+
+class EvaluateTask(Body):
+    """Score a model on the site's own images of `splits`; `localisation`: also its attention on the test images' regions."""
+
+    KIND: ClassVar[str] = "evaluate-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    run_id: RunId
+    architecture: Architecture
+    splits: Annotated[list[Literal["val", "test"]], Field(max_length=2)]
+    localisation: bool = False
+    threads: Threads
+    digest: Sha256
+    seen_head: Head | None = None
+    simulated: SimulatedSite | None = None
+
+    @property
+    def hop(self) -> str:
+        """Name of this piece of work: the model, and what of it is asked."""
+        return scores_key(self.splits, self.digest)
+
+
+class EvaluateResult(Body):
+    """Scores of each split, and the counts from which scores over several sites follow (`counts_<split>` arrays).
+
+    `release`: as they are, with noise (then only what follows from the confusion matrix), or withheld: without any. With
+    noise that was charged to the site's budget comes its `statement`.
+
+    `localisation`: how well the model's attention finds the regions of interest, summed over the test images; None where it
+    was not asked for or the site has no regions. No map, mask or image's own value is sent."""
+
+    KIND: ClassVar[str] = "evaluate-result"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"counts_val", "counts_test"})
+
+    site: SiteId
+    scores: dict[Split, Scores] = Field(max_length=3)
+    localisation: LocalisationSums | None = None
+    release: MetricsRelease = "exact"
+    statement: Statement | None = None
+
+
+class StatisticsTask(Body):
+    """Send the sums over a model's embeddings of the site's labelled training images, and of its validation images.
+
+    `label_fraction`, `seed`: which training images have a label, as in a link.
+    """
+
+    KIND: ClassVar[str] = "statistics-task"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    run_id: RunId
+    hop: HopKey
+    architecture: Architecture
+    label_fraction: PositiveFraction
+    seed: Seed
+    threads: Threads
+    digest: Sha256
+    simulated: SimulatedSite | None = None
+
+
+class StatisticsResult(Body):
+    """The sums of one site, as the tensors of `discriminant.HeadSums` for "train" and "val". `digest`: of these tensors;
+    `images`, `validation`: over how many images they go."""
+
+    KIND: ClassVar[str] = "statistics-result"
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"sums"})
+
+    hop: HopKey
+    site: SiteId
+    digest: Digest
+    images: Count
+    validation: Count
