@@ -77,7 +77,10 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
         f"{_LOSS}; empty in private training",
     ),
     (r"(link|student)-result/training\.seconds", "how fast the machine is, and roughly how many images there are"),
-    (r"(link|student)-result/training\.privacy.*", "the plan of the private training: noise, steps, rate; no data"),
+    (
+        r"(link|student)-result/training\.privacy.*",
+        "DP-SGD parameters of the private training: noise, steps, rate; no data",
+    ),
     (r"(link|student)-result/training\.notes.*", "what the site switched off, by its policy"),
     (r"student-result/auxiliary_kept", "follows from the request: how far the teacher that stays here has moved"),
     (

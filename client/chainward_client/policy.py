@@ -1,6 +1,6 @@
 """The site's own rules on privacy: the `privacy` block of site.yaml. Above anything that a coordinator asks.
 
-Refusals come before training and say what was asked, what is spent, what is left and the largest plan that still fits.
+Refusals come before training and say what was asked, what is spent, what is left and the longest training that still fits.
 They hold numbers and names of settings only, so that they may be sent; how many patients a site has is never among them.
 """
 
@@ -14,8 +14,8 @@ from datetime import timedelta
 
 from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, largest_steps, spent
+from chainward_shared.privacy.dp_sgd import run_mechanisms
 from chainward_shared.privacy.ledger import Ledger, Reservation
-from chainward_shared.privacy.plan import run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import PrivacyRecipe
 from chainward_shared.settings import PrivacyUnit
@@ -26,7 +26,7 @@ DAY = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
-class Planned:
+class Charge:
     """A mechanism that is about to be spent, and for what.
 
     Attributes
@@ -92,7 +92,7 @@ def check_scale(*, measured: bool) -> None:
 def check_run(
     policy: PrivacyPolicy | None, *, private: bool, unit: PrivacyUnit | None = None, privileged: bool = False
 ) -> None:
-    """Check what kind of training a run asks for, before anything is planned.
+    """Check what kind of training a run asks for, before anything is computed.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def check_request(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechani
     Raises
     ------
     PolicyRefusal
-        It doesn't fit. The message says what was asked, spent, left, and the largest plan that fits.
+        It doesn't fit. The message says what was asked, spent, left, and the longest training that fits.
     LedgerError
         The ledger can't be read.
     """
@@ -147,28 +147,28 @@ def check_request(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechani
         raise PolicyRefusal(
             f"over budget: epsilon {spent(asked, policy.delta):.4g} asked, {already:.4g} of {budget:.4g} spent {scope}, "
             f"{max(0.0, budget - already):.4g} left; together {after:.4g} at delta {policy.delta:g}. "
-            f"{_largest_plan(policy, ledger, asked, run)}"
+            f"{_longest_that_fits(policy, ledger, asked, run)}"
         )
 
 
 def reserve(
-    policy: PrivacyPolicy, ledger: Ledger, plan: Sequence[Planned], run: str, *, seeded: bool = False
+    policy: PrivacyPolicy, ledger: Ledger, charges: Sequence[Charge], run: str, *, seeded: bool = False
 ) -> list[Reservation]:
-    """Check that the whole plan fits and reserve it, in one go: no other process can spend in between.
+    """Check that all charges fit together and reserve them, in one go: no other process can spend in between.
 
     Returns
     -------
-    One reservation for each planned mechanism, in that order. If the ledger fails in the middle, those before stay
+    One reservation for each charge, in that order. If the ledger fails in the middle, those before stay
     spent.
 
     Raises
     ------
     PolicyRefusal
-        The plan doesn't fit, or the ledger counts in another unit than the policy; nothing was reserved.
+        They don't fit, or the ledger counts in another unit than the policy; nothing was reserved.
     LedgerError
         The ledger can't be read or written: nothing may be trained.
     """
-    asked = [planned.mechanism for planned in plan]
+    asked = [charge.mechanism for charge in charges]
     check_request(policy, ledger, asked, run)  # the accountants take seconds: not while others wait
     with ledger.exclusive():
         if units := {str(one.reserved.unit) for one in ledger.spendings()} - {policy.unit}:
@@ -179,16 +179,16 @@ def reserve(
         check_request(policy, ledger, asked, run)
         return [
             ledger.reserve(
-                planned.mechanism,
+                charge.mechanism,
                 run=run,
-                phase=planned.phase,
-                hop=planned.hop,
+                phase=charge.phase,
+                hop=charge.hop,
                 unit=policy.unit,
                 delta=policy.delta,
-                clip_norm=planned.clip_norm,
+                clip_norm=charge.clip_norm,
                 seeded=seeded,
             )
-            for planned in plan
+            for charge in charges
         ]
 
 
@@ -201,8 +201,8 @@ def _budgets(policy: PrivacyPolicy, ledger: Ledger, run: str) -> Iterator[tuple[
         yield "in this run", policy.epsilon_per_run, ledger.mechanisms(run)
 
 
-def planned_releases(policy: PrivacyPolicy, asked: PrivacyRecipe) -> list[Mechanism]:
-    """Return the noised scores of a run, which are planned into its epsilon: all that one run may have.
+def releases_of_run(policy: PrivacyPolicy, asked: PrivacyRecipe) -> list[Mechanism]:
+    """Return the noised scores of a run, which its epsilon has to cover: all that one run may have.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def whole_run(policy: PrivacyPolicy, asked: PrivacyRecipe, units: int) -> list[M
     PrivacyError
         No noise is enough.
     """
-    return run_mechanisms(asked, units=units, before=planned_releases(policy, asked))
+    return run_mechanisms(asked, units=units, before=releases_of_run(policy, asked))
 
 
 def releases_in(mechanisms: Sequence[Mechanism]) -> int:
@@ -237,7 +237,7 @@ def releases_in(mechanisms: Sequence[Mechanism]) -> int:
     return sum(mechanism.steps for mechanism in mechanisms if mechanism.kind == "laplace")
 
 
-def _largest_plan(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechanism], run: str) -> str:
+def _longest_that_fits(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechanism], run: str) -> str:
     trainings = [mechanism for mechanism in asked if mechanism.kind == "dp-sgd" and mechanism.noise_multiplier > 0]
     if not trainings:
         return "No such release fits"
@@ -258,4 +258,4 @@ def _largest_plan(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechani
     at = f"at noise multiplier {longest.noise_multiplier:g} and sample rate {longest.sample_rate:g}"
     if not fitting:
         return f"Not one step {at} fits: ask for more noise, or leave this site out"
-    return f"The largest plan that fits {at}: {fitting} of the {longest.steps} steps asked"
+    return f"The longest training that fits {at}: {fitting} of the {longest.steps} steps asked"

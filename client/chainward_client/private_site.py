@@ -1,6 +1,6 @@
 """A site that trains privately: its policy, its ledger, and the work that the two of them allow.
 
-The order, for every piece of work that costs privacy: the policy checks what is asked (`check`), the plan is reserved on
+The order, for every piece of work that costs privacy: the policy checks what is asked (`check`), its cost is reserved on
 disk, the training begins, the last noisy step commits, the work is stored, and only then it leaves, with a statement of
 the ledger. What fails after the reservation stays spent, all of it.
 """
@@ -23,11 +23,11 @@ from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
 from chainward_client.entropy import Entropy, OperatingSystem
 from chainward_client.policy import (
-    Planned,
+    Charge,
     check_request,
     check_units,
-    planned_releases,
     releases_in,
+    releases_of_run,
     reserve,
     whole_run,
 )
@@ -35,8 +35,8 @@ from chainward_client.private_training import PrivateTraining, declared_counts
 from chainward_client.site_ledger import create_site_ledger, open_site_ledger
 from chainward_shared.errors import PolicyRefusal, PrivacyError, SpentError
 from chainward_shared.privacy.accounting import Mechanism, spent
+from chainward_shared.privacy.dp_sgd import DpSgd, dp_sgd_of, rounded_units
 from chainward_shared.privacy.ledger import Ledger, Reservation
-from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.statements import Statement, sign_statement
 from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
@@ -165,8 +165,8 @@ class PrivateWork:
             )
         return declared_counts([shares[name] for name in data.classes], multilabel=data.task == "multilabel")
 
-    def plan(self, recipe: TrainingRecipe, data: SiteData, *, epochs: int, batch_size: int) -> PrivatePlan:
-        """Return the plan of a training: its noise is that of all the run's trainings and noised scores together.
+    def dp_sgd(self, recipe: TrainingRecipe, data: SiteData, *, epochs: int, batch_size: int) -> DpSgd:
+        """Return the DP-SGD parameters of a training: their noise is that of all the run's trainings and noised scores together.
 
         Raises
         ------
@@ -176,9 +176,9 @@ class PrivateWork:
         self.site.check_data(data)
         try:
             asked = self._asked(recipe)
-            before = planned_releases(self.site.policy, asked)
+            before = releases_of_run(self.site.policy, asked)
             units = self._units(recipe, data)
-            return plan(asked, units=units, epochs=epochs, batch_size=batch_size, before=before)
+            return dp_sgd_of(asked, units=units, epochs=epochs, batch_size=batch_size, before=before)
         except PrivacyError as error:
             raise PolicyRefusal(str(error)) from error
 
@@ -215,11 +215,11 @@ class PrivateWork:
             The training failed; all that was reserved is spent.
         """
         asked = self._asked(recipe)
-        planned = self.plan(
+        dp_sgd = self.dp_sgd(
             recipe, data, epochs=epochs or recipe.epochs, batch_size=batch_size or asked.batch_size or recipe.batch_size
         )
         private = PrivateTraining(
-            planned,
+            dp_sgd,
             unlabelled_patients=unlabelled_patients,
             declared_prior=declared_prior,
             private_teachers=private_teachers,
@@ -229,10 +229,10 @@ class PrivateWork:
         own = recipe.model_copy(update={"privileged": None}) if phase.startswith("teacher") else recipe
         private.check(own, 0 if unlabelled_patients is None else len(unlabelled_patients))
         ledger = self.site.ledger
-        reservation = None if checkpoint is None else self._resumed(checkpoint, phase, planned)
+        reservation = None if checkpoint is None else self._resumed(checkpoint, phase, dp_sgd)
         if reservation is None:
-            self._check_run(asked, self._units(recipe, data), planned.mechanism)
-            work = [Planned(planned.mechanism, phase, self.hop, planned.clip)]
+            self._check_run(asked, self._units(recipe, data), dp_sgd.mechanism)
+            work = [Charge(dp_sgd.mechanism, phase, self.hop, dp_sgd.clip)]
             (reservation,) = reserve(self.site.policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
         if checkpoint is not None:
             checkpoint.reservation = reservation.entry.sequence
@@ -245,7 +245,7 @@ class PrivateWork:
             raise SpentError(f"a private training failed, and is charged in full: {error}") from error
         ledger.commit(reservation, max(1, private.spent.mechanism.steps))
 
-    def _resumed(self, checkpoint: Checkpoint, phase: str, planned: PrivatePlan) -> Reservation | None:
+    def _resumed(self, checkpoint: Checkpoint, phase: str, dp_sgd: DpSgd) -> Reservation | None:
         """Return the open reservation in which a training began that left this checkpoint; else forget the checkpoint."""
         saved = checkpoint.load()
         if saved is None:
@@ -254,7 +254,7 @@ class PrivateWork:
         if (
             reservation is None
             or reservation.entry.sequence != saved.reservation
-            or reservation.mechanism != planned.mechanism
+            or reservation.mechanism != dp_sgd.mechanism
         ):
             checkpoint.remove()
             return None
@@ -279,7 +279,7 @@ class PrivateWork:
             (reservation,) = reserve(
                 policy,
                 ledger,
-                [Planned(mechanism, "scores", self.hop)],
+                [Charge(mechanism, "scores", self.hop)],
                 self.run,
                 seeded=self.site.entropy.seeded,
             )
@@ -318,7 +318,7 @@ class PrivateWork:
             check_request(policy, ledger, [*trainings, *([left] if left else [])], self.run)
         if asked.epsilon is None:
             return
-        together = [*done, *planned_releases(policy, asked)]
+        together = [*done, *releases_of_run(policy, asked)]
         if spent([*together, training], asked.delta) > asked.epsilon * _ROUNDING:
             raise PolicyRefusal(
                 f"over what the run asks for: epsilon {spent([training], asked.delta):.4g} more after "

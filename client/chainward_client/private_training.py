@@ -8,7 +8,7 @@ cross-entropy                         one record
 distillation from the predecessor     one record; the predecessor is another site's output, or this site's, accounted for
 teacher trust, attention transfer     one record and the predecessor
 large models, auxiliary teacher       one record and what private steps yielded before (post-processing)
-temperature, learning rate            the plan: epochs and steps are fixed before the first step
+temperature, learning rate            functions of the step: DP-SGD's parameters are fixed before the first one
 moving averages, weight selection     post-processing of noisy weights
 class balance "none"                  one record
 "site-prior", "weighted"              counts of private labels: refused, unless the prior is declared
@@ -42,7 +42,7 @@ from chainward_client.entropy import Entropy, OperatingSystem
 from chainward_shared.errors import ChainwardError, ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models.ghost import GhostClipping
 from chainward_shared.privacy.accounting import Mechanism
-from chainward_shared.privacy.plan import PrivatePlan, plan, rounded_units
+from chainward_shared.privacy.dp_sgd import DpSgd, dp_sgd_of, rounded_units
 from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import PrivacyUnit
@@ -53,13 +53,13 @@ _OF_ONE_RECORD = (ArithmeticError, LookupError, RuntimeError, ValueError)
 """What computing a loss may raise because of what a record holds."""
 
 __all__ = [
+    "DpSgd",
     "PrivacyRecipe",
     "PrivacySpent",
-    "PrivatePlan",
     "PrivateTraining",
     "declared_counts",
+    "dp_sgd_of",
     "keeps_labels",
-    "plan",
     "rounded_units",
 ]
 
@@ -71,7 +71,7 @@ class PrivacySpent:
     Attributes
     ----------
     mechanism : with the noisy steps that were done
-    planned : with those of the plan
+    planned : with all of them
     seeded : True where the noise can be replayed: not private, for tests only
     """
 
@@ -85,7 +85,7 @@ class PrivateTraining:
 
     Parameters
     ----------
-    plan : fixed for the whole training; reserve ``plan.mechanism`` in the ledger first
+    dp_sgd : fixed for the whole training; reserve ``dp_sgd.mechanism`` in the ledger first
     unlabelled_patients : str (m,), the patient of each image without label; needed where there are such images
     declared_prior : the objective's class counts are declared, not counted (`declared_counts`)
     private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
@@ -95,7 +95,7 @@ class PrivateTraining:
 
     def __init__(
         self,
-        plan: PrivatePlan,
+        dp_sgd: DpSgd,
         *,
         unlabelled_patients: np.ndarray | None = None,
         declared_prior: bool = False,
@@ -103,7 +103,7 @@ class PrivateTraining:
         together: int = 0,
         entropy: Entropy | None = None,
     ) -> None:
-        self.plan, self.together = plan, together
+        self.dp_sgd, self.together = dp_sgd, together
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
@@ -117,9 +117,9 @@ class PrivateTraining:
     @property
     def spent(self) -> PrivacySpent:
         """What was spent up to now; a step counts from the moment its noise is drawn."""
-        steps = min(self.steps_done, self.plan.steps)
-        done = Mechanism("dp-sgd", self.plan.noise_multiplier, self.plan.sample_rate, steps)
-        return PrivacySpent(done, self.plan.mechanism, self.entropy.seeded)
+        steps = min(self.steps_done, self.dp_sgd.steps)
+        done = Mechanism("dp-sgd", self.dp_sgd.noise_multiplier, self.dp_sgd.sample_rate, steps)
+        return PrivacySpent(done, self.dp_sgd.mechanism, self.entropy.seeded)
 
     def check(self, recipe: TrainingRecipe, unlabelled: int) -> None:
         """Refuse what is not a function of one record and public things.
@@ -174,7 +174,7 @@ class PrivateTraining:
         if not self.together:
             self.together = self._ghost.most_together()
         beside = np.array([], dtype=str) if self.unlabelled_patients is None else self.unlabelled_patients
-        self._units = units_of(np.concatenate([patients, beside]), self.plan.unit)
+        self._units = units_of(np.concatenate([patients, beside]), self.dp_sgd.unit)
         self._sums = []
 
     def secret_generator(self, device: torch.device) -> torch.Generator:
@@ -187,7 +187,7 @@ class PrivateTraining:
     def sample(self) -> Tensor:
         """Return a Poisson sample of the units, one random image of each: int64 rows, ascending; often fewer or more than
         expected, perhaps none. Rows from n on are of images without labels."""
-        inside = np.flatnonzero(self.entropy.uniform(len(self._units)) < self.plan.sample_rate)
+        inside = np.flatnonzero(self.entropy.uniform(len(self._units)) < self.dp_sgd.sample_rate)
         which = self.entropy.uniform(len(inside))
         rows = [self._units[unit][int(u * len(self._units[unit]))] for unit, u in zip(inside, which, strict=True)]
         return torch.tensor(sorted(int(row) for row in rows), dtype=torch.int64)
@@ -202,7 +202,7 @@ class PrivateTraining:
         for parameter in self._parameters:
             parameter.grad = None  # the noisy one of the step before
         losses.sum().backward()
-        clipped = self._ghost.clipped_sum(len(losses), self.plan.clip)
+        clipped = self._ghost.clipped_sum(len(losses), self.dp_sgd.clip)
         if not self._sums:
             self._sums = clipped
             return
@@ -214,15 +214,15 @@ class PrivateTraining:
 
         Sum and noise are in units of the clipping norm, which comes in last, when nothing is private any more.
         """
-        if self.steps_done >= self.plan.steps:
-            raise PrivacyError(f"the plan's {self.plan.steps} private steps are done; one more was not reserved")
+        if self.steps_done >= self.dp_sgd.steps:
+            raise PrivacyError(f"all {self.dp_sgd.steps} private steps are done; one more was not reserved")
         self.steps_done += 1
         noises = self.entropy.normal([p.shape for p in self._parameters], self._parameters[0].device)
         for i, (parameter, noise) in enumerate(zip(self._parameters, noises, strict=True)):
-            noise.mul_(self.plan.noise_multiplier)  # in place: new memory costs as much as a third of a small step
+            noise.mul_(self.dp_sgd.noise_multiplier)  # in place: new memory costs as much as a third of a small step
             if self._sums:
                 noise.add_(self._sums[i])
-            parameter.grad = noise.mul_(self.plan.clip / self.plan.expected_batch)
+            parameter.grad = noise.mul_(self.dp_sgd.clip / self.dp_sgd.expected_batch)
         self._sums = []
 
     def step(self, losses: Callable[[Tensor], Tensor]) -> None:

@@ -33,7 +33,7 @@ from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
 from chainward_shared.errors import ChainwardError, ConfigError, ModelError, StartAnewError
 from chainward_shared.models import Architecture, count_parameters, skeleton
-from chainward_shared.models.planned import run_architectures
+from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.start import travelling_template
 from chainward_shared.pretrained.begin import Beginning, begin

@@ -13,7 +13,7 @@ from chainward_server.context import Run
 from chainward_server.decisions import best_model, best_strand, forgetting, weakest_site
 from chainward_server.heads import with_statistics_head
 from chainward_server.results import LinkMetrics, LinkRecord, LinkStatus, SiteScores
-from chainward_server.schedule import Hop, plan
+from chainward_server.schedule import Hop, schedule
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
@@ -65,7 +65,7 @@ def run_chain(run: Run) -> ChainOutcome:
     """
     config = run.config.chain
     order = run.order
-    turns = plan(order, config.laps, config.strands)
+    turns = schedule(order, config.laps, config.strands)
     total = sum(len(turn) for turn in turns)
     strands = _beginnings(run)
     number = 0

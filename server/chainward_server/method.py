@@ -11,7 +11,7 @@ from chainward_server.baseline import run_alone
 from chainward_server.chain import ChainOutcome, run_chain
 from chainward_server.context import Run
 from chainward_server.students import run_students
-from chainward_shared.models.planned import student_architecture
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.weights import StateDict
 
 Stage = Literal["chain", "alone", "students"]
@@ -36,7 +36,7 @@ def run_method(
     Parameters
     ----------
     stage : called with the name of each stage; the stage runs within what it returns
-    students : False: without them, though they are in the plans of the private sites
+    students : False: without them, though private sites account for them
 
     Raises
     ------

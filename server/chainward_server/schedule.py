@@ -43,7 +43,7 @@ def site_order(sites: Sequence[str], sizes: dict[str, int], chain: ChainConfig, 
     return list(sites)
 
 
-def plan(order: Sequence[str], laps: int, strands: int) -> list[list[Hop]]:
+def schedule(order: Sequence[str], laps: int, strands: int) -> list[list[Hop]]:
     """Return the turns of the chain; the hops of a turn run at the same time.
 
     Strand s visits site (s + t) mod N at turn t: a Latin square, so no site ever holds two strands at once.

@@ -27,7 +27,7 @@ from chainward_shared.models import (
     select_weights,
     skeleton,
 )
-from chainward_shared.models.planned import student_architecture
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.protocol import StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import Transfer

@@ -15,7 +15,7 @@ from rich.console import Console
 if TYPE_CHECKING:  # imported when something is measured, so that --help answers at once
     from chainward_simulations.benchmark.figures import Table
     from chainward_simulations.benchmark.flower_run import FlowerRun
-    from chainward_simulations.benchmark.training import Backbone, TrainingPlan
+    from chainward_simulations.benchmark.training import Backbone, TrainingWorkload
 
 SIX_SITES = Path(__file__).resolve().parent.parent / "six_sites"
 
@@ -105,15 +105,15 @@ def main(
         "seeds": seeds,
         "threads": threads,
     }
-    plan = training.TrainingPlan.quick() if quick else training.TrainingPlan()
-    plan = plan.with_changes({name: value for name, value in given.items() if value is not None})
+    workload = training.TrainingWorkload.quick() if quick else training.TrainingWorkload()
+    workload = workload.with_changes({name: value for name, value in given.items() if value is not None})
 
     started = time.monotonic()
     about = machine.describe_machine()
     tables = [Table("Machine", ("what", "value"), rows=list(about.items()))]
     measured: dict[str, object] = {"machine": about, "quick": quick}
     if parts & {Part.TRAINING, Part.ACCURACY}:
-        tables += _measure_training(parts, plan, measured)
+        tables += _measure_training(parts, workload, measured)
     if parts & {Part.RUN, Part.MEMORY}:
         tables += _measure_runs(parts, app, quick, runs, threads, timeout, measured)
     if Part.PRIVATE in parts:
@@ -137,16 +137,16 @@ def main(
         json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
-def _measure_training(parts: set[Part], plan: TrainingPlan, measured: dict[str, object]) -> list[Table]:
+def _measure_training(parts: set[Part], workload: TrainingWorkload, measured: dict[str, object]) -> list[Table]:
     from chainward_simulations.benchmark import training
 
     tables = []
     if Part.TRAINING in parts:
-        throughputs = training.measure_throughput(plan, progress.print)
+        throughputs = training.measure_throughput(workload, progress.print)
         measured["training"] = [throughput.to_json() for throughput in throughputs]
-        tables.append(training.throughput_table(throughputs, plan))
+        tables.append(training.throughput_table(throughputs, workload))
     if Part.ACCURACY in parts:
-        accuracy = training.measure_accuracy(plan, progress.print)
+        accuracy = training.measure_accuracy(workload, progress.print)
         measured["accuracy"] = accuracy.to_json()
         tables.append(training.accuracy_table(accuracy))
     return tables
@@ -161,11 +161,11 @@ def _measure_private(
         progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
         raise typer.Exit(1) from error
 
-    plan = private.PrivateStepPlan.quick() if quick else private.PrivateStepPlan()
-    plan = private.with_choices(plan, backbones, repeats, threads)
-    costs = private.measure_private_steps(plan, progress.print)
+    workload = private.PrivateStepWorkload.quick() if quick else private.PrivateStepWorkload()
+    workload = private.with_choices(workload, backbones, repeats, threads)
+    costs = private.measure_private_steps(workload, progress.print)
     measured["private"] = [cost.to_json() for cost in costs]
-    return private.private_table(costs, plan)
+    return private.private_table(costs, workload)
 
 
 def _measure_runs(
@@ -210,11 +210,11 @@ def _measure_consortium(
         progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
         raise typer.Exit(1) from error
 
-    plan = consortium.ConsortiumPlan.quick() if quick else consortium.ConsortiumPlan()
-    plan = consortium.with_choices(plan, sites, laps, backbones, threads)
-    progress.print(f"flwr run {app.name} over {plan.sites} sites, {plan.laps} laps")
+    workload = consortium.ConsortiumWorkload.quick() if quick else consortium.ConsortiumWorkload()
+    workload = consortium.with_choices(workload, sites, laps, backbones, threads)
+    progress.print(f"flwr run {app.name} over {workload.sites} sites, {workload.laps} laps")
     try:
-        run = consortium.measure_consortium(app, plan, timeout=timeout)
+        run = consortium.measure_consortium(app, workload, timeout=timeout)
     except flower_run.BenchmarkError as error:
         progress.print(str(error), markup=False)
         raise typer.Exit(1) from error

@@ -28,7 +28,7 @@ from chainward_server.students import run_students
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
-from chainward_shared.models.planned import student_architecture
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.pretrained.begin import begin
 from chainward_shared.protocol import (
     TrainingLog,
@@ -83,7 +83,7 @@ def run_in_process(
     Parameters
     ----------
     on_step, state_dir : see `InProcessSites`
-    students : False: without them, but with what they will cost in the plans of the private sites
+    students : False: without them, though private sites account for them
 
     Raises
     ------

@@ -13,7 +13,7 @@ from torch.nn import functional
 from chainward_client.private_training import PrivateTraining
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_shared.models.ghost import GhostClipping
-from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.privacy.dp_sgd import DpSgd
 
 SMALLEST, LARGEST = 1.4e-45, 3.4e38
 LOSS_SCALES = (1e-45, 1e-38, 1e-30, 1e-25, 1e-23, 1e-19, 1e-10, 1.0, 1e10, 1e19, 1e25, 1e38)
@@ -162,7 +162,7 @@ def test_every_family_keeps_to_the_norm_with_projector_images_without_label_and_
 
     def step(rows, scale, clip):
         model = backbone(name, patch=patch)
-        plan = PrivatePlan.model_construct(  # not validated: also of norms that no plan may have
+        dp_sgd = DpSgd.model_construct(  # not validated: also of norms that no request may have
             unit="patient",
             delta=1e-5,
             noise_multiplier=0.0,
@@ -171,7 +171,7 @@ def test_every_family_keeps_to_the_norm_with_projector_images_without_label_and_
             steps=1,
             clip=clip,
         )
-        private = PrivateTraining(plan, unlabelled_patients=beside, together=4)
+        private = PrivateTraining(dp_sgd, unlabelled_patients=beside, together=4)
         parameters = [*model.parameters(), *projector.parameters()]
         private.start(model, [projector], parameters, patients)
         for part in private.parts(torch.tensor(rows)):

@@ -36,7 +36,7 @@ def test_the_installed_training_passes_and_every_sabotage_is_found_out(tried):
 
 
 SAID = {
-    "without noise": "times the planned standard deviation",
+    "without noise": "times the specified standard deviation",
     "without clipping": "can move the sum of gradients",
     "with noise from a seed": "two trainings with one seed draw the same noise",
     "with teachers trained without privacy": "a privileged teacher that was trained without privacy is let in",
@@ -169,7 +169,7 @@ def test_a_bare_ledger_is_tried_at_a_default_that_is_said(site_yaml, typed, tmp_
 
 
 def test_the_command_ends_with_1_where_the_installed_training_is_broken(site_yaml, typed, monkeypatch):
-    monkeypatch.setattr(trial, "audit_training", lambda plan, **how: one_run.audit_training(plan, **how | BROKEN))
+    monkeypatch.setattr(trial, "audit_training", lambda dp_sgd, **how: one_run.audit_training(dp_sgd, **how | BROKEN))
     code, out, _ = typed("audit", site_yaml, "--empirical", "--canaries", 400)
     assert code == 1
     assert "violation: private training, tried here: an attack on the trained model guesses 200 of 200" in out

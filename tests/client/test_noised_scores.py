@@ -46,7 +46,7 @@ def site_of(tmp_path, policy=POLICY) -> PrivateSite:
 
 def train(site, data, asked, run="r", hop="h"):
     with site.work(run, hop).training(asked, data, phase="link") as private:
-        private.steps_done = private.plan.steps
+        private.steps_done = private.dp_sgd.steps
 
 
 @pytest.mark.parametrize("order", ["trainings first", "scores first", "in between"])
@@ -64,7 +64,7 @@ def test_trainings_and_noised_scores_of_a_run_stay_within_its_epsilon_whatever_c
     }[order]
     released = [step() for step in steps]
     assert released.count(True) == 3
-    assert released.count(False) == 3, "what is beyond the plan is withheld"
+    assert released.count(False) == 3, "what is beyond the limit is withheld"
     site.ledger.reload()
     found = epsilons(site.ledger.mechanisms("r"), DELTA)
     assert found.problem is None
@@ -73,7 +73,7 @@ def test_trainings_and_noised_scores_of_a_run_stay_within_its_epsilon_whatever_c
         train(site, data, asked, hop="three")
 
 
-def test_a_training_is_planned_for_scores_that_are_never_asked(tmp_path, data):
+def test_a_training_leaves_room_for_scores_that_are_never_asked(tmp_path, data):
     site, asked = site_of(tmp_path), recipe(4.0)
     for hop in ("one", "two"):
         train(site, data, asked, hop=hop)

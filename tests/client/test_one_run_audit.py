@@ -15,7 +15,7 @@ from chainward_client.private_training import PrivateTraining
 from chainward_shared.errors import PrivacyError
 from chainward_shared.models import resolve_architecture
 from chainward_shared.privacy.accounting import solve_noise_multiplier
-from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.privacy.dp_sgd import DpSgd
 
 
 def test_without_delta_the_p_value_is_the_tail_of_coins_that_are_right_with_the_odds_of_epsilon():
@@ -70,7 +70,7 @@ def test_randomised_response_of_known_epsilon_is_bounded_below_it_and_near_it_wi
 # --- real training ---
 
 CANARIES, STEPS = 400, 12
-PLAN = PrivatePlan(
+DP_SGD = DpSgd(
     unit="patient",
     delta=1e-5,
     noise_multiplier=solve_noise_multiplier(1.0, 1e-5, [(1.0, STEPS)]),
@@ -82,7 +82,7 @@ PLAN = PrivatePlan(
 
 
 def test_honest_training_stays_below_its_claim():
-    found = audit_training(PLAN, canaries=CANARIES)
+    found = audit_training(DP_SGD, canaries=CANARIES)
     assert found.claimed == pytest.approx(1.0, abs=0.01)
     assert found.problem is None
     assert found.measured < found.claimed < found.ceiling
@@ -90,7 +90,7 @@ def test_honest_training_stays_below_its_claim():
 
 
 def test_weak_privacy_is_measured_above_zero_and_below_its_claim():
-    loose = PLAN.model_copy(update={"noise_multiplier": solve_noise_multiplier(12.0, 1e-5, [(1.0, STEPS)])})
+    loose = DP_SGD.model_copy(update={"noise_multiplier": solve_noise_multiplier(12.0, 1e-5, [(1.0, STEPS)])})
     found = audit_training(loose, canaries=CANARIES)
     assert 1.0 < found.measured < found.claimed
     assert found.blind, "so few guesses can't refute so large an epsilon, and the audit says so"
@@ -98,7 +98,7 @@ def test_weak_privacy_is_measured_above_zero_and_below_its_claim():
 
 @pytest.mark.parametrize("sabotage", [without_noise, without_clipping])
 def test_training_without_noise_or_clipping_betrays_every_canary(sabotage):
-    found = audit_training(PLAN, canaries=CANARIES, training=sabotage)
+    found = audit_training(DP_SGD, canaries=CANARIES, training=sabotage)
     assert found.correct == found.guesses
     assert found.measured == pytest.approx(found.ceiling)
     assert found.measured > 3 * found.claimed
@@ -106,21 +106,21 @@ def test_training_without_noise_or_clipping_betrays_every_canary(sabotage):
 
 
 def test_noise_ten_times_too_small_is_found_out():
-    claimed = PLAN.model_copy(update={"noise_multiplier": PLAN.noise_multiplier / 10})
+    claimed = DP_SGD.model_copy(update={"noise_multiplier": DP_SGD.noise_multiplier / 10})
 
     def weak(plan):
         return PrivateTraining(claimed)
 
-    found = audit_training(PLAN, canaries=2000, training=weak)
+    found = audit_training(DP_SGD, canaries=2000, training=weak)
     assert found.measured > found.claimed
 
 
 def test_too_few_canaries_are_refused():
     with pytest.raises(PrivacyError, match="an attack on 4 canaries says nothing"):
-        audit_training(PLAN, canaries=4)
+        audit_training(DP_SGD, canaries=4)
 
 
 def test_a_backbone_is_attacked_too():
     architecture = resolve_architecture("test_vit", num_classes=4, in_chans=1, image_size=32, patch_size=8)
-    small = PLAN.model_copy(update={"expected_batch": 10.0, "steps": 2})
+    small = DP_SGD.model_copy(update={"expected_batch": 10.0, "steps": 2})
     assert audit_training(small, canaries=20, architecture=architecture).problem is None

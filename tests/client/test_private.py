@@ -18,12 +18,12 @@ from chainward_client.data.site_data import Cases
 from chainward_client.entropy import OperatingSystem, SeededForTests
 from chainward_client.privacy_audit import checks, neighbours
 from chainward_client.private_training import (
+    DpSgd,
     PrivacyRecipe,
-    PrivatePlan,
     PrivateTraining,
     declared_counts,
+    dp_sgd_of,
     keeps_labels,
-    plan,
     rounded_units,
     units_of,
 )
@@ -45,9 +45,7 @@ RECIPE = SMALL_LINK.model_copy(
         "temperature": 2.0,
     }
 )
-PLAN = PrivatePlan(
-    unit="image", delta=1e-5, noise_multiplier=1.0, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.05
-)
+DP_SGD = DpSgd(unit="image", delta=1e-5, noise_multiplier=1.0, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.05)
 
 
 def cases_of(n: int = 12, patients: list[str] | None = None) -> Cases:
@@ -119,7 +117,7 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
     chosen = [0, 2, 3, 7, 11, 12, 15]  # the last two are images without label
     expected = slow_reference(model, objective, cases, chosen, unlabelled, clip)
     private = PrivateTraining(
-        PLAN.model_copy(update={"clip": clip, "noise_multiplier": 0.0}),
+        DP_SGD.model_copy(update={"clip": clip, "noise_multiplier": 0.0}),
         unlabelled_patients=np.array(["u"] * 5),
         together=together,
     )
@@ -144,7 +142,7 @@ def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
     objective.start(torch.device("cpu"), 1)
     expected = slow_reference(model, objective, cases, [0, 1, 4], None, 0.1)
     fresh = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
-    private = PrivateTraining(PLAN.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}))
+    private = PrivateTraining(DP_SGD.model_copy(update={"clip": 0.1, "noise_multiplier": 0.0}))
     private.start(model, [], list(model.parameters()), cases.patients)
     chosen = torch.tensor([0, 1, 4])
     private.accumulate(fresh.losses(model, batch_of(cases.images[chosen], cases.labels[chosen])))
@@ -159,7 +157,7 @@ def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_trai
     counts = class_counts(cases.labels, 3)
     recipe = RECIPE.model_copy(update={"batch_size": 12})
     train(plain, cases, recipe, LinkObjective(recipe, plain, None, counts), "link")
-    everyone = PLAN.model_copy(
+    everyone = DP_SGD.model_copy(
         update={"noise_multiplier": 0.0, "clip": 1e6, "sample_rate": 1.0, "expected_batch": 12.0, "steps": 3}
     )
     private = PrivateTraining(everyone)
@@ -184,7 +182,7 @@ def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others(architect
 
     def step(rows):
         model = build_model(architecture, 1).train()
-        private = PrivateTraining(PLAN.model_copy(update={"noise_multiplier": 0.0}))
+        private = PrivateTraining(DP_SGD.model_copy(update={"noise_multiplier": 0.0}))
         private.start(
             model, objective.extra_modules(), [*model.parameters(), *objective.extra_parameters()], cases.patients
         )
@@ -202,11 +200,11 @@ def test_a_gradient_that_is_not_finite_drops_out_and_leaves_the_others(architect
 
 def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
     model, cases = build_model(architecture, 1), cases_of()
-    private = PrivateTraining(PLAN)
+    private = PrivateTraining(DP_SGD)
     train(model, cases, RECIPE, LinkObjective(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
     assert not any(hasattr(p, "grad_sample") or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
-    assert private.spent.mechanism == private.spent.planned == PLAN.mechanism
+    assert private.spent.mechanism == private.spent.planned == DP_SGD.mechanism
     assert not private.spent.seeded
 
 
@@ -216,7 +214,7 @@ def test_what_was_spent_is_known_after_a_crash(architecture):
             raise RuntimeError("power cut")
 
     model, cases = build_model(architecture, 1), cases_of()
-    private = PrivateTraining(PLAN)
+    private = PrivateTraining(DP_SGD)
     with pytest.raises(RuntimeError, match="power cut"):
         train(model, cases, RECIPE, Failing(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
     assert private.spent.mechanism.steps == 1
@@ -224,7 +222,7 @@ def test_what_was_spent_is_known_after_a_crash(architecture):
 
 
 def test_no_step_goes_beyond_the_plan(architecture):
-    private = PrivateTraining(PLAN.model_copy(update={"steps": 1}))
+    private = PrivateTraining(DP_SGD.model_copy(update={"steps": 1}))
     model = build_model(architecture, 1)
     private.start(model, [], list(model.parameters()), cases_of().patients)
     private.finish_step()
@@ -239,7 +237,7 @@ def test_a_parameter_that_would_not_be_clipped_is_found(architecture):
 
     model = build_model(architecture, 1)
     with pytest.raises(ModelError, match="per-example gradients"):
-        train(model, cases_of(), RECIPE, Forgetting(), "x", private=PrivateTraining(PLAN))
+        train(model, cases_of(), RECIPE, Forgetting(), "x", private=PrivateTraining(DP_SGD))
 
 
 # --- randomness ---
@@ -248,7 +246,7 @@ def test_a_parameter_that_would_not_be_clipped_is_found(architecture):
 def test_two_private_trainings_with_one_seed_differ_and_two_with_a_seeded_entropy_are_marked(architecture):
     def weights(entropy):
         model, cases = build_model(architecture, 1), cases_of()
-        private = PrivateTraining(PLAN, entropy=entropy)
+        private = PrivateTraining(DP_SGD, entropy=entropy)
         recipe = RECIPE.model_copy(update={"augmentation": "upright"})
         train(
             model,
@@ -274,7 +272,7 @@ def test_the_run_seed_reaches_no_generator_of_a_private_training(architecture, m
     for seed in (3, 4):
         model = build_model(architecture, 1)
         recipe = RECIPE.model_copy(update={"seed": seed, "augmentation": "upright"})
-        private = PrivateTraining(PLAN, entropy=SeededForTests(9))
+        private = PrivateTraining(DP_SGD, entropy=SeededForTests(9))
         train(
             model,
             cases,
@@ -323,9 +321,9 @@ def test_the_systems_numbers_are_uniform_and_normal():
     assert (noise.abs() > 3).float().mean().item() == pytest.approx(0.0027, abs=0.0008)
 
 
-def test_patients_are_sampled_at_the_planned_rate_and_give_one_image_each_of_theirs():
+def test_patients_are_sampled_at_the_specified_rate_and_give_one_image_each_of_theirs():
     patients = ["a"] * 6 + ["b"] * 3 + ["c"]
-    private = PrivateTraining(PLAN.model_copy(update={"unit": "patient", "sample_rate": 0.3}))
+    private = PrivateTraining(DP_SGD.model_copy(update={"unit": "patient", "sample_rate": 0.3}))
     model = nn.Linear(2, 2)
     private.start(model, [], list(model.parameters()), np.array(patients))
     draws, images = 6000, np.zeros(10)
@@ -338,26 +336,26 @@ def test_patients_are_sampled_at_the_planned_rate_and_give_one_image_each_of_the
     private.close()
 
 
-# --- plans ---
+# --- DP-SGD parameters ---
 
 
 def test_the_plan_solves_the_noise_and_stays_within_the_budget():
-    found = plan(PrivacyRecipe(epsilon=3.0, delta=1e-5), units=1000, epochs=5, batch_size=50)
+    found = dp_sgd_of(PrivacyRecipe(epsilon=3.0, delta=1e-5), units=1000, epochs=5, batch_size=50)
     assert (found.sample_rate, found.expected_batch, found.steps) == (0.05, 50.0, 100)
     assert 2.98 < spent([found.mechanism], 1e-5) <= 3.0
 
 
 def test_a_batch_larger_than_the_site_takes_everyone():
-    found = plan(PrivacyRecipe(noise_multiplier=2.0, delta=1e-5), units=20, epochs=5, batch_size=50)
+    found = dp_sgd_of(PrivacyRecipe(noise_multiplier=2.0, delta=1e-5), units=20, epochs=5, batch_size=50)
     assert (found.sample_rate, found.expected_batch, found.steps, found.noise_multiplier) == (1.0, 20.0, 5, 2.0)
 
 
 def test_a_plan_without_patients_or_with_a_delta_that_gives_one_away_is_refused():
     recipe = PrivacyRecipe(noise_multiplier=2.0, delta=0.01)
     with pytest.raises(PrivacyError, match="below 1 / 100"):
-        plan(recipe, units=100, epochs=1, batch_size=10)
+        dp_sgd_of(recipe, units=100, epochs=1, batch_size=10)
     with pytest.raises(PrivacyError, match="0 patients"):
-        plan(recipe, units=0, epochs=1, batch_size=10)
+        dp_sgd_of(recipe, units=0, epochs=1, batch_size=10)
     with pytest.raises(ValidationError, match="exactly one"):
         PrivacyRecipe(delta=1e-5)
 
@@ -384,8 +382,8 @@ def test_the_number_of_patients_is_rounded_down():
 def test_counts_of_private_labels_are_refused_and_a_declared_prior_is_taken(architecture, balance):
     recipe = RECIPE.model_copy(update={"class_balance": balance})
     with pytest.raises(PrivacyError, match="declare the prior"):
-        PrivateTraining(PLAN).check(recipe, 0)
-    PrivateTraining(PLAN, declared_prior=True).check(recipe, 0)
+        PrivateTraining(DP_SGD).check(recipe, 0)
+    PrivateTraining(DP_SGD, declared_prior=True).check(recipe, 0)
     assert declared_counts([0.5, 0.3, 0.2], multilabel=False).tolist() == [500_000, 300_000, 200_000]
     assert declared_counts([0.5, 0.1], multilabel=True).tolist() == [[500_000, 500_000], [900_000, 100_000]]
     with pytest.raises(PrivacyError, match="expected 1"):
@@ -397,15 +395,15 @@ def test_a_teacher_trained_without_privacy_is_refused():
         update={"privileged": PrivilegedRecipe(use="all", logit_weight=1, embedding_weight=0, temperature=2, epochs=1)}
     )
     with pytest.raises(PrivacyError, match="privileged teachers"):
-        PrivateTraining(PLAN).check(taught, 0)
-    PrivateTraining(PLAN, private_teachers=True).check(taught, 0)
+        PrivateTraining(DP_SGD).check(taught, 0)
+    PrivateTraining(DP_SGD, private_teachers=True).check(taught, 0)
 
 
 def test_images_without_label_need_patients_and_bf16_is_off():
     with pytest.raises(PrivacyError, match="their patients"):
-        PrivateTraining(PLAN).check(RECIPE, 4)
+        PrivateTraining(DP_SGD).check(RECIPE, 4)
     with pytest.raises(PrivacyError, match="bf16"):
-        PrivateTraining(PLAN).check(RECIPE.model_copy(update={"precision": "bf16"}), 0)
+        PrivateTraining(DP_SGD).check(RECIPE.model_copy(update={"precision": "bf16"}), 0)
 
 
 def test_an_image_without_patient_is_refused_where_patients_are_protected():
@@ -427,7 +425,7 @@ def test_a_link_with_predecessor_attention_and_images_without_label_trains_priva
     recipe = RECIPE.model_copy(update={"attention_weight": 0.5, "unlabelled_weight": 0.5})
     model, predecessor, cases = build_model(architecture, 1), build_model(architecture, 2), cases_of()
     before = [p.detach().clone() for p in model.parameters()]
-    private = PrivateTraining(PLAN, unlabelled_patients=np.array(list("abcdefgh")))
+    private = PrivateTraining(DP_SGD, unlabelled_patients=np.array(list("abcdefgh")))
     objective = LinkObjective(recipe, model, predecessor, class_counts(cases.labels, 3))
     train(model, cases, recipe, objective, "x", unlabelled=cases_of(8).images, private=private)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -525,7 +523,7 @@ def dividing_by_the_actual_batch(monkeypatch):
     def finish_step(self):
         honest_finish(self)
         for parameter in self._parameters:
-            parameter.grad *= self.plan.expected_batch / max(1, getattr(self, "seen", 0))
+            parameter.grad *= self.dp_sgd.expected_batch / max(1, getattr(self, "seen", 0))
         self.seen = 0
 
     monkeypatch.setattr(PrivateTraining, "accumulate", accumulate)
@@ -572,14 +570,14 @@ def no_noise_on_an_empty_sample(monkeypatch):
 @pytest.mark.parametrize(
     ("sabotage", "said"),
     [
-        (without_noise, "times the planned standard deviation"),
-        (with_half_the_noise, "times the planned standard deviation"),
-        (with_one_noise_for_all_weights, "times the planned|depend on one another"),
+        (without_noise, "times the specified standard deviation"),
+        (with_half_the_noise, "times the specified standard deviation"),
+        (with_one_noise_for_all_weights, "times the specified|depend on one another"),
         (without_clipping, "move the sum of gradients"),
         (clipping_each_layer_alone, "move the sum of gradients"),
         (noise_from_torchs_global_generator, "with one seed"),
         (a_seeded_entropy, "seeded generator"),
-        (dividing_by_the_actual_batch, "expected batch|planned standard deviation"),
+        (dividing_by_the_actual_batch, "expected batch|specified standard deviation"),
         (sampling_a_fixed_number, "varies by"),
         (sampling_twice_as_often, "more or less often"),
         (every_image_a_unit, "two images of one patient"),
@@ -589,7 +587,7 @@ def no_noise_on_an_empty_sample(monkeypatch):
         (splits_that_are_dealt_in_order, "who is in a split depends on other patients"),
         (labels_by_the_runs_seed, "a coordinator can compute it"),
         (labels_by_rank, "who keeps its labels depends on other patients"),
-        (no_noise_on_an_empty_sample, "empty|planned standard deviation"),
+        (no_noise_on_an_empty_sample, "empty|specified standard deviation"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

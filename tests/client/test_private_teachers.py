@@ -20,7 +20,7 @@ from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.entropy import SeededForTests
 from chainward_client.precision import training_environment
 from chainward_client.private_site import PrivateSite, PrivateWork
-from chainward_client.private_training import PrivatePlan, PrivateTraining, declared_counts
+from chainward_client.private_training import DpSgd, PrivateTraining, declared_counts
 from chainward_client.privileged import kept, targets
 from chainward_client.privileged import teacher as teacher_module
 from chainward_client.privileged.results import PrivilegedTargets
@@ -33,10 +33,10 @@ from chainward_shared.distillation.losses import classification_loss
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, SpentError
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_shared.models.ghost import ROOM
-from chainward_shared.privacy import plan as plan_module
+from chainward_shared.privacy import dp_sgd as dp_sgd_module
 from chainward_shared.privacy.accounting import spent
+from chainward_shared.privacy.dp_sgd import run_mechanisms
 from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.plan import run_mechanisms
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import (
     LinkRecipe,
@@ -66,9 +66,7 @@ RECIPE = SMALL_LINK.model_copy(
         "teacher_trust": "none",
     }
 )
-PLAN = PrivatePlan(
-    unit="patient", delta=1e-5, noise_multiplier=0.7, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.1
-)
+DP_SGD = DpSgd(unit="patient", delta=1e-5, noise_multiplier=0.7, sample_rate=0.5, expected_batch=6.0, steps=5, clip=0.1)
 TENSORS = ("logits", "taught", "embeddings", "present")
 
 
@@ -144,12 +142,12 @@ def slow_reference(
         model = PrivilegedTeacher(vectors.shape[1], 8, 3, dropout=0.0).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=teacher_module.LEARNING_RATE, weight_decay=teacher_module.WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, teacher_module.LEARNING_RATE, total_steps=PLAN.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, teacher_module.LEARNING_RATE, total_steps=DP_SGD.steps)
     of = {
         patient: [row for row, other in enumerate(patients) if other == patient] for patient in dict.fromkeys(patients)
     }
-    for _ in range(PLAN.steps):
-        inside = [p for p, u in zip(of, entropy.uniform(len(of)), strict=True) if u < PLAN.sample_rate]
+    for _ in range(DP_SGD.steps):
+        inside = [p for p, u in zip(of, entropy.uniform(len(of)), strict=True) if u < DP_SGD.sample_rate]
         rows = [of[p][int(u * len(of[p]))] for p, u in zip(inside, entropy.uniform(len(inside)), strict=True)]
         total = [torch.zeros_like(p) for p in parameters]
         for row in rows:
@@ -161,10 +159,10 @@ def slow_reference(
             gradients = torch.autograd.grad(loss.sum(), parameters)
             length = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
             for sum_of, gradient in zip(total, gradients, strict=True):
-                sum_of += gradient * min(1.0, ROOM * PLAN.clip / length)
+                sum_of += gradient * min(1.0, ROOM * DP_SGD.clip / length)
         noises = entropy.normal([p.shape for p in parameters], torch.device("cpu"))
         for parameter, sum_of, noise in zip(parameters, total, noises, strict=True):
-            parameter.grad = (sum_of + PLAN.noise_multiplier * PLAN.clip * noise) / PLAN.expected_batch
+            parameter.grad = (sum_of + DP_SGD.noise_multiplier * DP_SGD.clip * noise) / DP_SGD.expected_batch
         optimizer.step()
         schedule.step()
     return model
@@ -180,24 +178,24 @@ def test_a_teacher_is_what_gradients_clipped_and_added_one_by_one_make_of_it(mul
     patients = np.array([f"p{i // 2}" if i < 6 else f"q{i}" for i in range(14)])
     training = RECIPE.model_copy(update={"class_balance": balance})
     counts = declared_counts([0.5, 0.3, 0.2], multilabel=multilabel)
-    private = PrivateTraining(PLAN, declared_prior=True, entropy=SeededForTests(4), together=3)
+    private = PrivateTraining(DP_SGD, declared_prior=True, entropy=SeededForTests(4), together=3)
     trained = train_teacher_privately(
         vectors, available, labels, patients, 3, PRIVILEGED, training, counts, private, "x"
     )
     expected = slow_reference(vectors, available, labels, patients, training, counts, SeededForTests(4))
     for mine, theirs in zip(trained.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
-    assert private.spent.mechanism == PLAN.mechanism
+    assert private.spent.mechanism == DP_SGD.mechanism
     assert not trained.training
     assert not any(hasattr(p, "grad_sample") for p in trained.parameters())
 
 
 def first_gradient(keep: np.ndarray, available: Tensor, labels: Tensor, clip: float) -> Tensor:
     """The gradient of the first step, without noise, on the rows `keep`, everybody sampled."""
-    plan = PLAN.model_copy(
+    dp_sgd = DP_SGD.model_copy(
         update={"noise_multiplier": 0.0, "sample_rate": 1.0, "expected_batch": 14.0, "steps": 1, "clip": clip}
     )
-    private = PrivateTraining(plan, entropy=SeededForTests(2))
+    private = PrivateTraining(dp_sgd, entropy=SeededForTests(2))
     found: list[Tensor] = []
     close = private.close
 
@@ -245,7 +243,7 @@ def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
     data = phantom_site(0, 0, image_size=32)
     texts, available = targets.text_vectors(data.splits["train"].privileged.texts, 256)
     cases, n = data.splits["train"], len(data.splits["train"])
-    plan = PLAN.model_copy(update={"noise_multiplier": 0.0, "expected_batch": n / 2, "steps": 100, "clip": 10.0})
+    dp_sgd = DP_SGD.model_copy(update={"noise_multiplier": 0.0, "expected_batch": n / 2, "steps": 100, "clip": 10.0})
     there = torch.from_numpy(available)
     trained = train_teacher_privately(
         torch.from_numpy(texts),
@@ -256,7 +254,7 @@ def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
         PRIVILEGED.model_copy(update={"hidden": 32}),
         RECIPE,
         torch.ones(5, dtype=torch.int64),
-        PrivateTraining(plan),
+        PrivateTraining(dp_sgd),
         "x",
     )
     with torch.no_grad():
@@ -267,7 +265,7 @@ def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
 def test_weights_that_are_not_finite_are_refused(monkeypatch):
     monkeypatch.setattr(teacher_module, "LEARNING_RATE", math.inf)
     vectors, available = vectors_of()
-    private = PrivateTraining(PLAN)
+    private = PrivateTraining(DP_SGD)
     with pytest.raises(ModelError, match="not finite"):
         train_teacher_privately(
             vectors,
@@ -290,12 +288,12 @@ def test_each_modality_is_charged_once_at_the_plan_and_found_again_for_nothing(p
     first = answered(phantoms, work, tmp_path)
     assert set(first.report) == {"text", "table"}
     assert phases(work) == ["teacher-text", "teacher-table"]
-    planned = work.plan(RECIPE, phantoms, epochs=PRIVILEGED.epochs, batch_size=64)
+    dp_sgd = work.dp_sgd(RECIPE, phantoms, epochs=PRIVILEGED.epochs, batch_size=64)
     for one in work.site.ledger.spendings():
         assert one.end is not None
         assert one.end.state == "committed"
         assert one.counted is not None
-        assert one.counted.mechanism == planned.mechanism
+        assert one.counted.mechanism == dp_sgd.mechanism
         assert one.counted.clip_norm == 1.0
     entries = len(work.site.ledger.entries)
     again = answered(phantoms, replace(work, hop="another hop"), tmp_path)
@@ -308,7 +306,7 @@ def test_each_modality_is_charged_once_at_the_plan_and_found_again_for_nothing(p
 def test_what_a_run_lists_is_enough_for_its_teachers_and_its_link_and_for_nothing_more(
     phantoms, site, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plan_module, "_noise", lambda *_: 1.0)  # solving takes half a minute
+    monkeypatch.setattr(dp_sgd_module, "_noise", lambda *_: 1.0)  # solving takes half a minute
     trainings = (PlannedTraining(epochs=2, batch_size=64), PlannedTraining(epochs=3, batch_size=64, times=2))
     listed = PrivacyRecipe(delta=1e-5, noise_multiplier=1.0, batch_size=64, run=trainings)
     cost = spent(run_mechanisms(listed, units=site.units(phantoms)), 1e-5)
@@ -509,7 +507,9 @@ def test_there_is_a_teacher_of_all_classes_whatever_the_declared_column_holds(wo
     assert not found.logits[~has].any()
     assert found.multilabel == multilabel
     assert phases(work) == ["teacher-text"]
-    assert work.site.ledger.mechanisms() == [work.plan(RECIPE, made(labels, texts), epochs=3, batch_size=64).mechanism]
+    assert work.site.ledger.mechanisms() == [
+        work.dp_sgd(RECIPE, made(labels, texts), epochs=3, batch_size=64).mechanism
+    ]
 
 
 def test_a_site_that_declares_neither_reports_nor_table_has_no_teacher_and_pays_for_none(phantoms, work):

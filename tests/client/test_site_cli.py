@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 
 from chainward_client import cli
-from chainward_client.policy import Planned, reserve
+from chainward_client.policy import Charge, reserve
 from chainward_client.site import load_site_config
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
@@ -48,7 +48,7 @@ def train(site_yaml: Path, steps: int = 20) -> tuple[Ledger, dict[str, object]]:
     config = load_site_config(site_yaml)
     ledger, key = open_site_ledger(config.state_dir(site_yaml), "oak")
     (reservation,) = reserve(
-        config.privacy, ledger, [Planned(Mechanism("dp-sgd", 20.0, 1.0, steps), "chain", "one", 1.0)], "r"
+        config.privacy, ledger, [Charge(Mechanism("dp-sgd", 20.0, 1.0, steps), "chain", "one", 1.0)], "r"
     )
     reservation.begin()
     ledger.commit(reservation, steps)

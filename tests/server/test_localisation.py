@@ -12,7 +12,7 @@ from chainward_client.evaluation import localisation_values
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.localisation import METRICS, LocalisationScores, LocalisationValues
 from chainward_shared.models import build_model, resolve_architecture
-from chainward_shared.models.planned import student_architecture
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.protocol import EvaluateResult, unpack
 from chainward_simulations.runner import open_sites
 

@@ -225,7 +225,7 @@ def test_a_site_out_of_budget_refuses_is_skipped_and_reported_and_the_run_ends_w
     reason = next(link.reason for link in results.links if link.site == "cedar")
     assert "over budget: epsilon 7.99" in reason
     assert "0 of 0.5 spent in the site's lifetime, 0.5 left" in reason
-    assert "The largest plan that fits" in reason or "Not one step" in reason
+    assert "The longest training that fits" in reason or "Not one step" in reason
     assert next(link.attempts for link in results.links if link.site == "cedar") == 1, "a policy is not asked twice"
     assert list(results.student_rounds[0].failed) == ["cedar"]
     assert ledger_of(folder, "cedar").spendings() == []

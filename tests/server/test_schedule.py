@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from chainward_server.schedule import plan, site_order
+from chainward_server.schedule import schedule, site_order
 from chainward_shared.config import ChainConfig
 
 SITES = ["a", "b", "c", "d", "e"]
@@ -16,7 +16,7 @@ SIZES = {"a": 30, "b": 10, "c": 50, "d": 20, "e": 40}
 @pytest.mark.parametrize("strands", range(1, 6))
 @pytest.mark.parametrize("laps", [1, 3])
 def test_no_site_ever_holds_two_strands_at_once_and_every_strand_visits_every_site_in_every_lap(laps, strands):
-    turns = plan(SITES, laps, strands)
+    turns = schedule(SITES, laps, strands)
     for turn in turns:
         sites = [hop.site for hop in turn]
         assert len(set(sites)) == len(sites) == strands
@@ -28,7 +28,7 @@ def test_no_site_ever_holds_two_strands_at_once_and_every_strand_visits_every_si
 
 
 def test_one_strand_visits_the_sites_in_their_order():
-    assert [turn[0].site for turn in plan(SITES, 2, 1)] == SITES * 2
+    assert [turn[0].site for turn in schedule(SITES, 2, 1)] == SITES * 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from chainward_shared.bounds import SMALLEST_WEIGHT, ZeroOrAtLeast
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, PolicyRefusal, ProtocolError
 from chainward_shared.models import Architecture
-from chainward_shared.privacy import plan as privacy_plan
+from chainward_shared.privacy import dp_sgd
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import Body, EvaluateTask, LinkTask, StudentTask, pack, unpack
 from chainward_shared.recipes import LinkRecipe, PlannedTraining, PrivacyRecipe, PrivilegedRecipe, StudentRecipe
@@ -327,6 +327,6 @@ def test_every_annotation_of_a_range_is_understood_by_pydantic():
     ],
 )
 def test_a_private_run_of_more_steps_than_can_be_accounted_for_is_refused_at_once(monkeypatch, asked, epochs):
-    monkeypatch.setattr(privacy_plan, "solve_noise_multiplier", lambda *_: pytest.fail("it was accounted for"))
+    monkeypatch.setattr(dp_sgd, "solve_noise_multiplier", lambda *_: pytest.fail("it was accounted for"))
     with pytest.raises(PolicyRefusal, match="private steps are more than can be accounted for; at most 1000000"):
-        privacy_plan.plan(PrivacyRecipe(delta=1e-5, **asked), units=1_000, epochs=epochs, batch_size=1)
+        dp_sgd.dp_sgd_of(PrivacyRecipe(delta=1e-5, **asked), units=1_000, epochs=epochs, batch_size=1)

@@ -24,7 +24,7 @@ from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.training import (
     VARIANTS,
     Backbone,
-    TrainingPlan,
+    TrainingWorkload,
     accuracy_table,
     architecture_for,
     measure_accuracy,
@@ -36,22 +36,22 @@ from chainward_simulations.runner import open_sites
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
 BENCHMARK = Path(__file__).parents[2] / "simulations" / "benchmark"
-PLAN = replace(TrainingPlan.quick(), augmentations=("upright",), sites="site-6", threads=1)
+WORKLOAD = replace(TrainingWorkload.quick(), augmentations=("upright",), sites="site-6", threads=1)
 MOMENT = "2026-01-02T03:04:05+00:00"
 
 
 def test_every_loop_has_a_throughput_and_a_ratio_for_each_repeat():
-    (throughput,) = measure_throughput(PLAN)
+    (throughput,) = measure_throughput(WORKLOAD)
     for variant in VARIANTS:
         for figure in (throughput.images_per_second[variant], throughput.speed_up(variant)):
-            assert len(figure.values) == PLAN.repeats
+            assert len(figure.values) == WORKLOAD.repeats
             assert all(math.isfinite(value) and value > 0 for value in figure.values)
     assert set(throughput.speed_up("plain fp32").values) == {1.0}
-    assert len(throughput_table([throughput], PLAN).rows) == len(VARIANTS)
+    assert len(throughput_table([throughput], WORKLOAD).rows) == len(VARIANTS)
 
 
 def test_every_loop_has_an_accuracy_for_each_seed():
-    accuracy = measure_accuracy(PLAN)
+    accuracy = measure_accuracy(WORKLOAD)
     for variant in VARIANTS:
         (value,) = accuracy.balanced_accuracy[variant].values
         assert 0 < value <= 1
@@ -59,7 +59,7 @@ def test_every_loop_has_an_accuracy_for_each_seed():
 
 
 def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
-    config = PLAN.config(Backbone("test_convnext"), "none", seed=0, epochs=3)
+    config = WORKLOAD.config(Backbone("test_convnext"), "none", seed=0, epochs=3)
     (data,) = open_sites(config).values()
     architecture = architecture_for(config, data)
     recipe = config.link_recipe().model_copy(update={"batch_size": len(data.splits["train"]), "weight_decay": 0.0})
@@ -76,30 +76,30 @@ def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
 def test_a_private_step_is_measured_and_costs_more_than_a_plain_one(monkeypatch):
     private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
     monkeypatch.setattr(private, "peak_bytes", lambda architecture, kind, batch: 1)  # a new process each takes seconds
-    plan = replace(private.PrivateStepPlan.quick(), batch=16)
-    cost, student = private.measure_private_steps(plan)
+    workload = replace(private.PrivateStepWorkload.quick(), batch=16)
+    cost, student = private.measure_private_steps(workload)
     assert set(cost.seconds) == {"plain", "private"}
     assert student.parameters < cost.parameters
     for kind, seconds in cost.seconds.items():
-        assert len(seconds.values) == plan.repeats
+        assert len(seconds.values) == workload.repeats
         assert cost.peak_bytes[kind] == 1
     assert cost.ratio.median > 1
     assert all(0 < n < s for n, s in zip(cost.noise_seconds.values, cost.seconds["private"].values, strict=True))
-    assert len(private.private_table([cost, student], plan).rows) == len(cost.seconds) + len(student.seconds)
+    assert len(private.private_table([cost, student], workload).rows) == len(cost.seconds) + len(student.seconds)
 
 
 def test_memory_is_that_of_a_fresh_process_and_grows_with_the_batch():
     private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
-    (architecture, _) = private.PrivateStepPlan.quick().models().values()
+    (architecture, _) = private.PrivateStepWorkload.quick().models().values()
     few, many = (private.peak_bytes(architecture, "plain", batch) for batch in (4, 256))
     assert many - few > 20 * 2**20
 
 
 def test_the_chosen_threads_are_measured_beside_one():
     private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
-    plan = private.PrivateStepPlan()
-    assert private.with_choices(plan, (), None, 2) == plan
-    assert private.with_choices(plan, (), 3, 8) == replace(plan, repeats=3, threads=(1, 8))
+    workload = private.PrivateStepWorkload()
+    assert private.with_choices(workload, (), None, 2) == workload
+    assert private.with_choices(workload, (), 3, 8) == replace(workload, repeats=3, threads=(1, 8))
 
 
 def test_figures_are_medians_with_their_spread_and_aims_say_whether_they_are_met():
@@ -181,14 +181,14 @@ def test_the_consortium_has_the_sites_that_were_asked_for_in_order_each_with_all
 
 
 def test_the_consortium_trains_one_epoch_in_one_strand_and_nothing_but_the_chain(consortium):
-    config = RunConfig.from_flat(consortium.ConsortiumPlan(laps=3).settings(Path("/data/data.yaml")))
+    config = RunConfig.from_flat(consortium.ConsortiumWorkload(laps=3).settings(Path("/data/data.yaml")))
     assert (config.chain.laps, config.chain.epochs, config.chain.strands) == (3, 1, 1)
     assert config.student.rounds == 0
     assert not config.chain.compare_alone
 
 
 def test_what_was_chosen_goes_before_the_plan_of_the_consortium(consortium):
-    quick, backbones = consortium.ConsortiumPlan.quick(), (Backbone("convnext_atto"), Backbone("other"))
+    quick, backbones = consortium.ConsortiumWorkload.quick(), (Backbone("convnext_atto"), Backbone("other"))
     assert (quick.sites, quick.laps) == (6, 1)
     assert consortium.with_choices(quick, None, None, (), quick.threads) == quick
     chosen = consortium.with_choices(quick, 9, 4, backbones, 1)
@@ -240,14 +240,14 @@ def test_growth_is_unknown_where_fewer_than_two_hops_were_sampled(memory):
 
 
 def test_a_table_shows_the_memory_of_each_lap_and_what_a_model_kept_per_hop_would_be(consortium, memory):
-    plan = consortium.ConsortiumPlan(sites=4, laps=2)
+    workload = consortium.ConsortiumWorkload(sites=4, laps=2)
     samples = [sample(memory, hops, 500 + 2 * min(hops, 4)) for hops in range(8)]
     samples.append(sample(memory, 8, 650, "done"))
     links = [link(step, lap=lap) for lap in range(2) for step in range(4)]
     hops = consortium.hop_seconds(links, [5.0 * number + 3.0 for number in range(8)], 40.0)
     timings = {"rendezvous": 10.0, "chain": 40.0}
     folder = {"models": 3_000_000, "simulated-sites": 2_000_000, "rest": 500_000}
-    run = consortium.ConsortiumRun(plan, 60.0, timings, links, hops, 2**20, 40_000, 0.02, folder, samples)
+    run = consortium.ConsortiumRun(workload, 60.0, timings, links, hops, 2**20, 40_000, 0.02, folder, samples)
     tables = pytest.importorskip("chainward_simulations.benchmark.consortium_tables")
     shown = tables.coordinator_table(run)
     assert shown.rows == [

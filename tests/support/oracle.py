@@ -15,7 +15,7 @@ from chainward_client.training.student import train_student
 from chainward_server.students import initial_students
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, resolve_architecture
-from chainward_shared.models.planned import student_architecture
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.weights import rounded
 
 State = dict[str, torch.Tensor]

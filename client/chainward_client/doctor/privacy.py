@@ -21,7 +21,7 @@ from chainward_shared.models import (
     count_parameters,
     skeleton,
 )
-from chainward_shared.models.planned import run_architectures
+from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.pretrained.begin import Beginning, as_if_begun
 from chainward_shared.privacy.accounting import spent

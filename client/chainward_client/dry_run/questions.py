@@ -14,7 +14,7 @@ from chainward_client.site import OpenSite
 from chainward_shared.config import RunConfig
 from chainward_shared.hops import head_key
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.models.planned import run_architectures
+from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.start import initial_model, travelling
 from chainward_shared.protocol import (
     BaseTask,

@@ -28,14 +28,14 @@ from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, spent
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
 
 _SIDE = 16
 _CLASSES = 8
 _Z = 5.5  # standard deviations: two-sided, 4 in 10^8
-_PLAN = PrivatePlan(
+_DP_SGD = DpSgd(
     unit="patient", delta=1e-5, noise_multiplier=2.0, sample_rate=0.25, expected_batch=8.0, steps=8, clip=0.5
 )
 _RECIPE = TrainingRecipe(
@@ -72,17 +72,17 @@ def mechanism_problems(training: MakeTraining = PrivateTraining, ledger: type[Le
 
 
 def noise_problem(training: MakeTraining = PrivateTraining) -> str:
-    """The noise of a step without any image has the standard deviation that the plan says, and no structure."""
+    """The noise of a step without any image has the standard deviation asked for, and no structure."""
     scaled = (
-        torch.cat([_step(_PLAN, [], training) for _ in range(8)])
-        * _PLAN.expected_batch
-        / (_PLAN.noise_multiplier * _PLAN.clip)
+        torch.cat([_step(_DP_SGD, [], training) for _ in range(8)])
+        * _DP_SGD.expected_batch
+        / (_DP_SGD.noise_multiplier * _DP_SGD.clip)
     )
     n = len(scaled)
     apart = (float(scaled.square().mean()) - 1) / math.sqrt(2 / n)
     if abs(apart) > _Z:
         return (
-            f"the noise has {float(scaled.std()):.3f} times the planned standard deviation (of {n} numbers, "
+            f"the noise has {float(scaled.std()):.3f} times the specified standard deviation (of {n} numbers, "
             f"{apart:+.1f} standard errors)"
         )
     together = float((scaled[:-1] * scaled[1:]).mean()) * math.sqrt(n)
@@ -93,27 +93,29 @@ def noise_problem(training: MakeTraining = PrivateTraining) -> str:
 
 def clipping_problem(training: MakeTraining = PrivateTraining) -> str:
     """Without noise, one image moves the sum by the clipping norm and not more, and n images by at most n times that."""
-    plan = _PLAN.model_copy(update={"noise_multiplier": 0.0})
+    dp_sgd = _DP_SGD.model_copy(update={"noise_multiplier": 0.0})
     for rows in ([0], [1], [0, 1, 2, 3]):
-        length = float(_step(plan, rows, training).norm()) * plan.expected_batch
-        if not length <= len(rows) * plan.clip * 1.001:
+        length = float(_step(dp_sgd, rows, training).norm()) * dp_sgd.expected_batch
+        if not length <= len(rows) * dp_sgd.clip * 1.001:
             who = "1 image" if len(rows) == 1 else f"{len(rows)} images"
-            return f"{who} can move the sum of gradients by {length:.3f}; clipped by {len(rows) * plan.clip:g} at most"
+            return (
+                f"{who} can move the sum of gradients by {length:.3f}; clipped by {len(rows) * dp_sgd.clip:g} at most"
+            )
     return ""
 
 
 def normalisation_problem(training: MakeTraining = PrivateTraining) -> str:
     """The same image yields the same gradient in a step alone as its share in a step of many: the divisor is fixed."""
-    plan = _PLAN.model_copy(update={"noise_multiplier": 0.0})
-    apart = _step(plan, [0], training) + _step(plan, [1], training) - _step(plan, [0, 1], training)
-    if not float(apart.norm()) <= 1e-3 * plan.clip / plan.expected_batch:
+    dp_sgd = _DP_SGD.model_copy(update={"noise_multiplier": 0.0})
+    apart = _step(dp_sgd, [0], training) + _step(dp_sgd, [1], training) - _step(dp_sgd, [0, 1], training)
+    if not float(apart.norm()) <= 1e-3 * dp_sgd.clip / dp_sgd.expected_batch:
         return "the sum of gradients is not divided by the expected batch but by something that depends on the sample"
     return ""
 
 
 def sampling_problem(training: MakeTraining = PrivateTraining) -> str:
-    """Every patient is sampled with the planned probability, independently, and yields one image."""
-    private = training(_PLAN)
+    """Every patient is sampled with the specified probability, independently, and yields one image."""
+    private = training(_DP_SGD)
     cases = _cases()
     _begin(private, _model(), cases)
     draws = 3000
@@ -126,10 +128,10 @@ def sampling_problem(training: MakeTraining = PrivateTraining) -> str:
             return "a step holds two images of one patient"
         seen[draw, whose] = 1.0
     private.close()
-    q = _PLAN.sample_rate
+    q = _DP_SGD.sample_rate
     apart = (seen.mean(axis=0) - q) / math.sqrt(q * (1 - q) / draws)
     if np.abs(apart).max() > _Z:
-        return f"a patient is sampled {np.abs(apart).max():.1f} standard errors more or less often than planned"
+        return f"a patient is sampled {np.abs(apart).max():.1f} standard errors more or less often than specified"
     sizes = seen.sum(axis=1)
     expected = len(names) * q * (1 - q)
     if abs(sizes.var() / expected - 1) > _Z * math.sqrt(2 / draws) * 1.2:
@@ -142,7 +144,7 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
     ends, firsts = [], []
     for _ in range(2):
         model = _model()
-        private = training(_PLAN)
+        private = training(_DP_SGD)
         train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
         if private.spent.seeded:
             return "the noise comes from a seeded generator, which is for tests only"
@@ -150,7 +152,7 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             np.random.seed(0)  # noqa: NPY002
-            firsts.append(_step(_PLAN, [], training))
+            firsts.append(_step(_DP_SGD, [], training))
     if torch.equal(*ends) or torch.equal(*firsts):
         return "two trainings with one seed draw the same noise: whoever knows the seed can take it off again"
     return ""
@@ -158,8 +160,8 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
 
 def empty_batch_problem(training: MakeTraining = PrivateTraining) -> str:
     """A step whose sample is empty still adds noise, is counted, and changes the weights."""
-    plan = _PLAN.model_copy(update={"sample_rate": 1e-9, "steps": 2})
-    model, private = _model(), training(plan)
+    dp_sgd = _DP_SGD.model_copy(update={"sample_rate": 1e-9, "steps": 2})
+    model, private = _model(), training(dp_sgd)
     before = _flat([p.detach().clone() for p in model.parameters()])
     train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
     if private.spent.mechanism.steps != 2:
@@ -173,7 +175,7 @@ def buffers_problem(training: MakeTraining = PrivateTraining) -> str:
     """Training leaves buffers untouched."""
     model = _model()
     model.register_buffer("note", torch.ones(3))
-    train(model, _cases(), _RECIPE, _Squares(), "audit", private=training(_PLAN))
+    train(model, _cases(), _RECIPE, _Squares(), "audit", private=training(_DP_SGD))
     if not torch.equal(dict(model.named_buffers())["note"], torch.ones(3)):
         return "training changes buffers, which are neither clipped nor noised"
     return ""
@@ -184,7 +186,7 @@ def teachers_problem(training: MakeTraining = PrivateTraining) -> str:
     teacher = PrivilegedRecipe(use="all", logit_weight=1.0, embedding_weight=0.0, temperature=2.0, epochs=1)
     taught = _RECIPE.model_copy(update={"privileged": teacher})
     try:
-        train(_model(), _cases(), taught, _Squares(), "audit", private=training(_PLAN))
+        train(_model(), _cases(), taught, _Squares(), "audit", private=training(_DP_SGD))
     except PrivacyError:
         return ""
     return "a privileged teacher that was trained without privacy is let in"
@@ -228,9 +230,9 @@ CHECKS = len(_STEP_CHECKS) + 2
 """How many properties `mechanism_problems` checks."""
 
 
-def _step(plan: PrivatePlan, rows: list[int], training: MakeTraining) -> Tensor:
+def _step(dp_sgd: DpSgd, rows: list[int], training: MakeTraining) -> Tensor:
     """Return the gradient, all parameters in one vector, that a private step of exactly these images yields."""
-    model, private, cases = _model(), training(plan), _cases()
+    model, private, cases = _model(), training(dp_sgd), _cases()
     _begin(private, model, cases)
     for part in private.parts(torch.tensor(rows, dtype=torch.int64)):
         batch = Batch(cases.images[part], cases.labels[part], part, None, "none", torch.Generator())

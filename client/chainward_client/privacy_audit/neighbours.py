@@ -19,10 +19,10 @@ from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import split_by_key
 from chainward_client.private_training import PrivateTraining
 from chainward_client.training.link import labelled_rows
-from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.recipes import TrainingRecipe
 
-MakeTraining = Callable[[PrivatePlan], PrivateTraining]
+MakeTraining = Callable[[DpSgd], PrivateTraining]
 
 _HARM = ((1e-25, 1e-33), (1e-12, 1e-24), (1e-30, 1e-30), (1e25, 1e-3), (1e-40, 1e-45), (1e38, 1.0))
 """Scales of the loss, and clipping norms, at which squares of float32 are 0 or infinite."""
@@ -119,10 +119,10 @@ def _gradient(
     training: MakeTraining, clip: float, model: nn.Module, cases: Cases, losses: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return what a step without noise, in which every image is, adds up, float64."""
-    plan = PrivatePlan(
+    dp_sgd = DpSgd(
         unit="patient", delta=1e-5, noise_multiplier=0.0, sample_rate=1.0, expected_batch=1.0, steps=1, clip=clip
     )
-    private = training(plan)
+    private = training(dp_sgd)
     private.start(model, [], list(model.parameters()), cases.patients)
     try:
         private.step(losses)

@@ -26,8 +26,8 @@ from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.privacy.accounting import spent
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.empirical import Attack
-from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import TrainingRecipe
 
 CONFIDENCE = 0.95
@@ -89,14 +89,14 @@ def epsilon_lower_bound(
 
 
 def audit_training(
-    plan: PrivatePlan,
+    dp_sgd: DpSgd,
     *,
     canaries: int = CANARIES,
     architecture: Architecture | None = None,
     epochs: int = 1,
     training: MakeTraining = PrivateTraining,
 ) -> Attack:
-    """Train once by `plan` on random canaries and return what the trained model betrays of them.
+    """Train once with `dp_sgd` on random canaries and return what the trained model betrays of them.
 
     A canary is a patient with one image and a random label. The attacker knows them all and the initial weights, and sees
     the trained model: the further a canary's loss fell, the surer it was trained on. Of the canaries, a quarter is guessed
@@ -104,7 +104,7 @@ def audit_training(
 
     Parameters
     ----------
-    plan : about `canaries` / 2 units take part, so its ``expected_batch`` should be ``sample_rate * canaries / 2``
+    dp_sgd : about `canaries` / 2 units take part, so its ``expected_batch`` should be ``sample_rate * canaries / 2``
     canaries : at least 8
     architecture : the model under attack, whose canaries are random black and white pixels; None, the default: a linear
         model, and canaries that are grey but for one white pixel, each another. Every canary has weights of its own then,
@@ -137,7 +137,7 @@ def audit_training(
     recipe = TrainingRecipe(
         seed=0,
         epochs=epochs,
-        batch_size=max(1, round(plan.expected_batch)),
+        batch_size=max(1, round(dp_sgd.expected_batch)),
         learning_rate=2e-3,
         weight_decay=0.0,
         augmentation="none",
@@ -146,15 +146,15 @@ def audit_training(
         class_balance="none",
         label_fraction=1.0,
     )
-    train(model, cases, recipe, _CrossEntropy(scale), "audit", private=training(plan))
+    train(model, cases, recipe, _CrossEntropy(scale), "audit", private=training(dp_sgd))
     fell = (before - _losses(model, images, labels)).numpy()
     order = np.argsort(-fell, kind="stable")
     quarter = canaries // 4
     correct = int(inside[order[:quarter]].sum() + (~inside[order[-quarter:]]).sum())
     return Attack(
-        claimed=spent([plan.mechanism], plan.delta),
-        measured=epsilon_lower_bound(canaries, 2 * quarter, correct, plan.delta),
-        ceiling=epsilon_lower_bound(canaries, 2 * quarter, 2 * quarter, plan.delta),
+        claimed=spent([dp_sgd.mechanism], dp_sgd.delta),
+        measured=epsilon_lower_bound(canaries, 2 * quarter, correct, dp_sgd.delta),
+        ceiling=epsilon_lower_bound(canaries, 2 * quarter, 2 * quarter, dp_sgd.delta),
         confidence=CONFIDENCE,
         canaries=canaries,
         guesses=2 * quarter,

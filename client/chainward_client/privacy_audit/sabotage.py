@@ -14,9 +14,9 @@ from torch import Tensor
 from chainward_client.entropy import OperatingSystem, SeededForTests
 from chainward_client.privacy_audit.neighbours import MakeTraining
 from chainward_client.private_training import PrivateTraining
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.plan import PrivatePlan
 
 _BEYOND_CLIPPING = 1e9
 
@@ -38,25 +38,25 @@ class ForgetfulLedger(Ledger):
         return tuple(record for record in spent[-1:] if record is not None)
 
 
-def without_noise(plan: PrivatePlan) -> PrivateTraining:
+def without_noise(dp_sgd: DpSgd) -> PrivateTraining:
     """Every step's noise is zero."""
-    return PrivateTraining(plan, entropy=_Silence())
+    return PrivateTraining(dp_sgd, entropy=_Silence())
 
 
-def without_clipping(plan: PrivatePlan) -> PrivateTraining:
-    """The noise is as planned, and no gradient is shortened."""
-    loose = {"clip": plan.clip * _BEYOND_CLIPPING, "noise_multiplier": plan.noise_multiplier / _BEYOND_CLIPPING}
-    return PrivateTraining(plan.model_copy(update=loose))
+def without_clipping(dp_sgd: DpSgd) -> PrivateTraining:
+    """The noise is as specified, and no gradient is shortened."""
+    loose = {"clip": dp_sgd.clip * _BEYOND_CLIPPING, "noise_multiplier": dp_sgd.noise_multiplier / _BEYOND_CLIPPING}
+    return PrivateTraining(dp_sgd.model_copy(update=loose))
 
 
-def noise_from_a_seed(plan: PrivatePlan) -> PrivateTraining:
+def noise_from_a_seed(dp_sgd: DpSgd) -> PrivateTraining:
     """Noise and sampling can be replayed by whoever knows the seed."""
-    return PrivateTraining(plan, entropy=_HiddenSeed(3))
+    return PrivateTraining(dp_sgd, entropy=_HiddenSeed(3))
 
 
-def any_teacher(plan: PrivatePlan) -> PrivateTraining:
+def any_teacher(dp_sgd: DpSgd) -> PrivateTraining:
     """Privileged teachers that were trained without privacy are let in."""
-    return PrivateTraining(plan, private_teachers=True)
+    return PrivateTraining(dp_sgd, private_teachers=True)
 
 
 @dataclass(frozen=True)

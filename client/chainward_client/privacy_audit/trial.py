@@ -10,8 +10,8 @@ from chainward_client.privacy_audit.one_run import CANARIES, audit_training
 from chainward_client.privacy_audit.sabotage import SABOTAGES, Sabotage
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import solve_noise_multiplier
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.empirical import Empirical, Trial
-from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.privacy.policy import Terms
 
 EPSILON, DELTA = 1.0, 1e-5
@@ -51,7 +51,7 @@ def try_training(
     if canaries > MOST_CANARIES:
         raise PrivacyError(f"{canaries} canaries are more than {MOST_CANARIES}, for which memory and time are meant")
     units = max(1, canaries // 2)
-    plan = PrivatePlan(
+    dp_sgd = DpSgd(
         unit="patient",
         delta=delta,
         noise_multiplier=solve_noise_multiplier(epsilon, delta, [(1.0, _STEPS)]),
@@ -63,10 +63,10 @@ def try_training(
     say(
         f"audit: {CHECKS} checks and an attack with {canaries} canaries at epsilon {epsilon:g}, delta {delta:g} ({source})"
     )
-    trials = [_try(plan, Sabotage("as installed"), True, canaries, say)]
+    trials = [_try(dp_sgd, Sabotage("as installed"), True, canaries, say)]
     if sabotage:
-        trials += [_try(plan, one, False, canaries, say) for one in SABOTAGES]
-    return Empirical(source, delta, plan.noise_multiplier, plan.steps, CHECKS, tuple(trials))
+        trials += [_try(dp_sgd, one, False, canaries, say) for one in SABOTAGES]
+    return Empirical(source, delta, dp_sgd.noise_multiplier, dp_sgd.steps, CHECKS, tuple(trials))
 
 
 def attacked_epsilon(terms: Terms | None) -> tuple[float, float, str]:
@@ -80,10 +80,10 @@ def attacked_epsilon(terms: Terms | None) -> tuple[float, float, str]:
     return TELLING, terms.delta, f"the policy allows {allowed:g} {of}; above {TELLING:g} attacks tell little"
 
 
-def _try(plan: PrivatePlan, version: Sabotage, honest: bool, canaries: int, say: Callable[[str], None]) -> Trial:
+def _try(dp_sgd: DpSgd, version: Sabotage, honest: bool, canaries: int, say: Callable[[str], None]) -> Trial:
     started = time.monotonic()
     problems = mechanism_problems(version.training, version.ledger)
-    attack = audit_training(plan, canaries=canaries, training=version.training)
+    attack = audit_training(dp_sgd, canaries=canaries, training=version.training)
     trial = Trial(version.name, honest, tuple(problems), attack)
     found = f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else "no problem"
     say(

@@ -14,7 +14,7 @@ from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.private_site import Prepared
 from chainward_client.privileged.results import PrivilegedTargets, TeacherReport
 from chainward_shared.errors import WeightsError
-from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
 from chainward_shared.weights import StateDict, digest, load_file, save_file
 
@@ -35,13 +35,13 @@ def key_of_private(
     cases: Cases,
     recipe: PrivilegedRecipe,
     prepared: Prepared[TrainingRecipe],
-    planned: PrivatePlan,
+    dp_sgd: DpSgd,
     run: str,
 ) -> str:
     """Return the SHA-256 over everything that decides what one private teacher says, but for the noise; and the run."""
     hidden = {"text": {"table": None}, "table": {"texts": None}}[name]
     own = replace(cases, privileged=replace(cases.privileged, **hidden))
-    private = {"run": run, "plan": planned.model_dump(), "counts": prepared.counts.tolist(), "of": name}
+    private = {"run": run, "plan": dp_sgd.model_dump(), "counts": prepared.counts.tolist(), "of": name}
     return key_of(data, own, recipe.model_copy(update={"use": name}), prepared.recipe, private)
 
 

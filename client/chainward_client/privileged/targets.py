@@ -38,8 +38,8 @@ from chainward_client.privileged.table import table_vectors
 from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
 from chainward_shared.distillation.losses import class_counts
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.entries import MechanismRecord
-from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.recipes import PRIVILEGED_BATCH, PrivilegedRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
 
@@ -166,10 +166,10 @@ def _private_modality(
     Each modality is kept by itself, so that what goes wrong in the second does not let the first be paid for twice.
     """
     phase, training = f"teacher-{name}", prepared.recipe
-    planned = work.plan(training, data, epochs=recipe.epochs, batch_size=PRIVILEGED_BATCH)
-    key = key_of_private(name, data, cases, recipe, prepared, planned, work.run)
+    dp_sgd = work.dp_sgd(training, data, epochs=recipe.epochs, batch_size=PRIVILEGED_BATCH)
+    key = key_of_private(name, data, cases, recipe, prepared, dp_sgd, work.run)
     path = None if cache is None else path_of(cache, key, private=True)
-    if path is not None and _paid(work, phase, planned):
+    if path is not None and _paid(work, phase, dp_sgd):
         kept = load(path, key, cases, data, private=True)
         if kept is not None:
             return _Answers(name, kept.logits, kept.taught, kept.embeddings, kept.available, kept.report[name])
@@ -225,11 +225,11 @@ def _answers_of(
     return _Answers(name, logits, taught, embeddings, there, report)
 
 
-def _paid(work: PrivateWork, phase: str, planned: PrivatePlan) -> bool:
+def _paid(work: PrivateWork, phase: str, dp_sgd: DpSgd) -> bool:
     """Return whether the site's ledger holds such a training of this run, to the end: answers without it are not used."""
     ledger = work.site.ledger
     ledger.reload()
-    record = MechanismRecord.of(planned.mechanism, planned.clip)
+    record = MechanismRecord.of(dp_sgd.mechanism, dp_sgd.clip)
     return any(
         (one.reserved.run, one.reserved.phase, one.counted) == (work.run, phase, record) for one in ledger.spendings()
     )

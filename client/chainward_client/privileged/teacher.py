@@ -107,7 +107,7 @@ def train_teacher_privately(
     private: PrivateTraining,
     *names: str | int,
 ) -> PrivilegedTeacher:
-    """Return a teacher trained by the plan of `private`, on the CPU and in evaluation mode.
+    """Return a teacher trained as `private` says, on the CPU and in evaluation mode.
 
     Without dropout: clipping and noise keep it from knowing a case by heart, and dropout on top of them only costs
     accuracy. All units are sampled alike. A case without the modality has the loss 0, and so no gradient: nobody sees from
@@ -119,7 +119,7 @@ def train_teacher_privately(
     available : bool (n,), which cases have the modality
     labels : int64 (n,), or multi-label float32 (n, classes)
     patients : str (n,)
-    recipe : hidden units; epochs and batch size are the plan's
+    recipe : hidden units; epochs and batch size are those of `private`
     training : seed, threads and class balance, as `PrivateWork.prepared` returns it
     counts : declared, in the form of `class_counts`
     names : name the training; the initial weights derive from the seed by them, nothing else does
@@ -129,14 +129,16 @@ def train_teacher_privately(
     ModelError
         A weight is not finite at the end.
     PrivacyError
-        The recipe asks for something that is not a function of one record; the plan is spent.
+        The recipe asks for something that is not a function of one record; its cost is spent.
     """
     private.check(training.model_copy(update={"privileged": None}), 0)  # this training has no teachers of its own
     with training_environment(training.threads, derive_seed(training.seed, *names, "torch")):
         teacher = PrivilegedTeacher(vectors.shape[1], recipe.hidden, classes, dropout=0.0).train()
         parameters = list(teacher.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=private.plan.steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=LEARNING_RATE, total_steps=private.dp_sgd.steps
+        )
 
         def losses(rows: Tensor) -> Tensor:
             of_each = classification_loss(
@@ -146,7 +148,7 @@ def train_teacher_privately(
 
         private.start(teacher, [], parameters, patients)
         try:
-            for _ in range(private.plan.steps):
+            for _ in range(private.dp_sgd.steps):
                 private.step(losses)
                 optimizer.step()
                 schedule.step()

@@ -57,8 +57,8 @@ def train(
     part : (index, of): this training is part `index`, 0-based, of `of` equal ones under one learning-rate schedule
     layer_decay : factor on the learning rate from each layer to the one before it (as timm counts layers), the last has 1
     trunk : images are its features (`training.features`), and what is called is the rest of the model; None: all of it
-    private : train privately by its plan, which then decides steps and batches; holds what was spent, also after an
-        error. The log says nothing of the data then: no losses, and the plan's number of images
+    private : train privately; it then decides steps and batches; holds what was spent, also after an
+        error. The log says nothing of the data then: no losses, and the expected number of images
     checkpoint : where the training writes itself down from epoch to epoch, and goes on from if it was interrupted: without
         privacy to the same model, bit for bit
 
@@ -79,7 +79,7 @@ def train(
     steps = recipe.epochs * steps_per_epoch
     if private is not None:
         private.check(recipe, images_without_label)
-        steps = private.plan.steps
+        steps = private.dp_sgd.steps
         steps_per_epoch = math.ceil(steps / recipe.epochs)
     started = time.monotonic()
     with training_environment(recipe.threads, derive_seed(recipe.seed, *names, "torch")):

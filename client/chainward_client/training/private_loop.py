@@ -21,7 +21,7 @@ logger = logging.getLogger("chainward.client")
 
 
 def train_privately(training: Training, private: PrivateTraining, patients: np.ndarray) -> None:
-    """Do the steps of the plan, and leave the model on the CPU, in evaluation mode.
+    """Do the private steps, and leave the model on the CPU, in evaluation mode.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
     ModelError
         A weight is not finite after an epoch.
     """
-    recipe, steps, n = training.recipe, private.plan.steps, len(training.labels)
+    recipe, steps, n = training.recipe, private.dp_sgd.steps, len(training.labels)
     device = training.labels.device
     parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
     private.start(training.model, training.objective.extra_modules(), parameters, patients)
@@ -69,13 +69,13 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
 
 def private_log(recipe: TrainingRecipe, private: PrivateTraining, started: float) -> TrainingLog:
     """Return the log of a private training that began at `started`: nothing in it is a function of the data."""
-    plan = private.plan
+    dp_sgd = private.dp_sgd
     return TrainingLog(
         epochs=recipe.epochs,
-        steps=plan.steps,
-        images=round(plan.steps * plan.expected_batch),
+        steps=dp_sgd.steps,
+        images=round(dp_sgd.steps * dp_sgd.expected_batch),
         loss=[],
         seconds=time.monotonic() - started,
         precision="fp32",
-        privacy=plan,
+        privacy=dp_sgd,
     )

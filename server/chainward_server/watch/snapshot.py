@@ -11,7 +11,7 @@ from chainward_server.report import tables
 from chainward_server.report.tables import Incident
 from chainward_server.results import AloneRecord, LinkRecord, Results, StudentRound
 from chainward_server.run_folder import RunFolder
-from chainward_server.schedule import Hop, plan, site_order
+from chainward_server.schedule import Hop, schedule, site_order
 from chainward_server.stop import is_orphan
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import StatementError
@@ -124,13 +124,13 @@ class Snapshot:
     def turns(self) -> list[list[Hop]] | None:
         """The chain as it is planned; None while the sites, or their order, are not known.
 
-        Also None once a hop was at another site than planned: then the plan says nothing of what comes.
+        Also None once a hop was at another site than planned: then the schedule says nothing of what comes.
         """
         chain = self.config.chain
         if self.results is None or chain.order == "weakest-next":
             return None
         sizes = {site.site: site.train or 0 for site in self.results.data.sites}
-        turns = plan(site_order(list(sizes), sizes, chain, self.config.seed), chain.laps, chain.strands)
+        turns = schedule(site_order(list(sizes), sizes, chain, self.config.seed), chain.laps, chain.strands)
         sites = {hop.key: hop.site for turn in turns for hop in turn}
         return turns if all(sites.get(link.key) == link.site for link in self.links) else None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import WeightsError
 from chainward_shared.models import Architecture, Start, build_model, skeleton
+from chainward_shared.models.of_run import chain_architecture
 from chainward_shared.models.parts import classifier_names
-from chainward_shared.models.planned import chain_architecture
 from chainward_shared.models.start import travelling_names
 from chainward_shared.pretrained.base import started
 from chainward_shared.pretrained.card import WeightsCard

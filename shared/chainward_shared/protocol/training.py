@@ -22,8 +22,8 @@ from chainward_shared.outside import (
     SiteId,
     Word,
 )
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.entries import Head
-from chainward_shared.privacy.plan import PrivatePlan
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.protocol.envelope import Body
 from chainward_shared.protocol.joining import SimulatedSite
@@ -57,8 +57,8 @@ class TrainingLog(BaseModel):
 
     `images` counts labelled images times epochs; `unlabelled`: images without labels that were used beside them.
     `attention`, `unlabelled_loss`, `privileged`: the mean of that term of the loss, unweighted; empty where it is not used.
-    `privacy`: the plan of a private training, of which nothing else but `seconds` tells anything: the lists are empty and
-    `images` is what was planned. `notes`: what the site switched off, a line each.
+    `privacy`: the DP-SGD parameters of a private training, of which nothing else but `seconds` tells anything: the
+    lists are empty and `images` is the expected number. `notes`: what the site switched off, a line each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +75,7 @@ class TrainingLog(BaseModel):
     privileged: PerEpoch[Loss] = Field(default_factory=list)
     seconds: Seconds
     precision: Word
-    privacy: PrivatePlan | None = None
+    privacy: DpSgd | None = None
     notes: Lines = Field(default_factory=list)
 
     @property

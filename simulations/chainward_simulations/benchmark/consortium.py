@@ -36,7 +36,7 @@ SMALLEST = Backbone("test_convnext")
 
 
 @dataclass(frozen=True)
-class ConsortiumPlan:
+class ConsortiumWorkload:
     """Which consortium is measured: as little training as there can be, so that the rest shows.
 
     Attributes
@@ -53,8 +53,8 @@ class ConsortiumPlan:
     threads: int = 2
 
     @classmethod
-    def quick(cls) -> ConsortiumPlan:
-        """Return a plan of six sites and one lap."""
+    def quick(cls) -> ConsortiumWorkload:
+        """Return a workload of six sites and one lap."""
         return cls(sites=6, laps=1)
 
     def settings(self, data_file: Path) -> dict[str, ConfigScalar]:
@@ -74,13 +74,13 @@ class ConsortiumPlan:
 
 
 def with_choices(
-    plan: ConsortiumPlan, sites: int | None, laps: int | None, backbones: Sequence[Backbone], threads: int
-) -> ConsortiumPlan:
-    """Return `plan` with what was chosen; None, and no backbone, leave what it has."""
-    return ConsortiumPlan(
-        sites=sites or plan.sites,
-        laps=laps or plan.laps,
-        backbone=backbones[0] if backbones else plan.backbone,
+    workload: ConsortiumWorkload, sites: int | None, laps: int | None, backbones: Sequence[Backbone], threads: int
+) -> ConsortiumWorkload:
+    """Return `workload` with what was chosen; None, and no backbone, leave what it has."""
+    return ConsortiumWorkload(
+        sites=sites or workload.sites,
+        laps=laps or workload.laps,
+        backbone=backbones[0] if backbones else workload.backbone,
         threads=threads,
     )
 
@@ -187,7 +187,7 @@ class ConsortiumRun:
     samples : the coordinator's memory
     """
 
-    plan: ConsortiumPlan
+    workload: ConsortiumWorkload
     wall_seconds: float
     timings: dict[str, float]
     links: list[LinkRecord]
@@ -202,7 +202,7 @@ class ConsortiumRun:
         """Return every measurement."""
         memory = memory_after_hops(self.samples)
         return {
-            "plan": asdict(self.plan),
+            "workload": asdict(self.workload),
             "wall_seconds": self.wall_seconds,
             "timings": self.timings,
             "hops": [
@@ -213,12 +213,12 @@ class ConsortiumRun:
             "metrics_bytes": self.metrics_bytes,
             "metrics_seconds": self.metrics_seconds,
             "folder_bytes": self.folder_bytes,
-            "growth": {name: asdict(of_lap) for name, of_lap in growths(self.plan, memory).items()},
+            "growth": {name: asdict(of_lap) for name, of_lap in growths(self.workload, memory).items()},
             "samples": [asdict(sample) for sample in self.samples],
         }
 
 
-def measure_consortium(app: Path, plan: ConsortiumPlan, *, timeout: float) -> ConsortiumRun:
+def measure_consortium(app: Path, workload: ConsortiumWorkload, *, timeout: float) -> ConsortiumRun:
     """Run a Flower app over a consortium written for it, with a SuperLink of its own, and watch the coordinator.
 
     Parameters
@@ -233,15 +233,17 @@ def measure_consortium(app: Path, plan: ConsortiumPlan, *, timeout: float) -> Co
     """
     with tempfile.TemporaryDirectory(prefix="chainward-benchmark-", ignore_cleanup_errors=True) as temporary:
         home, output = Path(temporary) / "flwr", Path(temporary) / "runs"
-        data_file = write_consortium(Path(temporary) / "data", plan.sites)
+        data_file = write_consortium(Path(temporary) / "data", workload.sites)
         with own_flower(home) as environment, CoordinatorWatch(home, output) as watch:
-            settings = {**plan.settings(data_file), "output.dir": str(output)}
-            wall_seconds = timed_run(run_command(app, settings, plan.sites), environment, timeout)
+            settings = {**workload.settings(data_file), "output.dir": str(output)}
+            wall_seconds = timed_run(run_command(app, settings, workload.sites), environment, timeout)
             folder = finished_folder(output)
-        return _measured(plan, wall_seconds, folder, watch.samples)
+        return _measured(workload, wall_seconds, folder, watch.samples)
 
 
-def _measured(plan: ConsortiumPlan, wall_seconds: float, folder: RunFolder, samples: list[Sample]) -> ConsortiumRun:
+def _measured(
+    workload: ConsortiumWorkload, wall_seconds: float, folder: RunFolder, samples: list[Sample]
+) -> ConsortiumRun:
     results = folder.load_results()
     assert results is not None
     chain_written = folder.model_path("chain").stat().st_mtime
@@ -252,7 +254,7 @@ def _measured(plan: ConsortiumPlan, wall_seconds: float, folder: RunFolder, samp
     metrics_seconds = time.monotonic() - started
     parts = {part: _size(folder.path / part) for part in ("models", "simulated-sites")}
     return ConsortiumRun(
-        plan,
+        workload,
         wall_seconds,
         dict(results.timings),
         results.links,
@@ -269,8 +271,8 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def growths(plan: ConsortiumPlan, memory: dict[int, float]) -> dict[str, Growth]:
+def growths(workload: ConsortiumWorkload, memory: dict[int, float]) -> dict[str, Growth]:
     """Return how memory grew in each lap, and over all of several; see `memory_after_hops`."""
-    laps = range(plan.laps)
-    found = {f"lap {lap + 1}": growth(memory, lap * plan.sites + 1, (lap + 1) * plan.sites) for lap in laps}
-    return {**found, "whole chain": growth(memory, 1, plan.laps * plan.sites)} if plan.laps > 1 else found
+    laps = range(workload.laps)
+    found = {f"lap {lap + 1}": growth(memory, lap * workload.sites + 1, (lap + 1) * workload.sites) for lap in laps}
+    return {**found, "whole chain": growth(memory, 1, workload.laps * workload.sites)} if workload.laps > 1 else found

@@ -13,31 +13,34 @@ from chainward_simulations.benchmark.flower_run import MB
 
 def consortium_table(run: ConsortiumRun) -> Table:
     """Return the seconds and the bytes of a consortium."""
-    plan = run.plan
-    table = Table(f"Consortium of {plan.sites} sites", ("what", "measured"))
+    workload = run.workload
+    table = Table(f"Consortium of {workload.sites} sites", ("what", "measured"))
     seconds = {name: [getattr(hop, name) for hop in run.hops] for name in ("whole", "training", "exchange", "scoring")}
     overhead = Measured(tuple(hop.overhead for hop in run.hops))
     megabytes = [(link.bytes_down / MB, link.bytes_up / MB) for link in run.links]
     table.rows += [
-        ("hops (laps)", f"{len(run.hops)} ({plan.laps})"),
+        ("hops (laps)", f"{len(run.hops)} ({workload.laps})"),
         ("wall time of flwr run, s", f"{run.wall_seconds:.0f}"),
         ("rendezvous (start of Ray, data), s", f"{run.timings['rendezvous']:.1f}"),
         ("chain, s", f"{run.timings['chain']:.1f}"),
         ("a hop, s", Measured(tuple(seconds["whole"])).text(2)),
         ("of it training at the site, s", Measured(tuple(seconds["training"])).text(2)),
         ("of it message, opening the site, packing, s", Measured(tuple(seconds["exchange"])).text(2)),
-        (f"of it checks, checkpoint, scoring at {plan.sites} sites, s", Measured(tuple(seconds["scoring"])).text(2)),
+        (
+            f"of it checks, checkpoint, scoring at {workload.sites} sites, s",
+            Measured(tuple(seconds["scoring"])).text(2),
+        ),
         ("overhead of a hop: all but training, s", overhead.text(2)),
-        ("overhead of a hop for each site, s", f"{overhead.median / plan.sites:.3f}"),
+        ("overhead of a hop for each site, s", f"{overhead.median / workload.sites:.3f}"),
         ("a hop: MB down, up", _pairs(megabytes)),
-        ("a hop: MB down to be scored everywhere", f"{plan.sites * run.model_bytes / MB:.2f}"),
+        ("a hop: MB down to be scored everywhere", f"{workload.sites * run.model_bytes / MB:.2f}"),
         ("metrics.json at the end, MB", f"{run.metrics_bytes / MB:.2f}"),
         ("writing it then, s", f"{run.metrics_seconds:.2f}"),
         ("run folder, MB", f"{sum(run.folder_bytes.values()) / MB:.1f}"),
         *((f"of it {part}, MB", f"{size / MB:.1f}") for part, size in run.folder_bytes.items()),
     ]
     table.notes.append(
-        f"{plan.backbone}, {CASES['train']} training images of {IMAGE_SIZE} pixels at a site, one epoch, no students. "
+        f"{workload.backbone}, {CASES['train']} training images of {IMAGE_SIZE} pixels at a site, one epoch, no students. "
         "Median (smallest to largest) over the hops. Bytes are those of the arrays, without Flower's envelope; what is sent "
         "to be scored is the size of the model times the sites. 1 MB = 10^6 bytes."
     )
@@ -54,8 +57,8 @@ def coordinator_table(run: ConsortiumRun) -> Table:
     columns = ("hops", "MiB at the first", "at half", "at the last", "grows by, MiB per hop")
     table = Table("Memory of the coordinator (USS)", ("of", *columns))
     memory = memory_after_hops(run.samples)
-    counts = {f"lap {lap + 1}": run.plan.sites for lap in range(run.plan.laps)}
-    for name, found in growths(run.plan, memory).items():
+    counts = {f"lap {lap + 1}": run.workload.sites for lap in range(run.workload.laps)}
+    for name, found in growths(run.workload, memory).items():
         cells = (_shown(found.first, 1), _shown(found.half, 1), _shown(found.last, 1), _shown(found.per_hop, 3))
         table.rows.append((name, str(counts.get(name, len(run.hops))), *cells))
     model = run.model_bytes / MIB

@@ -21,8 +21,8 @@ from chainward_client.precision import training_environment
 from chainward_client.private_training import PrivateTraining
 from chainward_shared.config import StudentConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
-from chainward_shared.models.planned import student_architecture
-from chainward_shared.privacy.plan import PrivatePlan
+from chainward_shared.models.of_run import student_architecture
+from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.training import Backbone
 
@@ -35,7 +35,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class PrivateStepPlan:
+class PrivateStepWorkload:
     """What to measure.
 
     Parameters
@@ -58,8 +58,8 @@ class PrivateStepPlan:
     repeats: int = 7
 
     @classmethod
-    def quick(cls) -> PrivateStepPlan:
-        """Return a plan of a few seconds that exercises everything; its figures say nothing."""
+    def quick(cls) -> PrivateStepWorkload:
+        """Return a workload of a few seconds that exercises everything; its figures say nothing."""
         return cls((Backbone("test_convnext"),), image_size=32, batch=4, threads=(1,), repeats=2)
 
     def models(self) -> dict[str, Architecture]:
@@ -119,7 +119,7 @@ class _Steps:
         self.noise_seconds = 0.0
         self.private: PrivateTraining | None = None
         if kind != "plain":
-            plan = PrivatePlan(
+            dp_sgd = DpSgd(
                 unit="image",
                 delta=1e-5,
                 noise_multiplier=1.0,
@@ -128,7 +128,7 @@ class _Steps:
                 steps=10**6,
                 clip=1.0,
             )
-            self.private = PrivateTraining(plan)
+            self.private = PrivateTraining(dp_sgd)
             patients = np.array([str(row) for row in range(batch)])
             self.private.start(self.model, [], list(self.model.parameters()), patients)
 
@@ -155,27 +155,29 @@ class _Steps:
         return functional.cross_entropy(self.model(self.images[rows]), self.labels[rows], reduction="none")
 
 
-def measure_private_steps(plan: PrivateStepPlan, on_step: Callable[[str], None] = lambda step: None) -> list[StepCost]:
-    """Return the cost of a private step for each model and number of threads of the plan.
+def measure_private_steps(
+    workload: PrivateStepWorkload, on_step: Callable[[str], None] = lambda step: None
+) -> list[StepCost]:
+    """Return the cost of a private step for each model and number of threads of the workload.
 
     In each repeat both kinds do one step; the order changes, so that a machine that slows down does so for both.
     """
     measured = []
-    for name, architecture in plan.models().items():
-        peaks = {kind: peak_bytes(architecture, kind, plan.batch) for kind in KINDS}
+    for name, architecture in workload.models().items():
+        peaks = {kind: peak_bytes(architecture, kind, workload.batch) for kind in KINDS}
         on_step(f"memory of a step of {name}")
-        for threads in plan.threads:
-            with training_environment(threads, 0), _all_of(architecture, plan.batch) as steps:
+        for threads in workload.threads:
+            with training_environment(threads, 0), _all_of(architecture, workload.batch) as steps:
                 times: dict[StepKind, list[float]] = {kind: [] for kind in KINDS}
                 noises: list[float] = []
-                for repeat in range(-1, plan.repeats):
+                for repeat in range(-1, workload.repeats):
                     for kind in KINDS if repeat % 2 else KINDS[::-1]:
                         taken = steps[kind].step()
                         if repeat >= 0:
                             times[kind].append(taken)
                     if repeat >= 0:
                         noises.append(steps["private"].noise_seconds)
-                    on_step(f"steps of {name}, {threads} thread(s): {repeat + 1} of {plan.repeats}")
+                    on_step(f"steps of {name}, {threads} thread(s): {repeat + 1} of {workload.repeats}")
             measured.append(
                 StepCost(
                     model=name,
@@ -227,14 +229,15 @@ def _largest_resident() -> int:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def private_table(measured: Sequence[StepCost], plan: PrivateStepPlan) -> Table:
+def private_table(measured: Sequence[StepCost], workload: PrivateStepWorkload) -> Table:
     """Return the table of private steps beside plain ones."""
     table = Table(
         "Cost of privacy, one step",
         ("model", "threads", "step", "ms", "ratio to plain", "of it noise, ms", "aim", "memory, MiB"),
         notes=[
-            f"Median (smallest to largest) of {plan.repeats} steps of {plan.batch} images of {plan.image_size} pixels, fp32, "
-            "both kinds in one process in turn: forward, backward, clipping, noise, AdamW. Ratios are taken within a repeat. "
+            f"Median (smallest to largest) of {workload.repeats} steps of {workload.batch} images of "
+            f"{workload.image_size} pixels, fp32, both kinds in one process in turn: forward, backward, clipping, noise, AdamW. "
+            "Ratios are taken within a repeat. "
             "Memory: by how much a fresh process grows at most during two steps, beyond the model."
         ],
     )
@@ -261,12 +264,12 @@ def _milliseconds(seconds: Measured) -> str:
 
 
 def with_choices(
-    plan: PrivateStepPlan, backbones: tuple[Backbone, ...], repeats: int | None, threads: int
-) -> PrivateStepPlan:
-    """Return the plan with what the command line chose; steps are measured with one thread and with `threads`."""
+    workload: PrivateStepWorkload, backbones: tuple[Backbone, ...], repeats: int | None, threads: int
+) -> PrivateStepWorkload:
+    """Return the workload with what the command line chose; steps are measured with one thread and with `threads`."""
     return replace(
-        plan,
-        backbones=backbones or plan.backbones,
-        repeats=repeats or plan.repeats,
-        threads=tuple(sorted({*plan.threads[:1], threads})) if len(plan.threads) > 1 else plan.threads,
+        workload,
+        backbones=backbones or workload.backbones,
+        repeats=repeats or workload.repeats,
+        threads=tuple(sorted({*workload.threads[:1], threads})) if len(workload.threads) > 1 else workload.threads,
     )

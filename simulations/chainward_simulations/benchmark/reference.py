@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from chainward_server.method import run_method
 from chainward_server.run_folder import RunFolder
-from chainward_shared.models.planned import student_architecture
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.weights import digest
 from chainward_simulations.runner import in_process, open_sites
 

@@ -11,7 +11,7 @@ from chainward_client.precision import best_device, resolve_precision, training_
 from chainward_client.training.link import train_link
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.models.planned import chain_architecture
+from chainward_shared.models.of_run import chain_architecture
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.settings import Augmentation
 from chainward_shared.weights import StateDict
@@ -49,7 +49,7 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingWorkload:
     """What to train.
 
     Parameters
@@ -71,16 +71,16 @@ class TrainingPlan:
     threads: int = 2
 
     @classmethod
-    def quick(cls) -> TrainingPlan:
-        """Return a plan of a few seconds that exercises everything; its figures say nothing."""
+    def quick(cls) -> TrainingWorkload:
+        """Return a workload of a few seconds that exercises everything; its figures say nothing."""
         return cls((Backbone("test_convnext"),), sites="site-5,site-6", epochs=1, repeats=2, accuracy_epochs=1, seeds=1)
 
-    def with_changes(self, changes: Mapping[str, Any]) -> TrainingPlan:
-        """Return the plan with other values for the fields that `changes` names."""
+    def with_changes(self, changes: Mapping[str, Any]) -> TrainingWorkload:
+        """Return the workload with other values for the fields that `changes` names."""
         return replace(self, **changes)
 
     def config(self, backbone: Backbone, augmentation: Augmentation, *, seed: int, epochs: int) -> RunConfig:
-        """Return the run configuration: the defaults but for what the plan names."""
+        """Return the run configuration: the defaults but for what the workload names."""
         return RunConfig.from_flat(
             {
                 "seed": seed,
@@ -143,48 +143,50 @@ def train_variant(
     return state, log.seconds
 
 
-def measure_throughput(plan: TrainingPlan, on_step: Callable[[str], None] = lambda step: None) -> list[Throughput]:
-    """Return the throughput of every variant, for each backbone and augmentation of the plan.
+def measure_throughput(
+    workload: TrainingWorkload, on_step: Callable[[str], None] = lambda step: None
+) -> list[Throughput]:
+    """Return the throughput of every variant, for each backbone and augmentation of the workload.
 
     In each repeat all variants train once, one after the other from the same weights with the same data; the order
     rotates from repeat to repeat, so that a machine that slows down or warms up does so for all of them.
     """
     measured = []
-    first = open_sites(plan.config(plan.backbones[0], "none", seed=0, epochs=1))
+    first = open_sites(workload.config(workload.backbones[0], "none", seed=0, epochs=1))
     data = next(iter(first.values()))
-    for backbone in plan.backbones:
-        for augmentation in plan.augmentations:
-            config = plan.config(backbone, augmentation, seed=0, epochs=plan.epochs)
+    for backbone in workload.backbones:
+        for augmentation in workload.augmentations:
+            config = workload.config(backbone, augmentation, seed=0, epochs=workload.epochs)
             architecture = architecture_for(config, data)
             predecessor = dict(build_model(architecture, seed=1).state_dict())
-            images = plan.epochs * len(data.splits["train"])
+            images = workload.epochs * len(data.splits["train"])
             seen: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
-            for repeat in range(-1, plan.repeats):
+            for repeat in range(-1, workload.repeats):
                 turn = repeat % len(VARIANTS)
                 for variant in VARIANTS[turn:] + VARIANTS[:turn]:
                     _, seconds = train_variant(variant, data, architecture, config.link_recipe(), predecessor)
                     if repeat >= 0:
                         seen[variant].append(images / seconds)
-                on_step(f"throughput of {backbone}, augmentation {augmentation}: {repeat + 1} of {plan.repeats}")
+                on_step(f"throughput of {backbone}, augmentation {augmentation}: {repeat + 1} of {workload.repeats}")
             figures = {variant: Measured(tuple(values)) for variant, values in seen.items()}
             measured.append(Throughput(backbone, augmentation, images, figures))
     return measured
 
 
-def measure_accuracy(plan: TrainingPlan, on_step: Callable[[str], None] = lambda step: None) -> Accuracy:
-    """Return the accuracy of a whole chain of the plan's first backbone in every variant, after the same epochs."""
-    backbone = plan.backbones[0]
+def measure_accuracy(workload: TrainingWorkload, on_step: Callable[[str], None] = lambda step: None) -> Accuracy:
+    """Return the accuracy of a whole chain of the workload's first backbone in every variant, after the same epochs."""
+    backbone = workload.backbones[0]
     seen: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
     cases = 0
-    for seed in range(plan.seeds):
-        config = plan.config(backbone, "upright", seed=seed, epochs=plan.accuracy_epochs)
+    for seed in range(workload.seeds):
+        config = workload.config(backbone, "upright", seed=seed, epochs=workload.accuracy_epochs)
         sites = open_sites(config)
         cases = sum(len(data.splits["test"]) for data in sites.values())
         for variant in VARIANTS:
             seen[variant].append(_chain_accuracy(variant, config, sites))
             on_step(f"accuracy of {variant}, seed {seed}: {seen[variant][-1]:.3f}")
     figures = {variant: Measured(tuple(values)) for variant, values in seen.items()}
-    return Accuracy(backbone, plan.accuracy_epochs, cases, figures)
+    return Accuracy(backbone, workload.accuracy_epochs, cases, figures)
 
 
 def _chain_accuracy(variant: Variant, config: RunConfig, sites: Mapping[str, SiteData]) -> float:
@@ -204,15 +206,15 @@ def architecture_for(config: RunConfig, data: SiteData) -> Architecture:
     )
 
 
-def throughput_table(measured: Sequence[Throughput], plan: TrainingPlan) -> Table:
+def throughput_table(measured: Sequence[Throughput], workload: TrainingWorkload) -> Table:
     """Return the table of throughputs."""
     auto = auto_precision()
     table = Table(
         "Training loop, images per second",
         ("backbone", "augmentation", "loop", "images/s", "ratio to plain PyTorch", "aim"),
         notes=[
-            f"Median (smallest to largest) of {plan.repeats} trainings of {plan.epochs} epochs each, all loops in one "
-            f"process in turn, {plan.threads} threads; link with a predecessor. Ratios are taken within a repeat."
+            f"Median (smallest to largest) of {workload.repeats} trainings of {workload.epochs} epochs each, all loops in one "
+            f"process in turn, {workload.threads} threads; link with a predecessor. Ratios are taken within a repeat."
         ],
     )
     for figure in measured:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from chainward_simulations.benchmark.peers.work import SITES, initial, plan, train
+from chainward_simulations.benchmark.peers.work import SITES, initial, train, training_asked
 
 
 def run_job(workspace: str) -> None:
@@ -18,7 +18,7 @@ def run_job(workspace: str) -> None:
 
     from chainward_shared.models import build_model
 
-    architecture, recipe = plan()
+    architecture, recipe = training_asked()
     model = build_model(architecture, recipe.seed)
     model.load_state_dict(initial())
     job = CyclicRecipe(

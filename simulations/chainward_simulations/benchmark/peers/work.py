@@ -35,7 +35,7 @@ def settings() -> dict[str, ConfigScalar]:
 
 
 @cache
-def plan() -> tuple[Architecture, LinkRecipe]:
+def training_asked() -> tuple[Architecture, LinkRecipe]:
     """Return the model and the recipe of a training; the phantoms have 5 classes, one channel and 64 px."""
     config = RunConfig.from_flat(settings())
     architecture = resolve_architecture(config.chain.backbone, num_classes=5, in_chans=1, image_size=64)
@@ -44,13 +44,13 @@ def plan() -> tuple[Architecture, LinkRecipe]:
 
 def initial() -> StateDict:
     """Return the weights that the first hospital starts with."""
-    architecture, recipe = plan()
+    architecture, recipe = training_asked()
     return dict(build_model(architecture, recipe.seed).state_dict())
 
 
 def train(site: int, state: StateDict) -> tuple[StateDict, int]:
     """Train `state` at the hospital with the number `site`, counted from 0; return the weights and its training cases."""
-    architecture, recipe = plan()
+    architecture, recipe = training_asked()
     torch.set_num_threads(recipe.threads)
     config = RunConfig.from_flat(settings() | {"federation.sites": f"site-{site + 1}"})
     (data,) = open_sites(config).values()

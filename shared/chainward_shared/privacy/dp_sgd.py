@@ -1,4 +1,4 @@
-"""How private a training is asked to be, and the plan a site makes of it: all that is fixed before the first step."""
+"""The parameters of DP-SGD that a site derives from what a run asks for, before the first step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MOST_STEPS = 1_000_000
 """Private steps of a run at one site: finding the noise for as many takes half a minute, for more it soon takes for ever."""
 
 
-class PrivatePlan(BaseModel):
-    """What a site does in one private training. Nothing in it depends on data, and nothing in it changes on the way.
+class DpSgd(BaseModel):
+    """DP-SGD of one private training (Abadi et al. 2016). Nothing of it depends on data, and nothing changes on the way.
 
     `sample_rate`: probability with which a unit is in a step. `expected_batch`: by which the sum of a step's gradients
     is divided, whatever came out of the draw. `noise_multiplier`: standard deviation of the noise over `clip`.
@@ -37,13 +37,13 @@ class PrivatePlan(BaseModel):
 
     @property
     def mechanism(self) -> Mechanism:
-        """What the plan costs when it is carried out to the end: to be reserved before the first step."""
+        """What the training costs when it is carried out to the end: to be reserved before the first step."""
         return Mechanism("dp-sgd", self.noise_multiplier, self.sample_rate, self.steps)
 
 
-def plan(
+def dp_sgd_of(
     recipe: PrivacyRecipe, *, units: int, epochs: int, batch_size: int, before: Sequence[Mechanism] = ()
-) -> PrivatePlan:
+) -> DpSgd:
     """Return how a site with `units` patients (or images) trains for `epochs` at an expected batch of `batch_size`.
 
     With an epsilon the noise is the least with which this training alone (or, where the recipe lists the trainings of the
@@ -78,7 +78,7 @@ def plan(
         shapes = [(*_rate_and_steps(units, one.epochs, one.batch_size), one.times) for one in trainings]
         _refuse_too_many_steps(sum(count * times for _, count, times in shapes))
         noise = _noise(recipe.epsilon, recipe.delta, tuple(shapes), tuple(before))
-    return PrivatePlan(
+    return DpSgd(
         unit=recipe.unit,
         delta=recipe.delta,
         noise_multiplier=noise,
@@ -95,16 +95,13 @@ def run_mechanisms(recipe: PrivacyRecipe, *, units: int, before: Sequence[Mechan
     Raises
     ------
     PrivacyError
-        As `plan`.
+        As `dp_sgd_of`.
     """
-    plans = [
-        (plan(recipe, units=units, epochs=one.epochs, batch_size=one.batch_size, before=before), one.times)
+    each = [
+        (dp_sgd_of(recipe, units=units, epochs=one.epochs, batch_size=one.batch_size, before=before), one.times)
         for one in recipe.run
     ]
-    trainings = [
-        Mechanism("dp-sgd", planned.noise_multiplier, planned.sample_rate, planned.steps * times)
-        for planned, times in plans
-    ]
+    trainings = [Mechanism("dp-sgd", one.noise_multiplier, one.sample_rate, one.steps * times) for one, times in each]
     return [*before, *trainings]
 
 
