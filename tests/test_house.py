@@ -19,7 +19,6 @@ LONGER_FUNCTIONS = {
     "server/chainward_server/exchange.py:stream": 67,
     "server/chainward_server/export/card.py:model_card": 60,
     "server/chainward_server/export/run_export.py:export_run": 54,
-    "server/chainward_server/heads.py:_asked": 55,
     "server/chainward_server/report/page.py:render_report": 55,
     "server/chainward_server/report/plots.py:curve_plot": 63,
     "server/chainward_server/report/verdict.py:cards": 53,

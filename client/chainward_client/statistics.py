@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.evaluation import BATCH, passes
@@ -12,6 +12,7 @@ from chainward_client.limits import SiteLimits, check_enough, enough
 from chainward_client.training.features import Features
 from chainward_client.training.link import labelled_cases
 from chainward_shared.discriminant import HeadSums
+from chainward_shared.errors import ProtocolError
 from chainward_shared.models import build_model
 from chainward_shared.models.heads import check_head
 from chainward_shared.models.taps import Taps
@@ -40,6 +41,8 @@ def sums_of(
         The site has too few training images for its own limits.
     ModelError
         The model's classifier isn't one linear layer.
+    ProtocolError
+        The weights of the classes are not those of this task.
     """
     size, classes = check_head(task.architecture), len(data.classes)
     train = labelled_cases(data, task)
@@ -50,8 +53,8 @@ def sums_of(
     if not enough(len(validation), _rarest(validation, classes), limits):
         validation = validation.take(np.arange(0))
     sums: StateDict = {}
-    for split, cases in (("train", train), ("val", validation)):
-        sums |= _summed(model, cases, classes, size, task, features).state(split)
+    for split, cases, weights in (("train", train, _weights(task, data)), ("val", validation, None)):
+        sums |= _summed(model, cases, HeadSums.none(classes, size), weights, task, features).state(split)
     result = StatisticsResult(
         hop=task.hop, site=data.site, digest=digest(sums), images=len(train), validation=len(validation)
     )
@@ -59,16 +62,33 @@ def sums_of(
 
 
 def _summed(
-    model: nn.Module, cases: Cases, classes: int, size: int, task: StatisticsTask, features: Features | None
+    model: nn.Module,
+    cases: Cases,
+    total: HeadSums,
+    weights: Tensor | None,
+    task: StatisticsTask,
+    features: Features | None,
 ) -> HeadSums:
-    total = HeadSums.none(classes, size)
+    """Return `total` and what the cases add to it."""
     if not len(cases):
         return total
     with Taps(model, embedding=True) as taps:
         batches = passes(model, cases.images, task.threads, task.architecture.image_size, features)
         for labels, _ in zip(cases.labels.split(BATCH), batches, strict=True):
-            total = total + HeadSums.of(taps.embedding.cpu(), labels, classes)
+            total = total + HeadSums.of(taps.embedding.cpu(), labels, len(total.counts), weights)
     return total
+
+
+def _weights(task: StatisticsTask, data: SiteData) -> Tensor | None:
+    """Return how much an image of each class counts in the second moments; None: each the same."""
+    if not task.class_weights:
+        return None
+    if data.task == "multilabel" or len(task.class_weights) != len(data.classes):
+        raise ProtocolError(
+            f"class_weights has {len(task.class_weights)} numbers; expected one for each of {len(data.classes)} classes, "
+            "and none where an image may have several findings"
+        )
+    return torch.tensor(task.class_weights, dtype=torch.float64)
 
 
 def _rarest(cases: Cases, classes: int) -> int:

@@ -10,14 +10,14 @@ from chainward_server.aggregation import check_drift
 from chainward_server.attempts import Attempted, attempted
 from chainward_server.claims import check_training
 from chainward_server.context import Run
-from chainward_server.decisions import best_model, best_strand, forgetting, weakest_site
+from chainward_server.decisions import best_model, best_strand, forgetting, gain, weakest_site
 from chainward_server.heads import with_statistics_head
 from chainward_server.results import LinkMetrics, LinkRecord, LinkStatus, SiteScores
 from chainward_server.schedule import Hop, schedule
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
-from chainward_shared.hops import head_key
+from chainward_shared.hops import head_key, link_head_key
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
@@ -33,9 +33,9 @@ class Strand:
     site: str | None = None
     trained_at: list[str] = field(default_factory=list)
 
-    def move_on(self, hop: Hop, model: StateDict) -> None:
-        """Take up the model that a hop left."""
-        self.model, self.model_name, self.site = model, hop.key, hop.site
+    def move_on(self, hop: Hop, model: StateDict, name: str) -> None:
+        """Take up the model that a hop left, and what it is called."""
+        self.model, self.model_name, self.site = model, name, hop.site
         self.trained_at.append(hop.site)
 
 
@@ -106,15 +106,21 @@ def _refit(run: Run, lap: int, strands: list[Strand]) -> None:
             strand.model = with_statistics_head(run, strand.model_name, strand.model)
 
 
+def _left_by(run: Run, key: str) -> str:
+    """Return what the model is called that a hop leaves: its own, or the one with a head from statistics after it."""
+    return link_head_key(key) if run.config.chain.refit == "links" else key
+
+
 def _released(run: Run, outcome: ChainOutcome) -> ChainOutcome:
     """Return what the chain leaves: with its head from statistics, and the best of all models along it, where that is asked."""
     config, results = run.config.chain, run.results
-    if config.head == "statistics":
+    if config.head == "statistics" and config.refit in ("end", "laps"):
         results.released = head_key(None)
         outcome = replace(outcome, model=with_statistics_head(run, results.released, outcome.model), test=None)
     if config.release == "best":
         keys = [link.key for link in results.links if link.succeeded] + [head.key for head in results.heads]
-        results.released = best_model({key: run.validation(key).pooled for key in keys})
+        kept = [key for key in keys if run.checkpoints.has_model(key)]
+        results.released = best_model({key: run.validation(key).pooled for key in kept})
         outcome = replace(outcome, model=run.checkpoints.load_model(results.released, run.template), test=None)
     if results.released is None:
         return outcome
@@ -155,20 +161,21 @@ def _merged(run: Run) -> ChainOutcome:
         reasons = "; ".join(link.reason or "" for link in run.results.links[:1])
         helps = any(link.unreached for link in run.results.links)
         raise (ChainwardError if helps else StartAnewError)(f"no link of the chain succeeded: {reasons}")
-    models = {strand: run.checkpoints.load_model(last[strand].key, run.template) for strand in sorted(last)}
+    names = {strand: _left_by(run, last[strand].key) for strand in sorted(last)}
+    models = {strand: run.checkpoints.load_model(name, run.template) for strand, name in names.items()}
     if run.config.chain.merge == "average" and len(models) > 1:
         average = weighted_average(list(models.values()), [1.0] * len(models))
         average = rounded(average, run.config.federation.transfer)
         logger.info("the weights of %d strands are averaged", len(models))
         test = run.score(run.architecture, average, ["test"])["test"] if run.score_all else None
         return ChainOutcome(average, test, list(models.values()))
-    (best,) = last if len(last) == 1 else (_best_strand(run, last),)
-    metrics = last[best].metrics
+    (best,) = last if len(last) == 1 else (_best_strand(run, names),)
+    metrics = run.metrics(names[best])
     return ChainOutcome(models[best], metrics.test if metrics else None, list(models.values()))
 
 
-def _best_strand(run: Run, last: dict[int, LinkRecord]) -> int:
-    best = best_strand({strand: run.validation(link.key).pooled for strand, link in last.items()})
+def _best_strand(run: Run, names: dict[int, str]) -> int:
+    best = best_strand({strand: run.validation(name).pooled for strand, name in names.items()})
     logger.info("strand %d is best by validation; its model goes on", best)
     return best
 
@@ -181,7 +188,10 @@ def _run_turn(run: Run, turn: Sequence[tuple[int, Hop]], total: int, strands: li
     pending = [(number, hop) for number, hop in turn if not run.checkpoints.is_finished(hop.key)]
     for _, hop in turn:
         if run.checkpoints.is_finished(hop.key) and run.checkpoints.has_model(hop.key):
-            strands[hop.strand].move_on(hop, run.checkpoints.load_model(hop.key, run.template))
+            name, model = _left_by(run, hop.key), run.checkpoints.load_model(hop.key, run.template)
+            if name != hop.key:  # kept too, unless a site was not reached for it
+                model = with_statistics_head(run, name, model)
+            strands[hop.strand].move_on(hop, model, name)
     hops, config = {hop.site: hop for _, hop in pending}, run.config.chain
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
@@ -255,19 +265,23 @@ def _record(run: Run, hop: Hop, outcome: Attempted[LinkResult], strand: Strand, 
     if outcome.answer is None:
         _go_on_without(run, record, number)
         return
-    metrics = None
+    metrics, model, name = None, outcome.answer.model, _left_by(run, hop.key)
     if run.score_all:
-        metrics = link_metrics(run.score(run.architecture, outcome.answer.model, ["val", "test"]))
-    if reason := _forgotten(run, hop, strand, metrics):
+        metrics = link_metrics(run.score(run.architecture, model, ["val", "test"]))
+    if name != hop.key:
+        model = with_statistics_head(run, name, model)
+    known = metrics if name == hop.key else None
+    if reason := _forgotten(run, strand, name, known) or _not_gained(run, strand, name, known):
         record.status, record.reason = "refused", reason
-        run.checkpoints.drop_model(hop.key)
+        for dropped in {hop.key, name}:
+            run.checkpoints.drop_model(dropped)
         _go_on_without(run, record, number)
         return
     record.training, record.metrics = outcome.answer.result.training, metrics
     run.results.links.append(record)
     run.checkpoints.commit(run.results, hop.key)
     _tell(run, record, number, strand)
-    strand.move_on(hop, outcome.answer.model)
+    strand.move_on(hop, model, name)
 
 
 def _go_on_without(run: Run, record: LinkRecord, number: str) -> None:
@@ -286,18 +300,37 @@ def _go_on_without(run: Run, record: LinkRecord, number: str) -> None:
     logger.warning("%s  %s: %s; the chain goes on without it. %s", number, record.site, record.status, record.reason)
 
 
-def _forgotten(run: Run, hop: Hop, strand: Strand, metrics: LinkMetrics | None) -> str | None:
+def _forgotten(run: Run, strand: Strand, key: str, metrics: LinkMetrics | None) -> str | None:
     """Return why a link must be refused for what it makes the model forget; None if it need not be."""
     allowed = run.config.chain.max_forgetting
     if allowed == 1 or strand.model_name is None:  # no score can fall by more
         return None
-    after = metrics.validation_sites if metrics else run.validation(hop.key).sites
+    after = metrics.validation_sites if metrics else run.validation(key).sites
     forgot = forgetting(strand.trained_at, run.validation(strand.model_name).sites, after)
     if forgot is None or forgot.lost <= allowed:
         return None
     return (
         f"the link lowers the validation balanced accuracy of the sites before it from {forgot.before:.3f} to "
         f"{forgot.after:.3f}, by more than chain.max-forgetting = {allowed:g}"
+    )
+
+
+def _not_gained(run: Run, strand: Strand, key: str, metrics: LinkMetrics | None) -> str | None:
+    """Return why a link must be refused for not making the model better; None if it need not be."""
+    accept = run.config.chain.accept
+    if accept == "all" or strand.model_name is None:
+        return None
+    after = metrics.validation if metrics else run.validation(key).pooled
+    cases = [card.class_counts.get("val", []) for card in run.sites.cards.values()]
+    gained = gain(
+        run.validation(strand.model_name).pooled, after, [sum(of) for of in zip(*filter(None, cases), strict=True)]
+    )
+    if gained is None or gained.enough(accept):
+        return None
+    return (
+        f"the link changes the validation balanced accuracy from {gained.before:.3f} to {gained.after:.3f}"
+        + (f" (the 95 % interval of a difference is +-{gained.half_interval:.3f})" if accept == "better" else "")
+        + f"; chain.accept = '{accept}'"
     )
 
 

@@ -125,9 +125,10 @@ def _check_moments(sums: HeadSums, split: Split, *, multilabel: bool) -> None:
         apart = (sums.sums.sum(dim=0) - sums.total).abs() > 1e-6 * (1 + sums.total.abs())
         if float(sums.counts.sum()) != images or bool(apart.any()):
             raise ProtocolError(f"its sums over the classes of '{split}' don't come to its sums over all images")
-    moments, total = sums.second_moments, sums.total.numpy()
-    level = float(moments.trace())
-    lowest = float(np.linalg.eigvalsh(moments - np.outer(total, total) / max(1.0, images))[0])
+    total = sums.total.numpy()
+    level = float(sums.second_moments.trace())
+    around = sums.second_moments - np.outer(total, total) / max(1.0, images) if sums.weights is None else sums.scatter()
+    lowest = float(np.linalg.eigvalsh(around)[0])
     if level > LARGEST**2 * images * size or lowest < -1e-6 * (level + 1e-9):
         raise ProtocolError(f"no {images:g} images of '{split}' have such sums and second moments")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from chainward_server.results import Results
+from chainward_server.results import HeadRecord, Results
 from chainward_shared.config import RunConfig
-from chainward_shared.hops import head_key
+from chainward_shared.hops import head_key, link_head_key
 
 
 def shortfalls(results: Results, config: RunConfig, private: frozenset[str] = frozenset()) -> list[str]:
@@ -36,8 +36,19 @@ def unreached_work(results: Results) -> list[str]:
     """Return the names of the pieces of work that are missing because a site could not be reached, and nothing made up for."""
     missing = [link.key for link in results.links if link.unreached and not made_up_for(results, link.key)]
     missing += [record.key for record in results.alone if record.unreached]
-    missing += [head.key for head in results.heads if head.unreached and head.key == head_key(None)]
+    head = last_head(results)
+    missing += [head.key] if head is not None and head.unreached else []
     return missing + [round_.key for round_ in results.student_rounds if round_.unreached]
+
+
+def last_head(results: Results) -> HeadRecord | None:
+    """Return the statistics round whose head nothing was trained from since; None where there is none.
+
+    It is the one at the end of the chain; or the one after the last link, or before the first, where no link followed it.
+    """
+    trained = [link.key for link in results.links if link.succeeded]
+    last = {head_key(None), link_head_key(trained[-1]) if trained else head_key(0)}
+    return next((head for head in reversed(results.heads) if head.key in last), None)
 
 
 def made_up_for(results: Results, key: str) -> bool:

@@ -9,20 +9,26 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from chainward_server.attempts import attempted
 from chainward_server.claims import check_sums
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
-from chainward_shared.config import ChainConfig
-from chainward_shared.discriminant import Head, HeadSums, discriminant
+from chainward_shared.discriminant import Head, HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
 from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.protocol import StatisticsResult, StatisticsTask
+from chainward_shared.settings import ClassBalance
 from chainward_shared.weights import StateDict, digest, rounded
 
 logger = logging.getLogger("chainward")
+
+LEAST_WEIGHT = 1e-6
+"""Of an image in the covariance: the least that a task may ask for."""
 
 FURTHEST = 10.0
 """A site is left out whose embeddings are longer, in root mean square, than the median site's by more than this factor: one
@@ -39,7 +45,7 @@ class _Sums:
     @property
     def length(self) -> float:
         """Root mean square of the training embeddings' lengths."""
-        return math.sqrt(float(self.train.second_moments.trace()) / max(1.0, float(self.train.images)))
+        return math.sqrt(float(self.train.second_moments.trace()) / (self.train.counted or 1.0))
 
 
 def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
@@ -60,7 +66,7 @@ def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
         return run.checkpoints.load_model(key, run.template)
     record, sums = _asked(run, key, state)
     head = _solved(run, key, sums)
-    record.shrinkage = head.shrinkage
+    record.shrinkage, record.temperature = head.shrinkage, head.temperature
     model = rounded(with_head(state, run.architecture, head), run.config.federation.transfer)
     run.save_model(key, model, run.architecture)
     if run.score_all:
@@ -81,44 +87,69 @@ def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
     return model
 
 
-def prior_strength(chain: ChainConfig) -> float:
+def balance_strength(balance: ClassBalance, prior_strength: float) -> float:
     """Return how equal the priors of a head from statistics are, so that they agree with what the links are trained to."""
-    return {"site-prior": chain.prior_strength, "weighted": 1.0, "none": 0.0}[chain.class_balance]
+    return {"site-prior": prior_strength, "weighted": 1.0, "none": 0.0}[balance]
 
 
-def _asked(run: Run, key: str, state: StateDict) -> tuple[HeadRecord, dict[str, _Sums]]:
-    """Ask all sites, and return what came of it and the sums that can be used, in the order of the sites."""
-    task = StatisticsTask(
+def _strength(run: Run) -> float:
+    return balance_strength(run.config.chain.class_balance, run.config.chain.prior_strength)
+
+
+def _class_weights(run: Run) -> Tensor | None:
+    """Return how much an image of each class is to count in the covariance; None: each the same.
+
+    So it is where a site does not tell how many images of which class it has, and where an image may have several findings.
+    """
+    cards, strength = run.sites.cards.values(), _strength(run)
+    told = [card.class_counts.get("train") for card in cards if card.privacy is None]
+    if strength == 0 or run.sites.any_card.task == "multilabel" or len(told) < len(cards) or not all(told):
+        return None
+    counts = np.sum([counts for counts in told if counts], axis=0)
+    return class_weights(counts, strength).clamp(min=LEAST_WEIGHT)
+
+
+def _task(run: Run, key: str, state: StateDict, weights: Tensor | None) -> StatisticsTask:
+    return StatisticsTask(
         run_id=run.checkpoints.run_id,
         hop=key,
         architecture=run.architecture,
         label_fraction=run.config.chain.label_fraction,
         seed=run.config.seed,
+        class_weights=() if weights is None else tuple(weights.tolist()),
         threads=run.config.federation.threads,
         digest=digest(state),
     )
+
+
+def _sums_in(model: StateDict, weights: Tensor | None) -> _Sums:
+    return _Sums(HeadSums.from_state(model, "train", weights), HeadSums.from_state(model, "val"))
+
+
+def _asked(run: Run, key: str, state: StateDict) -> tuple[HeadRecord, dict[str, _Sums]]:
+    """Ask all sites, and return what came of it and the sums that can be used, in the order of the sites."""
+    weights = _class_weights(run)
+    task = _task(run, key, state, weights)
     started = time.monotonic()
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
         return run.sites.statistics({site: Work(task, {"model": state}) for site in sites})
 
     def check(site: str, answer: Trained[StatisticsResult]) -> None:
-        result = answer.result
+        result, card = answer.result, run.sites.cards[site]
         if (result.hop, result.site) != (key, site):
             raise ChainwardError(
                 f"it answers round '{result.hop}' of site '{result.site}'; expected '{key}' of '{site}'"
             )
         if digest(answer.model) != result.digest:
             raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
-        card = run.sites.cards[site]
-        check_sums(HeadSums.from_state(answer.model, "train"), "train", result.images, card)
-        check_sums(HeadSums.from_state(answer.model, "val"), "val", result.validation, card)
+        sums = _sums_in(answer.model, weights)
+        check_sums(sums.train, "train", result.images, card)
+        check_sums(sums.validation, "val", result.validation, card)
 
     outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)
     sums = {
-        site: _Sums(
-            HeadSums.from_state(outcome.answer.model, "train"), HeadSums.from_state(outcome.answer.model, "val")
-        )
+        site: _sums_in(outcome.answer.model, weights)
         for site, outcome in outcomes.items()
         if outcome.answer is not None
     }
@@ -170,4 +201,4 @@ def _solved(run: Run, key: str, sums: Mapping[str, _Sums]) -> Head:
     multilabel = card.task == "multilabel"
     if not multilabel and int((train.counts > 0).sum()) < 2:
         raise ChainwardError(f"statistics round '{key}': all images of the sites that answered are of one class")
-    return discriminant(train, validation, multilabel=multilabel, prior_strength=prior_strength(run.config.chain))
+    return discriminant(train, validation, multilabel=multilabel, prior_strength=_strength(run))

@@ -1,16 +1,16 @@
 """What a resumed run does again: the pieces of work that are missing because a site could not be reached.
 
 A hop after which nothing else was trained is done again in its own place. One that others have followed is made up for at
-the end of the chain, by a further hop at its site. Then the last head from statistics is computed anew, as it is where a site
-was not reached for it. Students that came out of a chain that changes, or a round of which a site was not reached, are trained
-anew.
+the end of the chain, by a further hop at its site. Then the last head from statistics is computed anew; so is one that nothing
+was trained from since, where a site was not reached for it. Students that came out of a chain that changes, or a round of which
+a site was not reached, are trained anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chainward_server.completeness import made_up_for
+from chainward_server.completeness import last_head, made_up_for
 from chainward_server.results import Results
 from chainward_shared.hops import head_key
 
@@ -47,10 +47,11 @@ def mending(results: Results, *, private: bool) -> Mending:
     make_up = tuple(
         link.key for link in links if link.unreached and link.step < steps and not made_up_for(results, link.key)
     )
-    refitted = {head.key: bool(head.unreached) for head in results.heads if head.key == head_key(None)}
-    changes = len(links) < len(results.links) or bool(make_up) or any(refitted.values())
+    head = last_head(results)
+    missed = {head.key} if head is not None and head.unreached else set()
+    changes = len(links) < len(results.links) or bool(make_up) or bool(missed)
     if changes:
-        again |= set(refitted)
+        again |= missed | {head.key for head in results.heads if head.key == head_key(None)}
     if changes or any(round_.unreached for round_ in rounds):
         again |= {round_.key for round_ in rounds}
     return Mending(frozenset(again), make_up)

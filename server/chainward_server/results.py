@@ -198,7 +198,8 @@ def largest_influence(rounds: Sequence[StudentRound]) -> LargestInfluence | None
 
 class HeadRecord(Progressing):
     """One statistics round: the model's head, out of the sums of all sites. `failed`: site -> why it is missing from them;
-    `images`, `validation`: over how many they go; `shrinkage`: of the covariance; `metrics`: of the model with that head."""
+    `images`, `validation`: over how many they go; `shrinkage`: of the covariance; `temperature`: of the logits; `metrics`: of
+    the model with that head."""
 
     key: HopKey
     sites: list[SiteId] = Field(max_length=MAX_SITES)
@@ -207,6 +208,7 @@ class HeadRecord(Progressing):
     images: Count
     validation: Count
     shrinkage: Fraction = 0.0
+    temperature: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     seconds: Seconds
     bytes_down: Bytes
     bytes_up: Bytes

@@ -22,6 +22,11 @@ def head_key(lap: int | None, strand: int = 0) -> str:
     return f"head-lap-{lap}-strand-{strand}" if lap else "head-start"
 
 
+def link_head_key(link: str) -> str:
+    """Return the name of the statistics round after a hop."""
+    return f"head-{link}"
+
+
 def student_key(number: int) -> str:
     """Return the name of a round of the students, the first of which is 1."""
     return f"student-round-{number}"

@@ -46,6 +46,7 @@ class InProcessSites(Sites):
     private : the sites that have a privacy policy
     on_step : called with a line of progress after each training
     state_dir : folder in which the sites keep their privileged teachers; None: trained anew whenever they are needed
+    features : where all of them keep the output of frozen trunks; None: each its own, in memory
 
     Attributes
     ----------
@@ -59,6 +60,7 @@ class InProcessSites(Sites):
         private: Mapping[str, PrivateSite] | None = None,
         on_step: Callable[[str], None] = lambda step: None,
         state_dir: Path | None = None,
+        features: Features | None = None,
     ) -> None:
         self.data, self.private, self.on_step, self.state_dir = data, private or {}, on_step, state_dir
         super().__init__({site: self._card(site) for site in data})
@@ -67,7 +69,7 @@ class InProcessSites(Sites):
         self._auxiliaries: dict[str, StateDict] = {}
         self._last: dict[str, tuple[str, Trained[Any]]] = {}
         self._base: StateDict | None = None
-        self._features = {site: Features(None) for site in data}
+        self._features = {site: features or Features(None) for site in data}
 
     def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
         self._base = base

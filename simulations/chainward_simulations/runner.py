@@ -17,6 +17,7 @@ import torch
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateSite
+from chainward_client.training.features import Features
 from chainward_server.chain import ChainOutcome
 from chainward_server.checkpoints import InMemory
 from chainward_server.context import Run, data_summary
@@ -76,13 +77,14 @@ def run_in_process(
     on_step: Callable[[str], None] = lambda step: None,
     *,
     state_dir: Path | None = None,
+    features: Features | None = None,
     students: bool = True,
 ) -> Outcome:
     """Run the method of `config` over `sites`; models are scored only where a score decides how the chain goes on.
 
     Parameters
     ----------
-    on_step, state_dir : see `InProcessSites`
+    on_step, state_dir, features : see `InProcessSites`
     students : False: without them, though private sites account for them
 
     Raises
@@ -90,7 +92,7 @@ def run_in_process(
     ChainwardError
         The run can't go on.
     """
-    with in_process(config, sites, on_step, state_dir=state_dir) as (run, trained):
+    with in_process(config, sites, on_step, state_dir=state_dir, features=features) as (run, trained):
         finished = run_method(run, students=students)
     models, links = run.checkpoints, [link for link in run.results.links if link.succeeded]
     first = {link.site: link.key for link in links if link.predecessor is None}
@@ -134,11 +136,12 @@ def in_process(
     on_step: Callable[[str], None] = lambda step: None,
     *,
     state_dir: Path | None = None,
+    features: Features | None = None,
     score_all: bool = False,
 ) -> Iterator[tuple[Run, InProcessSites]]:
     """Hand out a run over `sites`; the ledgers of private ones last as long as the block."""
     with private_sites(config, sites) as private:
-        here = InProcessSites(sites, private, on_step, state_dir)
+        here = InProcessSites(sites, private, on_step, state_dir, features)
         results = Results(
             run_id=RUN, seed=config.seed, data=data_summary(list(here.cards.values()), config.data.source)
         )

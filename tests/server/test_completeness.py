@@ -18,6 +18,7 @@ from chainward_server.results import (
 )
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.hops import link_head_key
 
 SITES = [f"site-{number}" for number in range(1, 7)]
 SCORES = Scores(n=3, accuracy=0.5, balanced_accuracy=0.5, macro_auc=0.5, ece=0.1)
@@ -165,3 +166,22 @@ def test_the_last_head_is_computed_anew_where_a_site_was_not_reached_for_it_or_t
     assert "head" not in mending(found, private=False).again
     found.links = lost(SITES[5])
     assert "head" in mending(found, private=False).again
+
+
+def test_a_head_that_nothing_was_trained_from_is_computed_anew_where_a_site_was_not_reached_for_it():
+    found = results(links=[], rounds=[])
+    found.heads = [head("head-start", SITES[:5], SITES[5:])]
+    assert mending(found, private=False).again == {"head-start"}
+    found.links = [link(SITES[0], "skipped")]
+    assert mending(found, private=False).again == {"head-start"}, "a link that left nothing was not trained from it"
+    found.links = [link(SITES[0])]
+    assert "head-start" not in mending(found, private=False).again
+
+
+def test_the_head_after_the_last_link_is_computed_anew_and_none_that_a_link_followed():
+    found = results(links=[link(SITES[0]), link(SITES[1])])
+    keys = [link_head_key(one.key) for one in found.links]
+    found.heads = [head("head-start"), *(head(key, SITES[:5], SITES[5:]) for key in keys)]
+    again = mending(found, private=False).again
+    assert keys[1] in again and keys[0] not in again
+    assert "student-round-1" in again, "it came out of a chain that changes"

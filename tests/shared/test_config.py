@@ -344,6 +344,11 @@ def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
     [
         ({"chain.refit": "laps", "chain.laps": 2}, "chain.head = 'trained'"),
         ({"chain.refit": "laps", "chain.head": "statistics"}, "chain.laps = 1"),
+        ({"chain.refit": "links"}, "chain.head = 'trained'"),
+        (
+            {"chain.refit": "links", "chain.head": "statistics", "chain.merge": "average", "chain.strands": 2},
+            "an average of classifiers",
+        ),
         ({"chain.release": "best", "chain.merge": "average", "chain.strands": 2}, "chain.merge = 'average'"),
         ({"chain.head": "statistics", "privacy.mode": "dp-sgd"}, "privacy.mode = 'dp-sgd'"),
         ({"chain.head": "statistics", "privacy.mode": "by-policy"}, "without noise"),

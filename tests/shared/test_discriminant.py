@@ -10,7 +10,8 @@ import torch
 from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from chainward_shared.discriminant import LARGEST, SHRINKAGES, UNSEEN, HeadSums, discriminant
+from chainward_shared import discriminant as module
+from chainward_shared.discriminant import LARGEST, UNSEEN, HeadSums, class_weights, discriminant
 
 CLASSES, SIZE = 4, 12
 
@@ -108,24 +109,87 @@ def test_without_validation_images_the_shrinkage_is_scikit_learns_oas():
     assert discriminant(HeadSums.of(embeddings, labels, CLASSES), few).shrinkage == pytest.approx(expected, rel=1e-9)
 
 
-def test_validation_chooses_the_shrinkage_under_which_its_images_are_likeliest():
-    embeddings, labels = images(40, 31)
-    held, their = images(60, 32)
-    means = np.stack([embeddings[labels == label].mean(dim=0).numpy() for label in range(CLASSES)])
-    apart = embeddings.numpy() - means[labels.numpy()]
+def overlapping(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings of classes that can't be told apart altogether."""
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(CLASSES, size=n, p=[0.4, 0.3, 0.2, 0.1])
+    spread = np.linspace(0.3, 3, SIZE)
+    drawn = generator.normal(size=(n, SIZE)) * spread + np.random.default_rng(1).normal(size=(CLASSES, SIZE))[labels]
+    return torch.from_numpy(drawn + 7.0), torch.from_numpy(labels)
+
+
+def slow_accuracy(head, held, their, parts) -> float:
+    """Classify many draws of a normal distribution around each class's mean, in all dimensions, one class after the other."""
+    means = {label: held[their == label].mean(dim=0).numpy() for label in parts}
+    apart = np.stack([x - means[int(y)] for x, y in zip(held.numpy(), their.numpy(), strict=True)])
     covariance = apart.T @ apart / len(apart)
+    generator = np.random.default_rng(5)
+    found = 0.0
+    for label, part in parts.items():
+        drawn = generator.multivariate_normal(means[label], covariance, size=20_000)
+        found += part * float(((drawn @ head.weight.T + head.bias).argmax(axis=1) == label).mean())
+    return found
 
-    def log_likelihood(shrinkage: float) -> float:
-        shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / SIZE * np.eye(SIZE)
-        inverse, (_, log_determinant) = np.linalg.inv(shrunk), np.linalg.slogdet(shrunk)
-        return sum(
-            -(x - means[y]) @ inverse @ (x - means[y]) / 2 - log_determinant / 2
-            for x, y in zip(held.numpy(), their.numpy(), strict=True)
-        )
 
-    found = discriminant(HeadSums.of(embeddings, labels, CLASSES), HeadSums.of(held, their, CLASSES)).shrinkage
-    assert found == max(SHRINKAGES, key=log_likelihood)
-    assert SHRINKAGES[0] < found < SHRINKAGES[-1]
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_validation_chooses_the_shrinkage_with_which_most_is_expected_to_be_right(strength, monkeypatch):
+    embeddings, labels = overlapping(18, 31)
+    held, their = overlapping(300, 32)
+    sums = HeadSums.of(embeddings, labels, CLASSES), HeadSums.of(held, their, CLASSES)
+    found = discriminant(*sums, prior_strength=strength)
+    shares = torch.bincount(their, minlength=CLASSES).numpy() ** (1 - strength)
+    parts = dict(enumerate(shares / shares.sum()))
+    expected = {}
+    for shrinkage in (1e-4, found.shrinkage, 1.0):
+        monkeypatch.setattr(module, "SHRINKAGES", np.array([shrinkage]))
+        expected[shrinkage] = slow_accuracy(discriminant(*sums, prior_strength=strength), held, their, parts)
+    assert expected[found.shrinkage] > max(expected[1e-4], expected[1.0])
+    assert 1e-4 < found.shrinkage < 1.0
+
+
+def test_a_head_that_is_too_sure_is_cooled_so_that_images_like_the_validation_images_are_likelier():
+    embeddings, labels = overlapping(40, 31)
+    held, their = overlapping(400, 32)
+    new, truth = overlapping(4000, 33)
+    head = discriminant(HeadSums.of(embeddings, labels, CLASSES), HeadSums.of(held, their, CLASSES), prior_strength=0.0)
+
+    def cross_entropy(temperature: float) -> float:
+        prior = np.log(np.bincount(labels.numpy(), minlength=CLASSES) / len(labels))
+        logits = (new.numpy() @ head.weight.T + head.bias - prior) * head.temperature / temperature + prior
+        logits -= logits.max(axis=1, keepdims=True)
+        given = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return -float(given[np.arange(len(truth)), truth.numpy()].mean())
+
+    assert head.temperature > 1
+    assert cross_entropy(head.temperature) < cross_entropy(1.0) - 0.02
+    assert cross_entropy(head.temperature) < cross_entropy(2 * head.temperature)
+
+
+def test_weights_of_classes_count_in_the_covariance_and_nowhere_else():
+    embeddings, labels = images(60, 41)
+    weights = class_weights(torch.bincount(labels, minlength=CLASSES).numpy(), 1.0)
+    sums = HeadSums.of(embeddings, labels, CLASSES, weights)
+    scatter = np.zeros((SIZE, SIZE))
+    for x, y in zip(embeddings.numpy(), labels.numpy(), strict=True):
+        apart = x - embeddings[labels == y].mean(dim=0).numpy()
+        scatter += float(weights[y]) * np.outer(apart, apart)
+    assert np.allclose(sums.scatter(), scatter, rtol=1e-9)
+    assert sums.counted == pytest.approx(float(weights @ torch.bincount(labels, minlength=CLASSES).double()))
+    plain = HeadSums.of(embeddings, labels, CLASSES)
+    assert torch.equal(sums.total, plain.total) and torch.equal(sums.sums, plain.sums)
+    assert "weights" not in " ".join(sums.state("train"))
+    parts = [HeadSums.of(embeddings[rows], labels[rows], CLASSES, weights) for rows in (slice(0, 25), slice(25, 60))]
+    assert close(discriminant(sum(parts, HeadSums.none(CLASSES, SIZE)), None), discriminant(sums, None))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_classes_have_parts_in_the_covariance_as_even_as_their_priors(strength):
+    counts = np.array([100, 25, 0, 4])
+    weights = class_weights(counts, strength).numpy()
+    assert weights.max() == 1.0 and (weights > 0).all()
+    parts = weights * counts
+    assert parts[0] / parts[3] == pytest.approx(25 ** (1 - strength))
+    assert not class_weights(np.zeros(3), strength).isnan().any()
 
 
 def test_a_class_that_a_site_lacks_comes_from_the_others_and_one_that_all_lack_is_never_chosen():

@@ -19,12 +19,12 @@ from chainward_server.method import run_method
 from chainward_server.report.from_folder import write_report
 from chainward_server.sites import Failure, Work
 from chainward_shared.config import RunConfig
-from chainward_shared.discriminant import HeadSums, discriminant
+from chainward_shared.discriminant import HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
 from chainward_shared.hops import head_key
 from chainward_shared.models import build_model, skeleton
 from chainward_shared.preprocessing import scaled_for
-from chainward_shared.protocol import StatisticsTask
+from chainward_shared.protocol import StatisticsTask, kind_of
 from chainward_simulations import in_process_sites
 from chainward_simulations.in_process_sites import InProcessSites
 from chainward_simulations.runner import equal, in_process, open_sites, run_in_process
@@ -56,6 +56,9 @@ def pooled_head(run, state, sites, strength=1.0):
     seen = []
     model.get_classifier().register_forward_pre_hook(lambda _, given: seen.append(given[0].double()))
 
+    counts = np.sum([card.class_counts["train"] for card in run.sites.cards.values()], axis=0)
+    weights = class_weights(counts, strength)
+
     def sums(split):
         images = torch.cat([site.splits[split].images for site in sites])
         labels = torch.cat([site.splits[split].labels for site in sites])
@@ -63,7 +66,7 @@ def pooled_head(run, state, sites, strength=1.0):
         with torch.no_grad():
             for batch in images.split(BATCH):
                 model(scaled_for(model, batch))
-        return HeadSums.of(torch.cat(seen), labels, run.architecture.num_classes)
+        return HeadSums.of(torch.cat(seen), labels, run.architecture.num_classes, weights if split == "train" else None)
 
     return discriminant(sums("train"), sums("val"), prior_strength=strength)
 
@@ -104,6 +107,51 @@ def test_every_lap_ends_with_a_new_head_where_that_is_asked(refitted):
     ]
     once, _ = trained(refitted, **{"chain.laps": 2, "chain.strands": 2})
     assert [head.key for head in once.results.heads] == ["head-start", "head"]
+
+
+def test_after_every_link_the_next_one_starts_from_a_new_head_where_that_is_asked(refitted, monkeypatch):
+    seen = []
+    links = InProcessSites.train_links
+
+    def watched(self, work):
+        seen.extend(one.models["predecessor"] for one in work.values())
+        return links(self, work)
+
+    monkeypatch.setattr(InProcessSites, "train_links", watched)
+    run, outcome = trained(refitted, **{"chain.refit": "links"})
+    names = ["head-start", *(f"head-{link.key}" for link in run.results.links)]
+    assert [head.key for head in run.results.heads] == names, "no further round at the end"
+    models = [run.checkpoints.load_model(name, run.template) for name in names]
+    assert all(equal(*pair) for pair in zip(seen, models[:-1], strict=True))
+    assert equal(outcome.model, models[-1])
+    assert same_head(outcome.model, pooled_head(run, outcome.model, list(run.sites.data.values())))
+    assert run.results.released is None
+
+
+def test_only_the_start_has_a_head_from_statistics_where_that_is_asked(refitted):
+    run, outcome = trained(refitted, **{"chain.refit": "no"})
+    assert [head.key for head in run.results.heads] == ["head-start"]
+    assert equal(outcome.model, run.checkpoints.load_model(run.results.links[-1].key, run.template))
+
+
+def test_a_resumed_run_goes_on_from_the_head_after_its_last_link(refitted, coordinated, loopback):
+    flat = refitted | {"chain.refit": "links", "federation.transfer": "half"}
+    config = RunConfig.from_flat(flat)
+    left = [3]
+
+    def stopped(message, answer):
+        if kind_of(message.content) == "link-task":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return answer()
+
+    with pytest.raises(KeyboardInterrupt):
+        coordinated(flat, loopback(2, stopped))
+    (path,) = [path for path in Path(flat["output.dir"]).iterdir() if (path / "run.json").exists()]
+    folder, _ = coordinated(flat | {"output.resume": path.name}, loopback(2))
+    outcome = run_in_process(config, open_sites(config))
+    assert equal(folder.load_model("chain", skeleton(outcome.architecture).state_dict()), outcome.chain)
 
 
 @pytest.mark.parametrize(("balance", "strength"), [("site-prior", 0.3), ("none", 0.0), ("weighted", 1.0)])

@@ -24,7 +24,7 @@ from chainward_simulations.study.planned_arms import plan_arms
 from chainward_simulations.study.predictions import load_predictions
 from chainward_simulations.study.store import load_chain, save_chain
 from chainward_simulations.study.study import StudyRequest, run_study
-from chainward_simulations.study.training import train_arm, train_chain
+from chainward_simulations.study.training import Bench, train_arm, train_chain
 from chainward_simulations.study.workers import Workers, make_units
 
 
@@ -98,10 +98,8 @@ def test_one_lap_of_cyclic_transfer_is_a_chain_without_teachers_to_the_bit(base)
     cyclic, without = plan_arms(["cyclic", "chain-no-distillation"], [], base, 0)
     sites = open_sites(cyclic.config)
 
-    def chain_of(planned):
-        return train_chain(planned, sites, print)
-
-    first, second = (train_arm(arm, sites, chain_of, print) for arm in (cyclic, without))
+    bench = Bench(sites, train_chain, print)
+    first, second = (train_arm(arm, bench) for arm in (cyclic, without))
     assert equal(first.models["cyclic"], second.models["chain"])
 
 
@@ -240,7 +238,7 @@ def test_a_full_disk_is_one_line_and_finished_arms_are_kept(study, monkeypatch, 
 
 def test_a_chain_is_kept_to_the_bit_with_its_strands(base, tmp_path):
     (planned,) = plan_arms(["chain-strands-average"], [], base, 0)
-    outcome = train_chain(planned, open_sites(planned.config), print)
+    outcome = train_chain(planned, Bench(open_sites(planned.config), train_chain, print))
     save_chain(outcome, tmp_path / "chain.safetensors")
     again = load_chain(tmp_path / "chain.safetensors")
     assert equal(again.chain, outcome.chain)
@@ -332,7 +330,7 @@ def test_the_command_trains_in_workers_what_this_process_trains(study, base, tmp
     )
     assert typed.returncode == 0, typed.stderr
     assert "union" in typed.stdout
-    assert "macro AUC minus chain" in typed.stdout
+    assert "no ranking: class" in typed.stdout, "there are few test images"
     assert "2 of 2: " in typed.stderr
     assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(results.read_text())

@@ -26,8 +26,10 @@ from chainward_simulations.study.baselines import (
     train_cyclic,
     train_federated,
 )
-from chainward_simulations.study.further import union
+from chainward_simulations.study.further import scaffold, union
+from chainward_simulations.study.further.scaffold import CorrectedObjective, train_scaffold
 from chainward_simulations.study.further.union import train_union
+from chainward_simulations.study.start import Start
 
 RECIPE = SMALL_LINK.model_copy(
     update={
@@ -107,7 +109,7 @@ def assert_handed_on(trainings: list[Training]) -> None:
 
 @pytest.mark.parametrize("laps", [1, 2])
 def test_cyclic_starts_each_site_from_exactly_the_weights_of_the_one_before(trainings, architecture, laps):
-    model, logs = train_cyclic(SITES, ["elm", "oak", "fir"], architecture, RECIPE, laps, quiet)
+    model, logs = train_cyclic(SITES, ["elm", "oak", "fir"], Start(architecture), RECIPE, laps, quiet)
     assert [training.names[1] for training in trainings] == ["elm", "oak", "fir"] * laps
     assert_handed_on(trainings)
     assert equal(trainings[-1].end, model)
@@ -117,26 +119,26 @@ def test_cyclic_starts_each_site_from_exactly_the_weights_of_the_one_before(trai
 
 def test_baselines_round_what_would_travel_as_a_run_does(trainings, architecture):
     half = RECIPE.model_copy(update={"transfer": "half"})
-    model, _ = train_cyclic(SITES, list(SITES), architecture, half, 1, quiet)
+    model, _ = train_cyclic(SITES, list(SITES), Start(architecture), half, 1, quiet)
     for before, after in pairwise(trainings):
         assert equal(rounded(before.end), after.start)
     assert equal(rounded(trainings[-1].end), model)
     assert not equal(trainings[-1].end, model)
-    alone, _ = train_alone(SITES, architecture, half, quiet)
-    averaged, _ = train_federated(SITES, architecture, half, 1, quiet)
+    alone, _ = train_alone(SITES, Start(architecture), half, quiet)
+    averaged, _ = train_federated(SITES, Start(architecture), half, 1, quiet)
     assert all(equal(rounded(state), state) for state in (*alone.values(), averaged))
 
 
 def test_a_cyclic_baseline_that_hands_nothing_on_is_caught(trainings, architecture, monkeypatch):
     """The fault of a published benchmark: every site starts from the initial weights."""
     monkeypatch.setattr(baselines, "state_of", lambda model: state_of(build_model(architecture, RECIPE.seed)))
-    train_cyclic(SITES, list(SITES), architecture, RECIPE, 1, quiet)
+    train_cyclic(SITES, list(SITES), Start(architecture), RECIPE, 1, quiet)
     with pytest.raises(AssertionError, match="did not start from"):
         assert_handed_on(trainings)
 
 
 def test_alone_trains_every_site_from_the_initial_weights_on_its_own_images(trainings, architecture):
-    models, _ = train_alone(SITES, architecture, RECIPE, quiet)
+    models, _ = train_alone(SITES, Start(architecture), RECIPE, quiet)
     initial = state_of(build_model(architecture, RECIPE.seed))
     for training, (name, data) in zip(trainings, SITES.items(), strict=True):
         assert equal(training.start, initial)
@@ -147,13 +149,13 @@ def test_alone_trains_every_site_from_the_initial_weights_on_its_own_images(trai
 def test_alone_long_takes_as_many_steps_at_every_site_as_the_whole_chain(architecture):
     whole = chain_steps(SITES, RECIPE)
     assert whole == 2 * (3 + 2 + 2)  # epochs times batches of 8
-    _, logs = train_alone(SITES, architecture, RECIPE, quiet, steps=whole)
+    _, logs = train_alone(SITES, Start(architecture), RECIPE, quiet, steps=whole)
     for log, n in zip(logs, SIZES.values(), strict=True):
         assert abs(log.steps - whole) <= -(-n // 8) / 2
 
 
 def test_the_union_sees_every_labelled_image_of_every_site_at_once(trainings, architecture):
-    _, logs = train_union(SITES, architecture, RECIPE, quiet)
+    _, logs = train_union(SITES, Start(architecture), RECIPE, quiet)
     (training,) = trainings
     everything = torch.cat([data.splits["train"].images for data in SITES.values()])
     assert torch.equal(training.images, everything)
@@ -164,17 +166,17 @@ def test_a_label_fraction_leaves_every_baseline_the_same_images(trainings, archi
     recipe = RECIPE.model_copy(update={"label_fraction": 0.4})
     kept = {site: labelled_cases(data, recipe).images for site, data in SITES.items()}
     assert 0 < sum(map(len, kept.values())) < sum(SIZES.values())
-    train_union(SITES, architecture, recipe, quiet)
-    train_cyclic(SITES, list(SITES), architecture, recipe, 1, quiet)
-    train_federated(SITES, architecture, recipe, 1, quiet)
-    train_alone(SITES, architecture, recipe, quiet)
+    train_union(SITES, Start(architecture), recipe, quiet)
+    train_cyclic(SITES, list(SITES), Start(architecture), recipe, 1, quiet)
+    train_federated(SITES, Start(architecture), recipe, 1, quiet)
+    train_alone(SITES, Start(architecture), recipe, quiet)
     assert torch.equal(trainings[0].images, torch.cat(list(kept.values())))
     for training, site in zip(trainings[1:], list(SITES) * 3, strict=True):
         assert torch.equal(training.images, kept[site])
 
 
 def test_fedavg_averages_what_the_sites_trained_by_their_labelled_images(trainings, architecture):
-    model, logs = train_federated(SITES, architecture, RECIPE, 2, quiet)
+    model, logs = train_federated(SITES, Start(architecture), RECIPE, 2, quiet)
     first, second = trainings[:3], trainings[3:]
     assert [training.epochs for training in trainings] == [1] * 6
     assert [training.part for training in trainings] == [(0, 2)] * 3 + [(1, 2)] * 3
@@ -192,7 +194,7 @@ def test_fedavg_averages_what_the_sites_trained_by_their_labelled_images(trainin
 
 def test_fedavg_of_one_site_in_one_round_is_plain_training(architecture):
     data = SITES["oak"]
-    averaged, _ = train_federated({"oak": data}, architecture, RECIPE, 1, quiet)
+    averaged, _ = train_federated({"oak": data}, Start(architecture), RECIPE, 1, quiet)
     model = build_model(architecture, RECIPE.seed)
     cases = data.splits["train"]
     objective = LinkObjective(RECIPE, model, None, class_counts(cases.labels, 3))
@@ -206,9 +208,9 @@ def distance(first: StateDict, second: StateDict) -> float:
 
 def test_fedprox_without_its_term_is_fedavg_to_the_bit_and_a_large_one_holds_the_weights(architecture):
     initial = state_of(build_model(architecture, RECIPE.seed))
-    fedavg, _ = train_federated(SITES, architecture, RECIPE, 1, quiet)
-    without, _ = train_federated(SITES, architecture, RECIPE, 1, quiet, mu=0.0)
-    held, _ = train_federated(SITES, architecture, RECIPE, 1, quiet, mu=1000.0)
+    fedavg, _ = train_federated(SITES, Start(architecture), RECIPE, 1, quiet)
+    without, _ = train_federated(SITES, Start(architecture), RECIPE, 1, quiet, mu=0.0)
+    held, _ = train_federated(SITES, Start(architecture), RECIPE, 1, quiet, mu=1000.0)
     assert equal(fedavg, without)
     assert distance(held, initial) < 0.5 * distance(fedavg, initial)
 
@@ -220,10 +222,48 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance(architecture):
         def losses(self, model, batch):
             return torch.zeros(3)
 
-    start = {name: torch.randn_like(value) for name, value in model.named_parameters()}
-    objective = baselines.ProximalObjective(Nothing(), 0.3, start)
+    objective = baselines.ProximalObjective(Nothing(), 0.3, model)
     objective.start(torch.device("cpu"), 1)
     expected = 0.0
-    for name, value in model.named_parameters():
-        expected += 0.15 * float((value.detach().double() - start[name].double()).square().sum())
+    for value in model.parameters():
+        step = torch.randn_like(value)
+        expected += 0.15 * float(step.double().square().sum())
+        value.data += step
     assert objective.losses(model, None).tolist() == pytest.approx([expected] * 3, rel=1e-5)
+
+
+def test_scaffold_corrects_each_step_by_what_the_site_and_everybody_have_seen(architecture):
+    """Two sites, plain gradient descent on |w - a|^2 / 2: control variates are the gradients at the points passed (option II)."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+
+    class Towards(baselines.Objective):
+        def losses(self, model, batch):
+            return ((model.weight - 3.0).square() / 2).flatten()
+
+    site, everybody = [torch.tensor([[-1.0]])], [torch.tensor([[0.5]])]
+    objective = CorrectedObjective(Towards(), model, site, everybody)
+    objective.start(torch.device("cpu"), 1)
+    passed, rate = [], 0.1
+    for _ in range(3):
+        passed.append(float(model.weight.detach()))
+        model.zero_grad()
+        objective.losses(model, None).sum().backward()
+        assert float(model.weight.grad) == pytest.approx(passed[-1] - 3.0 + 1.5)
+        model.weight.data -= rate * model.weight.grad
+        objective.after_step(model)
+    (control,) = objective.control()
+    start, end = 0.0, float(model.weight.detach())
+    paper = float(site[0]) - float(everybody[0]) + (start - end) / (3 * rate)
+    assert float(control) == pytest.approx(paper) == pytest.approx(np.mean(passed) - 3.0)
+
+
+def test_scaffold_in_its_first_round_is_federated_averaging_and_then_is_not(architecture, monkeypatch):
+    monkeypatch.setattr(baselines, "train", lambda *args, **more: train(*args[:4], "same", args[5], **more))
+    monkeypatch.setattr(scaffold, "train", lambda *args, **more: train(*args[:4], "same", args[5], **more))
+    once = RECIPE.model_copy(update={"epochs": 1})
+    first, _ = train_scaffold(SITES, Start(architecture), once, quiet)
+    assert equal(first, train_federated(SITES, Start(architecture), once, 1, quiet)[0])
+    second, logs = train_scaffold(SITES, Start(architecture), RECIPE, quiet)
+    assert not equal(second, train_federated(SITES, Start(architecture), RECIPE, 2, quiet)[0])
+    assert sum(log.images for log in logs) == RECIPE.epochs * sum(SIZES.values())

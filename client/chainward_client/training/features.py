@@ -28,6 +28,9 @@ from chainward_shared.settings import Augmentation
 
 logger = logging.getLogger("chainward.client")
 
+Compute = Callable[[Tensor], Tensor]
+"""From at most `BLOCK` images to their features, (n, views, ...)."""
+
 BLOCK = 64
 """Images that go through the trunk together, and are written together."""
 
@@ -67,8 +70,8 @@ class Features:
         assert architecture is not None and architecture.start is not None
         views, pixels, size = number_of_views(augmentation), pixels_of(model), architecture.image_size
 
-        def compute(start: int) -> Tensor:
-            block = resized(images[start : start + BLOCK], size).to(best_device())
+        def compute(some: Tensor) -> Tensor:
+            block = resized(some, size).to(best_device())
             seen = [trunk(fixed_view(block, augmentation, view, pixels)) for view in range(views)]
             return torch.stack(seen, dim=1).cpu()
 
@@ -77,7 +80,7 @@ class Features:
         model.to(device).eval()
         try:
             with training_environment(threads, seed=0), torch.inference_mode():
-                shape = (len(images), *compute(0).shape[1:])
+                shape = (len(images), *compute(images[:1]).shape[1:])
                 if 2 * math.prod(shape) > self.limit:
                     logger.info(
                         "features of %d images and %d views would take %.1f GB, the site allows %.1f: computed anew each time",
@@ -88,33 +91,35 @@ class Features:
                     )
                     return None
                 what = f"{architecture.model_dump_json()} {augmentation} {torch.__version__}"
-                key = hashlib.sha256(what.encode())
-                for part in images.split(4096):
-                    key.update(part.contiguous().numpy())
-                found = self._get(key.hexdigest(), shape, compute)
+                found = self._get(what, images, shape, compute)
         finally:
             model.to("cpu").train(training)
-        return None if found is None else (found, trunk)
+        if not bool(found.isfinite().all()):
+            logger.info("features of this trunk are too large for half precision: computed anew each time")
+            return None
+        return found, trunk
 
-    def _get(self, key: str, shape: tuple[int, ...], compute: Callable[[int], Tensor]) -> Tensor | None:
+    def _get(self, what: str, images: Tensor, shape: tuple[int, ...], compute: Compute) -> Tensor:
+        """Return the features of all images, float16 of this shape; `what`: all that decides them but the images."""
+        digest = hashlib.sha256(what.encode())
+        for part in images.split(4096):
+            digest.update(part.contiguous().numpy())
+        key = digest.hexdigest()
         if self.folder is None:
             if key not in self._held:
-                self._held[key] = torch.cat([compute(start).half() for start in range(0, shape[0], BLOCK)])
+                self._held[key] = torch.cat([compute(some).half() for some in images.split(BLOCK)])
             found = self._held[key]
         else:
             path = self.folder / f"{key}.f16"
             whole = 2 * math.prod(shape)
             if not path.exists() or path.stat().st_size != whole:
-                self._write(path, shape, compute)
+                self._write(path, images, shape, compute)
                 self._make_room(path)
             os.utime(path)
             found = mapped(path, np.float16, shape)
-        if not bool(found.isfinite().all()):
-            logger.info("features of this trunk are too large for half precision: computed anew each time")
-            return None
         return found
 
-    def _write(self, path: Path, shape: tuple[int, ...], compute: Callable[[int], Tensor]) -> None:
+    def _write(self, path: Path, images: Tensor, shape: tuple[int, ...], compute: Compute) -> None:
         """Compute and write what is missing; an earlier try that was interrupted is gone on from its last whole block."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = path.with_suffix(".part")
@@ -125,7 +130,7 @@ class Features:
             file.truncate(done * of_block)
             file.seek(0, os.SEEK_END)
             for start in range(done * BLOCK, shape[0], BLOCK):
-                file.write(compute(start).half().contiguous().numpy().tobytes())
+                file.write(compute(images[start : start + BLOCK]).half().contiguous().numpy().tobytes())
                 making.done(min(start + BLOCK, shape[0]))
             file.flush()
             os.fsync(file.fileno())

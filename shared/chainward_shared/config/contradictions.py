@@ -138,6 +138,11 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
     chain = config.chain
     if chain.refit != "end" and chain.head == "trained":
         yield f"chain.refit = '{chain.refit}' contradicts chain.head = 'trained', which computes no classifier; set chain.head"
+    if chain.refit in ("no", "links") and chain.merge == "average" and chain.strands > 1:
+        yield (
+            f"chain.refit = '{chain.refit}' contradicts chain.merge = 'average': an average of classifiers is none "
+            "of the averaged features; set chain.refit='end'"
+        )
     if chain.refit == "laps" and chain.laps == 1:
         yield "chain.refit = 'laps' contradicts chain.laps = 1: the only lap ends with the chain; set chain.refit='end'"
     if chain.release == "best" and chain.merge != "best":

@@ -11,7 +11,7 @@ from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import scores_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import Count, Digest, HopKey, RunId, SiteId
+from chainward_shared.outside import MAX_CLASSES, Count, Digest, HopKey, RunId, SiteId
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import MetricsRelease
 from chainward_shared.privacy.statements import Statement
@@ -62,7 +62,8 @@ class EvaluateResult(Body):
 class StatisticsTask(Body):
     """Send the sums over a model's embeddings of the site's labelled training images, and of its validation images.
 
-    `label_fraction`, `seed`: which training images have a label, as in a link.
+    `label_fraction`, `seed`: which training images have a label, as in a link. `class_weights`: how much an image of each class
+    counts in the second moments of the training images; empty: each the same.
     """
 
     KIND: ClassVar[str] = "statistics-task"
@@ -73,6 +74,7 @@ class StatisticsTask(Body):
     architecture: Architecture
     label_fraction: PositiveFraction
     seed: Seed
+    class_weights: tuple[PositiveFraction, ...] = Field((), max_length=MAX_CLASSES)
     threads: Threads
     digest: Sha256
     simulated: SimulatedSite | None = None

@@ -13,6 +13,12 @@ from chainward_simulations.study.settings import parse_assignments, typed
 
 PROXIMAL_WEIGHT = 0.01
 """mu of FedProx."""
+EACH_EPOCH = -1
+"""Of an arm's `rounds`: as many as there are epochs."""
+
+WITHOUT_TRAINING = ("thumbnails", "linear-pixels", "linear-probe", "statistics", "alone-statistics")
+"""Trainers that follow from sums, or fit a linear model: no gradient goes through a network."""
+
 _OF_THE_DATA = ("seed", "data.source", "data.label-skew", "federation.", "output.")
 _OWN_OPTIONS = ("arm", "rounds", "mu")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -24,12 +30,15 @@ class Arm:
 
     Attributes
     ----------
-    trainer : "alone", "alone-long", "federated", "cyclic", "chain", "student", or the name of a further baseline
+    trainer : "alone", "alone-long", "federated", "cyclic", "chain", "student", one of `WITHOUT_TRAINING`, or the name of a
+        further baseline
     about : one line for people
     overrides : keys of the run configuration in which the arm differs from the study's settings
     laps : for the arms of several laps, which share the epochs of one among them; 0: as the configuration says
-    rounds : of FedAvg; 0: the number nearest to `ROUNDS` that divides the epochs
+    rounds : of FedAvg; 0: the number nearest to `ROUNDS` that divides the epochs; `EACH_EPOCH`
     mu : weight of FedProx's proximal term
+    refit : the model gets a head from the statistics of all sites in the end
+    long : with as many passes over the images as a chain and its student take together
     """
 
     name: str
@@ -39,6 +48,8 @@ class Arm:
     laps: int = 0
     rounds: int = 0
     mu: float = 0.0
+    refit: bool = False
+    long: bool = False
 
 
 def _chain(name: str, about: str, **overrides: ConfigScalar) -> Arm:
@@ -56,11 +67,27 @@ def _keys(overrides: Mapping[str, ConfigScalar]) -> dict[str, ConfigScalar]:
 _TABLE = (
     Arm("alone", "alone", "each site by itself, with the epochs of its links: mean over the sites, best site noted"),
     Arm("alone-long", "alone-long", "each site by itself, with as many steps as the whole chain takes"),
+    Arm("alone-statistics", "alone-statistics", "each site's own head from statistics on the frozen start"),
+    Arm("thumbnails", "thumbnails", "no network: discriminant on thumbnails of 14 px, from the sites' sums"),
+    Arm("linear-pixels", "linear-pixels", "no network: logistic regression on the union's images at 32 px"),
+    Arm("linear-probe", "linear-probe", "logistic regression on the union's embeddings by the frozen start"),
+    Arm("statistics", "statistics", "the head from the sums of all sites on the frozen start; nothing is trained"),
     Arm("fedavg", "federated", "federated averaging (McMahan et al. 2017), by default 4 rounds"),
     Arm("fedprox", "federated", "FedAvg held near the round's start (Li et al. 2020), mu = 0.01", mu=PROXIMAL_WEIGHT),
+    Arm("fedavg-each-epoch", "federated", "FedAvg, one epoch a round", rounds=EACH_EPOCH),
+    Arm("fedprox-each-epoch", "federated", "FedProx, one epoch a round", rounds=EACH_EPOCH, mu=PROXIMAL_WEIGHT),
+    Arm(
+        "fedavg-long",
+        "federated",
+        "FedAvg, one epoch a round, with the passes of chain and student together",
+        rounds=EACH_EPOCH,
+        long=True,
+    ),
     Arm("cyclic", "cyclic", "weights handed from site to site, cross-entropy only, one lap", laps=1),
     Arm("cyclic-3", "cyclic", "the same in three laps of a third of the epochs", laps=3),
     _chain("chain", "the chain as the settings say"),
+    _chain("chain-refit", "head from statistics: of the start, and anew at the end", chain__head="statistics"),
+    _chain("chain-refit-links", "and a new head after every link", chain__head="statistics", chain__refit="links"),
     _chain("chain-no-distillation", "without the predecessor's logits", chain__distillation_weight=0.0),
     _chain("chain-attention", "with attention transfer, weight 1", chain__attention_weight=1.0),
     _chain("chain-no-attention", "without attention transfer", chain__attention_weight=0.0),
@@ -143,11 +170,13 @@ _TABLE = (
     ),
 )
 _FURTHER = tuple(Arm(name, name, baseline.about) for name, baseline in further_baselines().items())
+_REFIT = ("federated", "cyclic", *further_baselines())
+"""Trainers of one network, whose head can be refitted."""
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*_TABLE[:2], *_FURTHER, *_TABLE[2:])}
 
 
 def find_arm(name: str) -> Arm:
-    """Return the arm of this name, also ``chain-laps-5``, ``cyclic-4``, ``chain-strands-3-average``.
+    """Return the arm of this name, also ``chain-laps-5``, ``cyclic-4``, ``chain-strands-3-average``, ``union-refit``.
 
     Raises
     ------
@@ -163,6 +192,11 @@ def find_arm(name: str) -> Arm:
         like = ARMS["chain-strands-average" if match[2] else "chain-strands-2"]
         about = f"{match[1]} strands, {'their weights averaged' if match[2] else 'the best one by validation'}"
         return replace(like, name=name, about=about, overrides={**like.overrides, "chain.strands": int(match[1])})
+    plain = name.removesuffix("-refit")
+    if plain != name and plain in ARMS and ARMS[plain].trainer in _REFIT:
+        return replace(
+            ARMS[plain], name=name, about=f"{plain}, its head refitted from the sums of all sites", refit=True
+        )
     raise StudyError(f"there is no arm '{name}'{nearest(name, ARMS)}; `chainward study --help` lists the arms")
 
 
@@ -203,6 +237,8 @@ def custom_arm(definition: str) -> Arm:
         laps=like.laps,
         rounds=int(_number(own.get("rounds"), like.rounds, "rounds", source, least=1, whole=True)),
         mu=_number(own.get("mu"), like.mu, "mu", source, least=0),
+        refit=like.refit,
+        long=like.long,
     )
 
 

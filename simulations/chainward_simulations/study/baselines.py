@@ -15,12 +15,11 @@ from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.hops import alone_key
-from chainward_shared.models import Architecture
-from chainward_shared.models.start import initial_model
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, rounded, weighted_average
 from chainward_simulations.runner import RUN
+from chainward_simulations.study.start import Start
 
 OnStep = Callable[[str], None]
 Sites = Mapping[str, SiteData]
@@ -32,16 +31,17 @@ class ProximalObjective(Objective):
     Parameters
     ----------
     inner : the objective L
-    start_weights : w_0, the aggregated model that the round started from, by name of the parameter
+    model : with the weights w_0 of the aggregated model that the round starts from, and to be trained
     """
 
-    def __init__(self, inner: Objective, mu: float, start_weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, inner: Objective, mu: float, model: nn.Module) -> None:
         self.inner, self.mu = inner, mu
-        self.start_weights = {name: tensor.detach().clone() for name, tensor in start_weights.items()}
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.start_weights = [parameter.detach().clone() for parameter in self.parameters]
 
     def start(self, device: torch.device, steps_per_epoch: int) -> None:
         self.inner.start(device, steps_per_epoch)
-        self.start_weights = {name: tensor.to(device) for name, tensor in self.start_weights.items()}
+        self.start_weights = [tensor.to(device) for tensor in self.start_weights]
 
     def extra_parameters(self) -> list[nn.Parameter]:
         return self.inner.extra_parameters()
@@ -51,9 +51,8 @@ class ProximalObjective(Objective):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         losses = self.inner.losses(model, batch)
-        distances = [
-            (parameter - self.start_weights[name]).square().sum() for name, parameter in model.named_parameters()
-        ]
+        pairs = zip(self.parameters, self.start_weights, strict=True)
+        distances = [(parameter - before).square().sum() for parameter, before in pairs]
         return losses + self.mu / 2 * torch.stack(distances).sum()
 
     def after_step(self, model: nn.Module) -> None:
@@ -65,19 +64,17 @@ class ProximalObjective(Objective):
 
 def train_alone(
     sites: Sites,
-    architecture: Architecture,
+    start: Start,
     recipe: LinkRecipe,
     on_step: OnStep,
     *,
-    base: StateDict | None = None,
     steps: int | None = None,
     private: Mapping[str, PrivateSite] | None = None,
 ) -> tuple[dict[str, StateDict], list[TrainingLog]]:
-    """Train one model at each site, on its own labelled images.
+    """Train one model at each site, on its own labelled images, with no more of the start than its pretrained weights.
 
     Parameters
     ----------
-    base : the pretrained weights that the architecture starts from, here and below; None where it starts at random
     steps : steps of the optimiser at each site, as nearly as whole epochs allow; None: the recipe's epochs
     private : the sites that train privately; they spend all the epsilon that is asked for on this one training
     """
@@ -90,7 +87,18 @@ def train_alone(
         work = private[site].work(RUN, alone_key(site)) if private and site in private else None
         if its.privacy is not None:
             its = its.model_copy(update={"privacy": its.privacy.model_copy(update={"run": ()})})
-        state, log = train_link(data, architecture, its, None, strand=0, lap=0, alone=True, base=base, work=work)
+        state, log = train_link(
+            data,
+            start.architecture,
+            its,
+            None,
+            strand=0,
+            lap=0,
+            alone=True,
+            base=start.base,
+            features=start.features,
+            work=work,
+        )
         models[site] = rounded(state, its.transfer)
         logs.append(log)
         on_step(f"alone {site}")
@@ -100,12 +108,10 @@ def train_alone(
 def train_cyclic(
     sites: Sites,
     order: Sequence[str],
-    architecture: Architecture,
+    start: Start,
     recipe: LinkRecipe,
     laps: int,
     on_step: OnStep,
-    *,
-    base: StateDict | None = None,
 ) -> tuple[StateDict, list[TrainingLog]]:
     """Hand one model from site to site: each goes on from exactly the weights that the one before it handed on.
 
@@ -122,12 +128,13 @@ def train_cyclic(
     for lap in range(laps):
         for site in order:
             cases = labelled_cases(sites[site], recipe)
-            model = initial_model(architecture, recipe.seed, base)
+            model = start.model(recipe.seed)
             if carried is not None:
                 model.load_state_dict(carried)
             objective = cross_entropy(model, cases, len(sites[site].classes), recipe)
             names = ("link", site, "strand", 0, "lap", lap)
-            logs.append(train(model, cases, per_lap, objective, *names, part=(lap, laps)))
+            cases, trunk = start.seen(model, cases, recipe)
+            logs.append(train(model, cases, per_lap, objective, *names, part=(lap, laps), trunk=trunk))
             carried = rounded(state_of(model), recipe.transfer)
             on_step(f"lap {lap + 1} {site}")
     assert carried is not None
@@ -136,12 +143,11 @@ def train_cyclic(
 
 def train_federated(
     sites: Sites,
-    architecture: Architecture,
+    start: Start,
     recipe: LinkRecipe,
     rounds: int,
     on_step: OnStep,
     *,
-    base: StateDict | None = None,
     mu: float | None = None,
 ) -> tuple[StateDict, list[TrainingLog]]:
     """Average the sites' models after each round, weighted by their labelled images (McMahan et al. 2017, FedAvg).
@@ -155,19 +161,20 @@ def train_federated(
     mu : weight of FedProx's proximal term; None: FedAvg
     """
     per_round = recipe.model_copy(update={"epochs": recipe.epochs // rounds})
-    average = rounded(state_of(initial_model(architecture, recipe.seed, base)), recipe.transfer)
+    average = rounded(state_of(start.model(recipe.seed)), recipe.transfer)
     own = {site: labelled_cases(data, recipe) for site, data in sites.items()}
     logs = []
     for number in range(rounds):
         trained = []
         for site, cases in own.items():
-            model = initial_model(architecture, recipe.seed, base)
+            model = start.model(recipe.seed)
             model.load_state_dict(average)
             objective: Objective = cross_entropy(model, cases, len(sites[site].classes), recipe)
             if mu is not None:
-                objective = ProximalObjective(objective, mu, dict(model.named_parameters()))
+                objective = ProximalObjective(objective, mu, model)
             names = ("federated", site, "round", number)
-            logs.append(train(model, cases, per_round, objective, *names, part=(number, rounds)))
+            seen, trunk = start.seen(model, cases, recipe)
+            logs.append(train(model, seen, per_round, objective, *names, part=(number, rounds), trunk=trunk))
             trained.append(rounded(state_of(model), recipe.transfer))
             on_step(f"round {number + 1} {site}")
         average = rounded(weighted_average(trained, [len(cases) for cases in own.values()]), recipe.transfer)

@@ -11,7 +11,7 @@ from typing import Any
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import ConfigError, StudyError
 from chainward_shared.recipes import LinkRecipe
-from chainward_simulations.study.arms import ARMS, Arm, custom_arm, find_arm
+from chainward_simulations.study.arms import ARMS, EACH_EPOCH, Arm, custom_arm, find_arm
 
 PRIVATE_TRAINERS = ("alone", "alone-long", "chain", "student")
 
@@ -86,12 +86,21 @@ class PlannedArm:
 
         One lap of cyclic weight transfer is a chain without teachers, to the bit; a test holds this.
         """
-        if self.arm.trainer in ("chain", "cyclic"):
-            return _digest(self._of_chain() if self.arm.trainer == "chain" or self.arm.laps == 1 else self._of_cyclic())
+        trainer, refit = self.arm.trainer, ["refit"] if self.arm.refit else []
+        if trainer == "chain" or (trainer == "cyclic" and self._is_chain):
+            return _digest(self._of_chain())
+        if trainer == "cyclic":
+            return _digest(self._of_cyclic() + refit)
         if self.arm.trainer == "student":
             recipes = [self.config.student_recipe(stage).model_dump() for stage in ("distil", "finetune")]
             return _digest([self._of_chain(), self.config.student.model_dump(), recipes])
-        return _digest([self.arm.trainer, self.rounds, self.arm.mu, *self._of_sites(), self.plain_recipe.model_dump()])
+        how = [trainer, self.rounds, self.arm.mu, *refit]
+        return _digest([*how, *self._of_sites(), self.plain_recipe.model_dump()])
+
+    @property
+    def _is_chain(self) -> bool:
+        """Whether cyclic weight transfer is a chain without teachers: in one lap, with the head that it trained."""
+        return self.arm.laps == 1 and self.config.chain.head == "trained" and not self.arm.refit
 
     def _of_sites(self) -> list[Any]:
         """What decides the sites' data and the backbone."""
@@ -100,6 +109,8 @@ class PlannedArm:
             config.data.model_dump(),
             config.federation.model_dump(include={"num_sites", "sites"}),
             [config.chain.backbone, config.chain.patch_size],
+            *([[config.chain.start_from, config.chain.trainable]] if config.chain.start_from else []),
+            *([config.chain.head] if config.chain.head != "trained" else []),
         ]
 
     def _of_cyclic(self) -> list[Any]:
@@ -163,6 +174,10 @@ def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedAr
     if arm.trainer == "cyclic":
         flat |= _CYCLIC
         flat["chain.order"] = "given" if given.chain.order == "weakest-next" else given.chain.order
+    if arm.long:
+        student = given.student
+        passes = student.epochs * (student.rounds + student.finetune_rounds)
+        flat |= {"chain.laps": 1, "chain.epochs": given.chain.epochs * given.chain.laps * given.chain.strands + passes}
     if arm.laps:
         total = epochs if epochs is not None else int(flat["chain.epochs"])
         if total % arm.laps:
@@ -187,6 +202,8 @@ def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedAr
 
 def _rounds(arm: Arm, epochs: int) -> int:
     """Return the rounds among which the epochs are shared evenly."""
+    if arm.rounds == EACH_EPOCH:
+        return epochs
     if arm.rounds:
         if epochs % arm.rounds:
             raise StudyError(

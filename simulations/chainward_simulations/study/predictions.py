@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,14 @@ from torch import nn
 
 from chainward_client.data.site_data import Cases, SiteData, SplitName
 from chainward_client.evaluation import class_probabilities, localisation_values
+from chainward_client.training.features import Features
 from chainward_shared.errors import StudyError, WeightsError
 from chainward_shared.evaluation.classification import evaluate
 from chainward_shared.evaluation.localisation import METRICS as LOCALISATION
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.weights import StateDict, load_file, save_file
+from chainward_simulations.study.without_training import PictureModel
 
 _ARRAYS = ("probabilities", "labels", "site", "group", "localisation")
 
@@ -63,6 +65,28 @@ class Predictions:
         count = int(np.isfinite(self.localisation[0, 0]).sum())
         return {"n": count, **dict(zip(LOCALISATION, means.tolist(), strict=True))}
 
+    @property
+    def best(self) -> int:
+        """Index of the model with the highest balanced accuracy on all images."""
+        scores = [one.balanced_accuracy or 0.0 for one in self.pooled()]
+        return scores.index(max(scores))
+
+    def only(self, index: int) -> Predictions:
+        """Return what one of the models says."""
+        return replace(
+            self,
+            models=(self.models[index],),
+            probabilities=self.probabilities[[index]],
+            localisation=self.localisation[[index]],
+        )
+
+    def rarest(self) -> tuple[int, int]:
+        """Return the class that the fewest images are of (multi-label: have), and how many."""
+        classes = self.probabilities.shape[2]
+        multilabel = self.labels.ndim == 2
+        counts = self.labels.sum(axis=0) if multilabel else np.bincount(self.labels.astype(int), minlength=classes)
+        return int(counts.argmin()), int(counts.min())
+
     def pooled(self) -> list[Scores]:
         """Return each model's scores over all images."""
         return [evaluate(probabilities, self.labels) for probabilities in self.probabilities]
@@ -81,10 +105,12 @@ def predict_all(
     threads: int,
     *,
     regions: bool,
+    features: Features | None = None,
 ) -> Predictions:
     """Return what the models say of the images of one split of all sites, sites in their order.
 
-    `regions`: also score where they look, in the images that have a region of interest.
+    `regions`: also score where they look, in the images that have a region of interest. `features`: where the output of a frozen
+    trunk is kept.
     """
     model = build_model(architecture, seed=0)
     cases = [data.splits[split] for data in sites.values()]
@@ -93,18 +119,43 @@ def predict_all(
     for state in models.values():
         model.load_state_dict(state)
         probabilities.append(
-            np.concatenate([class_probabilities(model, part, classes, threads, image_size=size) for part in cases])
+            np.concatenate(
+                [
+                    class_probabilities(model, part, classes, threads, image_size=size, features=features)
+                    for part in cases
+                ]
+            )
         )
         looks = [_localisation(model, part, threads, size if regions else None) for part in cases]
         localisation.append(np.concatenate(looks, axis=1))
+    return _predictions(tuple(models), sites, cases, np.stack(probabilities), np.stack(localisation))
+
+
+def predict_pictures(
+    models: Mapping[str, PictureModel], sites: Mapping[str, SiteData], split: SplitName
+) -> Predictions:
+    """Return what models without a network say of the images of one split of all sites, sites in their order."""
+    cases = [data.splits[split] for data in sites.values()]
+    probabilities = [np.concatenate([model.probabilities(part) for part in cases]) for model in models.values()]
+    nowhere = np.full((len(models), len(LOCALISATION), sum(map(len, cases))), np.nan)
+    return _predictions(tuple(models), sites, cases, np.stack(probabilities), nowhere)
+
+
+def _predictions(
+    models: tuple[str, ...],
+    sites: Mapping[str, SiteData],
+    cases: Sequence[Cases],
+    probabilities: np.ndarray,
+    localisation: np.ndarray,
+) -> Predictions:
     return Predictions(
-        models=tuple(models),
+        models=models,
         sites=tuple(sites),
-        probabilities=np.stack(probabilities),
+        probabilities=probabilities,
         labels=np.concatenate([part.labels.numpy() for part in cases]),
         site=np.repeat(np.arange(len(cases)), [len(part) for part in cases]),
         group=_groups(np.concatenate([part.patients for part in cases])),
-        localisation=np.stack(localisation),
+        localisation=localisation,
     )
 
 

@@ -41,7 +41,9 @@ class ArmRecord(Record):
     images_per_model : images that went into one model of the arm, mean
     seconds : of all these trainings, on one worker
     parameters, file_bytes : of one model
+    architecture : of the models; None where they have no network
     predictions : name of the file with the probabilities, within the study folder
+    classes : names of the classes, in the order of the labels
     data_notes : what a reader must know of the data: copies in two splits, no patients
     """
 
@@ -59,11 +61,12 @@ class ArmRecord(Record):
     steps: int
     images: int
     data_notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     images_per_model: float
     seconds: float
     parameters: int
     file_bytes: int
-    architecture: Architecture
+    architecture: Architecture | None
     precision: str
     predictions: str
     finished: str

@@ -8,10 +8,13 @@ from typing import Any
 
 from chainward_shared.errors import StudyError
 from chainward_simulations.study.planned_arms import PlannedArm
-from chainward_simulations.study.predictions import load_predictions
+from chainward_simulations.study.predictions import Predictions, load_predictions
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.statistics import COMPARED, Difference, Metric, PairedBootstrap, Spread, spread
 from chainward_simulations.study.store import StudyFolder
+
+FEWEST_CASES = 10
+"""Test images of a class below which arms are not ranked: one image more or less right would be 10 points of its recall."""
 
 METRICS = ("balanced_accuracy", "macro_auc", "accuracy", "ece")
 
@@ -25,6 +28,7 @@ class ArmResult:
     same_as : an arm before it that is the same training in this study; None
     pooled, site_mean, validation, best : spread of each figure over the seeds; `best` only for arms of several models
     differences : to the reference arm, by figure
+    over_best : to the best site alone, by figure
     """
 
     name: str
@@ -37,17 +41,50 @@ class ArmResult:
     best: Mapping[str, Spread | None] | None
     localisation: Mapping[str, Spread | None]
     differences: Mapping[Metric, Difference]
+    over_best: Mapping[Metric, Difference]
     latency_ms: float | None
 
 
 @dataclass(frozen=True)
+class Rarest:
+    """The class that the fewest test images are of, of all seeds; multi-label: have."""
+
+    name: str
+    cases: int
+
+    @property
+    def too_few(self) -> str | None:
+        """Why arms can't be ranked on such images, in words; None where they can."""
+        if self.cases >= FEWEST_CASES:
+            return None
+        return (
+            f"no ranking: class '{self.name}' has {self.cases} test images, and balanced accuracy and macro AUC give it as much "
+            f"weight as any other; with fewer than {FEWEST_CASES} differences between arms are not shown"
+        )
+
+
+@dataclass(frozen=True)
 class StudyResult:
-    """A study's arms, and what went wrong with others, by arm and seed."""
+    """A study's arms, and what went wrong with others, by arm and seed.
+
+    Attributes
+    ----------
+    reference : arm that the others are compared with; None: there is none
+    alone : the arm out of which the best site comes; None: none of it is there
+    rarest : None: no arm is finished
+    """
 
     arms: tuple[ArmResult, ...]
     reference: str | None
     failures: tuple[tuple[str, int, str], ...]
     data_notes: tuple[str, ...] = ()
+    alone: str | None = None
+    rarest: Rarest | None = None
+
+    @property
+    def unranked(self) -> str | None:
+        """Why the arms can't be ranked on their test images, in words; None where they can."""
+        return None if self.rarest is None else self.rarest.too_few
 
 
 def collect(
@@ -67,29 +104,65 @@ def collect(
     records = {
         arm.name: tuple(r for seed in seeds if (r := folder.record_of(arm.name, seed)) is not None) for arm in planned
     }
+    finished = [its for its in records.values() if its]
+    rarest = min(
+        (_rarest(folder, record) for its in finished for record in its), key=lambda one: one.cases, default=None
+    )
+    reference = reference if reference and records.get(reference) else None
+    alone = next((name for name, its in records.items() if its and its[0].best), None)
     compared: dict[str, dict[Metric, Difference]] = {}
-    if reference and records.get(reference):
-        bootstrap = PairedBootstrap(_predictions(folder, records[reference]))
-        first_of: dict[tuple[str, ...], str] = {}
-        for name, its in records.items():
-            key = tuple(record.digest for record in its)
-            if name != reference and its:
-                twin = first_of.setdefault(key, name)
-                compared[name] = compared[twin] if twin != name else _differences(bootstrap, folder, its)
+    over_best: dict[str, dict[Metric, Difference]] = {}
+    if reference:
+        compared = _compared(folder, records, reference, _predictions(folder, records[reference]))
+    if alone:
+        best = {seed: found.only(found.best) for seed, found in _predictions(folder, records[alone]).items()}
+        over_best = _compared(folder, records, alone, best)
     names = list(records)
     return StudyResult(
         tuple(
-            _arm_result(arm, names[:index], records, compared.get(arm.name, {}), folder.state.latency_ms)
+            _arm_result(
+                arm,
+                names[:index],
+                records,
+                compared.get(arm.name, {}),
+                over_best.get(arm.name, {}),
+                folder.state.latency_ms,
+            )
             for index, arm in enumerate(planned)
             if records[arm.name]
         ),
-        reference if reference and records.get(reference) else None,
+        reference,
         tuple(failures),
-        tuple(dict.fromkeys(note for its in records.values() for record in its for note in record.data_notes)),
+        tuple(dict.fromkeys(note for its in finished for record in its for note in record.data_notes)),
+        alone,
+        rarest,
     )
 
 
-def _predictions(folder: StudyFolder, records: Sequence[ArmRecord]) -> dict[int, Any]:
+def _rarest(folder: StudyFolder, record: ArmRecord) -> Rarest:
+    index, cases = load_predictions(folder.path / "predictions" / record.predictions).rarest()
+    return Rarest(record.classes[index] if index < len(record.classes) else str(index), cases)
+
+
+def _compared(
+    folder: StudyFolder,
+    records: Mapping[str, tuple[ArmRecord, ...]],
+    reference: str,
+    predictions: Mapping[int, Predictions],
+) -> dict[str, dict[Metric, Difference]]:
+    """Return the differences of all arms but `reference` to `predictions`, by seed."""
+    bootstrap = PairedBootstrap(predictions)
+    compared: dict[str, dict[Metric, Difference]] = {}
+    first_of: dict[tuple[str, ...], str] = {}
+    for name, its in records.items():
+        key = tuple(record.digest for record in its)
+        if name != reference and its:
+            twin = first_of.setdefault(key, name)
+            compared[name] = compared[twin] if twin != name else _differences(bootstrap, folder, its)
+    return compared
+
+
+def _predictions(folder: StudyFolder, records: Sequence[ArmRecord]) -> dict[int, Predictions]:
     return {record.seed: load_predictions(folder.path / "predictions" / record.predictions) for record in records}
 
 
@@ -109,6 +182,7 @@ def _arm_result(
     before: Sequence[str],
     records: Mapping[str, tuple[ArmRecord, ...]],
     differences: Mapping[Metric, Difference],
+    over_best: Mapping[Metric, Difference],
     latency_ms: Mapping[str, float],
 ) -> ArmResult:
     its = records[arm.name]
@@ -128,7 +202,8 @@ def _arm_result(
         else None,
         localisation={place: spread([(r.localisation or {}).get(place) for r in its]) for place in places},
         differences=differences,
-        latency_ms=latency_ms.get(its[0].architecture.model_dump_json()),
+        over_best=over_best,
+        latency_ms=None if its[0].architecture is None else latency_ms.get(its[0].architecture.model_dump_json()),
     )
 
 
@@ -141,6 +216,9 @@ def as_json(result: StudyResult, folder: StudyFolder) -> dict[str, Any]:
         "tuned": folder.state.tuned,
         "reference": result.reference,
         "arms": {arm.name: _arm_json(arm) for arm in result.arms},
+        "best_site_of": result.alone,
+        "rarest_class": None if result.rarest is None else asdict(result.rarest),
+        "no_ranking": result.unranked,
         "data_notes": list(result.data_notes),
         "failures": [{"arm": arm, "seed": seed, "reason": reason} for arm, seed, reason in result.failures],
     }
@@ -159,6 +237,7 @@ def _arm_json(arm: ArmResult) -> dict[str, Any]:
         "best": None if arm.best is None else plain(arm.best),
         "localisation": plain(arm.localisation),
         "differences": {metric: asdict(difference) for metric, difference in arm.differences.items()},
+        "over_best_site": {metric: asdict(difference) for metric, difference in arm.over_best.items()},
         "latency_ms": arm.latency_ms,
         "records": [record.model_dump(mode="json") for record in arm.records],
     }

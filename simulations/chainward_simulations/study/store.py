@@ -29,7 +29,19 @@ from chainward_simulations.study.settings import NOT_A_SETTING, PHANTOM
 
 DEFAULT_DIR = Path("~/.chainward/studies")
 _FILE = "study.json"
-_OWN = ("predictions", "chains", "results.json", "study.png", "examples.png", "tuning.log", "tuning.json", _FILE)
+FEATURES = "features"
+"""Folder, within the study's, of the output of frozen trunks."""
+_OWN = (
+    "predictions",
+    "chains",
+    FEATURES,
+    "results.json",
+    "study.png",
+    "examples.png",
+    "tuning.log",
+    "tuning.json",
+    _FILE,
+)
 
 
 def study_settings(config: RunConfig) -> dict[str, ConfigScalar]:
@@ -122,7 +134,7 @@ class StudyFolder:
                 target = path / name
                 if target.is_dir():
                     shutil.rmtree(target)
-                    target.mkdir()
+                    target.mkdir(mode=0o700)
                 else:
                     target.unlink(missing_ok=True)
             return new

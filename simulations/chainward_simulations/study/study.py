@@ -185,6 +185,8 @@ def measure_latency(folder: StudyFolder) -> None:
     """Measure every architecture once, now that no worker disturbs; weights don't change it."""
     known = folder.state.latency_ms
     for record in folder.state.records:
+        if record.architecture is None:
+            continue
         key = record.architecture.model_dump_json()
         if key not in known:
             weights = dict(build_model(record.architecture, seed=0).state_dict())

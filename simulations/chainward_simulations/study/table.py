@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.table import Table
 
 from chainward_simulations.study.results import ArmResult, StudyResult
@@ -12,12 +14,17 @@ _MINUTE = 60
 
 
 def study_table(result: StudyResult) -> Table:
-    """Return one row per arm, in the order in which they were named."""
+    """Return one row per arm, in the order in which they were named; without differences where there is no ranking."""
+    if result.unranked:
+        result = replace(result, reference=None, alone=None)
     against = f"minus {result.reference}" if result.reference else ""
-    table = Table("arm", "seeds", "balanced accuracy", "macro AUC", "accuracy", "ECE", title_justify="left")
+    rarest = "" if result.rarest is None else f" (rarest class: {result.rarest.cases} images)"
+    table = Table("arm", "seeds", "balanced accuracy", f"macro AUC{rarest}", "accuracy", "ECE", title_justify="left")
     if result.reference:
         table.add_column(f"balanced accuracy {against}")
         table.add_column(f"macro AUC {against}")
+    if result.alone:
+        table.add_column("balanced accuracy minus best site")
     localised = any(arm.localisation.get("lift") for arm in result.arms)
     if localised:
         table.add_column("lift")
@@ -39,6 +46,8 @@ def _rows(arm: ArmResult, result: StudyResult, localised: bool) -> list[list[str
     cells += [_spread(arm.pooled[metric]) for metric in ("balanced_accuracy", "macro_auc", "accuracy", "ece")]
     if result.reference:
         cells += [_difference(arm.differences.get(metric)) for metric in ("balanced_accuracy", "macro_auc")]
+    if result.alone:
+        cells.append(_difference(arm.over_best.get("balanced_accuracy")))
     if localised:
         cells.append(_spread(arm.localisation.get("lift"), digits=2))
         if result.reference:
@@ -76,10 +85,23 @@ def notes(result: StudyResult) -> list[str]:
         "On the test images of all sites together: mean ± standard deviation over the seeds. Figures of several models "
         "(alone) are means over them; the best site is chosen by its balanced accuracy on these same images.",
     ]
+    if result.unranked:
+        lines.append(result.unranked)
+        result = replace(result, reference=None, alone=None)
     if result.reference:
         lines.append(
             f"Differences to {result.reference} are paired by seed and image; in brackets the {COVERAGE:.0%} bootstrap "
             "interval over patients and seeds."
+        )
+    if result.alone:
+        lines.append(
+            f"best site: of {result.alone}, chosen anew for each seed on these same test images; the interval does not hold what "
+            "that choice flatters it by."
+        )
+    if result.rarest is not None:
+        lines.append(
+            f"The rarest class of the test images is '{result.rarest.name}' with {result.rarest.cases}"
+            " (the fewest of any seed): balanced accuracy and macro AUC give it the weight of any other."
         )
     lines.append(
         "images per model: labelled images times epochs that went into one model, a student's with its chain's; "

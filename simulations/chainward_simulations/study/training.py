@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import save as safetensors_bytes
 
 from chainward_client.data.site_data import SiteData, copies_between_splits
+from chainward_client.training.features import Features
 from chainward_server.schedule import site_order
 from chainward_shared.models import Architecture, build_model, count_parameters
-from chainward_shared.pretrained.begin import Beginning, begin
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict
 from chainward_shared.words import listed
 from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study import baselines
+from chainward_simulations.study.arms import WITHOUT_TRAINING
 from chainward_simulations.study.further import further_baselines
 from chainward_simulations.study.planned_arms import PlannedArm
-from chainward_simulations.study.predictions import predict_all, save_predictions
+from chainward_simulations.study.predictions import Predictions, predict_all, predict_pictures, save_predictions
 from chainward_simulations.study.records import ArmRecord, BestSite, mean_scores
+from chainward_simulations.study.start import Start, refitted, start_of
+from chainward_simulations.study.without_training import PictureModel, linear_probe, picture_model, size_of
 
 OnStep = Callable[[str], None]
-ChainOf = Callable[[PlannedArm], Outcome]
+ChainOf = Callable[[PlannedArm, "Bench"], Outcome]
 
 
 @dataclass(frozen=True)
@@ -35,76 +39,148 @@ class Trained:
 
     Attributes
     ----------
+    architecture : of the models; None where they have no network
     shared : whether all trainings went into each model; otherwise each model has a part of its own
     """
 
-    architecture: Architecture
-    models: Mapping[str, StateDict]
+    architecture: Architecture | None
+    models: Mapping[str, StateDict | PictureModel]
     logs: list[TrainingLog]
     shared: bool = True
 
 
-def train_chain(
-    planned: PlannedArm, sites: Mapping[str, SiteData], on_step: OnStep, state_dir: Path | None = None
-) -> Outcome:
-    """Return what the chain of an arm comes to, without students and sites alone."""
-    return runner.run_in_process(planned.chain_config, sites, on_step, state_dir=state_dir, students=False)
+@dataclass(frozen=True)
+class Bench:
+    """What an arm is trained with.
 
-
-def train_arm(
-    planned: PlannedArm,
-    sites: Mapping[str, SiteData],
-    chain_of: ChainOf,
-    on_step: OnStep,
-    state_dir: Path | None = None,
-) -> Trained:
-    """Train the models of an arm.
-
-    Parameters
+    Attributes
     ----------
     sites : the data of all sites, in the order of the study
     chain_of : returns the outcome of the arm's chain, trained before or now
     on_step : called with a line of progress after each training
     state_dir : folder in which the sites keep their privileged teachers; None: trained anew whenever they are needed
+    features : where the output of frozen trunks is kept; None: nowhere
     """
-    config, arm, recipe = planned.config, planned.arm, planned.plain_recipe
-    if arm.trainer in ("chain", "student"):
-        outcome = chain_of(planned)
-        if arm.trainer == "chain":
-            return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
-        outcome = runner.add_students(config, sites, outcome, on_step, state_dir=state_dir)
-        assert outcome.student is not None
-        assert outcome.student_architecture is not None
-        return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
-    begun = beginning_of(planned, sites)
-    architecture, base = begun.architecture, begun.base
-    if arm.trainer in ("alone", "alone-long"):
-        steps = baselines.chain_steps(sites, recipe) if arm.trainer == "alone-long" else None
-        with runner.private_sites(config, sites) as private:
-            models, logs = baselines.train_alone(
-                sites, architecture, recipe, on_step, base=base, steps=steps, private=private
-            )
-        return Trained(architecture, models, logs, shared=False)
-    if arm.trainer in further_baselines():
-        state, logs = further_baselines()[arm.trainer].train(sites, architecture, recipe, on_step, base)
-    elif arm.trainer == "cyclic":
-        sizes = {site: len(data.splits["train"]) for site, data in sites.items()}
-        order = site_order(list(sites), sizes, config.chain, config.seed)
-        state, logs = baselines.train_cyclic(sites, order, architecture, recipe, arm.laps, on_step, base=base)
-    else:
-        mu = arm.mu if arm.mu > 0 else None
-        state, logs = baselines.train_federated(sites, architecture, recipe, planned.rounds, on_step, base=base, mu=mu)
-    return Trained(architecture, {arm.trainer: state}, logs)
+
+    sites: Mapping[str, SiteData]
+    chain_of: ChainOf
+    on_step: OnStep
+    state_dir: Path | None = None
+    features: Features | None = None
 
 
-def beginning_of(planned: PlannedArm, sites: Mapping[str, SiteData]) -> Beginning:
-    """Return what the arm begins with for these images."""
-    some_site = next(iter(sites.values()))
-    images = some_site.splits["train"].images
-    return begin(planned.config, classes=len(some_site.classes), channels=images.shape[1], image_size=images.shape[-1])
+def train_chain(planned: PlannedArm, bench: Bench) -> Outcome:
+    """Return what the chain of an arm comes to, without students and sites alone."""
+    return runner.run_in_process(
+        planned.chain_config,
+        bench.sites,
+        bench.on_step,
+        state_dir=bench.state_dir,
+        features=bench.features,
+        students=False,
+    )
 
 
-def measure_arm(planned: PlannedArm, trained: Trained, sites: Mapping[str, SiteData], folder: Path) -> ArmRecord:
+def train_arm(planned: PlannedArm, bench: Bench) -> Trained:
+    """Train the models of an arm."""
+    trained = _TRAINERS.get(planned.arm.trainer, _further)(planned, bench)
+    if not planned.arm.refit:
+        return trained
+    ((name, state),) = trained.models.items()
+    assert not isinstance(state, PictureModel)
+    return replace(trained, models={name: refitted(planned.config, bench.sites, state, bench.features)})
+
+
+def _chain(planned: PlannedArm, bench: Bench) -> Trained:
+    outcome = bench.chain_of(planned, bench)
+    return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
+
+
+def _student(planned: PlannedArm, bench: Bench) -> Trained:
+    outcome = runner.add_students(
+        planned.config, bench.sites, bench.chain_of(planned, bench), bench.on_step, state_dir=bench.state_dir
+    )
+    assert outcome.student is not None
+    assert outcome.student_architecture is not None
+    return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
+
+
+def _alone(planned: PlannedArm, bench: Bench) -> Trained:
+    recipe, sites, start = planned.plain_recipe, bench.sites, _start(planned, bench, statistics=False)
+    steps = baselines.chain_steps(sites, recipe) if planned.arm.trainer == "alone-long" else None
+    with runner.private_sites(planned.config, sites) as private:
+        models, logs = baselines.train_alone(sites, start, recipe, bench.on_step, steps=steps, private=private)
+    return Trained(start.architecture, models, logs, shared=False)
+
+
+def _cyclic(planned: PlannedArm, bench: Bench) -> Trained:
+    config, start = planned.config, _start(planned, bench)
+    sizes = {site: len(data.splits["train"]) for site, data in bench.sites.items()}
+    order = site_order(list(bench.sites), sizes, config.chain, config.seed)
+    laps = planned.arm.laps
+    state, logs = baselines.train_cyclic(bench.sites, order, start, planned.plain_recipe, laps, bench.on_step)
+    return Trained(start.architecture, {"cyclic": state}, logs)
+
+
+def _federated(planned: PlannedArm, bench: Bench) -> Trained:
+    start, mu = _start(planned, bench), planned.arm.mu if planned.arm.mu > 0 else None
+    state, logs = baselines.train_federated(
+        bench.sites, start, planned.plain_recipe, planned.rounds, bench.on_step, mu=mu
+    )
+    return Trained(start.architecture, {"federated": state}, logs)
+
+
+def _further(planned: PlannedArm, bench: Bench) -> Trained:
+    start, trainer = _start(planned, bench), planned.arm.trainer
+    state, logs = further_baselines()[trainer].train(bench.sites, start, planned.plain_recipe, bench.on_step)
+    return Trained(start.architecture, {trainer: state}, logs)
+
+
+def _statistics(planned: PlannedArm, bench: Bench) -> Trained:
+    """The start, with nothing trained: its head is that of all sites, or each site's own."""
+    if planned.arm.trainer == "statistics":
+        start = _start(planned, bench, statistics=True)
+        models = {"statistics": start.state or {}}
+        return Trained(start.architecture, models, [])
+    starts = {
+        site: start_of(planned.config, {site: data}, bench.features, statistics=True)
+        for site, data in bench.sites.items()
+    }
+    architecture = next(iter(starts.values())).architecture
+    return Trained(architecture, {site: start.state or {} for site, start in starts.items()}, [], shared=False)
+
+
+def _probe(planned: PlannedArm, bench: Bench) -> Trained:
+    start = _start(planned, bench, statistics=False)
+    state = linear_probe(start, bench.sites, planned.plain_recipe)
+    return Trained(start.architecture, {"linear-probe": state}, [])
+
+
+def _pictures(planned: PlannedArm, bench: Bench) -> Trained:
+    name, recipe = planned.arm.trainer, planned.plain_recipe
+    return Trained(None, {name: picture_model(name, bench.sites, recipe)}, [])
+
+
+_TRAINERS: Mapping[str, Callable[[PlannedArm, Bench], Trained]] = {
+    "chain": _chain,
+    "student": _student,
+    "alone": _alone,
+    "alone-long": _alone,
+    "cyclic": _cyclic,
+    "federated": _federated,
+    "statistics": _statistics,
+    "alone-statistics": _statistics,
+    "linear-probe": _probe,
+    "thumbnails": _pictures,
+    "linear-pixels": _pictures,
+}
+
+
+def _start(planned: PlannedArm, bench: Bench, *, statistics: bool | None = None) -> Start:
+    return start_of(planned.config, bench.sites, bench.features, statistics=statistics)
+
+
+def measure_arm(planned: PlannedArm, trained: Trained, bench: Bench, folder: Path) -> ArmRecord:
     """Score an arm's models on the test and validation images, and keep the predictions in the study folder.
 
     Raises
@@ -112,15 +188,14 @@ def measure_arm(planned: PlannedArm, trained: Trained, sites: Mapping[str, SiteD
     OSError
         The predictions can't be written.
     """
-    config, threads = planned.config, planned.config.federation.threads
-    test = predict_all(trained.models, trained.architecture, sites, "test", threads, regions=True)
-    validation = predict_all(trained.models, trained.architecture, sites, "val", threads, regions=False)
+    config = planned.config
+    test, validation = (_predicted(planned, trained, bench, split) for split in ("test", "val"))
     name = f"{planned.name}-seed-{config.seed}.safetensors"
     save_predictions(test, folder / "predictions" / name)
     pooled = test.pooled()
-    best = max(range(len(pooled)), key=lambda index: pooled[index].balanced_accuracy or 0.0)
-    state = next(iter(trained.models.values()))
     images = sum(log.images for log in trained.logs)
+    state = next(iter(trained.models.values()))
+    of_model = size_of(state) if isinstance(state, PictureModel) else _size_of(trained, state)
     return ArmRecord(
         arm=planned.name,
         seed=config.seed,
@@ -130,21 +205,44 @@ def measure_arm(planned: PlannedArm, trained: Trained, sites: Mapping[str, SiteD
         pooled=mean_scores(pooled),
         sites={site: mean_scores(test.of_site(index)) for index, site in enumerate(test.sites)},
         validation=mean_scores(validation.pooled()),
-        best=None if trained.shared else BestSite(site=test.models[best], pooled=pooled[best]),
+        best=None if trained.shared else BestSite(site=test.models[test.best], pooled=pooled[test.best]),
         localisation=test.localised(),
         models=len(trained.models),
         steps=sum(log.steps for log in trained.logs),
         images=images,
         images_per_model=images if trained.shared else images / len(trained.models),
         seconds=math.fsum(log.seconds for log in trained.logs),
-        parameters=count_parameters(build_model(trained.architecture, seed=0)),
-        file_bytes=len(safetensors_bytes({key: tensor.contiguous() for key, tensor in state.items()})),
+        parameters=of_model[0],
+        file_bytes=of_model[1],
         architecture=trained.architecture,
-        precision=trained.logs[0].precision,
+        precision=trained.logs[0].precision if trained.logs else "fp32",
         predictions=name,
-        data_notes=data_notes(sites),
+        data_notes=data_notes(bench.sites),
+        classes=next(iter(bench.sites.values())).classes,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _predicted(planned: PlannedArm, trained: Trained, bench: Bench, split: Literal["val", "test"]) -> Predictions:
+    if trained.architecture is None:
+        pictures = {name: model for name, model in trained.models.items() if isinstance(model, PictureModel)}
+        return predict_pictures(pictures, bench.sites, split)
+    return predict_all(
+        {name: state for name, state in trained.models.items() if not isinstance(state, PictureModel)},
+        trained.architecture,
+        bench.sites,
+        split,
+        planned.config.federation.threads,
+        regions=split == "test",
+        features=bench.features,
+    )
+
+
+def _size_of(trained: Trained, state: StateDict) -> tuple[int, int]:
+    """Return the parameters of a network, and the bytes of its file."""
+    assert trained.architecture is not None
+    contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
+    return count_parameters(build_model(trained.architecture, seed=0)), len(safetensors_bytes(contiguous))
 
 
 def data_notes(sites: Mapping[str, SiteData]) -> tuple[str, ...]:
@@ -190,5 +288,8 @@ def expected_work(planned: PlannedArm, sites: int) -> Work:
     images = float(config.chain.epochs * config.chain.laps * sites)
     if trainer == "alone-long":
         return Work(images * sites, sites)
-    counts = {"federated": planned.rounds * sites, "cyclic": planned.arm.laps * sites, "union": 1}
+    if trainer in WITHOUT_TRAINING:
+        return Work(0.1 * images, 1)  # the time goes into images, and into what of it features know already
+    rounds = config.chain.epochs if trainer == "scaffold" else planned.rounds
+    counts = {"federated": rounds * sites, "scaffold": rounds * sites, "cyclic": planned.arm.laps * sites, "union": 1}
     return Work(images, counts.get(trainer, sites))

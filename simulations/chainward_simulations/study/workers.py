@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
@@ -21,10 +21,12 @@ from chainward_shared.config import DataConfig, FederationConfig, RunConfig
 from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
+from chainward_simulations.study.kept_features import ImageFeatures
 from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.records import ArmRecord
-from chainward_simulations.study.store import chain_file, load_chain, save_chain
+from chainward_simulations.study.store import FEATURES, chain_file, load_chain, save_chain
 from chainward_simulations.study.training import (
+    Bench,
     chain_work,
     expected_work,
     measure_arm,
@@ -126,6 +128,7 @@ def make_units(todo: Sequence[PlannedArm]) -> list[Unit]:
 
 def _run_arms(unit: Unit, folder: Path, state_dir: Path, report: Report) -> None:
     sites = open_sites(unit.arms[0].config)
+    features = ImageFeatures(folder / FEATURES)
     chains: dict[str, Outcome] = {}
     done: dict[str, ArmRecord] = {}
     for planned in unit.arms:
@@ -139,9 +142,8 @@ def _run_arms(unit: Unit, folder: Path, state_dir: Path, report: Report) -> None
             report(Finished(renamed(done[digest], planned)))
             continue
         try:
-            chain_of = partial(_chain_of, chains, sites, folder, state_dir, report)
-            trained = train_arm(planned, sites, chain_of, on_step, state_dir)
-            record = measure_arm(planned, trained, sites, folder)
+            bench = Bench(sites, partial(_chain_of, chains, folder, report), on_step, state_dir, features)
+            record = measure_arm(planned, train_arm(planned, bench), bench, folder)
         except OSError as error:
             raise StudyError(
                 f"{folder}: can't be written ({error.strerror or error}); finished arms are kept, "
@@ -157,19 +159,12 @@ def _run_arms(unit: Unit, folder: Path, state_dir: Path, report: Report) -> None
             report(Finished(record))
 
 
-def _chain_of(
-    chains: dict[str, Outcome],
-    sites: dict[str, SiteData],
-    folder: Path,
-    state_dir: Path,
-    report: Report,
-    planned: PlannedArm,
-) -> Outcome:
+def _chain_of(chains: dict[str, Outcome], folder: Path, report: Report, planned: PlannedArm, bench: Bench) -> Outcome:
     """Return the chain of an arm: the one of this unit, the one in the study folder, or one trained now."""
     key, seed = planned.chain_digest(), planned.config.seed
     if key in chains:
         return chains[key]
-    work = chain_work(planned, len(sites))
+    work = chain_work(planned, len(bench.sites))
 
     def on_step(what: str) -> None:
         report(Step(planned.name, seed, what, work.images / work.trainings))
@@ -179,7 +174,7 @@ def _chain_of(
         report(Step(planned.name, seed, "chain trained before", work.images))
         chains[key] = stored
         return stored
-    chains[key] = train_chain(planned, sites, on_step, state_dir)
+    chains[key] = train_chain(planned, replace(bench, on_step=on_step))
     save_chain(chains[key], chain_file(folder, key, seed))
     return chains[key]
 

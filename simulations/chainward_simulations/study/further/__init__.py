@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from functools import cache
 
 from chainward_client.data.site_data import SiteData
-from chainward_shared.models import Architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict
+from chainward_simulations.study.start import Start
 
 Train = Callable[
-    [Mapping[str, SiteData], Architecture, LinkRecipe, Callable[[str], None], StateDict | None],
+    [Mapping[str, SiteData], Start, LinkRecipe, Callable[[str], None]],
     tuple[StateDict, list[TrainingLog]],
 ]
-"""From the sites' data, the backbone, the recipe, what takes a line of progress, and the pretrained weights to start from (None:
-fresh ones) to the model and how each training went."""
+"""From the sites' data, what the arms start from, the recipe and what takes a line of progress to the model and how each training
+went."""
 
 
 @dataclass(frozen=True)
