@@ -31,6 +31,7 @@ def added(tmp_path, monkeypatch):
         module = f"{package}.{Path(place).stem}"
         (tmp_path / "added").mkdir()
         (tmp_path / "added" / Path(place).name).write_text(EXAMPLES[place], encoding="utf-8")
+        getattr(registry, find)()  # what is there already, so that undoing leaves it there
         monkeypatch.setattr(registry, "__path__", [*registry.__path__, str(tmp_path / "added")])
         before = dict(getattr(registry, registered))
         getattr(registry, find).cache_clear()
@@ -93,7 +94,8 @@ def test_a_data_format_is_added_by_one_file_and_says_what_is_wrong_in_one_line(a
     from chainward_shared.errors import DataError
 
     place = "client/chainward_client/data/formats/jsonl.py"
-    assert "jsonl" in added(place, "chainward_client.data.formats", "further_formats", "_REGISTERED")
+    formats = added(place, "chainward_client.data.formats", "data_formats", "_REGISTERED")
+    assert list(formats) == ["csv", "dicom", "folders", "jsonl", "npz"]
     rows = [
         {"file": f"{split}-{label}.png", "label": label, "split": split}
         for split in ("train", "val", "test")

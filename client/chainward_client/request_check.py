@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chainward_client.data.description import DataDescription, NpzDescription
+from chainward_client.data.description import DataDescription
 from chainward_client.data.site_data import SiteData
 from chainward_shared.errors import DataError, ModelError
 from chainward_shared.models import Architecture, skeleton
@@ -54,9 +54,9 @@ def require_class_names(description: DataDescription) -> None:
     DataError
         The largest label, and so one patient, would decide what the site says of itself.
     """
-    if isinstance(description, NpzDescription) and description.classes is None:
+    if description.classes is None:
         raise DataError(
-            f"{description.images}: a site with a privacy policy must name its classes; without 'classes' in the data file "
+            f"{description.table_file}: a site with a privacy policy must name its classes; without 'classes' in the data file "
             "the largest label decides how many there are, and so a single patient might"
         )
 

@@ -71,8 +71,8 @@ def examine_data(data_yaml: Path, seed: int) -> Diagnosis:
 
 def _write_manifest(data_yaml: Path, target: Path) -> None:
     """Write the manifest that stands for folders, and say which data file goes with it."""
-    from chainward_client.data.description import FoldersDescription, load_description
-    from chainward_client.data.folder_layout import folder_layout
+    from chainward_client.data.description import load_description
+    from chainward_client.data.formats.folders import FoldersDescription, folder_layout
 
     description = load_description(data_yaml)
     if not isinstance(description, FoldersDescription):

@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chainward_client.data.description import (
-    CsvDescription,
-    ImageShape,
-    NpzDescription,
-    load_description,
-    parse_description,
-)
+from chainward_client.data.description import ImageShape, load_description, parse_description
+from chainward_client.data.formats.csv import CsvDescription
+from chainward_client.data.formats.npz import NpzDescription
 from chainward_shared.errors import DataError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -168,9 +164,9 @@ def test_all_wrong_keys_are_reported_together(folder: Path) -> None:
     [
         ({"format": "dicom"}, "key 'manifest' is missing"),
         ({"format": "phantom"}, "phantoms need no data file"),
-        ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv, dicom, npz or folders"),
+        ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv, dicom, folders or npz"),
         ({"formt": "csv"}, "key 'format' is missing (there is 'formt')"),
-        ({"format": ["csv"]}, "expected csv, dicom, npz or folders"),
+        ({"format": ["csv"]}, "expected csv, dicom, folders or npz"),
         ({"format": "npz", "images": "cases.npz", "manifest": "cases.csv"}, "unknown key 'manifest'"),
         (["format"], "expected a mapping ('format: csv', ...), found a list"),
         ("csv", "found 'csv'"),

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pydicom")
 
-from chainward_client.data.description import DicomBlock
 from chainward_client.data.dicom_file import parse, require_pydicom
 from chainward_client.data.dicom_headers import facts
 from chainward_client.data.dicom_picture import mask_image, picture
+from chainward_client.data.dicom_settings import DicomBlock
 from chainward_client.data.unusable import ImageProblem
 
 SYNTAXES = {

@@ -25,10 +25,10 @@ from pydicom.sequence import Sequence  # noqa: E402
 
 import chainward_simulations.client_app  # noqa: E402
 from chainward_client.data import dicom_file  # noqa: E402
-from chainward_client.data.description import DicomBlock  # noqa: E402
 from chainward_client.data.dicom_file import parse  # noqa: E402
 from chainward_client.data.dicom_headers import IDENTIFYING, Facts, facts, notes  # noqa: E402
 from chainward_client.data.dicom_picture import picture  # noqa: E402
+from chainward_client.data.dicom_settings import DicomBlock  # noqa: E402
 from chainward_client.data.sources import local_site  # noqa: E402
 from chainward_shared.errors import DataError  # noqa: E402
 

@@ -19,9 +19,9 @@ from pydicom.data import get_testdata_file  # noqa: E402
 from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
 
-from chainward_client.data.description import DicomBlock, OwnWindow  # noqa: E402
 from chainward_client.data.dicom_file import parse, require_pydicom  # noqa: E402
 from chainward_client.data.dicom_picture import Picture, mask_image, picture  # noqa: E402
+from chainward_client.data.dicom_settings import DicomBlock, OwnWindow  # noqa: E402
 from chainward_client.data.unusable import ImageProblem  # noqa: E402
 
 Write = Callable[..., bytes]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from chainward_client.data.description import FoldersDescription, load_description
-from chainward_client.data.folder_layout import folder_layout
+from chainward_client.data.description import load_description
+from chainward_client.data.formats.folders import FoldersDescription, folder_layout
 from chainward_client.data.sources import local_site, read_table
 from chainward_shared.errors import DataError
 

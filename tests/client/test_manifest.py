@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from chainward_client.data.description import CsvDescription, parse_description
+from chainward_client.data.description import parse_description
+from chainward_client.data.formats.csv import CsvDescription
 from chainward_client.data.manifest import Manifest, read_manifest
 from chainward_client.data.splits import split_by_patient
 from chainward_shared.errors import DataError

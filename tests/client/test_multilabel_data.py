@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from chainward_client.data.description import CsvDescription, NpzDescription, parse_description
+from chainward_client.data.description import parse_description
+from chainward_client.data.formats.csv import CsvDescription
+from chainward_client.data.formats.npz import NpzCases, NpzDescription, read_npz
 from chainward_client.data.manifest import Manifest, read_manifest
-from chainward_client.data.npz import NpzCases, read_npz
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.sources import local_site
 from chainward_client.data.splits import keep_label_fraction, split_by_patient, strata

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from chainward_client.data.description import NpzDescription, parse_description
-from chainward_client.data.npz import NpzCases, read_npz
+from chainward_client.data.description import parse_description
+from chainward_client.data.formats.npz import NpzCases, NpzDescription, read_npz
 from chainward_shared.errors import DataError
 
 

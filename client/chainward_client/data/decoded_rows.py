@@ -14,12 +14,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import TypeAdapter
 
-from chainward_client.data.description import CsvDescription, DataDescription, DicomDescription
-from chainward_client.data.dicom import EXTENSIONS, DicomManifest
 from chainward_client.data.dicom_headers import Facts
+from chainward_client.data.formats.dicom import EXTENSIONS, DicomManifest
+from chainward_client.data.formats.npz import NpzCases
 from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.manifest import Manifest
-from chainward_client.data.npz import NpzCases
 from chainward_client.data.unusable import ImageProblem
 
 IMAGES, MASKS, JOURNAL = "images.u8", "masks.u8", "rows.jsonl"
@@ -164,15 +163,6 @@ def _plain(value: object) -> object:
     raise TypeError(type(value))
 
 
-def locations_of(description: DataDescription) -> tuple[Path, ...]:
-    """Return the folders, zips or files that images and masks are read from."""
-    if not isinstance(description, CsvDescription):
-        return (description.images,)
-    if description.mask_location == description.image_location or description.columns.mask is None:
-        return (description.image_location,)
-    return (description.image_location, description.mask_location)
-
-
 class RowKeys:
     """The digests of all that decides the rows of a table; `used` are the files that they are made of, by location.
 
@@ -184,7 +174,7 @@ class RowKeys:
 
     def __init__(self, table: Manifest | NpzCases, settings: str) -> None:
         self.table, self._settings = table, settings
-        self.used: list[list[str]] = [[] for _ in locations_of(table.description)]
+        self.used: list[list[str]] = [[] for _ in table.description.locations]
 
     def of(self, rows: np.ndarray) -> list[str | None]:
         """Return a key for each of `rows`; None where a file is not there."""
@@ -193,7 +183,7 @@ class RowKeys:
             path = table.description.images
             stamp = (path.stat().st_size, path.stat().st_mtime_ns)
             return [self._key(str(path), stamp, str(table.splits[row]), int(table.positions[row])) for row in rows]
-        endings = EXTENSIONS if isinstance(table.description, DicomDescription) else ()
+        endings = EXTENSIONS if isinstance(table, DicomManifest) else ()
         with (
             opened(table.description.image_location, endings) as images,
             opened(table.description.mask_location, endings) as masks,

@@ -29,15 +29,14 @@ from chainward_client.data.decoded_rows import (
     MASKS,
     KeptRow,
     RowKeys,
-    locations_of,
     read_row,
     signed,
     verified,
 )
 from chainward_client.data.decoding import Decoding, NoRoom
-from chainward_client.data.description import DataDescription, DicomDescription, load_description
+from chainward_client.data.description import DataDescription, load_description
 from chainward_client.data.dicom_headers import digest_with
-from chainward_client.data.formats import further_formats
+from chainward_client.data.formats import format_of
 from chainward_client.data.image_store import files_below, keep_open
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.snapshot import restored, snapshot
@@ -100,7 +99,7 @@ class DecodedStore:
             The data can't be used.
         """
         description = load_description(data)
-        if type(description) in {further.description for further in further_formats().values()}:
+        if not format_of(description).keeps_decoded:
             return local_site(description, self.site, self.key)  # what else its reader looks at isn't known here
         found = self._find(description)
         if found is not None:
@@ -151,15 +150,15 @@ class DecodedStore:
     def _base(self, description: DataDescription) -> str:
         """Return the digest of the data file, the manifest, and the versions of what decodes."""
         manifest = b""
-        if isinstance(table := getattr(description, "manifest", None), Path) and table.is_file():
-            manifest = table.read_bytes()
+        if description.table_file not in description.locations:  # else by size and time, like images
+            manifest = description.table_file.read_bytes()
         content = [self.site, type(description).__name__, description.model_dump_json(), _versions()]
         return hashlib.sha256(json.dumps(content).encode() + manifest).hexdigest()
 
     def _seen(self, description: DataDescription, used: Sequence[Sequence[str]]) -> str:
         """Return the digest of the names of all files, and of the size and time of those that are used."""
         found = hashlib.sha256()
-        for location, names in zip(locations_of(description), used, strict=True):
+        for location, names in zip(description.locations, used, strict=True):
             if location.is_file():
                 stamps = [location.stat()]
             else:
@@ -196,7 +195,7 @@ class DecodedStore:
         settings = json.dumps(
             [
                 description.image.model_dump(mode="json"),
-                description.block.model_dump(mode="json") if isinstance(description, DicomDescription) else None,
+                description.pixel_settings,
                 _versions(),
             ]
         )

@@ -16,13 +16,12 @@ from chainward_client.data.decoded_rows import (
     Row,
     RowWriter,
     kept_rows,
-    locations_of,
     read_row,
 )
-from chainward_client.data.dicom import DicomManifest
 from chainward_client.data.dicom_headers import Facts
+from chainward_client.data.formats.dicom import DicomManifest
+from chainward_client.data.formats.npz import NpzCases
 from chainward_client.data.manifest import Manifest
-from chainward_client.data.npz import NpzCases
 from chainward_client.data.site_data import Cases
 from chainward_client.data.sources import Decoded, decoded_in_memory, leaves_out
 from chainward_client.data.unusable import UnusableFile, UnusableFiles
@@ -169,7 +168,7 @@ class Decoding:
             if leaves_out(self.table):
                 return error.files
             raise
-        raise DataError(f"{locations_of(self.table.description)[0].name}: files change while they are read; try again")
+        raise DataError(f"{self.table.description.locations[0].name}: files change while they are read; try again")
 
 
 def _require_room(folder: Path, wanted: int) -> None:

@@ -13,14 +13,13 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
 from chainward_client.data.columns import SEPARATOR, Block, Columns, refuse_repeats
 from chainward_client.data.description_errors import clause_of, yaml_problem
-from chainward_client.data.folder_layout import folder_layout
-from chainward_client.data.paths import FilePath, Folder, FolderOrZip, ManifestPath, beside_data_file, folder_or_zip
+from chainward_client.data.formats import data_formats
+from chainward_client.data.paths import Folder, FolderOrZip, ManifestPath
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.task import Task
 from chainward_shared.words import listed
@@ -85,34 +84,61 @@ OptionalPrivilegedBlock = Annotated[PrivilegedBlock, BeforeValidator(lambda bloc
 Unusable = Literal["refuse", "leave-out"]
 
 
-class CsvDescription(Block):
-    """Images in a folder or zip, and a CSV manifest with one row per image.
+class DataDescription(Block):
+    """What a data file says, whatever its format; each format adds its keys.
 
     Attributes
     ----------
-    manifest : the CSV file
+    format : its name, as `data_format` registers it
+    task : "single" (default): one class per image; "multilabel": any number of findings per image
+    classes : class names, in the order of the label indices; None: the format finds them
+    image : what every image is brought to
+    """
+
+    format: str
+    task: Task = "single"
+    classes: ClassNames | None = None
+    image: OptionalImageShape = ImageShape()
+
+    @property
+    def table_file(self) -> Path:
+        """Return the file that says which cases there are."""
+        raise NotImplementedError
+
+    @property
+    def locations(self) -> tuple[Path, ...]:
+        """Return the folders, zips or files that images and masks are read from."""
+        raise NotImplementedError
+
+    @property
+    def pixel_settings(self) -> Any:
+        """Return what beside `image` decides the pixels, as JSON can hold it."""
+        return None
+
+
+class ManifestDescription(DataDescription):
+    """Images in a folder or zip, and a table with one row per image: the keys of every format with a manifest.
+
+    Attributes
+    ----------
+    manifest : the file of the table
     images : folder or zip of the images; default: the manifest's folder
     masks : folder or zip of the masks of `columns.mask`; default: where the images are
-    task : "single" (default): one class per image; "multilabel": any number of findings per image
     classes : class names, in the order of the label indices
     no_finding : multi-label with one label column: the word for an image without any finding; default: an empty cell
     columns : the roles of the manifest's columns
-    image : what every image is brought to
     unusable : what becomes of files that can't be used: "refuse" (default) the data, naming them all, or "leave-out" their
         cases, with a note that says how many
     ignore_labels : labels that mean "not labelled", 255 or -1 say: their rows are left out, with a note that says how many
     privileged : how privileged teachers read reports and table
     """
 
-    format: Literal["csv"]
     manifest: ManifestPath
     images: FolderOrZip | None = None
     masks: FolderOrZip | None = None
-    task: Task = "single"
     classes: ClassNames
     no_finding: str | None = None
     columns: Columns
-    image: OptionalImageShape = ImageShape()
     unusable: Unusable = "refuse"
     ignore_labels: tuple[str, ...] = ()
     privileged: OptionalPrivilegedBlock = PrivilegedBlock()
@@ -175,140 +201,17 @@ class CsvDescription(Block):
         """Return the folder or zip of the masks."""
         return self.masks or self.image_location
 
-
-class NpzDescription(Block):
-    """One file in the layout of MedMNIST: `train_images`, `train_labels`, the same for `val` and `test`.
-
-    Attributes
-    ----------
-    images : the .npz file
-    task : "single" (default): labels (n,) or (n, 1); "multilabel": labels (n, classes) of 1 and 0
-    classes : class names; default: the labels that occur, or as many as the labels have columns
-    image : what every image is brought to
-    ignore_labels : labels that mean "not labelled", 255 or -1 say: their images are left out, with a note that says how many
-    """
-
-    format: Literal["npz"]
-    images: FilePath
-    task: Task = "single"
-    classes: ClassNames | None = None
-    image: OptionalImageShape = ImageShape()
-    ignore_labels: tuple[int, ...] = ()
-
-
-class OwnWindow(Block):
-    """The values that become black (`center` - `width` / 2, and less) and white (`center` + `width` / 2, and more).
-
-    In the units of the modality: Hounsfield units in CT.
-    """
-
-    center: FiniteFloat
-    width: FiniteFloat = Field(gt=0)
-
-
-class DicomBlock(Block):
-    """How the pictures come out of DICOM files.
-
-    Attributes
-    ----------
-    window : values shown from black to white; default: each file's own window or VOI LUT, and where a file of more than
-        8 bits has none, from percentile 0.5 to 99.5 of its pixels
-    view : which of a file's several windows or VOI LUTs, from 1, default 1
-    frame : which frame of files with several, from 1; default: such files are refused
-    orientation : "stored" (default), or "standard": turned and mirrored so that right in the picture is the patient's left,
-        or posterior in a sagittal picture, and down is foot, or posterior in an axial picture
-    laterality : "stored" (default), or "left" or "right": images of the other side are mirrored
-    """
-
-    window: OwnWindow | None = None
-    view: int = Field(default=1, ge=1)
-    frame: int | None = Field(default=None, ge=1)
-    orientation: Literal["stored", "standard"] = "stored"
-    laterality: Literal["stored", "left", "right"] = "stored"
-
-    @model_validator(mode="after")
-    def _one_window(self) -> Self:
-        if self.window is not None and self.view != 1:
-            raise ValueError(
-                "both 'window' and 'view', which chooses among the files' own, are given; keep one of them"
-            )
-        return self
-
-
-class DicomDescription(CsvDescription):
-    """DICOM files in a folder or zip, and a CSV manifest with one row per image.
-
-    As `CsvDescription`, with these differences.
-
-    Attributes
-    ----------
-    columns : `image` holds file names or SOPInstanceUIDs; without `patient`, the files' PatientID says whose they are
-    dicom : how the pictures come out of the files
-    """
-
-    format: Literal["dicom"]  # type: ignore[assignment]
-    dicom: Annotated[DicomBlock, BeforeValidator(lambda block: {} if block is None else block)] = DicomBlock()
-
-    @model_validator(mode="after")
-    def _one_scale(self) -> Self:
-        if self.image.scale is not None and (self.dicom.window is not None or self.dicom.view != 1):
-            given = "dicom.window" if self.dicom.window is not None else "dicom.view"
-            raise ValueError(f"both 'image.scale' and '{given}' say which values are black and white; keep one of them")
-        return self
+    @property
+    def table_file(self) -> Path:
+        """Return the manifest."""
+        return self.manifest
 
     @property
-    def block(self) -> DicomBlock:
-        """Return how pictures come out of the files; `image.scale` is one window for all, like `dicom.window`."""
-        if self.image.scale is None:
-            return self.dicom
-        low, high = self.image.scale
-        return self.dicom.model_copy(update={"window": OwnWindow(center=(low + high) / 2, width=high - low)})
-
-
-class FoldersDescription(CsvDescription):
-    """Images in folders that are called what they show: ``CLASS/...``, or ``SPLIT/CLASS/...`` with train, val and test.
-
-    It stands for the manifest that could be written of it, and has no other columns.
-
-    Attributes
-    ----------
-    images : the folder or zip that holds them
-    classes : names of the folders, in the order of the label indices; default: those that are there, sorted
-    image, unusable : as in `CsvDescription`
-    """
-
-    format: Literal["folders"]  # type: ignore[assignment]
-    images: FolderOrZip
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_a_manifest(cls, block: Any, info: ValidationInfo) -> Any:
-        if not isinstance(block, Mapping):
-            return block
-        foreign = [str(key) for key in block if key not in ("format", "images", "classes", "image", "unusable")]
-        if foreign:
-            known = ("format", "images", "classes", "image", "unusable")
-            named = ", ".join(f"'{key}'{nearest(key, known)}" for key in foreign)
-            raise ValueError(
-                f"'format: folders' has no key {named}; known: {', '.join(known)}. More needs a manifest: "
-                "`chainward check DATA.yaml --write-manifest FILE` writes one to begin with"
-            )
-        if not isinstance(block.get("images"), str | Path):
-            return block
-        location = folder_or_zip(beside_data_file(Path(block["images"]), info))
-        layout = folder_layout(location)
-        columns = {"image": "image", "label": "label"} | ({"split": "split"} if layout.has_splits else {})
-        return {**block, "manifest": location, "classes": block.get("classes") or layout.classes, "columns": columns}
-
-
-DataDescription = CsvDescription | DicomDescription | NpzDescription | FoldersDescription
-_Formats = type[CsvDescription] | type[DicomDescription] | type[NpzDescription] | type[FoldersDescription]
-_FORMATS: dict[str, _Formats] = {
-    "csv": CsvDescription,
-    "dicom": DicomDescription,
-    "npz": NpzDescription,
-    "folders": FoldersDescription,
-}
+    def locations(self) -> tuple[Path, ...]:
+        """Return where the images are, and where the masks are if that is elsewhere."""
+        if self.columns.mask is None or self.mask_location == self.image_location:
+            return (self.image_location,)
+        return (self.image_location, self.mask_location)
 
 
 def load_description(path: Path | str) -> DataDescription:
@@ -357,20 +260,17 @@ def parse_description(block: Any, origin: Path) -> DataDescription:
     raise DataError(" ".join(f"Data file {origin}: {problems}".split()))  # names may hold line breaks
 
 
-def _model_of(block: Mapping[str, Any]) -> _Formats:
+def _model_of(block: Mapping[str, Any]) -> type[DataDescription]:
+    formats = data_formats()
+    expected = f"expected {listed(list(formats), last='or')}"
     if "format" not in block:
-        raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; expected csv, dicom, npz or folders")
-    from chainward_client.data.formats import further_formats  # they are built on this module
-
+        raise ValueError(f"key 'format' is missing{_misspelt_format(block)}; {expected}")
     found = block["format"]
-    formats: dict[str, _Formats] = {**_FORMATS, **{name: one.description for name, one in further_formats().items()}}
     if isinstance(found, str) and found in formats:
-        return formats[found]
+        return formats[found].description
     if found == "phantom":
         raise ValueError('phantoms need no data file; set data.source to "phantom" in the run\'s configuration')
-    raise ValueError(
-        f"key 'format': found {found!r}{nearest(str(found), formats)}; expected {listed(list(formats), last='or')}"
-    )
+    raise ValueError(f"key 'format': found {found!r}{nearest(str(found), formats)}; {expected}")
 
 
 def _misspelt_format(block: Mapping[str, Any]) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from chainward_client.data.description import DicomBlock
 from chainward_client.data.dicom_file import Header, unreadable
 from chainward_client.data.dicom_format import MAX_PIXELS
+from chainward_client.data.dicom_settings import DicomBlock
 from chainward_client.data.unusable import ImageProblem
 
 MAX_ASPECT = 16.0

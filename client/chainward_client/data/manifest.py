@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chainward_client.data.description import CsvDescription, FoldersDescription
-from chainward_client.data.folder_layout import folder_layout
+from chainward_client.data.description import ManifestDescription
 from chainward_client.data.image_store import opened
 from chainward_client.data.images import load_images, measured_values
 from chainward_client.data.manifest_columns import ManifestColumns
-from chainward_client.data.manifest_file import cells_of, read_cells
+from chainward_client.data.manifest_file import read_cells
 from chainward_client.data.regions import box_masks, load_masks
 from chainward_client.data.scale import Scale, ScaleOfSet, measure
 from chainward_client.data.site_data import Cases, PrivilegedCases
@@ -48,7 +47,7 @@ class Manifest:
     notes : things a person should know; without ids of patients, because notes may leave the site
     """
 
-    description: CsvDescription
+    description: ManifestDescription
     classes: tuple[str, ...]
     rows: np.ndarray
     images: np.ndarray
@@ -109,12 +108,15 @@ class Manifest:
         return Cases(images, torch.from_numpy(self.labels[indices]), self.patients[indices], privileged)
 
 
-def read_manifest(description: CsvDescription, *, quoted: bool = True) -> Manifest:
+def read_manifest(
+    description: ManifestDescription, cells: pd.DataFrame | None = None, *, quoted: bool = True
+) -> Manifest:
     """Read and check the whole manifest of `description`; no image is opened.
 
     Parameters
     ----------
     description : the data file
+    cells : as `read_cells` makes them; default: those of its manifest, a CSV file
     quoted : whether messages may name images and patients
 
     Raises
@@ -123,8 +125,7 @@ def read_manifest(description: CsvDescription, *, quoted: bool = True) -> Manife
         One line that counts every kind of problem found and names the first row of each.
     """
     path, columns = description.manifest, description.columns
-    is_folders = isinstance(description, FoldersDescription)
-    frame = cells_of(folder_layout(description.image_location).rows()) if is_folders else read_cells(path)
+    frame = read_cells(path) if cells is None else cells
     _check_columns(path, frame, columns.by_key())
     check = ManifestColumns(frame)
     check.leave_out(columns.label_columns, description.ignore_labels)

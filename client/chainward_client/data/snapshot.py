@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainward_client.data.description import CsvDescription, DataDescription
+from chainward_client.data.description import DataDescription, ManifestDescription
 from chainward_client.data.scale import Scale
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
 from chainward_client.data.sources import privileged_setup
@@ -66,7 +66,7 @@ def restored(
         splits,
         notes=tuple(content["notes"]),
         task=content["task"],
-        privileged=privileged_setup(description) if isinstance(description, CsvDescription) else PrivilegedSetup(),
+        privileged=privileged_setup(description) if isinstance(description, ManifestDescription) else PrivilegedSetup(),
         has_patient_ids=content["has_patient_ids"],
         left_out=tuple(content["left_out"]),
         scale=None if scale is None else _scale(*scale),

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from chainward_client.data.description import CsvDescription, DataDescription, DicomDescription, load_description
-from chainward_client.data.dicom import DicomManifest, read_dicom
-from chainward_client.data.formats import further_formats
-from chainward_client.data.manifest import NO_PATIENTS, Manifest, read_manifest
-from chainward_client.data.npz import NpzCases, read_npz
+from chainward_client.data.description import DataDescription, ManifestDescription, load_description
+from chainward_client.data.formats import format_of
+from chainward_client.data.formats.dicom import DicomManifest
+from chainward_client.data.formats.npz import NpzCases
+from chainward_client.data.manifest import NO_PATIENTS, Manifest
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import split_by_key
 from chainward_client.data.unusable import UnusableFile, without_unusable
@@ -72,7 +72,7 @@ def local_site(
     DataError
         If the data can't be used, or there are no training cases.
     """
-    table = read_table(Path(data)) if isinstance(data, Path | str) else _read_described(data)
+    table = read_table(Path(data)) if isinstance(data, Path | str) else format_of(data).read(data)
     splits = split_by_key(table.patients, key) if table.splits is None else table.splits
     opened = site_data(site_id, table, splits, np.arange(len(table)), notes=table.notes, decode=decode)
     if isinstance(table, NpzCases):  # the layout has only places in an array, which shift with every image that goes
@@ -150,7 +150,7 @@ def site_data(
     return replace(opened, notes=notes + _findings(opened))
 
 
-def privileged_setup(description: CsvDescription) -> PrivilegedSetup:
+def privileged_setup(description: ManifestDescription) -> PrivilegedSetup:
     """Return how the privileged teachers of a site with this data file read its reports and table."""
     block = description.privileged
     columns = {name: column for name, column in description.columns.tabular.items() if name not in block.exclude}
@@ -225,8 +225,7 @@ def read_table(path: Path) -> Table:
     """Read a data file and its manifest, once per process and version of the two."""
     path = path.absolute()
     description = _cached_description(path, _stamp(path))
-    file = description.manifest if isinstance(description, CsvDescription) else description.images
-    return _cached_table(path, _stamp(path), _stamp(file))
+    return _cached_table(path, _stamp(path), _stamp(description.table_file))
 
 
 @lru_cache(maxsize=8)
@@ -236,13 +235,5 @@ def _cached_description(path: Path, _: _Stamp) -> DataDescription:
 
 @lru_cache(maxsize=4)
 def _cached_table(path: Path, stamp: _Stamp, _: _Stamp) -> Table:
-    return _read_described(_cached_description(path, stamp))
-
-
-def _read_described(description: DataDescription) -> Table:
-    for further in further_formats().values():
-        if type(description) is further.description:
-            return further.read(description)
-    if isinstance(description, DicomDescription):
-        return read_dicom(description)
-    return read_manifest(description) if isinstance(description, CsvDescription) else read_npz(description)
+    description = _cached_description(path, stamp)
+    return format_of(description).read(description)

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 from chainward_client.data.decoded_store import DecodedStore, expected_bytes
-from chainward_client.data.description import CsvDescription, DicomDescription, ImageShape, load_description
+from chainward_client.data.description import ImageShape
 from chainward_client.data.image_store import ImageStore
-from chainward_client.data.manifest import NO_PATIENTS, read_manifest
+from chainward_client.data.manifest import NO_PATIENTS, Manifest
 from chainward_client.data.site_data import SPLITS, SiteData
-from chainward_client.data.sources import COPIES, local_site
+from chainward_client.data.sources import COPIES, local_site, read_table
 from chainward_client.data.unusable import ImageProblem, UnusableFiles
 from chainward_client.doctor.machine import size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
@@ -124,10 +124,9 @@ def check_images(path: Path, data: SiteData) -> list[Check]:
     total = sum(len(cases) for cases in data.splits.values())
     side = next(iter(data.splits.values())).images.shape[-1]
     checks = [ok("images", f"all {total} can be read; training sees them at {side} px")]
-    description = load_description(path)
-    if isinstance(description, CsvDescription) and not isinstance(description, DicomDescription):
-        headers = read_headers(description)
-        checks += odd_headers(headers, description.image)
+    table = read_table(path)
+    if type(table) is Manifest:  # of pictures that Pillow opens
+        checks += odd_headers(read_headers(table), table.description.image)
     checks += check_scale(data)
     blank = sum(_blank(data, split) for split in SPLITS)
     if blank:
@@ -152,11 +151,11 @@ def _blank(data: SiteData, split: str) -> int:
     return int((images.amax(dim=1) == images.amin(dim=1)).sum()) if len(images) else 0
 
 
-def read_headers(description: CsvDescription) -> list[Header]:
+def read_headers(table: Manifest) -> list[Header]:
     """Return the header of every picture that the manifest names; the pictures are not decoded."""
     found = []
-    with ImageStore(description.image_location) as store:
-        for name in read_manifest(description).images.tolist():
+    with ImageStore(table.description.image_location) as store:
+        for name in table.images.tolist():
             try:
                 member = store.find(name)
                 with warnings.catch_warnings():

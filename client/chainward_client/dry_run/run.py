@@ -22,10 +22,10 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from chainward_client.app import app
-from chainward_client.data.description import NpzDescription, load_description
 from chainward_client.data.image_store import ImageStore
-from chainward_client.data.manifest import read_manifest
+from chainward_client.data.manifest import Manifest
 from chainward_client.data.site_data import SiteData
+from chainward_client.data.sources import read_table
 from chainward_client.dry_run.no_network import no_network
 from chainward_client.dry_run.questions import questions
 from chainward_client.dry_run.sent import Sent, leaves, taken_apart
@@ -242,12 +242,11 @@ def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np
 def _secrets(data: SiteData, data_path: Path, paths: Sequence[Path]) -> Secrets:
     """Return every text, cell, id, file name and path of the site."""
     secrets = Secrets.of(data)
-    description = load_description(data_path)
+    table = read_table(data_path)
     files: set[str] = set()
-    if not isinstance(description, NpzDescription):
-        files.update(read_manifest(description, quoted=False).images.tolist())
-        location = description.image_location
-        with ImageStore(location) as store:
+    if isinstance(table, Manifest):
+        files.update(table.images.tolist())
+        with ImageStore(table.description.image_location) as store:
             members = [Path(member) for member in store.members]
         files.update(name for member in members for name in (member.name, member.stem))
     secrets.add("file name", files)

@@ -14,7 +14,7 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import ValidationError
 
-from chainward_client.data.description import CsvDescription, load_description
+from chainward_client.data.description import load_description
 from chainward_shared import __version__
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import StudyError, WeightsError
@@ -65,12 +65,13 @@ def _content_of(file: Path) -> dict[str, ConfigScalar]:
     """Return digests of the data file and of the table of cases it names, and the size of a file of images."""
     description = load_description(file)
     content: dict[str, ConfigScalar] = {"sha256 of the data file": _sha256(file)}
-    if isinstance(description, CsvDescription):
-        content["sha256 of the manifest"] = _sha256(description.manifest)
-        if description.images is not None and description.images.is_file():
-            content["bytes of the images"] = description.images.stat().st_size
-    else:
-        content["sha256 of the images"] = _sha256(description.images)
+    table, images = description.table_file, description.locations[0]
+    if table.is_dir():  # whose files are named as the manifest would
+        names = "\n".join(sorted(str(path.relative_to(table)) for path in table.rglob("*") if path.is_file()))
+        return content | {"sha256 of the images' names": hashlib.sha256(names.encode()).hexdigest()}
+    content[f"sha256 of the {'images' if table == images else 'manifest'}"] = _sha256(table)
+    if images.is_file() and images != table:
+        content["bytes of the images"] = images.stat().st_size
     return content
 
 

@@ -7,24 +7,26 @@ exports often call a file by its SOPInstanceUID or by the patient.
 
 from __future__ import annotations
 
-import io
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BeforeValidator, model_validator
 
-from chainward_client.data.description import DicomBlock, DicomDescription
+from chainward_client.data.description import ManifestDescription
 from chainward_client.data.dicom_file import is_dicom, parse, require_pydicom
+from chainward_client.data.dicom_files import file_bytes, located, patients_of
 from chainward_client.data.dicom_geometry import Geometry
-from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person_name, shared_persons
+from chainward_client.data.dicom_headers import Facts, facts, notes, shared_persons
 from chainward_client.data.dicom_picture import deep_values, mask_image, picture
+from chainward_client.data.dicom_settings import DicomBlock, OwnWindow
 from chainward_client.data.dicom_workers import close_decoders
+from chainward_client.data.formats import data_format
 from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.images import open_image
 from chainward_client.data.manifest import Manifest, read_manifest
@@ -35,13 +37,43 @@ from chainward_client.data.site_data import Cases
 from chainward_client.data.unusable import ImageProblem, attempt_all, counted
 from chainward_shared.errors import DataError
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
-
 EXTENSIONS = (".dcm", ".dicom", ".dic", ".ima")
 """Endings of DICOM files that the manifest may leave out; many have none."""
 
-_UID = re.compile(r"[0-9][0-9.]{0,63}")
+
+class DicomDescription(ManifestDescription):
+    """DICOM files in a folder or zip, and a CSV manifest with one row per image.
+
+    As `ManifestDescription`, with these differences.
+
+    Attributes
+    ----------
+    columns : `image` holds file names or SOPInstanceUIDs; without `patient`, the files' PatientID says whose they are
+    dicom : how the pictures come out of the files
+    """
+
+    format: Literal["dicom"]
+    dicom: Annotated[DicomBlock, BeforeValidator(lambda block: {} if block is None else block)] = DicomBlock()
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> Self:
+        if self.image.scale is not None and (self.dicom.window is not None or self.dicom.view != 1):
+            given = "dicom.window" if self.dicom.window is not None else "dicom.view"
+            raise ValueError(f"both 'image.scale' and '{given}' say which values are black and white; keep one of them")
+        return self
+
+    @property
+    def block(self) -> DicomBlock:
+        """Return how pictures come out of the files; `image.scale` is one window for all, like `dicom.window`."""
+        if self.image.scale is None:
+            return self.dicom
+        low, high = self.image.scale
+        return self.dicom.model_copy(update={"window": OwnWindow(center=(low + high) / 2, width=high - low)})
+
+    @property
+    def pixel_settings(self) -> Any:
+        """Return `block`."""
+        return self.block.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -116,7 +148,7 @@ class DicomManifest(Manifest):
 
     def _measured_values(self, store: ImageStore, index: int) -> np.ndarray | None:
         try:
-            return deep_values(parse(_bytes(store, self.members[index])), self.block)
+            return deep_values(parse(file_bytes(store, self.members[index])), self.block)
         except ImageProblem:  # decoding the image for training says so
             return None
 
@@ -125,7 +157,7 @@ class DicomManifest(Manifest):
         with opened(self.description.image_location, EXTENSIONS) as store, _quiet():
 
             def attempt(position: int) -> tuple[np.ndarray, Facts]:
-                dataset = parse(_bytes(store, self.members[indices[position]]))
+                dataset = parse(file_bytes(store, self.members[indices[position]]))
                 shown = picture(dataset, self.block, self.scale)
                 image = shown.image.convert("L" if shape.channels == 1 else "RGB")
                 array = np.asarray(fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC))
@@ -167,6 +199,7 @@ class DicomManifest(Manifest):
             raise DataError(f"{self.description.manifest.name}: {error}") from None
 
 
+@data_format("dicom", DicomDescription, keeps_decoded=True)
 def read_dicom(description: DicomDescription) -> DicomManifest:
     """Read and check the whole manifest; find its files, and where it has no patient column, whose they are.
 
@@ -178,10 +211,10 @@ def read_dicom(description: DicomDescription) -> DicomManifest:
     require_pydicom()
     manifest = read_manifest(description, quoted=False)
     with opened(description.image_location, EXTENSIONS) as store, _quiet():
-        members = _located(store, manifest)
+        members = located(store, manifest)
         patients = manifest.patients
         if description.columns.patient is None:
-            patients, members = _patients(store, manifest, members)
+            patients, members = patients_of(store, manifest, members)
             _check_splits(manifest, patients)
     found = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
     if description.columns.patient is None:
@@ -202,155 +235,6 @@ def _quiet() -> Iterator[None]:
 
 def _open_mask(data: bytes) -> Image.Image:
     return mask_image(data) if is_dicom(data) else open_image(data)
-
-
-def _bytes(store: ImageStore, member: str | ImageProblem) -> bytes:
-    if isinstance(member, ImageProblem):
-        raise member
-    try:
-        return store.read(member)
-    except Exception as error:  # a bad checksum, an encrypted member, no permission; the text may name the file
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ImageProblem("unreadable {}", reason) from None
-
-
-def _header(store: ImageStore, member: str, keyword: str) -> Dataset:
-    """Return the one element of a file that is asked for, without its pixels."""
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
-    data = io.BytesIO(_bytes(store, member)) if store.location.is_file() else store.location / member
-    try:
-        return dcmread(data, stop_before_pixels=True, specific_tags=[keyword])
-    except MemoryError:
-        raise
-    except InvalidDicomError:
-        raise ImageProblem("unreadable {}", "not a DICOM file (no DICM at byte 128)") from None
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or f"damaged ({type(error).__name__} while its elements were read)"
-        raise ImageProblem("unreadable {}", reason) from None
-
-
-def _located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:
-    """Return the file of every row: by its name, else by its SOPInstanceUID.
-
-    Raises
-    ------
-    DataError
-        If two rows mean one file.
-    """
-    names = manifest.images.tolist()
-    members: list[str | ImageProblem] = []
-    for name in names:
-        try:
-            members.append(store.find(name))
-        except ImageProblem as problem:
-            ambiguous = "several files have this name; name it with its folder"
-            by_uid = _UID.fullmatch(name) is not None
-            missing = f"no file has this name{' or SOPInstanceUID' if by_uid else ''}"
-            members.append(ImageProblem(problem.kind, missing if problem.kind == "{} not found" else ambiguous))
-    lost = [
-        position
-        for position, (name, member) in enumerate(zip(names, members, strict=True))
-        if isinstance(member, ImageProblem) and member.kind == "{} not found" and _UID.fullmatch(name)
-    ]
-    if lost:
-        files_of = _by_instance(store)
-        for position in lost:
-            files = files_of.get(digest(names[position]), [])
-            if len(files) > 1:
-                reason = f"{len(files)} files have this SOPInstanceUID; name the file"
-                members[position] = ImageProblem("{} with an ambiguous name", reason)
-            elif files:
-                members[position] = files[0]
-    rows_of: dict[str, list[int]] = {}
-    for row, member in zip(manifest.rows.tolist(), members, strict=True):
-        if isinstance(member, str):
-            rows_of.setdefault(member, []).append(row)
-    repeated = [f"rows {', '.join(map(str, rows))}" for rows in rows_of.values() if len(rows) > 1]
-    if repeated:
-        column = manifest.description.columns.image
-        found = counted("image in more than one row", "images in more than one row", repeated)
-        raise DataError(f"{manifest.description.manifest.name}: column '{column}': {found}")
-    return members
-
-
-def _by_instance(store: ImageStore) -> dict[bytes | None, list[str]]:
-    """Return the files of every SOPInstanceUID by its digest; files that are no DICOM are passed over."""
-
-    def attempt(position: int) -> bytes | None:
-        try:
-            value = _header(store, members[position], "SOPInstanceUID").get("SOPInstanceUID")
-            return digest("" if value is None else str(value).strip(" \0"))
-        except MemoryError:
-            raise
-        except Exception:
-            return None
-
-    members = store.members
-    found: dict[bytes | None, list[str]] = {}
-    instances = attempt_all("image", store.location, range(len(members)), attempt, lambda *_: "")
-    for member, instance in zip(members, instances, strict=True):
-        if instance is not None:
-            found.setdefault(instance, []).append(member)
-    return found
-
-
-def _patients(
-    store: ImageStore, manifest: Manifest, members: list[str | ImageProblem]
-) -> tuple[np.ndarray, list[str | ImageProblem]]:
-    """Return the patients of all rows, each named by a digest of its PatientID alone, and the files.
-
-    The name does not depend on other patients, their number or order, so that splits by a hospital's secret don't either.
-
-    Where the data file leaves out what can't be used, a file without a patient is one of those, and a patient of its own.
-
-    Raises
-    ------
-    DataError
-        If a file can't be read or has no PatientID, or all have the same.
-    """
-    rows = manifest.rows.tolist()
-
-    def tried(position: int) -> tuple[str | ImageProblem]:
-        try:
-            return (attempt(position),)
-        except ImageProblem as problem:
-            if manifest.description.unusable == "leave-out":
-                return (problem,)
-            raise
-
-    def attempt(position: int) -> str:
-        member = members[position]
-        if isinstance(member, ImageProblem):
-            raise member
-        found = person_name(_header(store, member, "PatientID"))
-        if found is None:
-            raise ImageProblem(
-                "{} without PatientID",
-                "name a patient column in columns.patient: without, one patient may be on both sides of a split",
-            )
-        return found
-
-    persons = [
-        found
-        for (found,) in attempt_all(
-            "image", store.location, rows, tried, lambda position, problem, _: f"row {rows[position]}: {problem}"
-        )
-    ]
-    known = [found for found in persons if not isinstance(found, ImageProblem)]
-    if len(set(known)) == 1 and len(known) > 1:
-        raise DataError(
-            f"{store.location.name}: all {len(known)} files have the same PatientID, so they can't be split by patient; name a "
-            "patient column in columns.patient"
-        )
-    patients = [
-        f"unusable-{position}" if isinstance(found, ImageProblem) else found for position, found in enumerate(persons)
-    ]
-    files = [
-        found if isinstance(found, ImageProblem) else member for found, member in zip(persons, members, strict=True)
-    ]
-    return np.array(patients), files
 
 
 def _check_splits(manifest: Manifest, patients: np.ndarray) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from PIL import Image
+from pydantic import ValidationInfo, model_validator
 
+from chainward_client.data.description import ManifestDescription
+from chainward_client.data.formats import data_format
 from chainward_client.data.image_store import ImageStore
+from chainward_client.data.manifest import Manifest, read_manifest
+from chainward_client.data.manifest_file import cells_of
+from chainward_client.data.paths import FolderOrZip, beside_data_file, folder_or_zip
 from chainward_client.data.unusable import counted
-from chainward_shared.errors import DataError
+from chainward_shared.errors import DataError, nearest
 
 _SPLITS = {
     "train": "train",
@@ -103,3 +111,45 @@ def _common_folders(paths: list[PurePosixPath]) -> int:
 
 def _hidden(path: PurePosixPath) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+class FoldersDescription(ManifestDescription):
+    """Images in folders that are called what they show: ``CLASS/...``, or ``SPLIT/CLASS/...`` with train, val and test.
+
+    It stands for the manifest that could be written of it, and has no other columns.
+
+    Attributes
+    ----------
+    images : the folder or zip that holds them
+    classes : names of the folders, in the order of the label indices; default: those that are there, sorted
+    image, unusable : as in `ManifestDescription`
+    """
+
+    format: Literal["folders"]
+    images: FolderOrZip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_a_manifest(cls, block: Any, info: ValidationInfo) -> Any:
+        if not isinstance(block, Mapping):
+            return block
+        foreign = [str(key) for key in block if key not in ("format", "images", "classes", "image", "unusable")]
+        if foreign:
+            known = ("format", "images", "classes", "image", "unusable")
+            named = ", ".join(f"'{key}'{nearest(key, known)}" for key in foreign)
+            raise ValueError(
+                f"'format: folders' has no key {named}; known: {', '.join(known)}. More needs a manifest: "
+                "`chainward check DATA.yaml --write-manifest FILE` writes one to begin with"
+            )
+        if not isinstance(block.get("images"), str | Path):
+            return block
+        location = folder_or_zip(beside_data_file(Path(block["images"]), info))
+        layout = folder_layout(location)
+        columns = {"image": "image", "label": "label"} | ({"split": "split"} if layout.has_splits else {})
+        return {**block, "manifest": location, "classes": block.get("classes") or layout.classes, "columns": columns}
+
+
+@data_format("folders", FoldersDescription, keeps_decoded=True)
+def read_folders(description: FoldersDescription) -> Manifest:
+    """Return the checked manifest that the folders stand for."""
+    return read_manifest(description, cells_of(folder_layout(description.image_location).rows()))

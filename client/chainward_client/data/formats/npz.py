@@ -9,18 +9,48 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from chainward_client.data.description import NpzDescription
+from chainward_client.data.description import DataDescription
+from chainward_client.data.formats import data_format
 from chainward_client.data.manifest import NO_PATIENTS
+from chainward_client.data.paths import FilePath
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale, ScaleOfSet, measure
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SplitName
 from chainward_client.data.unusable import counted
 from chainward_shared.errors import DataError, nearest
+
+
+class NpzDescription(DataDescription):
+    """One file in the layout of MedMNIST: `train_images`, `train_labels`, the same for `val` and `test`.
+
+    Attributes
+    ----------
+    images : the .npz file
+    task : "single" (default): labels (n,) or (n, 1); "multilabel": labels (n, classes) of 1 and 0
+    classes : class names; default: the labels that occur, or as many as the labels have columns
+    image : what every image is brought to
+    ignore_labels : labels that mean "not labelled", 255 or -1 say: their images are left out, with a note that says how many
+    """
+
+    format: Literal["npz"]
+    images: FilePath
+    ignore_labels: tuple[int, ...] = ()
+
+    @property
+    def table_file(self) -> Path:
+        """Return the file, which holds the labels, too."""
+        return self.images
+
+    @property
+    def locations(self) -> tuple[Path, ...]:
+        """Return the file."""
+        return (self.images,)
 
 
 @dataclass(frozen=True)
@@ -94,6 +124,7 @@ class NpzCases:
         )
 
 
+@data_format("npz", NpzDescription, keeps_decoded=True)
 def read_npz(description: NpzDescription) -> NpzCases:
     """Read and check the labels of all splits; the images stay in the file until cases are asked for.
 
