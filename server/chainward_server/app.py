@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -40,6 +40,8 @@ from chainward_shared.pretrained.begin import Beginning, begin
 
 logger = logging.getLogger("chainward")
 
+NotesOnData = Callable[[Path, Sequence[str]], list[str]]
+
 app = ServerApp()
 
 
@@ -49,8 +51,13 @@ def main(grid: Grid, context: Context) -> None:
     fail_if_incomplete(run_app(grid, context))
 
 
-def run_app(grid: Grid, context: Context) -> RunFolder:
+def run_app(grid: Grid, context: Context, notes_on_data: NotesOnData | None = None) -> RunFolder:
     """Run the consortium that the run configuration describes, or what is left of it, and return its run folder.
+
+    Parameters
+    ----------
+    notes_on_data : for simulated sites alone: returns what makes scores on their data too good, out of the folder of their
+        state, and their ids
 
     Raises
     ------
@@ -63,7 +70,7 @@ def run_app(grid: Grid, context: Context) -> RunFolder:
         folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
         folder.begin(RunProcess.current(context.run_id))
         tell_surroundings(folder)
-        coordinate(grid, folder)
+        coordinate(grid, folder, notes_on_data)
     except ChainwardError as error:
         logger.error("the run stops: %s", error)
         one_line_for(error)
@@ -87,8 +94,12 @@ def fail_if_incomplete(folder: RunFolder) -> None:
     raise error
 
 
-def coordinate(grid: Grid, folder: RunFolder) -> Results:
+def coordinate(grid: Grid, folder: RunFolder, notes_on_data: NotesOnData | None = None) -> Results:
     """Run the phases of the run that `folder` holds, or what is left of them, and return what was measured.
+
+    Parameters
+    ----------
+    notes_on_data : as of `run_app`
 
     Raises
     ------
@@ -107,7 +118,7 @@ def coordinate(grid: Grid, folder: RunFolder) -> Results:
     results: Results | None = None
     try:
         results = folder.load_results()
-        _run_phases(grid, config, folder, results)
+        _run_phases(grid, config, folder, results, notes_on_data)
     except BaseException as error:
         reason = str(error) if isinstance(error, ChainwardError) else f"{type(error).__name__}: {error}"
         _note_failure(folder, reason, resumable=not isinstance(error, ConfigError | ModelError | StartAnewError))
@@ -117,16 +128,13 @@ def coordinate(grid: Grid, folder: RunFolder) -> Results:
     return finished
 
 
-def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Results | None) -> None:
+def _run_phases(
+    grid: Grid, config: RunConfig, folder: RunFolder, results: Results | None, notes_on_data: NotesOnData | None
+) -> None:
     timings = dict(results.timings) if results else {}
+    states = folder.path / "simulated-sites"
     with _timed("rendezvous", folder, timings):
-        sites = meet(
-            grid,
-            config,
-            folder.path / "simulated-sites",
-            bound=folder.state.keys,
-            earlier=folder.keys_of_earlier_runs(),
-        )
+        sites = meet(grid, config, states, bound=folder.state.keys, earlier=folder.keys_of_earlier_runs())
         folder.bind(sites.keys)
         card = sites.any_card
         begun = folder.beginning() or begin(
@@ -135,7 +143,8 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         found = run_architectures(config, begun.architecture)
         models = dict(zip(("chain", "student"), found, strict=False))
         _check_privacy(config, sites, found)
-        data = data_summary(list(sites.cards.values()), _source(sites, config))
+        notes = notes_on_data(states, sites.ids) if notes_on_data else None
+        data = data_summary(list(sites.cards.values()), _source(sites, config), notes)
         results = _continued(results, data, folder, config)
         results.timings = timings
         _tell_about_data(data)
@@ -143,13 +152,13 @@ def _run_phases(grid: Grid, config: RunConfig, folder: RunFolder, results: Resul
         _share(begun, sites, folder, results)
     run = Run(sites, config, models["chain"], folder, results, privacy, begun.base)
     outcome = run_method(run, partial(_timed, folder=folder, timings=timings))
-    states = {"chain": outcome.chain.model} | ({} if outcome.student is None else {"student": outcome.student})
+    trained = {"chain": outcome.chain.model} | ({} if outcome.student is None else {"student": outcome.student})
     with _timed("evaluation", folder, timings):
         if outcome.chain.test is not None:
             results.final["chain"] = outcome.chain.test
         if outcome.student is not None:
             results.final["student"] = run.score(models["student"], outcome.student, ["test"])["test"]
-        for name, state in states.items():
+        for name, state in trained.items():
             results.models[name] = summarize_model(models[name], state, folder.model_path(name))
             looks = run.localise(models[name], state)
             if looks is not None:
@@ -261,7 +270,7 @@ def _continued(results: Results | None, data: DataSummary, folder: RunFolder, co
     """Return the results to add to: new ones, or those of a resumed run, whose data must still be the same."""
     if results is None:
         return Results(run_id=folder.state.run_id, seed=config.seed, data=data)
-    if results.data != data:
+    if results.data != data.model_copy(update={"notes": results.data.notes}):  # they follow from the rest
         raise StartAnewError(
             f"run {folder.state.run_id} can't be resumed: the sites' data are not those it was started with; start anew"
         )
@@ -278,6 +287,8 @@ def _tell_about_data(data: DataSummary) -> None:
             logger.info("%s: %d training, %d validation, %d test images", site.site, site.train, site.val, site.test)
         for note in site.notes:
             logger.info("%s: %s", site.site, note)
+    for note in data.notes:
+        logger.warning("the data: %s", note)
     if data.synthetic:
         logger.info("these are synthetic phantoms: nothing here speaks about real images")
 

@@ -20,6 +20,7 @@ from chainward_server.schedule import site_order
 from chainward_server.scoring import Split, localise_everywhere, score_everywhere
 from chainward_server.sites import Sites
 from chainward_shared.config import RunConfig
+from chainward_shared.data_notes import notes_on_all
 from chainward_shared.hops import alone_key
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.start import initial_model
@@ -145,8 +146,13 @@ class Run:
         return max(0.0, work)
 
 
-def data_summary(cards: Sequence[SiteCard], source: str) -> DataSummary:
-    """Return what a run is trained and scored on, as the sites have said it."""
+def data_summary(cards: Sequence[SiteCard], source: str, notes: Sequence[str] | None = None) -> DataSummary:
+    """Return what a run is trained and scored on, as the sites have said it.
+
+    Parameters
+    ----------
+    notes : what makes scores on the data too good; default: what the cards say of that
+    """
     first = cards[0]
     return DataSummary(
         source=source,
@@ -166,4 +172,5 @@ def data_summary(cards: Sequence[SiteCard], source: str) -> DataSummary:
             )
             for card in cards
         ],
+        notes=list(notes_on_all({card.site: card.notes for card in cards}) if notes is None else notes),
     )

@@ -79,7 +79,7 @@ class SiteSummary(Record):
 
 
 class DataSummary(Record):
-    """What the run was trained and scored on."""
+    """What the run was trained and scored on. `notes`: what makes scores on it too good, over all sites."""
 
     source: Line
     synthetic: bool
@@ -88,6 +88,7 @@ class DataSummary(Record):
     image_size: Count
     channels: Count
     sites: list[SiteSummary] = Field(max_length=MAX_SITES)
+    notes: Lines = Field(default_factory=list)
 
 
 class LinkMetrics(Record):

@@ -80,6 +80,7 @@ class PolicyRefusal(PrivacyError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'X'?)"`` for the known word closest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    """Return ``" (did you mean 'X'?)"`` for the known word closest to `word`, or an empty string; case differs least."""
+    by_plain = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(word.casefold(), list(by_plain), n=1, cutoff=0.6)
+    return f" (did you mean '{by_plain[close[0]]}'?)" if close else ""

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from chainward_server.app import fail_if_incomplete, run_app
 from chainward_server.report.from_folder import write_report
 from chainward_shared.errors import ChainwardError, DataError
+from chainward_simulations.data_notes import notes_of_simulation
 from chainward_simulations.run_examples import draw_examples
 from chainward_simulations.workers import quiet_deaths, replace_dead_workers
 
@@ -26,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run a simulated consortium from rendezvous to report."""
     quiet_deaths()
     replace_dead_workers()
-    folder = run_app(grid, context)
+    folder = run_app(grid, context, notes_of_simulation)
     try:
         draw_examples(folder)
         write_report(folder)

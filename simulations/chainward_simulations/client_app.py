@@ -20,6 +20,7 @@ from chainward_client.site import OpenSite
 from chainward_shared.errors import ChainwardError, DataError, PolicyRefusal, ProtocolError
 from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.protocol import AtWork, AtWorkRequest, BaseTask, Hello, HelloRequest, Refusal, SimulatedSite
+from chainward_simulations.data_notes import keep_pictures
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
 SIMULATED_NODE = {"partition-id", "num-partitions"}
@@ -63,6 +64,7 @@ class SimulatedNode(Node):
             simulated.label_skew,
             simulated.seed,
             _stamp(simulated.source),
+            simulated.state_dir,
         )
         state_dir, bases = Path(simulated.state_dir) / data.site, _bases(simulated)
         return OpenSite(
@@ -98,8 +100,12 @@ def _stamp(source: str) -> float:
 
 
 @lru_cache(maxsize=64)
-def _opened(source: str, index: int, num_sites: int, label_skew: float, seed: int, stamp: float) -> SiteData:
-    return simulated_site(source, index, num_sites=num_sites, label_skew=label_skew, seed=seed)
+def _opened(
+    source: str, index: int, num_sites: int, label_skew: float, seed: int, stamp: float, state_dir: str
+) -> SiteData:
+    data = simulated_site(source, index, num_sites=num_sites, label_skew=label_skew, seed=seed)
+    keep_pictures(data, Path(state_dir) / data.site)
+    return data
 
 
 app = client_app(SimulatedNode)

@@ -1,13 +1,14 @@
-"""`docs/messages.md`: every message about data and `site.yaml`, what it means and what to do, out of the code.
+"""`docs/messages.md`: every message of a hospital, a coordinator and a run, what it means and what to do, out of the code.
 
-``python -m chainward_simulations.messages`` prints the page. The messages are found in the source, where it raises; what
-they mean and what to do stands in `docs/messages.yaml`, by groups. A test holds that every message is in a group, that no group
-is empty, and that the page is up to date.
+``python -m chainward_simulations.messages`` prints the page. The messages are found in the source, where it raises (the doctor:
+where a check fails); what they mean and what to do stands in `docs/messages.yaml`, by rooms and groups. A test holds that every
+message is in a group of its room, that no group is empty, and that the page is up to date.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -16,17 +17,21 @@ from pathlib import Path
 
 import yaml
 
-import chainward_client
+from chainward_shared import errors
 
-RAISED = frozenset({"DataError", "ImageProblem", "unreadable", "_unreadable", "_wrong_mode", "_refusal", "_report"})
-"""What the code calls with a message: errors, and what collects them."""
+COLLECTED = frozenset({"ImageProblem", "ValueError", "unreadable", "_unreadable", "_wrong_mode", "_refusal", "_report"})
+"""What the code calls with a message, beside the errors of `chainward_shared.errors`: validators, and what collects problems."""
 
-_PARTS = ("data", "site.py", "site_key.py")
+CHECKS = frozenset({"problem", "warning"})
+"""What the doctor calls with the name of a check, what it found, and what to do."""
+
+_RAISED = COLLECTED | {name for name in vars(errors) if name.endswith(("Error", "Refusal"))}
 _HEAD = """# Messages
 
-Every message about data files, manifests, images and `site.yaml`, with what it means and what to do. Three dots stand for what a
-message fills in: a file, a row, a value. `python -m chainward_simulations.messages > docs/messages.md` writes this page out of
-the code and [messages.yaml](messages.yaml).
+Every message about settings, data, weights, runs, meeting, privacy and the doctor's checks, with what it means and what to do.
+Three dots stand for what a message fills in: a file, a row, a value.
+`python -m chainward_simulations.messages > docs/messages.md`
+writes this page out of the code and [messages.yaml](messages.yaml).
 """
 
 
@@ -51,26 +56,65 @@ class Group:
         return any(re.search(pattern, message) for pattern in self.says)
 
 
-def messages() -> list[str]:
-    """Return the messages in the source of the client's data and configuration, each once, in the order of the files."""
-    root = Path(chainward_client.__file__).parent
-    paths = [path for part in _PARTS for path in (sorted((root / part).glob("*.py")) or [root / part])]
-    found = [message for path in paths for message in _messages_of(ast.parse(path.read_text(encoding="utf-8")))]
-    return list(dict.fromkeys(found))
+@dataclass(frozen=True)
+class Room:
+    """A part of the code, and the groups of its messages.
+
+    Attributes
+    ----------
+    title : of the room
+    places : modules and folders of modules, as in ``chainward_client/data``
+    groups : of its messages
+    """
+
+    title: str
+    places: tuple[str, ...]
+    groups: tuple[Group, ...]
+
+    def messages(self) -> list[str]:
+        """Return the messages in the source of the room, each once, in the order of the files."""
+        found = [
+            message
+            for place in self.places
+            for path in _sources(place)
+            for message in _messages_of(ast.parse(path.read_text(encoding="utf-8")))
+        ]
+        return list(dict.fromkeys(found))
+
+
+def _sources(place: str) -> list[Path]:
+    package, _, rest = place.partition("/")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0]) / rest
+    if not path.exists():
+        raise FileNotFoundError(f"docs/messages.yaml names {place}, which is not there")
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
 def _messages_of(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
+        if isinstance(node, ast.Yield) and isinstance(node.value, ast.Constant | ast.JoinedStr):
+            message = _text(node.value)  # of keys that contradict each other
+        elif isinstance(node, ast.Call) and node.args:
+            message = _of_call(node)
+        else:
             continue
-        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-        if name not in RAISED or not node.args:
-            continue
-        said = node.args[1] if name in ("_report", "_refusal") and len(node.args) > 1 else node.args[-1]
-        kind = _text(node.args[0]).replace("{}", "…") if name == "ImageProblem" else ""
-        message = ": ".join(part for part in (kind, _text(said)) if part.strip("… "))
-        if re.search(r"[a-z]{2}", message.replace("…", "")):
+        if re.search(r"[a-z]{2}", message.replace("…", "")) and " " in message:
             yield message
+
+
+def _of_call(node: ast.Call) -> str:
+    name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+    parts = [_text(argument) for argument in node.args]
+    if name in CHECKS and isinstance(node.func, ast.Name) and len(parts) == 3:
+        found = ": ".join(parts[:2])
+        return f"{found} ({parts[2]})" if parts[2].strip("… ") else found
+    if name not in _RAISED:
+        return ""
+    said = parts[1] if name in ("_report", "_refusal") and len(parts) > 1 else parts[-1]
+    kind = parts[0].replace("{}", "…") if name == "ImageProblem" else ""
+    return ": ".join(part for part in (kind, said) if part.strip("… "))
 
 
 def _text(node: ast.expr) -> str:
@@ -86,18 +130,27 @@ def _text(node: ast.expr) -> str:
     return "…"
 
 
-def groups(catalogue: Path) -> list[Group]:
-    """Return the groups of `docs/messages.yaml`."""
-    return [Group(**{**entry, "says": tuple(entry["says"])}) for entry in yaml.safe_load(catalogue.read_text("utf-8"))]
+def rooms(catalogue: Path) -> list[Room]:
+    """Return the rooms of `docs/messages.yaml`."""
+    return [
+        Room(
+            entry["room"],
+            tuple(entry["places"]),
+            tuple(Group(**{**group, "says": tuple(group["says"])}) for group in entry["groups"]),
+        )
+        for entry in yaml.safe_load(catalogue.read_text("utf-8"))
+    ]
 
 
 def page(catalogue: Path) -> str:
     """Return the text of `docs/messages.md`."""
-    found = messages()
     parts = [_HEAD]
-    for group in groups(catalogue):
-        listed = "\n".join(f"- {message.replace('|', chr(92) + '|')}" for message in found if group.holds(message))
-        parts.append(f"## {group.title}\n\n{group.means}\n\n**What to do.** {group.do}\n\n{listed}\n")
+    for room in rooms(catalogue):
+        found = room.messages()
+        parts.append(f"## {room.title}\n")
+        for group in room.groups:
+            listed = "\n".join(f"- {message.replace('|', chr(92) + '|')}" for message in found if group.holds(message))
+            parts.append(f"### {group.title}\n\n{group.means}\n\n**What to do.** {group.do}\n\n{listed}\n")
     return "\n".join(parts)
 
 

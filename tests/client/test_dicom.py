@@ -21,8 +21,8 @@ pytest.importorskip("pydicom")
 from chainward_client.data import dicom_file, dicom_headers, dicom_workers
 from chainward_client.data.description import parse_description
 from chainward_client.data.formats.dicom import DicomDescription, DicomManifest, read_dicom
-from chainward_client.data.manifest import NO_PATIENTS
 from chainward_client.data.sources import local_site
+from chainward_shared.data_notes import NO_PATIENTS
 from chainward_shared.errors import DataError
 
 Write = Callable[..., bytes]

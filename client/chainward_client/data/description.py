@@ -19,7 +19,7 @@ from pydantic import (
 from chainward_client.data.columns import SEPARATOR, Block, Columns, refuse_repeats
 from chainward_client.data.description_errors import clause_of, yaml_problem
 from chainward_client.data.formats import data_formats
-from chainward_client.data.paths import Folder, FolderOrZip, ManifestPath
+from chainward_client.data.paths import FilePath, Folder, FolderOrZip
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.task import Task
 from chainward_shared.words import listed
@@ -133,7 +133,7 @@ class ManifestDescription(DataDescription):
     privileged : how privileged teachers read reports and table
     """
 
-    manifest: ManifestPath
+    manifest: FilePath
     images: FolderOrZip | None = None
     masks: FolderOrZip | None = None
     classes: ClassNames

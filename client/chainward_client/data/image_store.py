@@ -169,7 +169,10 @@ def _plain(name: str) -> str:
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield all files below a folder by their paths relative to it; linked folders are followed, each once on a way down."""
+    """Yield all files below a folder by their paths relative to it; linked folders are followed, each once on a way down.
+
+    Pipes, devices and links to nothing are no files: reading them would wait for ever, or never end.
+    """
     waiting = [(str(folder), "", frozenset({folder.resolve()}))]
     while waiting:
         current, before, above = waiting.pop()
@@ -180,7 +183,8 @@ def files_below(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
         for entry in entries:
             name = f"{before}{entry.name}"
             if not entry.is_dir():
-                yield name, entry
+                if entry.is_file():
+                    yield name, entry
                 continue
             real = Path(entry.path).resolve()
             if real not in above:  # else a link to where we come from

@@ -19,12 +19,11 @@ from chainward_client.data.manifest_file import read_cells
 from chainward_client.data.regions import box_masks, load_masks
 from chainward_client.data.scale import Scale, ScaleOfSet, measure
 from chainward_client.data.site_data import Cases, PrivilegedCases
+from chainward_shared.data_notes import NO_PATIENTS
 from chainward_shared.errors import DataError, nearest
 
 if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
-
-NO_PATIENTS = "no patient column: every image counts as a patient of its own"
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,14 @@ def beside_data_file(path: Path, info: ValidationInfo) -> Path:
 
 
 def _file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder; expected a file")
+    if not path.is_file():  # a pipe is none either: reading one may wait for ever
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path} is {what}; expected a file")
     return path
 
 
-def file_unless_folders(path: Path, info: ValidationInfo) -> Path:
-    return path if info.data.get("format") == "folders" else _file(path)
-
-
 def folder_or_zip(path: Path) -> Path:
-    if not path.is_dir() and not zipfile.is_zipfile(path):
+    if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
         raise ValueError(f"{path} is neither a folder nor a whole zip")
     return path
 
@@ -46,4 +43,3 @@ def _folder(path: Path) -> Path:
 FilePath = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(_file)]
 Folder = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(_folder)]
 FolderOrZip = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(folder_or_zip)]
-ManifestPath = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(file_unless_folders)]

@@ -125,17 +125,34 @@ class SiteData:
         cases: list[int] = (counts if self.task == "single" else counts[:, 1]).tolist()
         return cases
 
+    def pictures(self) -> dict[SplitName, list[bytes]]:
+        """Return a digest of the pixels of every image, by split."""
+        return {
+            split: [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in cases.images]
+            for split, cases in self.splits.items()
+        }
+
     def copies(self) -> int:
         """Return how many pictures, pixel for pixel, are in two splits under different names or patients."""
-        return copies_between_splits([self.splits])
+        return copies_in_splits([self.pictures()])[0]
 
 
-def copies_between_splits(sites: Iterable[Mapping[SplitName, Cases]]) -> int:
-    """Return how many pictures, pixel for pixel, are in two splits, of one site or of two."""
-    seen: dict[bytes, set[str]] = {}
-    for splits in sites:
-        for split in SPLITS:
-            for image in splits[split].images:
-                digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
-                seen.setdefault(digest, set()).add(split)
-    return sum(len(splits_of_it) > 1 for splits_of_it in seen.values())
+def copies_in_splits(sites: Iterable[Mapping[SplitName, Iterable[bytes]]]) -> tuple[int, int]:
+    """Return how many pictures are in two splits of one site, and how many others in two splits of different sites.
+
+    Parameters
+    ----------
+    sites : `SiteData.pictures` of each
+    """
+    at_one: set[bytes] = set()
+    splits_of: dict[bytes, set[str]] = {}
+    for site in sites:
+        here: dict[bytes, set[str]] = {}
+        for split, pictures in site.items():
+            for picture in pictures:
+                here.setdefault(picture, set()).add(split)
+        for picture, splits in here.items():
+            splits_of.setdefault(picture, set()).update(splits)
+            if len(splits) > 1:
+                at_one.add(picture)
+    return len(at_one), sum(len(splits) > 1 for splits in splits_of.values()) - len(at_one)

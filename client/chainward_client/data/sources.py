@@ -15,15 +15,15 @@ from chainward_client.data.description import DataDescription, ManifestDescripti
 from chainward_client.data.formats import format_of
 from chainward_client.data.formats.dicom import DicomManifest
 from chainward_client.data.formats.npz import NpzCases
-from chainward_client.data.manifest import NO_PATIENTS, Manifest
+from chainward_client.data.manifest import Manifest
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import split_by_key
 from chainward_client.data.unusable import UnusableFile, without_unusable
+from chainward_shared.data_notes import NO_PATIENTS, copies_in_two_splits
 from chainward_shared.errors import DataError
 
 _Stamp = tuple[int, int]
 Table = Manifest | NpzCases
-COPIES = " in two splits, pixel for pixel, under two names or patients: scores on them are too good"
 
 
 Decoded = tuple[tuple[Cases, tuple[str, ...]], np.ndarray, tuple[UnusableFile, ...]]
@@ -196,9 +196,8 @@ def _findings(site: SiteData) -> tuple[str, ...]:
         cases = len(site.splits["train"])
         notes += [f"finding '{name}': all training cases have it" for name, count in counts.items() if count == cases]
     notes += [f"the {split} split is empty" for split in SPLITS if len(site.splits[split]) == 0]
-    copies = site.copies()
-    if copies:
-        notes.append(f"{number_of(copies, 'picture')}{COPIES}")
+    if copies := site.copies():
+        notes.append(copies_in_two_splits(copies))
     if len(site.splits["test"]) == 1:
         notes.append("1 test case: scores on it say little")
     return tuple(notes)

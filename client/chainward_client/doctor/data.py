@@ -19,14 +19,15 @@ from PIL import Image
 from chainward_client.data.decoded_store import DecodedStore, expected_bytes
 from chainward_client.data.description import ImageShape
 from chainward_client.data.image_store import ImageStore
-from chainward_client.data.manifest import NO_PATIENTS, Manifest
+from chainward_client.data.manifest import Manifest
 from chainward_client.data.site_data import SPLITS, SiteData
-from chainward_client.data.sources import COPIES, local_site, read_table
+from chainward_client.data.sources import local_site, read_table
 from chainward_client.data.unusable import ImageProblem, UnusableFiles
 from chainward_client.doctor.machine import size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.site_key import site_key_to_look_with
+from chainward_shared.data_notes import COPIES, NO_PATIENTS
 from chainward_shared.errors import DataError, StoreError
 from chainward_shared.words import listed
 

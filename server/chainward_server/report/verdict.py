@@ -75,7 +75,7 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
 
 def remarks(results: Results) -> list[str]:
     """What a reader needs to weigh the verdict: hospital by hospital, chance, and how exact it is."""
-    found = []
+    found = [f"The data: {note}." for note in results.data.notes]
     chain = results.final.get("chain")
     value = chain.pooled.balanced_accuracy if chain else None
     pairs = [

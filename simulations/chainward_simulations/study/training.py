@@ -11,14 +11,14 @@ from typing import Literal
 
 from safetensors.torch import save as safetensors_bytes
 
-from chainward_client.data.site_data import SiteData, copies_between_splits
+from chainward_client.data.site_data import SiteData
 from chainward_client.training.features import Features
 from chainward_server.schedule import site_order
 from chainward_shared.models import Architecture, build_model, count_parameters
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict
-from chainward_shared.words import listed
 from chainward_simulations import runner
+from chainward_simulations.data_notes import data_notes
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study import baselines
 from chainward_simulations.study.arms import WITHOUT_TRAINING
@@ -217,7 +217,7 @@ def measure_arm(planned: PlannedArm, trained: Trained, bench: Bench, folder: Pat
         architecture=trained.architecture,
         precision=trained.logs[0].precision if trained.logs else "fp32",
         predictions=name,
-        data_notes=data_notes(bench.sites),
+        data_notes=tuple(data_notes(bench.sites)),
         classes=next(iter(bench.sites.values())).classes,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -243,22 +243,6 @@ def _size_of(trained: Trained, state: StateDict) -> tuple[int, int]:
     assert trained.architecture is not None
     contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
     return count_parameters(build_model(trained.architecture, seed=0)), len(safetensors_bytes(contiguous))
-
-
-def data_notes(sites: Mapping[str, SiteData]) -> tuple[str, ...]:
-    """Return what makes scores on these data too good: copies in two splits, of one hospital or of two, and no patients."""
-    notes = []
-    copies = copies_between_splits([site.splits for site in sites.values()])
-    if copies:
-        what = "picture is" if copies == 1 else "pictures are"
-        notes.append(
-            f"{copies} {what} in two splits, pixel for pixel, of one hospital or of two, under two names or patients: scores on "
-            "them are too good"
-        )
-    without = [name for name, site in sites.items() if not site.has_patient_ids]
-    if without:
-        notes.append(f"no patients at {listed(without, 6)}: images of one patient may be on both sides of a split")
-    return tuple(notes)
 
 
 @dataclass(frozen=True)

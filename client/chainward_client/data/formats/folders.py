@@ -127,6 +127,7 @@ class FoldersDescription(ManifestDescription):
 
     format: Literal["folders"]
     images: FolderOrZip
+    manifest: FolderOrZip
 
     @model_validator(mode="before")
     @classmethod

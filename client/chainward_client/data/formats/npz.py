@@ -17,12 +17,12 @@ from PIL import Image
 
 from chainward_client.data.description import DataDescription
 from chainward_client.data.formats import data_format
-from chainward_client.data.manifest import NO_PATIENTS
 from chainward_client.data.paths import FilePath
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale, ScaleOfSet, measure
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SplitName
 from chainward_client.data.unusable import counted
+from chainward_shared.data_notes import NO_PATIENTS
 from chainward_shared.errors import DataError, nearest
 
 
