@@ -171,7 +171,17 @@ def test_every_form_of_import_is_seen(code, expected):
 @pytest.mark.parametrize("module", ["chainward_client.app", "chainward_client.cli", "chainward_simulations.cli"])
 def test_what_needs_no_model_does_not_wait_for_the_libraries_that_build_one(module):
     # a site's every message is answered by a new process; timm brings torchvision and PyTorch's compiler, ten seconds of CPU
-    slow = ["timm", "torchvision", "torch._dynamo", "sklearn", "scipy", "pandas", "opacus", "dp_accounting"]
+    slow = [
+        "timm",
+        "torchvision",
+        "torch._dynamo",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "opacus",
+        "dp_accounting",
+        "matplotlib",
+    ]
     code = f"import sys, {module}; print(*(name for name in {slow} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -56,7 +56,7 @@ def test_a_simulation_says_the_same_of_digests_that_its_sites_wrote(tmp_path) ->
         keep_pictures(data, tmp_path / name)
     assert notes_of_simulation(tmp_path, sites) == data_notes(sites)
     assert len(data_notes(sites)) == 2
-    assert not any(str(picture) in (tmp_path / "north" / PICTURES).read_text() for picture in ("train-1", "patient"))
+    assert not any(str(picture) in (tmp_path / "north" / PICTURES).read_text() for picture in ("train-1", "test-3"))
 
 
 def test_hospitals_without_patients_are_named() -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from chainward_server.report.tables import Alone, ChainLink, ComparisonRow
 
 # told apart with every common colour blindness, and in greyscale
@@ -50,12 +50,16 @@ _WIDTH = 10.5
 
 def shade(fraction: float) -> str:
     """Colour of a heat map's cell, for 0 (lowest) to 1 (highest)."""
-    return to_hex(matplotlib.colormaps["cividis"](min(max(fraction, 0.0), 1.0)))
+    from matplotlib import colormaps  # half a second of processor time, which only a report takes
+    from matplotlib.colors import to_hex
+
+    return to_hex(colormaps["cividis"](min(max(fraction, 0.0), 1.0)))
 
 
 def ink_on(background: str) -> str:
-    """Black or white, whichever contrasts more (relative luminance, WCAG 2.1)."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background))
+    """Black or white, whichever contrasts more with a colour ``#rrggbb`` (relative luminance, WCAG 2.1)."""
+    parts = (part / 255 for part in bytes.fromhex(background.removeprefix("#")))
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
     return "#fff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#111"
 
 
@@ -77,8 +81,7 @@ def comparison_plot(rows: Sequence[ComparisonRow], chance: float | None) -> Mark
         return None
     rows = [rows[-1], *rows[:-1]]
     slots = len(arms) + 0.9
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "comparison"}):
-        figure = Figure(figsize=(_WIDTH, 0.75 + 0.155 * slots * len(rows)), layout="constrained")
+    with _drawing("comparison", 0.75 + 0.155 * slots * len(rows)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         panel_facts = (("balanced_accuracy", "Balanced accuracy", chance), ("macro_auc", "Macro AUC", 0.5))
         for axes, (metric, title, guess) in zip(panels, panel_facts, strict=True):
@@ -116,8 +119,7 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
     if not any(link.pooled for links in strands for link in links):
         return None
     longest = max(strands, key=len)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "curve"}):
-        figure = Figure(figsize=(_WIDTH, 5.4), layout="constrained")
+    with _drawing("curve", 5.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
         panel_facts = (
             ("balanced_accuracy", "Balanced accuracy", alone),
@@ -212,6 +214,16 @@ def _mark_laps_and_gaps(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> N
 
 def _short(name: str, limit: int = 26) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+@contextmanager
+def _drawing(name: str, height: float) -> Iterator[Figure]:
+    """Hand out an empty drawing in the page's style; `height` in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        yield Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def _svg(figure: Figure, name: str) -> Markup:
