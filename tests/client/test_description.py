@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def refusal(folder: Path, block: object) -> str:
     assert "\n" not in message
     assert str(path) in message
     return message
+
+
+@pytest.mark.parametrize("key", ["manifest", "images"])
+def test_a_pipe_in_place_of_a_file_is_refused_instead_of_being_waited_for(folder: Path, key: str) -> None:
+    os.mkfifo(folder / "pipe")
+    expected = "is a pipe or a device; expected a file" if key == "manifest" else "neither a folder nor a whole zip"
+    assert expected in refusal(folder, csv_block(**{key: "pipe"}))
 
 
 def test_a_minimal_csv_description_has_the_documented_defaults(folder: Path) -> None:
@@ -164,6 +172,7 @@ def test_all_wrong_keys_are_reported_together(folder: Path) -> None:
     [
         ({"format": "dicom"}, "key 'manifest' is missing"),
         ({"format": "phantom"}, "phantoms need no data file"),
+        ({"format": "CSV"}, "found 'CSV' (did you mean 'csv'?)"),
         ({"format": "cvs"}, "found 'cvs' (did you mean 'csv'?); expected csv, dicom, folders or npz"),
         ({"formt": "csv"}, "key 'format' is missing (there is 'formt')"),
         ({"format": ["csv"]}, "expected csv, dicom, folders or npz"),

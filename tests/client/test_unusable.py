@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,19 @@ def test_linked_folders_are_followed_and_a_circle_of_links_has_an_end(tmp_path: 
 
 
 # --- tables ---
+
+
+@pytest.mark.parametrize("unending", ["pipe", "device", "link to nothing"])
+def test_what_is_no_file_is_not_found_instead_of_being_waited_for(tmp_path: Path, unending: str) -> None:
+    place = tmp_path / "a.png"
+    if unending == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/zero" if unending == "device" else tmp_path / "nothing")
+    with ImageStore(tmp_path) as store:
+        assert store.members == ()
+        with pytest.raises(ImageProblem, match="no such file"):
+            store.find("a.png")
 
 
 @pytest.mark.parametrize(
