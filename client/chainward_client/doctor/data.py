@@ -21,7 +21,7 @@ from chainward_client.data.description import ImageShape
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import Manifest
 from chainward_client.data.site_data import SPLITS, SiteData
-from chainward_client.data.sources import local_site, read_table
+from chainward_client.data.sources import local_site, number_of, read_table
 from chainward_client.data.unusable import ImageProblem, UnusableFiles
 from chainward_client.doctor.machine import size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
@@ -106,8 +106,8 @@ def check_counts(data: SiteData) -> list[Check]:
         counts = ", ".join(
             f"{name} {count}" for name, count in zip(data.classes, data.class_counts(split), strict=True)
         )
-        patients = f" of {len(np.unique(cases.patients))} patients" if data.has_patient_ids else ""
-        found = f"{len(cases)} images{patients}: {counts}"
+        patients = f" of {number_of(len(np.unique(cases.patients)), 'patient')}" if data.has_patient_ids else ""
+        found = f"{number_of(len(cases), 'image')}{patients}: {counts}"
         if len(cases):
             checks.append(ok(f"cases: {split}", found))
         else:
