@@ -8,13 +8,16 @@ from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import SiteCard, SitePrivacy
 
 
-def site_card(data: SiteData, policy: PrivacyPolicy | None, privacy: SitePrivacy | None) -> SiteCard:
+def site_card(
+    data: SiteData, policy: PrivacyPolicy | None, privacy: SitePrivacy | None, *, secure_sums: bool = False
+) -> SiteCard:
     """Return the card of a site: with a policy whose metrics are not "exact" it holds nothing that was counted but the
     units of the training data, declared or rounded.
 
     Parameters
     ----------
     privacy : what the site says of its policy; None where it has none
+    secure_sums : whether the site gives sums in secure sums alone
     """
     image = data.splits["train"].images
     told = policy is None or policy.metrics == "exact"
@@ -31,4 +34,5 @@ def site_card(data: SiteData, policy: PrivacyPolicy | None, privacy: SitePrivacy
         synthetic=data.synthetic,
         notes=list(data.notes) if told else [],
         privacy=privacy,
+        secure_sums=secure_sums,
     )

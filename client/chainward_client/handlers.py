@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -40,15 +41,24 @@ from chainward_shared.protocol import (
     HelloRequest,
     LinkResult,
     LinkTask,
+    MaskedSum,
     SitePrivacy,
+    StatisticsResult,
     StatisticsTask,
     StudentResult,
     StudentTask,
+    SumKeys,
+    SumKeysTask,
+    SumSharesTask,
+    SumTask,
+    SumUnmaskTask,
     TrainingLog,
+    fingerprint,
     kind_of,
     pack,
     unpack,
 )
+from chainward_shared.secure_sums import as_tensor, fixed_point, flat
 from chainward_shared.weights import StateDict, digest, rounded, to_arrays
 
 logger = logging.getLogger("chainward.client")
@@ -99,8 +109,11 @@ def query(message: Message, node: Node) -> RecordDict:
         task, arrays = unpack(content, BaseTask)
         name, bases = node.bases(task)
         return pack(bases.answer(task, arrays.get("piece"), name))
+    if (step := _SUM_STEPS.get(kind_of(content))) is not None:
+        return step(content, node)
     site = node.open(unpack(content, CardRequest)[0].simulated)
-    return pack(site_card(site.data, site.policy, _site_privacy(site)))
+    required = site.secure_sums is not None and site.secure_sums.required
+    return pack(site_card(site.data, site.policy, _site_privacy(site), secure_sums=required))
 
 
 def _site_privacy(site: OpenSite) -> SitePrivacy | None:
@@ -247,17 +260,64 @@ def score(message: Message, node: Node) -> RecordDict:
 
 
 def statistics(message: Message, node: Node) -> RecordDict:
-    """Sum up a model's embeddings of this site's labelled images."""
+    """Sum up a model's embeddings of this site's labelled images; masked, where a secure sum is asked for."""
+    if kind_of(message.content) == SumTask.KIND:
+        return _masked_sum(message, node)
     task, arrays = unpack(message.content, StatisticsTask)
     with node.at_work_on(task, message.metadata.ttl) as site:
-        check_architecture(task.architecture, site.described)
-        admit_statistics(site.policy)
-        base = site.bases.load(task.architecture)
-        state = incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
-        if site.scores is not None and not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores):
+        if site.secure_sums is not None and site.secure_sums.required:
             raise PolicyRefusal(
-                "the hospital answers questions about no more models in this run, or today (scores.per_run, scores.per_day in "
-                "its site.yaml)"
+                "this site gives sums in secure sums alone (secure_sums.required in its site.yaml); set federation.secure-sums"
             )
-        result, sums = sums_of(task, site.data, state, site.limits, site.features)
+        result, sums = _sums(task, arrays, site)
         return pack(result, {"sums": to_arrays(sums)})
+
+
+def _sums(task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> tuple[StatisticsResult, StateDict]:
+    check_architecture(task.architecture, site.described)
+    admit_statistics(site.policy)
+    base = site.bases.load(task.architecture)
+    state = incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
+    if site.scores is not None and not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores):
+        raise PolicyRefusal(
+            "the hospital answers questions about no more models in this run, or today (scores.per_run, scores.per_day in "
+            "its site.yaml)"
+        )
+    return sums_of(task, site.data, state, site.limits, site.features)
+
+
+def _masked_sum(message: Message, node: Node) -> RecordDict:
+    task, arrays = unpack(message.content, SumTask)
+    statistics = task.statistics.model_copy(update={"simulated": task.simulated})
+    with node.at_work_on(statistics, message.metadata.ttl) as site:
+        if task.round.task != fingerprint(statistics):
+            raise ProtocolError("the sites have agreed on another sum than the one that is asked for")
+
+        def numbers() -> np.ndarray:
+            return fixed_point(flat(_sums(statistics, arrays, site)[1]), len(task.round.members))
+
+        found = site.participation(task.round).mask(task.round, task.shares, numbers)
+        return pack(MaskedSum(site=site.site), {"sum": to_arrays({"sum": as_tensor(found)})})
+
+
+def _sum_keys(content: RecordDict, node: Node) -> RecordDict:
+    task, _ = unpack(content, SumKeysTask)
+    return pack(SumKeys(offer=node.open(task.simulated).participation(task.round).offer(task.round)))
+
+
+def _sum_shares(content: RecordDict, node: Node) -> RecordDict:
+    task, _ = unpack(content, SumSharesTask)
+    return pack(node.open(task.simulated).participation(task.round).share(task.round, task.offers))
+
+
+def _sum_unmasking(content: RecordDict, node: Node) -> RecordDict:
+    task, _ = unpack(content, SumUnmaskTask)
+    return pack(node.open(task.simulated).participation(task.round).unmask(task.round, task.answered))
+
+
+_SUM_STEPS = {
+    SumKeysTask.KIND: _sum_keys,
+    SumSharesTask.KIND: _sum_shares,
+    SumUnmaskTask.KIND: _sum_unmasking,
+}
+"""The steps of a secure sum for which no data are read."""

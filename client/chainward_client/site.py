@@ -19,12 +19,15 @@ from chainward_client.private_site import PrivateSite
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.request_check import Described, require_class_names
 from chainward_client.score_limits import ScoreLimits
-from chainward_client.site_key import site_key
+from chainward_client.secure_sums import Participation, SecureSums
+from chainward_client.site_key import identity, site_key
+from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
-from chainward_shared.errors import DataError, nearest
+from chainward_shared.errors import DataError, PolicyRefusal, nearest
 from chainward_shared.outside import SiteId
 from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.policy import PrivacyPolicy
+from chainward_shared.protocol import Round
 from chainward_shared.words import first_problem
 
 
@@ -39,6 +42,7 @@ class SiteConfig(BaseModel):
     privacy : the site's rules on privacy; without, it takes part in runs without privacy only
     limits : what a run may ask of the site's machines, default as `SiteLimits` says
     scores : what of exact scores may leave, default as `ScoreLimits` says
+    secure_sums : with whom the site adds up numbers that nobody sees, default nobody
     features_gb : gigabytes that the kept output of frozen trunks may take; 0: nothing is kept
     weights : only-reviewed: models start from pretrained weights only where the site's own weights store has them
 
@@ -53,6 +57,7 @@ class SiteConfig(BaseModel):
     privacy: PrivacyPolicy | None = None
     limits: SiteLimits = SiteLimits()
     scores: ScoreLimits = ScoreLimits()
+    secure_sums: SecureSums | None = None
     weights: WeightsPolicy = "any"
     features_gb: float = Field(4.0, ge=0, le=1e6, allow_inf_nan=False)
 
@@ -81,6 +86,7 @@ class OpenSite:
     state_dir : where it keeps its state
     policy : its privacy policy, if it has one
     scores : what of exact scores may leave; None in a simulation: all
+    secure_sums : with whom it takes part in secure sums; None in a simulation: with all
     simulated : its ledger is made where there is none
     """
 
@@ -90,6 +96,7 @@ class OpenSite:
     state_dir: Path
     policy: PrivacyPolicy | None = None
     scores: ScoreLimits | None = None
+    secure_sums: SecureSums | None = None
     simulated: bool = False
     pretrained: Bases | None = None
     features_gb: float = 4.0
@@ -117,6 +124,26 @@ class OpenSite:
             The site's secret can't be read or made.
         """
         return self.read()
+
+    def participation(self, round_: Round) -> Participation:
+        """Return the site's part in a secure sum.
+
+        Raises
+        ------
+        PolicyRefusal
+            The site takes part in none.
+        """
+        if self.secure_sums is None and not self.simulated:
+            raise PolicyRefusal(
+                "this site takes part in no secure sums: its site.yaml has no secure_sums block with the keys of its partners"
+            )
+        return Participation(
+            SiteStore(self.state_dir, round_.run_id).secure_sum(round_.task),
+            self.state_dir / "privacy" / "secure-sums.json",
+            self.site,
+            self.secure_sums,
+            None if self.simulated else lambda: identity(self.state_dir),
+        )
 
     def open_privacy(self) -> PrivateSite | None:
         """Return what the site's private work needs, its ledger verified; None without a policy.
@@ -165,6 +192,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "privacy": PrivacyPolicy,
     "limits": SiteLimits,
     "scores": ScoreLimits,
+    "secure_sums": SecureSums,
 }
 
 
@@ -193,6 +221,7 @@ def open_site(site_yaml: Path) -> OpenSite:
         state_dir,
         config.privacy,
         config.scores,
+        config.secure_sums,
         pretrained=config.bases(site_yaml),
         features_gb=config.features_gb,
         limits=config.limits,

@@ -100,6 +100,10 @@ class SiteStore:
         """Return the lock that whoever works on a task holds; `task`: its fingerprint."""
         return WorkLock(self.folder / f"at-work-{task[:32]}.lock")
 
+    def secure_sum(self, task: str) -> Path:
+        """Return where the site's part in the secure sum of a task is kept; `task`: its fingerprint."""
+        return self.folder / f"sum-{task[:32]}.json"
+
     def save_auxiliary(self, state: StateDict, architecture: Architecture, after_round: int) -> None:
         """Keep the auxiliary teacher as it is after `after_round` (1-based; 0: as it was selected).
 
@@ -157,7 +161,9 @@ def _is_run(folder: Path) -> bool:
         return False
     names = [path.name for path in folder.iterdir()]
     return bool(names) and all(
-        re.fullmatch(r"(\w+-task-\w+|auxiliary-round-\d+|half-\w+)\.safetensors.*|at-work-\w+\.lock", name)
+        re.fullmatch(
+            r"(\w+-task-\w+|auxiliary-round-\d+|half-\w+)\.safetensors.*|at-work-\w+\.lock|sum-\w+\.(json|lock)", name
+        )
         for name in names
     )
 

@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord
 
 from chainward_server.delivery import Delivery
 from chainward_server.exchange import Exchange, Reply, Request
-from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
+from chainward_server.secure_sums import SecureSum
+from chainward_server.sites import Failure, Result, Scored, Sites, Summed, Task, Trained, Work
 from chainward_shared.config import FederationConfig
 from chainward_shared.discriminant import sums_template
 from chainward_shared.errors import WeightsError
@@ -93,6 +94,19 @@ class FlowerSites(Sites):
         deadline = self.federation.hop_deadline * (len(work) if self.simulated else 1)
         return self._train("evaluate.statistics", work, StatisticsResult, "sums", deadline, self.federation.patience)
 
+    def summed(self, work: Mapping[str, Work[StatisticsTask]]) -> Summed:
+        task = next(iter(work.values())).task
+        return SecureSum(
+            self.exchange,
+            work,
+            sums_template(task.architecture.num_classes, check_head(task.architecture)),
+            lambda site: self._models(work[site]),
+            threshold=self.federation.secure_threshold,
+            deadline=self.federation.hop_deadline * (len(work) if self.simulated else 1),
+            brief=self.federation.deadline,
+            patience=self.federation.patience,
+        ).run()
+
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
         requests = {site: self._request("evaluate", site, one) for site, one in work.items()}
         replies = self.exchange.ask(requests, EvaluateResult, self.federation.hop_deadline)
@@ -126,8 +140,12 @@ class FlowerSites(Sites):
 
     def _request(self, message_type: str, site: str, work: Work[Task]) -> Request:
         task = work.task.model_copy(update={"simulated": self.exchange.members[site].simulated})
-        models = {name: to_arrays(travelling(state, _architecture(task, name))) for name, state in work.models.items()}
-        return Request(message_type, task, models)
+        return Request(message_type, task, self._models(work))
+
+    def _models(self, work: Work[Task]) -> dict[str, ArrayRecord]:
+        return {
+            name: to_arrays(travelling(state, _architecture(work.task, name))) for name, state in work.models.items()
+        }
 
     def _tensors(self, arrays: ArrayRecord, task: LinkTask | StudentTask | EvaluateTask | StatisticsTask) -> StateDict:
         """Return the model of which the part that was trained came; of a statistics task, the sums."""

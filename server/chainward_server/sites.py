@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from chainward_shared.errors import ChainwardError
 from chainward_shared.evaluation.classification import PredictionCounts
 from chainward_shared.models import Architecture
 from chainward_shared.outside import Shown
@@ -27,6 +28,15 @@ from chainward_shared.protocol import (
     StudentTask,
 )
 from chainward_shared.weights import StateDict
+
+
+class TooFewSitesError(ChainwardError):
+    """A secure sum ended before it was known. `failed`: why sites are missing."""
+
+    def __init__(self, reason: str, failed: Mapping[str, Failure]) -> None:
+        super().__init__(reason)
+        self.failed = dict(failed)
+
 
 Task = TypeVar("Task", LinkTask, StudentTask, EvaluateTask, StatisticsTask)
 Result = TypeVar("Result", LinkResult, StudentResult, StatisticsResult)
@@ -81,6 +91,21 @@ class Failure(Shown):
     bytes_up: int = 0
 
 
+@dataclass(frozen=True)
+class Summed:
+    """What the tensors of several sites add up to, where those of a single site are never seen.
+
+    `sites`: whose they are; `failed`: why others are missing. Seconds and bytes as of `Trained`, of all sites.
+    """
+
+    state: StateDict
+    sites: list[str]
+    failed: Mapping[str, Failure]
+    seconds: float
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
 class Sites(ABC):
     """The hospitals that take part.
 
@@ -130,6 +155,16 @@ class Sites(ABC):
         self, work: Mapping[str, Work[StatisticsTask]]
     ) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
         """Have each site that `work` names sum up a model's embeddings, and yield the sums as they come."""
+
+    @abstractmethod
+    def summed(self, work: Mapping[str, Work[StatisticsTask]]) -> Summed:
+        """Return what the sums of the sites that `work` names add up to, by a secure sum (`chainward_shared.secure_sums`).
+
+        Raises
+        ------
+        TooFewSitesError
+            Those that took part to the end are too few for one.
+        """
 
     @abstractmethod
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chainward_client.admission import admit_statistics, admitted
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
@@ -17,10 +19,11 @@ from chainward_client.statistics import sums_of
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
-from chainward_server.sites import Failure, Result, Scored, Sites, Task, Trained, Work
+from chainward_server.sites import Failure, Result, Scored, Sites, Summed, Task, TooFewSitesError, Trained, Work
 from chainward_shared.errors import ChainwardError, PolicyRefusal
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.protocol import (
+    FEWEST_SITES,
     EvaluateResult,
     EvaluateTask,
     LinkResult,
@@ -34,6 +37,7 @@ from chainward_shared.protocol import (
     TrainingLog,
     fingerprint,
 )
+from chainward_shared.secure_sums import fixed_point, flat, real_numbers, shaped
 from chainward_shared.weights import StateDict, digest, rounded
 
 
@@ -87,6 +91,16 @@ class InProcessSites(Sites):
         self, work: Mapping[str, Work[StatisticsTask]]
     ) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
         return ((site, self._answer(site, one, self._sums)) for site, one in work.items())
+
+    def summed(self, work: Mapping[str, Work[StatisticsTask]]) -> Summed:
+        answers = dict(self.statistics(work))
+        models = {site: answer.model for site, answer in answers.items() if isinstance(answer, Trained)}
+        failed = {site: answer for site, answer in answers.items() if isinstance(answer, Failure)}
+        if len(models) < FEWEST_SITES:
+            raise TooFewSitesError(f"{len(models)} sites have answered; a secure sum takes {FEWEST_SITES}", failed)
+        total = sum(fixed_point(flat(model), len(work)) for model in models.values())
+        state = shaped(real_numbers(np.asarray(total)), next(iter(models.values())))
+        return Summed(state, list(models), failed, sum(answer.seconds for answer in answers.values()))
 
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
         return {site: self._scored(site, one) for site, one in work.items()}

@@ -29,9 +29,23 @@ from chainward_shared.protocol.joining import (
     Split,
 )
 from chainward_shared.protocol.scoring import EvaluateResult, EvaluateTask, StatisticsResult, StatisticsTask
+from chainward_shared.protocol.summing import (
+    FEWEST_SITES,
+    MaskedSum,
+    Offer,
+    Round,
+    SumKeys,
+    SumKeysTask,
+    SumShares,
+    SumSharesTask,
+    SumTask,
+    SumUnmasking,
+    SumUnmaskTask,
+)
 from chainward_shared.protocol.training import LinkResult, LinkTask, StudentResult, StudentTask, TrainingLog
 
 __all__ = [
+    "FEWEST_SITES",
     "MAX_BODY",
     "PROTOCOL_VERSION",
     "AtWork",
@@ -46,7 +60,10 @@ __all__ = [
     "HelloRequest",
     "LinkResult",
     "LinkTask",
+    "MaskedSum",
+    "Offer",
     "Refusal",
+    "Round",
     "SimulatedSite",
     "SiteCard",
     "SitePrivacy",
@@ -56,6 +73,13 @@ __all__ = [
     "StatisticsTask",
     "StudentResult",
     "StudentTask",
+    "SumKeys",
+    "SumKeysTask",
+    "SumShares",
+    "SumSharesTask",
+    "SumTask",
+    "SumUnmaskTask",
+    "SumUnmasking",
     "TrainingLog",
     "fingerprint",
     "kind_of",

@@ -100,7 +100,8 @@ class SitePrivacy(BaseModel):
 class SiteCard(Body):
     """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`; multi-label: the
     images with each finding. A site with a privacy policy (`privacy`) whose metrics are not "exact" declares the units of
-    its training data in `train`, and nothing of the rest: None, no counts, no notes."""
+    its training data in `train`, and nothing of the rest: None, no counts, no notes. `secure_sums`: it gives sums in secure
+    sums alone."""
 
     KIND: ClassVar[str] = "site-card"
 
@@ -116,6 +117,7 @@ class SiteCard(Body):
     synthetic: bool
     notes: Lines
     privacy: SitePrivacy | None = None
+    secure_sums: bool = False
 
 
 class BaseTask(Body):

@@ -1,0 +1,370 @@
+"""A site's part in a secure sum: what it takes part in, what it keeps between the messages, and what it answers only once.
+
+Whoever coordinates is not trusted with anything here. With a site's keys signed, and its partners' known from site.yaml, it
+can't take a partner's place. From two sums over nearly the same model, one of them without one site, the numbers of that site
+would follow: so a site remembers over which sites it has unmasked sums, and refuses one that would single a site out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainward_shared.errors import PolicyRefusal, ProtocolError, StoreError
+from chainward_shared.files import write_atomically
+from chainward_shared.outside import SiteId
+from chainward_shared.privacy.signing import fingerprint as key_fingerprint
+from chainward_shared.protocol import (
+    FEWEST_SITES,
+    Offer,
+    Round,
+    SumShares,
+    SumUnmasking,
+)
+from chainward_shared.secure_sums import (
+    Secrets,
+    fewest_answers,
+    is_genuine,
+    masked,
+    offered,
+    opened,
+    shares_for_others,
+)
+from chainward_shared.words import first_problem, listed
+
+logger = logging.getLogger("chainward.client")
+
+
+LONGEST_ANSWER = 60.0
+"""Seconds that a question waits for another one about the same sum."""
+
+
+class SecureSums(BaseModel):
+    """The `secure_sums` block of site.yaml: with whom the site adds up numbers that nobody sees.
+
+    Attributes
+    ----------
+    partners : the other sites, each with the fingerprint of its key, ``SHA256:...``, as `chainward-site keys` prints it there
+    required : whether sums that are not secure are refused, default false
+    fewest : sites that a sum goes over at least, default 3
+    differences : whether sums may be unmasked from whose differences the numbers of a single site follow if the models are
+        much alike, default false: once there was a sum over all, there is none with one site missing
+    threshold : share of the members more than which it takes to unmask a sum, default 0.5. A coordinator and k members that are
+        in league with it learn no number of a single site as long as k is at most (2 threshold - 1) times the members
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    partners: dict[SiteId, str] = Field(min_length=FEWEST_SITES - 1, max_length=10_000)
+    required: bool = False
+    fewest: int = Field(FEWEST_SITES, ge=FEWEST_SITES, le=10_000)
+    differences: bool = False
+    threshold: float = Field(0.5, ge=0.5, lt=1, allow_inf_nan=False)
+
+
+class _Kept(BaseModel):
+    """What a site keeps of a round. `secrets` are forgotten when the masks have been taken off."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    round: Round
+    secrets: Secrets | None
+    offers: list[Offer] | None = None
+    shares: SumShares | None = None
+    received: dict[SiteId, str] | None = None
+    unmasking: SumUnmasking | None = None
+
+
+class Participation:
+    """One site's part in the secure sum of one task.
+
+    Parameters
+    ----------
+    file : where it is kept between the messages, of which each may reach another process
+    given : where the site remembers over which sites it has unmasked sums, in all runs
+    site : id of the site
+    terms : what the site takes part in; None in a simulation, whose sites know each other
+    identity : returns the key that the site signs with; None in a simulation
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        given: Path,
+        site: str,
+        terms: SecureSums | None,
+        identity: Callable[[], Ed25519PrivateKey] | None,
+    ) -> None:
+        self.file, self.site, self.terms, self._identity = file, site, terms, identity
+        self._given = _Given(given)
+
+    def offer(self, round_: Round) -> Offer:
+        """Take part in a round: return public keys for it. A later attempt ends the ones before it.
+
+        Raises
+        ------
+        PolicyRefusal
+            The site's terms don't allow it.
+        ProtocolError
+            It is another round than the one that the site has begun.
+        """
+        self._admit(round_)
+        with self._alone():
+            kept = self._load()
+            if kept is None or kept.round.attempt < round_.attempt:
+                kept = _Kept(round=round_, secrets=Secrets.new())
+                self._save(kept)
+        secrets = self._secrets(kept)
+        self._same(kept, round_)
+        return offered(secrets, round_, self.site, self._identity() if self._identity else None)
+
+    def share(self, round_: Round, offers: Sequence[Offer]) -> SumShares:
+        """Return the shares of the site's secrets for each of the sites that take part.
+
+        Raises
+        ------
+        PolicyRefusal
+            They are too few, or one of them is not who it says.
+        ProtocolError
+            The site was given other keys before.
+        """
+        with self._alone():
+            kept = self._begun(round_)
+            if kept.shares is None:
+                self._check_offers(kept, offers)
+                shares = shares_for_others(self._secrets(kept), round_, self.site, offers)
+                kept.offers, kept.shares = list(offers), SumShares(site=self.site, shares=shares)
+                self._save(kept)
+            elif kept.offers != list(offers):
+                raise ProtocolError(f"site '{self.site}' has shared its secrets out among other keys in this round")
+            return kept.shares
+
+    def mask(self, round_: Round, received: dict[str, str], numbers: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the site's numbers, masked, uint64.
+
+        Parameters
+        ----------
+        received : what the others have sent this site, by sender
+        numbers : returns the numbers, fixed-point
+
+        Raises
+        ------
+        PolicyRefusal
+            Too few sites take part.
+        ProtocolError
+            The shares can't be read, or the site was given others before.
+        """
+        with self._alone():
+            kept = self._begun(round_)
+            if kept.offers is None:
+                raise ProtocolError(f"site '{self.site}' has not shared its secrets out in this round yet")
+            if kept.received is None:
+                if strangers := sorted(set(received) - {offer.site for offer in kept.offers}):
+                    raise ProtocolError(f"there are shares of site '{strangers[0]}', which takes no part in this round")
+                self._enough(round_, received, "have sent shares")
+                opened(self._secrets(kept), self.site, kept.offers, received)
+                kept.received = dict(received)
+                self._save(kept)
+            elif kept.received != dict(received):
+                raise ProtocolError(f"site '{self.site}' was given other shares in this round before")
+        return masked(numbers(), self._secrets(kept), self.site, kept.offers, kept.received)
+
+    def unmask(self, round_: Round, answered: Sequence[str]) -> SumUnmasking:
+        """Return the shares that take the masks off the sum over the sites that have answered. Then nothing more is given.
+
+        Raises
+        ------
+        PolicyRefusal
+            Too few sites have answered, or the site has unmasked another sum.
+        ProtocolError
+            The site has masked nothing, or is not among those that have answered.
+        """
+        with self._alone():
+            kept = self._begun(round_)
+            if kept.received is None or kept.offers is None:
+                raise ProtocolError(f"site '{self.site}' has masked nothing in this round yet")
+            if kept.unmasking is None:
+                if unknown := sorted(set(answered) - set(kept.received)):
+                    raise ProtocolError(f"site '{unknown[0]}' is said to have answered, and has no part in this sum")
+                self._enough(round_, answered, "have answered")
+                if self.terms is not None and not self.terms.differences:
+                    self._given.add(answered)
+                held = opened(self._secrets(kept), self.site, kept.offers, kept.received)
+                kept.unmasking = SumUnmasking(
+                    site=self.site,
+                    seeds={site: held[site].seed.hex() for site in sorted(answered)},
+                    keys={site: held[site].key.hex() for site in sorted(set(held) - set(answered))},
+                )
+                kept.secrets = None
+                self._save(kept)
+            elif set(kept.unmasking.seeds) != set(answered):
+                raise PolicyRefusal(
+                    f"site '{self.site}' has unmasked the sum '{round_.hop}' over other sites; it does so once"
+                )
+            return kept.unmasking
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Let no other process of the site answer for this sum meanwhile: two could each unmask another one."""
+        return _locked(self.file)
+
+    def _admit(self, round_: Round) -> None:
+        if self.site not in round_.members or len(set(round_.members)) != len(round_.members):
+            raise ProtocolError(f"the members of this sum must be different sites, and '{self.site}' one of them")
+        share = 0.5 if self.terms is None else self.terms.threshold
+        least = fewest_answers(len(round_.members), share)
+        if round_.threshold < least or round_.threshold > len(round_.members):
+            raise PolicyRefusal(
+                f"this sum can be unmasked by {round_.threshold} of {len(round_.members)} sites; site '{self.site}' wants it "
+                f"to take {least} (secure_sums.threshold in its site.yaml, and federation.secure-threshold of the run)"
+            )
+        self._enough(round_, round_.members, "take part")
+        if self.terms is None:
+            return
+        strangers = [site for site in round_.members if site != self.site and site not in self.terms.partners]
+        if strangers:
+            raise PolicyRefusal(
+                f"site '{self.site}' does not know the key of {listed(strangers)} (secure_sums.partners in its site.yaml), so "
+                "anyone could stand in for it"
+            )
+
+    def _enough(self, round_: Round, sites: Collection[str], what: str) -> None:
+        fewest = max(FEWEST_SITES if self.terms is None else self.terms.fewest, round_.threshold)
+        if self.site not in sites or len(set(sites)) < fewest:
+            raise PolicyRefusal(
+                f"{len(set(sites))} sites {what}; site '{self.site}' adds its numbers to those of others where they are at least "
+                f"{fewest}, itself among them"
+            )
+
+    def _check_offers(self, kept: _Kept, offers: Sequence[Offer]) -> None:
+        names = [offer.site for offer in offers]
+        if len(set(names)) != len(names) or not set(names) <= set(kept.round.members):
+            raise ProtocolError("the keys must be those of different members of this sum")
+        self._enough(kept.round, names, "have named their keys")
+        keys = [key for offer in offers for key in (offer.channel, offer.mask)]
+        if len(set(keys)) != len(keys):
+            raise ProtocolError("two of the keys are the same")
+        mine = self._secrets(kept)
+        for offer in offers:
+            if offer.site == self.site:
+                own = offered(mine, kept.round, self.site)
+                if (offer.channel, offer.mask) != (own.channel, own.mask):
+                    raise ProtocolError(f"these are not the keys that site '{self.site}' has named")
+            elif self.terms is not None:
+                self._recognise(offer, kept.round)
+
+    def _recognise(self, offer: Offer, round_: Round) -> None:
+        assert self.terms is not None
+        known = self.terms.partners.get(offer.site, "")
+        if not is_genuine(offer, round_) or offer.identity is None or key_fingerprint(offer.identity) != known:
+            raise PolicyRefusal(
+                f"the keys of site '{offer.site}' are not signed by the key that site '{self.site}' knows it by ({known}); "
+                "somebody may be standing in for it, or secure_sums.partners in the site.yaml is out of date"
+            )
+
+    def _begun(self, round_: Round) -> _Kept:
+        kept = self._load()
+        if kept is None:
+            raise ProtocolError(f"site '{self.site}' has named no keys for this sum; it starts with them")
+        self._same(kept, round_)
+        return kept
+
+    def _same(self, kept: _Kept, round_: Round) -> None:
+        if kept.round != round_:
+            raise ProtocolError(f"site '{self.site}' takes part in another round of the sum '{round_.hop}'")
+
+    def _secrets(self, kept: _Kept) -> Secrets:
+        if kept.secrets is None:
+            raise ProtocolError(f"for site '{self.site}' this round of the sum '{kept.round.hop}' is over")
+        return kept.secrets
+
+    def _load(self) -> _Kept | None:
+        return _read(self.file, _Kept)
+
+    def _save(self, kept: _Kept) -> None:
+        _write(self.file, kept)
+
+
+class _Sets(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    sets: list[list[SiteId]] = Field(default_factory=list)
+
+
+class _Given:
+    """The sets of sites over which a site has unmasked sums."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def add(self, answered: Collection[str]) -> None:
+        """Note a set, unless some sums of those known and this one are the numbers of a single site.
+
+        Raises
+        ------
+        PolicyRefusal
+            They are.
+        StoreError
+            The file can't be read or written.
+        """
+        with _locked(self.file):
+            known = _read(self.file, _Sets) or _Sets()
+            new = sorted(set(answered))
+            if new in known.sets:
+                return
+            if alone := _singled_out([*known.sets, new]):
+                raise PolicyRefusal(
+                    f"from this sum and earlier ones the numbers of site '{alone}' alone would follow if the models are alike; "
+                    "wait until the same sites are there as before (or set secure_sums.differences: true in each site.yaml)"
+                )
+            known.sets.append(new)
+            _write(self.file, known)
+
+
+def _singled_out(sets: Sequence[Sequence[str]]) -> str | None:
+    """Return a site whose numbers alone are a combination of the sums over these sets; None where there is none."""
+    sites = sorted({site for members in sets for site in members})
+    sums = np.array([[float(site in members) for site in sites] for members in sets])
+    rank = np.linalg.matrix_rank(sums)
+    for site, alone in zip(sites, np.eye(len(sites)), strict=True):
+        if np.linalg.matrix_rank(np.vstack([sums, alone])) == rank:
+            return site
+    return None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(file.with_suffix(".lock"), timeout=LONGEST_ANSWER, mode=0o600)
+        lock.acquire()
+    except OSError as error:
+        raise StoreError(f"{file.parent}: can't be written ({error}); free space or fix its rights") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(file: Path, model: type[M]) -> M | None:
+    try:
+        return model.model_validate_json(file.read_bytes()) if file.exists() else None
+    except (OSError, ValidationError) as error:
+        raise StoreError(f"{file}: damaged ({first_problem(error)}); restore it from a backup") from error
+
+
+def _write(file: Path, model: BaseModel) -> None:
+    try:
+        write_atomically(file, model.model_dump_json().encode(), mode=0o600)
+    except OSError as error:
+        raise StoreError(f"{file}: can't be written ({error.strerror}); free space or fix its rights") from error
