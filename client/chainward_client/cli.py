@@ -16,7 +16,7 @@ import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from chainward_client.site import load_site_config
-from chainward_client.site_key import site_key, site_key_path
+from chainward_client.site_key import identity, site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
 from chainward_shared.console import PlainConsole, speak_plainly
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
@@ -29,7 +29,7 @@ from chainward_shared.privacy.findings import Audit, Finding
 from chainward_shared.privacy.ledger_format import named_key_and_site
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import read_privacy_record
-from chainward_shared.privacy.signing import fingerprint, load_public_key, public_key_path
+from chainward_shared.privacy.signing import fingerprint, load_public_key, public_key_path, public_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = PlainConsole()
@@ -58,7 +58,7 @@ app.add_typer(
 
 @app.command()
 def keys(site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")]) -> None:
-    """Make the site's secret, key pair and privacy ledger, if it has none; print the public key's fingerprint."""
+    """Make the site's secret, key pair and privacy ledger, if it has none; print the fingerprints of its keys."""
     config = load_site_config(site_yaml)
     state = config.state_dir(site_yaml)
     ledger = create_site_ledger(state, config.site)
@@ -71,6 +71,13 @@ def keys(site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")
     )
     console.print(f"public key   {public_key_path(key_path(state))}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"fingerprint  {fingerprint(ledger.public_key)}", markup=False, highlight=False, soft_wrap=True)
+    partner = f"{config.site}: {fingerprint(public_text(identity(state)))}"
+    console.print(
+        f"for partners {partner}  (secure_sums.partners in their site.yaml)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _on_a_terminal() -> bool:

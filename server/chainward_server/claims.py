@@ -90,12 +90,13 @@ def check_counted(scores: Mapping[Any, Scores], card: SiteCard) -> None:
             raise ProtocolError(f"it scored {found.n} images of '{split}'; at most {most} follow from its card")
 
 
-def check_sums(sums: HeadSums, split: Split, stated: int, card: SiteCard) -> None:
+def check_sums(sums: HeadSums, split: Split, stated: int, card: SiteCard, *, rounding: float = 0.0) -> None:
     """Check that sums over embeddings can be those of a site's images.
 
     Parameters
     ----------
     stated : how many images they go over, in the site's own words
+    rounding : by how much sums over the classes may differ from those over all images beside floating-point errors
 
     Raises
     ------
@@ -116,20 +117,20 @@ def check_sums(sums: HeadSums, split: Split, stated: int, card: SiteCard) -> Non
             raise ProtocolError(
                 f"its sums go over {float(counts[place]):g} images of '{split}' of class '{card.classes[place]}'; it has {known}"
             )
-    _check_moments(sums, split, multilabel=card.task == "multilabel")
+    _check_moments(sums, split, multilabel=card.task == "multilabel", rounding=rounding)
 
 
-def _check_moments(sums: HeadSums, split: Split, *, multilabel: bool) -> None:
+def _check_moments(sums: HeadSums, split: Split, *, multilabel: bool, rounding: float) -> None:
     images, size = float(sums.images), len(sums.total)
     if not multilabel:
-        apart = (sums.sums.sum(dim=0) - sums.total).abs() > 1e-6 * (1 + sums.total.abs())
+        apart = (sums.sums.sum(dim=0) - sums.total).abs() > 1e-6 * (1 + sums.total.abs()) + rounding
         if float(sums.counts.sum()) != images or bool(apart.any()):
             raise ProtocolError(f"its sums over the classes of '{split}' don't come to its sums over all images")
     total = sums.total.numpy()
     level = float(sums.second_moments.trace())
     around = sums.second_moments - np.outer(total, total) / max(1.0, images) if sums.weights is None else sums.scatter()
     lowest = float(np.linalg.eigvalsh(around)[0])
-    if level > LARGEST**2 * images * size or lowest < -1e-6 * (level + 1e-9):
+    if level > LARGEST**2 * images * size or lowest < -1e-6 * (level + 1e-9) - size * rounding:
         raise ProtocolError(f"no {images:g} images of '{split}' have such sums and second moments")
 
 

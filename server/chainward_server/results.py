@@ -199,13 +199,14 @@ def largest_influence(rounds: Sequence[StudentRound]) -> LargestInfluence | None
 
 class HeadRecord(Progressing):
     """One statistics round: the model's head, out of the sums of all sites. `failed`: site -> why it is missing from them;
-    `images`, `validation`: over how many they go; `shrinkage`: of the covariance; `temperature`: of the logits; `metrics`: of
-    the model with that head."""
+    `secure`: nobody has seen those of a single site; `images`, `validation`: over how many they go; `shrinkage`: of the
+    covariance; `temperature`: of the logits; `metrics`: of the model with that head."""
 
     key: HopKey
     sites: list[SiteId] = Field(max_length=MAX_SITES)
     failed: BySite[Line] = Field(default_factory=dict)
     unreached: list[SiteId] = Field(default_factory=list, max_length=MAX_SITES)
+    secure: bool = False
     images: Count
     validation: Count
     shrinkage: Fraction = 0.0

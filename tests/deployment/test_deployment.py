@@ -11,15 +11,19 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from flower_deployment import write_site
 from flwr.app import Context, RecordDict
 from loopback_grid import LoopbackGrid
 from safetensors.torch import load_file
 
 import chainward_client.app
+from chainward_client.site_key import identity
 from chainward_client.site_ledger import create_site_ledger, ledger_path, open_site_ledger
 from chainward_server.run_folder import RunFolder
 from chainward_shared.privacy.audit import audit_statements
+from chainward_shared.privacy.signing import fingerprint, public_text
+from chainward_shared.protocol import MaskedSum, StatisticsResult, kind_of
 
 SITES = ("ash", "birch", "cedar")
 
@@ -67,6 +71,31 @@ def test_hospitals_train_by_their_own_site_yaml(coordinated, asked, small_consor
     settings = asked | {"output.dir": str(tmp_path / "runs")}
     folder, _ = coordinated(settings, LoopbackGrid(len(SITES), at_the_hospital))
     check_outcome(folder, tmp_path)
+
+
+def test_hospitals_that_know_each_other_add_up_what_nobody_sees(coordinated, asked, small_consortium, tmp_path):
+    paths = {site: write_site(tmp_path / site, site, small_consortium) for site in SITES}
+    keys = {site: fingerprint(public_text(identity(tmp_path / site / "state"))) for site in SITES}
+    for site, path in paths.items():
+        partners = {other: key for other, key in keys.items() if other != site}
+        terms = {"secure_sums": {"partners": partners, "required": True}}
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | terms))
+    kinds = set()
+
+    def at_the_hospital(message, answer):
+        node_config = {"site-config": str(paths[SITES[message.metadata.dst_node_id - 101]])}
+        context = Context(1, message.metadata.dst_node_id, node_config, state=RecordDict(), run_config={})
+        reply = chainward_client.app.app(message, context)
+        kinds.add(kind_of(reply.content))
+        return reply
+
+    changes = {"privacy.mode": "off", "chain.head": "statistics", "chain.refit": "end", "student.rounds": 0}
+    settings = asked | changes | {"output.dir": str(tmp_path / "runs"), "federation.secure-sums": "required-by-site"}
+    settings = {key: value for key, value in settings.items() if key not in ("privacy.epsilon", "privacy.delta")}
+    _, results = coordinated(settings, LoopbackGrid(len(SITES), at_the_hospital))
+    assert [(head.secure, head.sites) for head in results.heads] == [(True, list(SITES))] * 2
+    assert MaskedSum.KIND in kinds
+    assert StatisticsResult.KIND not in kinds
 
 
 @pytest.mark.deployment

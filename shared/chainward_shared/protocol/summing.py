@@ -27,7 +27,7 @@ class Round(BaseModel):
     Attributes
     ----------
     task : SHA-256 of what is summed
-    attempt : a new one has new keys
+    attempt : milliseconds since 1970 when it began; a later one has new keys, and ends those before it
     members : the sites that are asked to take part
     threshold : of how many the answers must be there at the end
     """
@@ -37,7 +37,7 @@ class Round(BaseModel):
     run_id: RunId
     hop: HopKey
     task: Sha256
-    attempt: int = Field(0, ge=0, lt=1_000)
+    attempt: int = Field(0, ge=0, lt=2**50)
     members: tuple[SiteId, ...] = Field(min_length=FEWEST_SITES, max_length=MAX_SITES)
     threshold: int = Field(ge=2, le=MAX_SITES)
 
