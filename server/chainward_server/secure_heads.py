@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from chainward_server.claims import check_sums
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
@@ -39,9 +41,10 @@ def added_up(run: Run, task: StatisticsTask, state: StateDict) -> tuple[HeadReco
     images = {split: round(float(summed.state[f"{split}.images"])) for split in ("train", "val")}
     card = _card_of_all([run.sites.cards[site] for site in summed.sites])
     rounding = len(summed.sites) * len(card.classes) * 2.0**-FRACTION_BITS
-    for split in ("train", "val"):
-        sums = HeadSums.from_state(summed.state, split)
-        check_sums(sums, split, images[split], card, rounding=rounding)  # type: ignore[arg-type]
+    weights = torch.tensor(task.class_weights, dtype=torch.float64) if task.class_weights else None
+    train, validation = HeadSums.from_state(summed.state, "train", weights), HeadSums.from_state(summed.state, "val")
+    check_sums(train, "train", images["train"], card, rounding=rounding)
+    check_sums(validation, "val", images["val"], card, rounding=rounding)
     return HeadRecord(
         key=task.hop,
         sites=summed.sites,
