@@ -33,7 +33,7 @@ logger = logging.getLogger("chainward.client")
 PREPARED = [
     "chainward_client.app",
     "flwr.supernode.runtime.run_clientapp",
-    *(f"chainward_shared.models.families.{family}" for family in ("convnext", "resnetv2", "vit")),
+    *(f"chainward_shared.models.families.{family}" for family in ("convnext", "efficientnet", "resnetv2", "vit")),
     "sklearn.metrics",
     "torch._dynamo",  # of any optimizer of PyTorch, at its first step
 ]

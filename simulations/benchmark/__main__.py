@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +36,11 @@ class Part(StrEnum):
     PEERS = "peers"
     IMAGES = "images"
     SECURE_SUMS = "secure-sums"
+    FEATURES = "features"
+    MODELS = "models"
+
+
+ONLY_WHERE_NAMED = {Part.PEERS, Part.IMAGES, Part.SECURE_SUMS, Part.FEATURES, Part.MODELS}
 
 
 @cli.command()
@@ -49,7 +54,8 @@ def main(
             "coordinator's memory in a flwr run over many sites with next to no training, about ten minutes; peers: the same six "
             "trainings in a plain loop, in Flower's FedAvg, in NVFlare where it is installed, and here; images: opening a "
             "deployed site's images with and without its store of decoded ones; secure-sums: what sums over 3, 6 and 50 sites "
-            "cost, about fifteen minutes. Peers, images and secure sums only where named."
+            "cost, about fifteen minutes; features: training the last part of a backbone with and without kept features; models: "
+            "what common backbones can do (or those of --backbone). The last five only where named."
         ),
     ] = None,
     quick: Annotated[
@@ -84,7 +90,9 @@ def main(
     runs: Annotated[int, typer.Option(min=1, help="Times that the Flower app is run.")] = 1,
     sites: Annotated[int | None, typer.Option(min=2, max=512, help="Sites of the consortium. Default: 50.")] = None,
     laps: Annotated[int | None, typer.Option(min=1, help="Laps of the consortium's chain. Default: 2.")] = None,
-    images: Annotated[int | None, typer.Option(min=100, help="Generated images of the site. Default: 50000.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=24, help="Generated images of the site. Default: 50000; 512 for features.")
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one whole run may take.")] = 3600.0,
 ) -> None:
     """Measure Chainward on this machine: training throughput, a whole Flower run, peak memory, and many sites.
@@ -95,7 +103,7 @@ def main(
     from chainward_simulations.benchmark import machine, training
     from chainward_simulations.benchmark.figures import Table
 
-    parts = set(only or set(Part) - {Part.PEERS, Part.IMAGES, Part.SECURE_SUMS})
+    parts = set(only or set(Part) - ONLY_WHERE_NAMED)
     try:
         backbones = tuple(training.Backbone.parse(name) for name in backbone or [])
     except ValueError as error:
@@ -129,6 +137,10 @@ def main(
         tables.append(_measure_images(images or (200 if quick else 50_000), measured))
     if Part.SECURE_SUMS in parts:
         tables.append(_measure_secure_sums(quick, measured))
+    if Part.FEATURES in parts:
+        tables.append(_measure_features(backbones, images, epochs, quick, threads, measured))
+    if Part.MODELS in parts:
+        tables.append(_examine_models(backbones, measured))
     progress.print(f"measured in {time.monotonic() - started:.0f} s")
 
     output = Console(highlight=False)
@@ -241,6 +253,33 @@ def _measure_images(count: int, measured: dict[str, object]) -> Table:
     openings, stored = images.measure_images(count, progress.print)
     measured["images"] = {"images": count, "store": stored, "openings": [one.to_json() for one in openings]}
     return images.images_table(openings, stored, count)
+
+
+def _measure_features(
+    backbones: tuple[Backbone, ...],
+    images: int | None,
+    epochs: int | None,
+    quick: bool,
+    threads: int,
+    measured: dict[str, object],
+) -> Table:
+    from chainward_simulations.benchmark import features
+
+    workload = features.FeaturesWorkload.quick() if quick else features.FeaturesWorkload()
+    given = {"backbone": backbones[0].name if backbones else None, "images": images, "epochs": epochs}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    workload = replace(workload, threads=threads, **chosen)  # type: ignore[arg-type]
+    links = features.measure_features(workload, progress.print)
+    measured["features"] = [link.to_json() for link in links]
+    return features.features_table(links, workload)
+
+
+def _examine_models(backbones: tuple[Backbone, ...], measured: dict[str, object]) -> Table:
+    from chainward_simulations.benchmark import backbones as models
+
+    found = models.examine(tuple(one.name for one in backbones) or models.COMMON, progress.print)
+    measured["models"] = [{"name": one.name, "parameters": one.parameters, **one.answers} for one in found]
+    return models.backbones_table(found)
 
 
 def _measure_peers(

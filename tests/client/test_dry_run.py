@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import chainward_client.handlers as handlers
@@ -27,6 +29,8 @@ from chainward_client.planned_run import read_plan
 from chainward_client.site_ledger import create_site_ledger, ledger_path
 from chainward_shared import protocol
 from chainward_shared.errors import ChainwardError, DataError
+from chainward_shared.models import Start, resolve_architecture
+from chainward_shared.models.start import travelling_template
 
 PLAN = "chain.backbone='test_convnext' chain.batch-size=8 student.batch-size=8 federation.threads=1"
 PRIVATE = f"{PLAN} privacy.mode='dp-sgd' privacy.epsilon=3"
@@ -112,6 +116,26 @@ def test_every_byte_of_every_message_is_named_and_nothing_is_found(hospital):
         found.searched
     )
     assert found.searched["report"] == 36
+
+
+@pytest.mark.parametrize("trainable", ["head", "last-1"])
+def test_from_a_start_the_question_about_the_weights_is_shown_and_only_what_is_trained_would_leave(
+    trainable, hospital, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CHAINWARD_WEIGHTS", str(tmp_path / "weights"))
+    model = timm.create_model("test_convnext")
+    file = tmp_path / "start.safetensors"
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, file)
+    found = run(hospital, f"{PLAN} chain.start-from='{file}' chain.trainable='{trainable}' student.rounds=0")
+    assert (found.exit_code, found.found, found.sockets) == (0, (), ())
+    assert kinds(found) == ["hello", "site-card", "base-state", "link-result", "evaluate-result"]
+    assert not found.sent[2].arrays, "of the weights it has, a site says that it has them"
+    plain = resolve_architecture("test_convnext", num_classes=2, in_chans=1, image_size=32, pretrained=True)
+    start = Start(name="any", file="0" * 64, digest="0" * 64, part=trainable)
+    trained = travelling_template(plain.model_copy(update={"start": start}))
+    numbers = sum(tensor.numel() for tensor in trained.values())
+    assert 2 * numbers <= sum(one.bytes for one in found.sent[3].arrays) < 4 * numbers + 2000
+    assert not (hospital.parent / "state" / "bases").exists(), "what the dry run was made with is gone"
 
 
 def test_the_sums_of_a_statistics_round_are_shown_and_a_site_with_too_few_images_declines(hospital):

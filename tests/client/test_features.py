@@ -47,7 +47,19 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["head", "last-1", "last-2"])
-@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "test_vit",
+        "test_convnext",
+        "test_efficientnet",
+        "test_resnet",
+        "resnetv2_18",
+        "mobilenetv3_small_050",
+        "regnety_002",
+        "densenet121",
+    ],
+)
 def test_trunk_and_rest_are_the_model(backbone, part):
     model = build_model(architecture(backbone, part), seed=1).eval()
     trunk = trunk_of(model)

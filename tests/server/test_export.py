@@ -152,6 +152,22 @@ def test_timm_and_onnx_answer_alike_for_any_batch(make_run, tmp_path, backbone, 
         assert np.abs(probabilities - powers / powers.sum(axis=1, keepdims=True)).max() < 1e-6
 
 
+def test_a_student_that_timm_has_no_name_for_is_rebuilt_by_the_lines_of_its_card(make_run, tmp_path, monkeypatch):
+    done = export_run(make_run("test_efficientnet"), tmp_path / "out", model="student", onnx=False)
+    assert {file.name for file in done.path.iterdir()} == FILES - {"config.json", "model.onnx"}
+    lines = (done.path / "README.md").read_text().split("```python\n")[1].split("pixels = ")[0]
+    monkeypatch.chdir(done.path)
+    made: dict = {}
+    exec(lines, made)
+    expected = build_model(
+        compact_architecture(resolve_architecture("test_efficientnet", num_classes=3, in_chans=1, image_size=32)),
+        seed=1,
+    )
+    images = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(made["model"](images), expected.eval()(images))
+
+
 def test_the_weights_are_the_runs_own_file_and_timm_loads_them(make_run, tmp_path):
     folder = make_run()
     done = export_run(folder, tmp_path / "out", model="chain")

@@ -17,7 +17,7 @@ TRANSFORMERS = {
     "test_vit2": {},  # register token, average pooling
     "deit_tiny_distilled_patch16_224": {"depth": 3},
 }
-CONVOLUTIONAL = ["test_convnext", "test_resnet", "resnetv2_18"]
+CONVOLUTIONAL = ["test_convnext", "test_resnet", "resnetv2_18", "test_efficientnet"]
 
 
 def transformer(name: str) -> nn.Module:
@@ -94,6 +94,8 @@ def test_rollout_equals_explicit_loops(name, images):
 
 
 def stage_of(model: nn.Module, index: int) -> nn.Module:
+    if hasattr(model, "blocks"):  # one stage more, of half the image's side, which is the one left for 8 pixels
+        return model.blocks[index + (index > 0)]
     return model.stages[index] if hasattr(model, "stages") else getattr(model, f"layer{index + 1}")
 
 

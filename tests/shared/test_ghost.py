@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from timm.layers import LayerNorm2d, LayerScale, StdConv2d
+from timm.layers import Conv2dSame, LayerNorm2d, LayerScale, StdConv2d
 from timm.layers.norm_act import GroupNormAct
 from torch import nn
 from torch.nn import functional
@@ -136,6 +136,8 @@ LAYERS = [
     nn.Conv2d(4, 4, (3, 2), stride=(2, 1), dilation=(1, 2), groups=4),
     nn.Conv2d(4, 8, 3, groups=4),
     nn.Conv2d(4, 4, (3, 1), padding=(1, 0), padding_mode="reflect"),
+    Conv2dSame(4, 6, 3, stride=2),
+    Conv2dSame(4, 4, 5, stride=2, groups=4, bias=False),
     nn.Conv2d(4, 96, 1),
     nn.Conv2d(4, 5, 1, stride=2),
     LayerNorm2d(4),

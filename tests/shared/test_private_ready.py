@@ -65,6 +65,8 @@ def started(name: str, part: str, size: int = 64) -> Architecture:
         ("test_efficientnet", "last-1"),
         ("test_efficientnet", "norms-and-biases"),
         ("test_efficientnet", "head"),
+        ("tf_efficientnet_lite0", "all"),  # pads as TensorFlow does
+        ("mobilenetv3_small_050", "all"),  # a linear layer of timm's own, and much that is tapped
         ("test_resnet", "all"),
         ("test_vit", "last-2"),
         ("test_vit", "norms-and-biases"),

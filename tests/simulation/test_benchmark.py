@@ -20,6 +20,8 @@ from chainward_shared.config import RunConfig
 from chainward_shared.files import write_atomically
 from chainward_shared.models import build_model
 from chainward_shared.protocol import TrainingLog
+from chainward_simulations.benchmark.backbones import backbones_table, examine
+from chainward_simulations.benchmark.features import FeaturesWorkload, features_table, measure_features
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.training import (
     VARIANTS,
@@ -303,3 +305,28 @@ def test_help_names_what_can_be_measured():
         assert word in shown.stdout
     for word in ("--quick", "--json", "--markdown"):
         assert word in shown.stdout
+
+
+def test_a_link_is_measured_with_and_without_kept_features():
+    links = measure_features(replace(FeaturesWorkload.quick(), threads=1), lambda line: None)
+    assert [link.part for link in links] == ["head", "last-2"]
+    for link in links:
+        assert all(seconds > 0 for seconds in (*link.epoch, *link.first))
+        assert link.stored >= 2 * 24, "a number of two bytes for each image at least"
+    assert links[0].stored < links[1].stored, "one row of numbers an image, and one for each patch"
+    assert len(features_table(links, FeaturesWorkload.quick()).rows) == 2
+
+
+def test_what_a_backbone_can_do_is_found_by_doing_it():
+    vit, grouped = examine(("test_vit", "resnet18"), lambda line: None)
+    assert {what for what, why in vit.answers.items() if why} == set()
+    assert {what for what, why in grouped.answers.items() if why} == {"private", "student"}
+    table = backbones_table([vit, grouped])
+    assert next(row[2:] for row in table.rows) == ("yes",) * 7
+    assert any("batch norm mixes the images" in note for note in table.notes)
+
+
+def test_a_backbone_that_can_not_be_built_can_do_nothing():
+    (unknown,) = examine(("no_such_model",), lambda line: None)
+    assert set(unknown.answers.values()) == {next(iter(unknown.answers.values()))}
+    assert "has no model 'no_such_model'" in unknown.answers["chain"]

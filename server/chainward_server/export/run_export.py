@@ -109,7 +109,7 @@ def export_run(
                 onnx_input,
             )
             write_atomically(staging / ONNX, contents)
-        write_atomically(staging / CONFIG, _timm_config(classifier, architecture, results).encode())
+        _write_timm_config(staging / CONFIG, classifier, architecture, results)
         files = [_described(staging / file) for file in (WEIGHTS, ONNX, CONFIG) if (staging / file).exists()]
         card = model_card(
             folder,
@@ -219,8 +219,13 @@ def _onnx_metadata(
     }
 
 
-def _timm_config(model: nn.Module, architecture: Architecture, results: Results) -> str:
-    """Return the config.json with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the weights."""
+def _write_timm_config(path: Path, model: nn.Module, architecture: Architecture, results: Results) -> None:
+    """Write the config.json with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the weights.
+
+    None is written of a model that timm has no name for: see `Architecture.to_metadata`.
+    """
+    if architecture.multiplied:
+        return
     channels = architecture.in_chans
     mean, std = scaling(architecture.pixels)
     arguments = {key: value for key, value in architecture.timm_kwargs().items() if key != "num_classes"}
@@ -240,7 +245,7 @@ def _timm_config(model: nn.Module, architecture: Architecture, results: Results)
             "std": std if isinstance(std, list) else [std] * channels,
         },
     }
-    return json.dumps(config, indent=1) + "\n"
+    write_atomically(path, f"{json.dumps(config, indent=1)}\n".encode())
 
 
 def _privacy(folder: RunFolder) -> tuple[PrivacyRecord | None, Audit | None]:

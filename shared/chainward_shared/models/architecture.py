@@ -29,6 +29,7 @@ from torch import nn
 from chainward_shared.bounds import ImageSize, Part, Sha256
 from chainward_shared.errors import ModelError, nearest
 from chainward_shared.models.families import Family, describe_families, find_family
+from chainward_shared.models.multipliers import MULTIPLIERS, create_multiplied, generator_of
 from chainward_shared.models.options import MOST_OPTIONS, OptionName, check_options
 from chainward_shared.models.parts import trained_names
 from chainward_shared.outside import Name
@@ -122,13 +123,21 @@ class Architecture(BaseModel):
 
     def to_metadata(self) -> dict[str, str]:
         """Return the architecture as metadata of a safetensors file; the ``timm.*`` entries suffice without
-        Chainward."""
-        return {
-            METADATA_KEY: self.model_dump_json(),
-            "chainward.image_size": str(self.image_size),
-            "timm.model": self.name,
-            "timm.kwargs": json.dumps(self.timm_kwargs()),
-        }
+        Chainward.
+
+        A model of a size that timm has no name for has ``timm.function``, which is called with ``timm.kwargs``; any other
+        ``timm.model``, which `timm.create_model` is called with.
+        """
+        built = {"timm.model": self.name, "timm.kwargs": json.dumps(self.timm_kwargs())}
+        if self.multiplied:
+            generator = generator_of(self.name, **self.timm_kwargs())
+            built = {"timm.function": generator.name, "timm.kwargs": json.dumps(generator.arguments)}
+        return {METADATA_KEY: self.model_dump_json(), "chainward.image_size": str(self.image_size), **built}
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether it has multipliers of its own, so that timm has no name for it."""
+        return bool(MULTIPLIERS & self.options.keys())
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Architecture:
@@ -199,7 +208,7 @@ def skeleton(architecture: Architecture) -> nn.Module:
 
 
 def family_of(architecture: Architecture | str) -> str:
-    """Return the family, ``"vit"``, ``"convnext"`` or ``"resnetv2"``, by whose rules weights of this backbone are selected.
+    """Return the family, ``"vit"`` for example, by whose rules weights of this backbone are selected.
 
     Raises
     ------
@@ -249,7 +258,11 @@ def _create(architecture: Architecture, device: str) -> nn.Module:
 
     try:
         with torch.device(device):
+            if architecture.multiplied:
+                return create_multiplied(architecture.name, **architecture.timm_kwargs())
             return timm.create_model(architecture.name, pretrained=False, **architecture.timm_kwargs())
+    except ModelError:
+        raise
     except Exception as error:  # timm answers a bad argument with whatever its layers raise
         raise ModelError(
             f"timm can't build '{architecture.name}' with {architecture.timm_kwargs()}: {first_line(error)}"

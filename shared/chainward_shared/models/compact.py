@@ -131,4 +131,4 @@ def _named_student(large: Architecture, family: Family, name: str) -> Architectu
 
 def _components(model: nn.Module) -> set[str]:
     """Return the names of the parameters with the number of the layer left out."""
-    return {re.sub(r"\.\d+\.", ".*.", name) for name in model.state_dict()}
+    return {re.sub(r"\.\d+(?=\.)", ".*", name) for name in model.state_dict()}

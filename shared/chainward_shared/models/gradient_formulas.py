@@ -7,6 +7,7 @@ ones, norms, biases) they are held. A layer of another kind is run through `torc
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,10 @@ def _convolution(layer: nn.Conv2d, activation: Tensor, backprops: Tensor) -> dic
 
 def _padded(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Return a convolution's input and the zeros that are still to be put around it."""
+    from timm.layers import Conv2dSame, pad_same  # seconds of CPU: see `architecture`
+
+    if isinstance(layer, Conv2dSame):  # TensorFlow's way: so much, on each side, that every pixel is used
+        return pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation)), (0, 0)
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return images, (int(layer.padding[0]), int(layer.padding[1]))
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -160,8 +165,8 @@ def block_scale(block: ConvNeXtBlock, activation: Tensor, backprops: Tensor) -> 
 
 
 def of_any_layer(layer: nn.Module) -> Formula:
-    """Return the formula of a layer of a kind that is not known here; call it before anything is attached to the layer."""
-    bare = copy.deepcopy(layer)
+    """Return the formula of a layer of a kind that is not known here."""
+    bare = _without_hooks(layer)
 
     def formula(layer: nn.Module, activation: Tensor, backprops: Tensor) -> dict[nn.Parameter, Gradients]:
         trainable = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
@@ -178,6 +183,18 @@ def of_any_layer(layer: nn.Module) -> Formula:
     return formula
 
 
+def _without_hooks(layer: nn.Module) -> nn.Module:
+    """Return a copy of a layer without what is attached to it, which may hold tensors that can't be copied."""
+    attached = [(module, module._forward_hooks, module._forward_pre_hooks) for module in layer.modules()]
+    try:
+        for module, _, _ in attached:
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        return copy.deepcopy(layer)
+    finally:
+        for module, after, before in attached:
+            module._forward_hooks, module._forward_pre_hooks = after, before
+
+
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter:
     parameter = layer._parameters[name]
     assert parameter is not None
@@ -191,7 +208,9 @@ def formulas() -> dict[type[nn.Module], Formula]:
 
     return {
         nn.Linear: _linear,
+        layers.Linear: _linear,
         nn.Conv2d: _convolution,
+        layers.Conv2dSame: _convolution,
         nn.LayerNorm: _layer_norm,
         layers.LayerNorm: _layer_norm,
         layers.LayerNorm2d: _layer_norm_2d,

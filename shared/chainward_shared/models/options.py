@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue
 
 from chainward_shared.errors import ModelError
 from chainward_shared.models.families import size_options
+from chainward_shared.models.multipliers import MULTIPLIERS
 from chainward_shared.words import listed, shown
 
 MOST_OPTIONS = 32
@@ -31,6 +32,8 @@ _VARIANTS = frozenset(
 _DEPTHS = ("depth", "layers")
 _MOST_BLOCKS = 128
 """In a stage; the deepest ones of timm have less than half."""
+_LARGEST_MULTIPLIER = 8
+"""Of widths and depths; the largest ones of timm are below 6."""
 _WIDEST = 16_384
 _LONGEST_LIST = 8
 """Stages of a model; timm's have four or five."""
@@ -61,6 +64,9 @@ def check_options(name: str, options: dict[str, JsonValue]) -> None:
 
 
 def _problem(option: str, value: JsonValue, *, within_list: bool = False) -> str:
+    if option in MULTIPLIERS:
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+        return "" if _LEAST <= number <= _LARGEST_MULTIPLIER else f"expected {_LEAST:g} to {_LARGEST_MULTIPLIER}"
     match value:
         case None | bool():
             return ""

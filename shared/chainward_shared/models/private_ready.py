@@ -110,7 +110,8 @@ def _compare(architecture: Architecture, device: str) -> str:
     shape = (_EXAMPLES, architecture.in_chans, architecture.image_size, architecture.image_size)
     images = torch.randn(shape, generator=generator).to(device)
     labels = (torch.arange(_EXAMPLES) % architecture.num_classes).to(device)
-    train_mode(model.to(device))
+    _normalise(model.to(device), images)
+    train_mode(model)
     before = [buffer.clone() for buffer in model.buffers()]
     taps = _taps(model)
     expected = [_gradients(model, images[i : i + 1], labels[i : i + 1], taps) for i in range(_EXAMPLES)]
@@ -125,6 +126,23 @@ def _compare(architecture: Architecture, device: str) -> str:
     if not problem and any(not torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
         return "training writes into its buffers, which then hold something of every image"
     return problem
+
+
+def _normalise(model: nn.Module, images: Tensor) -> None:
+    """Give batch norm the statistics of `images`, as pretrained ones are of images, too.
+
+    With those that a layer is initialised with nothing would be normalised, and gradients might vanish or run off.
+    """
+    layers = [layer for layer in batch_norms(model) if isinstance(layer, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    model.train()
+    if layers:
+        with torch.no_grad():
+            model(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def _problem(model: nn.Module, ghost: GhostClipping, backward: Callable[[], None], expected: list[list[Tensor]]) -> str:

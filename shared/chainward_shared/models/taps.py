@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # timm takes seconds to import: see `architecture`
 
 SUPPORTED = (
     "vision transformers with standard attention (vit_*, deit_*) and convolutional networks in stages "
-    "(convnext_*, resnet*, resnetv2_*, regnet*)"
+    "(convnext_*, resnet*, resnetv2_*, regnet*, densenet*, efficientnet_*, mobilenet*)"
 )
 
 
@@ -180,8 +180,11 @@ def conv_stages(model: nn.Module) -> list[nn.Module]:
     stages = getattr(model, "stages", None)
     if isinstance(stages, nn.Sequential | nn.ModuleList) and len(stages):
         return list(stages)
-    for prefix in ("layer", "s"):
-        numbered = [getattr(model, f"{prefix}{number}", None) for number in range(1, 5)]
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential) and all(isinstance(stage, nn.Sequential) for stage in blocks):
+        return list(blocks)  # EfficientNet, MobileNet
+    for owner, prefix in ((model, "layer"), (model, "s"), (getattr(model, "features", None), "denseblock")):
+        numbered = [getattr(owner, f"{prefix}{number}", None) for number in range(1, 5)]
         found = [stage for stage in numbered if isinstance(stage, nn.Module)]
         if len(found) == len(numbered):
             return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,25 +73,69 @@ def _of_head(model: Any) -> tuple[list[Step], list[Step]] | None:
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(classifier, nn.Module) or not hasattr(model, "forward_head"):
         return None
-    return [model.forward_features, partial(model.forward_head, pre_logits=True)], [classifier]
+    after: list[Step] = [classifier]
+    if isinstance(classifier, nn.Conv2d):  # of a ResNetV2: a map of one place
+        after = [_as_map, classifier, partial(torch.flatten, start_dim=1)]
+    return [model.forward_features, partial(model.forward_head, pre_logits=True)], after
+
+
+def _as_map(features: Tensor) -> Tensor:
+    return features[:, :, None, None]
 
 
 def _of_blocks(model: Any, last: int) -> tuple[list[Step], list[Step]] | None:
-    """Divide before the last blocks of a vision transformer, or the last stages of a ConvNeXt or an EfficientNet."""
-    from timm.models.convnext import ConvNeXt
-    from timm.models.efficientnet import EfficientNet
-    from timm.models.vision_transformer import VisionTransformer
-
-    if isinstance(model, VisionTransformer):
-        before: list[Step] = [model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre]
-        blocks, after = list(model.blocks), [model.norm]
-    elif isinstance(model, ConvNeXt):
-        before, blocks, after = [model.stem], list(model.stages), [model.norm_pre]
-    elif isinstance(model, EfficientNet):
-        before, blocks, after = [model.conv_stem, model.bn1], list(model.blocks), [model.conv_head, model.bn2]
-    else:
+    """Divide before the last blocks of a transformer, or the last stages of a convolutional network."""
+    parts = _in_order(model)
+    if parts is None:
         return None
-    return [*before, *blocks[:-last]], [*blocks[-last:], *after, model.forward_head]
+    before, blocks, after = parts
+    return _flat([before, *blocks[:-last]]), [*_flat([*blocks[-last:], after]), model.forward_head]
+
+
+def _in_order(model: Any) -> tuple[list[Step], list[list[Step]], list[Step]] | None:
+    """Return what a model does to an image up to its head: before the blocks, in each, after them; None of an unknown kind."""
+    from timm import models as kinds
+
+    if isinstance(model, kinds.VisionTransformer):
+        before: list[Step] = [model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre]
+        return before, _each(model.blocks), [model.norm]
+    if isinstance(model, kinds.ConvNeXt):
+        return [model.stem], _each(model.stages), [model.norm_pre]
+    if isinstance(model, kinds.ResNetV2):
+        return [model.stem], _each(model.stages), [model.norm]
+    if isinstance(model, kinds.EfficientNet):
+        return [model.conv_stem, model.bn1], _each(model.blocks), [model.conv_head, model.bn2]
+    if isinstance(model, kinds.MobileNetV3):
+        return [model.conv_stem, model.bn1], _each(model.blocks), []
+    if isinstance(model, kinds.ResNet):
+        stem: list[Step] = [model.conv1, model.bn1, model.act1, model.maxpool]
+        return stem, _each(_numbered(model, "layer")), []
+    if isinstance(model, kinds.RegNet):
+        return [model.stem], _each(_numbered(model, "s")), [model.final_conv]
+    if isinstance(model, kinds.DenseNet):
+        return _of_densenet(model.features)
+    return None
+
+
+def _of_densenet(features: Any) -> tuple[list[Step], list[list[Step]], list[Step]]:
+    """A dense block and the transition after it are one stage, as timm counts them."""
+    names = [name for name, _ in features.named_children()]
+    starts = [index for index, name in enumerate(names) if name.startswith("denseblock")]
+    layers, end = list(features), names.index("norm5")
+    edges = [*starts, end]
+    return layers[: starts[0]], [layers[a:b] for a, b in pairwise(edges)], layers[end:]
+
+
+def _numbered(model: Any, prefix: str) -> list[Step]:
+    return [getattr(model, f"{prefix}{number}") for number in range(1, 5)]
+
+
+def _each(blocks: Iterable[Step]) -> list[list[Step]]:
+    return [[block] for block in blocks]
+
+
+def _flat(parts: Iterable[Sequence[Step]]) -> list[Step]:
+    return [step for part in parts for step in part]
 
 
 def _through(steps: Sequence[Step], values: Tensor) -> Tensor:
