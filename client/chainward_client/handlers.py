@@ -10,12 +10,13 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chainward_client.admission import admit_statistics, admitted
+from chainward_client.admission import admitted, admitted_statistics
 from chainward_client.card import site_card
-from chainward_client.incoming import incoming_state
+from chainward_client.incoming import incoming_frame, incoming_state
 from chainward_client.node import Node
 from chainward_client.private_files import for_the_owner_alone
 from chainward_client.private_site import PrivateWork
+from chainward_client.private_statistics import private_sums_of
 from chainward_client.request_check import check_architecture
 from chainward_client.score_limits import ScoredModels
 from chainward_client.scoring import scored
@@ -131,7 +132,13 @@ def _site_privacy(site: OpenSite) -> SitePrivacy | None:
 
 def _work(site: OpenSite, task: LinkTask | StudentTask) -> PrivateWork | None:
     return admitted(
-        site.policy, site.open_privacy, run=task.run_id, hop=task.hop, recipe=task.recipe, seen=task.seen_head
+        site.policy,
+        site.open_privacy,
+        run=task.run_id,
+        hop=task.hop,
+        asked=task.recipe.privacy,
+        seen=task.seen_head,
+        privileged=task.recipe.privileged is not None,
     )
 
 
@@ -269,21 +276,53 @@ def statistics(message: Message, node: Node) -> RecordDict:
             raise PolicyRefusal(
                 "this site gives sums in secure sums alone (secure_sums.required in its site.yaml); set federation.secure-sums"
             )
+        if task.form is not None:
+            return _bounded_sums(task, arrays, site)
         result, sums = _sums(task, arrays, site)
         return pack(result, {"sums": to_arrays(sums)})
 
 
-def _sums(task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> tuple[StatisticsResult, StateDict]:
+def _bounded_sums(task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
+    """Return the sums of a private run; those that were sent where the same was asked before."""
+    work, state = _admitted_sums(task, arrays, site)
+    store = SiteStore(site.state_dir, task.run_id)
+    answer = store.load_answer(task, StatisticsResult)
+    if answer is None:
+        frame = incoming_frame(arrays.get("frame"), task)
+        if work is None:
+            _admit_model(task, site)
+        answer = private_sums_of(task, site.data, state, frame, work, site.limits, site.features)
+        store.save_answer(task, *answer)
+    result, sums = answer
+    return pack(_stated(result, work), {"sums": to_arrays(sums)})
+
+
+def _admitted_sums(
+    task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite
+) -> tuple[PrivateWork | None, StateDict]:
+    """Return what sums over a model's embeddings spend through, and the model."""
     check_architecture(task.architecture, site.described)
-    admit_statistics(site.policy)
+    work = admitted_statistics(site.policy, site.open_privacy, task)
     base = site.bases.load(task.architecture)
-    state = incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
+    return work, incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
+
+
+def _sums(task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> tuple[StatisticsResult, StateDict]:
+    """Return exact sums; never those of a site with a privacy policy."""
+    if task.form is not None:
+        raise ProtocolError("the sums of a private run are no part of a secure sum")
+    _, state = _admitted_sums(task, arrays, site)
+    _admit_model(task, site)
+    return sums_of(task, site.data, state, site.limits, site.features)
+
+
+def _admit_model(task: StatisticsTask, site: OpenSite) -> None:
+    """Count a model about which sums leave without noise."""
     if site.scores is not None and not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores):
         raise PolicyRefusal(
             "the hospital answers questions about no more models in this run, or today (scores.per_run, scores.per_day in "
             "its site.yaml)"
         )
-    return sums_of(task, site.data, state, site.limits, site.features)
 
 
 def _masked_sum(message: Message, node: Node) -> RecordDict:

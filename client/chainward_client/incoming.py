@@ -6,7 +6,10 @@ from flwr.app import ArrayRecord
 
 from chainward_shared.errors import ProtocolError, WeightsError
 from chainward_shared.models import Architecture
+from chainward_shared.models.heads import check_head
 from chainward_shared.models.start import travelling_template, whole
+from chainward_shared.private_sums import Frame, frame_template
+from chainward_shared.protocol import StatisticsTask
 from chainward_shared.weights import StateDict, digest, from_arrays
 
 
@@ -38,3 +41,21 @@ def incoming_state(
     if digest(state) != expected:
         raise WeightsError(f"the arrays '{name}' don't have the digest that the message states; sent again?")
     return state
+
+
+def incoming_frame(arrays: ArrayRecord | None, task: StatisticsTask) -> Frame:
+    """Return the frame in which a private statistics round looks at embeddings, as it came with the task.
+
+    Raises
+    ------
+    ProtocolError
+        It isn't there, or the task has no private sums.
+    WeightsError
+        It has other shapes than the task says, numbers that are none, or another digest.
+    """
+    if arrays is None or task.form is None:
+        raise ProtocolError("the message lacks the arrays 'frame'")
+    state = from_arrays(arrays, frame_template(task.form.dimension, check_head(task.architecture)))
+    if digest(state) != task.frame_digest:
+        raise WeightsError("the arrays 'frame' don't have the digest that the message states; sent again?")
+    return Frame.from_state(state)

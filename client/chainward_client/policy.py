@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, largest_steps, spent
-from chainward_shared.privacy.dp_sgd import run_mechanisms
+from chainward_shared.privacy.dp_sgd import run_mechanisms, statistics_mechanisms
 from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import PrivacyRecipe
@@ -33,7 +33,7 @@ class Charge:
     ----------
     mechanism : what it costs
     phase, hop : for which piece of work of the run
-    clip_norm : norm to which each unit's gradient is clipped; None for a Laplace release
+    clip_norm : norm to which what each unit adds is clipped; None for a Laplace release
     """
 
     mechanism: Mechanism
@@ -202,27 +202,29 @@ def _budgets(policy: PrivacyPolicy, ledger: Ledger, run: str) -> Iterator[tuple[
 
 
 def releases_of_run(policy: PrivacyPolicy, asked: PrivacyRecipe) -> list[Mechanism]:
-    """Return the noised scores of a run, which its epsilon has to cover: all that one run may have.
+    """Return the releases of a run, which its epsilon has to cover: noised scores, as many as one run may have, and the sums
+    of its statistics rounds.
 
     Raises
     ------
     PolicyRefusal
         They leave nothing of it.
     """
-    releases = policy.metrics_mechanism(policy.metrics_releases)
-    if releases is None:
-        return []
-    if asked.epsilon is not None and (cost := spent([releases], asked.delta)) >= asked.epsilon:
-        raise PolicyRefusal(
-            f"noised scores alone, {policy.metrics_releases} releases at epsilon {policy.metrics_epsilon:g} each, come to "
-            f"{cost:.4g} of the epsilon {asked.epsilon:.4g} that the run asks for (privacy.epsilon): the policy needs a lower "
-            "metrics_epsilon or metrics_releases, or the run a higher epsilon"
-        )
-    return [releases]
+    found: list[Mechanism] = []
+    scores = policy.metrics_mechanism(policy.metrics_releases)
+    if scores is not None:
+        if asked.epsilon is not None and (cost := spent([scores], asked.delta)) >= asked.epsilon:
+            raise PolicyRefusal(
+                f"noised scores alone, {policy.metrics_releases} releases at epsilon {policy.metrics_epsilon:g} each, come to "
+                f"{cost:.4g} of the epsilon {asked.epsilon:.4g} that the run asks for (privacy.epsilon): the policy needs a "
+                "lower metrics_epsilon or metrics_releases, or the run a higher epsilon"
+            )
+        found.append(scores)
+    return [*found, *statistics_mechanisms(asked, found)]
 
 
 def whole_run(policy: PrivacyPolicy, asked: PrivacyRecipe, units: int) -> list[Mechanism]:
-    """Return all that a run costs this site when it is carried out to its end: noised scores, then its trainings.
+    """Return all that a run costs this site when it is carried out to its end: its releases, then its trainings.
 
     Raises
     ------
@@ -233,7 +235,7 @@ def whole_run(policy: PrivacyPolicy, asked: PrivacyRecipe, units: int) -> list[M
 
 
 def releases_in(mechanisms: Sequence[Mechanism]) -> int:
-    """Return the number of noised releases among what was spent."""
+    """Return the number of releases of noised scores among what was spent."""
     return sum(mechanism.steps for mechanism in mechanisms if mechanism.kind == "laplace")
 
 

@@ -39,6 +39,7 @@ from chainward_shared.privacy.dp_sgd import DpSgd, dp_sgd_of, rounded_units
 from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.statements import Statement, sign_statement
+from chainward_shared.private_sums import LENGTH
 from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
 
 logger = logging.getLogger("chainward.client")
@@ -175,9 +176,9 @@ class PrivateWork:
         """
         self.site.check_data(data)
         try:
-            asked = self._asked(recipe)
+            asked = self._asked(recipe.privacy)
             before = releases_of_run(self.site.policy, asked)
-            units = self._units(recipe, data)
+            units = self._units(asked, data)
             return dp_sgd_of(asked, units=units, epochs=epochs, batch_size=batch_size, before=before)
         except PrivacyError as error:
             raise PolicyRefusal(str(error)) from error
@@ -214,7 +215,7 @@ class PrivateWork:
         SpentError
             The training failed; all that was reserved is spent.
         """
-        asked = self._asked(recipe)
+        asked = self._asked(recipe.privacy)
         dp_sgd = self.dp_sgd(
             recipe, data, epochs=epochs or recipe.epochs, batch_size=batch_size or asked.batch_size or recipe.batch_size
         )
@@ -231,7 +232,7 @@ class PrivateWork:
         ledger = self.site.ledger
         reservation = None if checkpoint is None else self._resumed(checkpoint, phase, dp_sgd)
         if reservation is None:
-            self._check_run(asked, self._units(recipe, data), dp_sgd.mechanism)
+            self._check_training(asked, self._units(asked, data), dp_sgd.mechanism)
             work = [Charge(dp_sgd.mechanism, phase, self.hop, dp_sgd.clip)]
             (reservation,) = reserve(self.site.policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
         if checkpoint is not None:
@@ -259,6 +260,51 @@ class PrivateWork:
             checkpoint.remove()
             return None
         return reservation
+
+    @contextmanager
+    def statistics(self, asked: PrivacyRecipe, data: SiteData, *, stage: int) -> Iterator[float]:
+        """Reserve one release of sums, hand out its noise multiplier, and note in the ledger that it is spent.
+
+        `stage`: which of the releases of a statistics round it is, see `chainward_shared.privacy.dp_sgd.STAGES`.
+
+        Nothing that depends on a single record comes before the reservation, and whatever fails after it fails alike.
+
+        Raises
+        ------
+        PolicyRefusal
+            It doesn't fit into the site's budget, or the run has had all the statistics rounds that it asked for. Nothing was
+            spent.
+        LedgerError
+            The ledger can't be written; nothing was summed up.
+        SpentError
+            Summing up failed; the release is spent.
+        """
+        self.site.check_data(data)
+        asked = self._asked(asked)
+        try:
+            done = self._check_run(asked, self._units(asked, data))
+            planned = [one for one in releases_of_run(self.site.policy, asked) if one.kind == "gaussian"]
+        except PolicyRefusal:
+            raise
+        except PrivacyError as error:
+            raise PolicyRefusal(str(error)) from error
+        noise = planned[stage].noise_multiplier if planned else 0.0
+        released = sum(one.steps for one in done if one.kind == "gaussian" and one.noise_multiplier == noise)
+        if not planned or released >= planned[stage].steps:
+            raise PolicyRefusal(
+                f"over what the run asks for: it planned {asked.statistics} private statistics rounds and has had {released}; "
+                "work that failed counts, too"
+            )
+        mechanism = Mechanism("gaussian", noise, 1.0, 1)
+        work = [Charge(mechanism, "statistics", self.hop, LENGTH)]
+        (reservation,) = reserve(self.site.policy, self.site.ledger, work, self.run, seeded=self.site.entropy.seeded)
+        reservation.begin()
+        try:
+            yield mechanism.noise_multiplier
+        except Exception as error:
+            raise SpentError(f"a private statistics round failed, and is charged: {error}") from error
+        finally:
+            self.site.ledger.commit(reservation, 1)
 
     def release(self) -> bool:
         """Charge one release of noised scores; False where the run has had all of its own, or the budget has none left.
@@ -296,32 +342,34 @@ class PrivateWork:
         ledger.reload()
         return sign_statement(ledger, self.site.key, self.run, self.hop, self.site.policy.terms)
 
-    def _asked(self, recipe: TrainingRecipe) -> PrivacyRecipe:
+    def _asked(self, asked: PrivacyRecipe | None) -> PrivacyRecipe:
         """What the run asks, at the policy's delta where that is smaller: the guarantee holds for both."""
-        assert recipe.privacy is not None
-        delta = min(recipe.privacy.delta, self.site.policy.delta)
-        return recipe.privacy.model_copy(update={"delta": delta})
+        assert asked is not None
+        return asked.model_copy(update={"delta": min(asked.delta, self.site.policy.delta)})
 
-    def _units(self, recipe: TrainingRecipe, data: SiteData) -> int:
-        assert recipe.privacy is not None
-        return max(1, round(self.site.units(data) * recipe.privacy.share))
+    def _units(self, asked: PrivacyRecipe, data: SiteData) -> int:
+        return max(1, round(self.site.units(data) * asked.share))
 
-    def _check_run(self, asked: PrivacyRecipe, units: int, training: Mechanism) -> None:
-        """Refuse at once a run that can't be carried out to its end, and what goes beyond what a run asked for."""
-        policy, ledger = self.site.policy, self.site.ledger
-        ledger.reload()
-        spent_here = ledger.mechanisms(self.run)
-        done = [mechanism for mechanism in spent_here if mechanism.kind == "dp-sgd"]
-        if not done and asked.run:
-            left = policy.metrics_mechanism(max(0, policy.metrics_releases - releases_in(spent_here)))
-            trainings = [one for one in whole_run(policy, asked, units) if one.kind == "dp-sgd"]
-            check_request(policy, ledger, [*trainings, *([left] if left else [])], self.run)
+    def _check_training(self, asked: PrivacyRecipe, units: int, training: Mechanism) -> None:
+        """Refuse at once a run that can't be carried out to its end, and a training beyond what the run asked for."""
+        done = self._check_run(asked, units)
         if asked.epsilon is None:
             return
-        together = [*done, *releases_of_run(policy, asked)]
+        together = [*(one for one in done if one.kind == "dp-sgd"), *releases_of_run(self.site.policy, asked)]
         if spent([*together, training], asked.delta) > asked.epsilon * _ROUNDING:
             raise PolicyRefusal(
                 f"over what the run asks for: epsilon {spent([training], asked.delta):.4g} more after "
                 f"{spent(together, asked.delta):.4g} of {asked.epsilon:.4g} (privacy.epsilon); work that failed or was repeated "
                 "has used the rest"
             )
+
+    def _check_run(self, asked: PrivacyRecipe, units: int) -> list[Mechanism]:
+        """Return what the run has spent here; before anything but scores, check that all of it fits."""
+        policy, ledger = self.site.policy, self.site.ledger
+        ledger.reload()
+        done = ledger.mechanisms(self.run)
+        if all(one.kind == "laplace" for one in done) and (asked.run or asked.statistics):
+            left = policy.metrics_mechanism(max(0, policy.metrics_releases - releases_in(done)))
+            rest = [one for one in whole_run(policy, asked, units) if one.kind != "laplace"]
+            check_request(policy, ledger, [*rest, *([left] if left else [])], self.run)
+        return done

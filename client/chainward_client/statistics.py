@@ -46,11 +46,11 @@ def sums_of(
     """
     size, classes = check_head(task.architecture), len(data.classes)
     train = labelled_cases(data, task)
-    check_enough(len(train), _rarest(train, classes), limits)
+    check_enough(len(train), rarest(train, classes), limits)
     model = build_model(task.architecture)
     model.load_state_dict(state)
     validation = data.splits["val"]
-    if not enough(len(validation), _rarest(validation, classes), limits):
+    if not enough(len(validation), rarest(validation, classes), limits):
         validation = validation.take(np.arange(0))
     sums: StateDict = {}
     for split, cases, weights in (("train", train, _weights(task, data)), ("val", validation, None)):
@@ -91,7 +91,7 @@ def _weights(task: StatisticsTask, data: SiteData) -> Tensor | None:
     return torch.tensor(task.class_weights, dtype=torch.float64)
 
 
-def _rarest(cases: Cases, classes: int) -> int:
+def rarest(cases: Cases, classes: int) -> int:
     """Return the images of the class that has the fewest of those that occur; multi-label: with, or without, a finding."""
     if cases.labels.ndim == 2:
         present = cases.labels.sum(dim=0)

@@ -15,7 +15,7 @@ from chainward_client.checkpoint import Checkpoint
 from chainward_client.work_lock import WorkLock
 from chainward_shared.errors import StoreError, WeightsError
 from chainward_shared.models import Architecture
-from chainward_shared.protocol import Body, EvaluateTask, fingerprint
+from chainward_shared.protocol import Body, EvaluateTask, StatisticsTask, fingerprint
 from chainward_shared.weights import StateDict, digest, load_file, save_file
 from chainward_shared.words import first_problem
 
@@ -40,9 +40,9 @@ class SiteStore:
     KEPT_BYTES = 20 * 10**9
     """What `tidy` leaves of other runs."""
 
-    KEPT_ANSWERS: ClassVar[dict[str, int]] = {EvaluateTask.KIND: 256}
+    KEPT_ANSWERS: ClassVar[dict[str, int]] = {EvaluateTask.KIND: 256, StatisticsTask.KIND: 256}
     """The newest answers to each kind of task that are kept, default 3: a coordinator asks again for the last one, or the
-    one before it. Noised scores are small, and new ones cost privacy."""
+    one before it. Noised scores and sums are small, and new ones cost privacy."""
 
     def __init__(self, root: Path, run_id: str) -> None:
         # the id comes in a message: whatever it is, the folder lies directly in the site's own

@@ -64,6 +64,8 @@ def run_chain(run: Run) -> ChainOutcome:
         A link failed and ``chain.on-failure`` is "stop", or no link at all succeeded.
     """
     config = run.config.chain
+    if config.laps == 0:
+        return _without_links(run)
     order = run.order
     turns = schedule(order, config.laps, config.strands)
     total = sum(len(turn) for turn in turns)
@@ -86,6 +88,15 @@ def run_chain(run: Run) -> ChainOutcome:
         number, total = number + 1, total + 1
         _run_turn(run, [(number, hop)], total, strands)
     return _released(run, _merged(run))
+
+
+def _without_links(run: Run) -> ChainOutcome:
+    """Return the model that the chain would start from, with its head from statistics."""
+    run.results.released = head_key(None)
+    start = rounded(run.initial(), run.config.federation.transfer)
+    model = with_statistics_head(run, run.results.released, start)
+    metrics = run.metrics(run.results.released)
+    return ChainOutcome(model, metrics.test if metrics else None, [model])
 
 
 def _beginnings(run: Run) -> list[Strand]:

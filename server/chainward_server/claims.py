@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from chainward_shared.discriminant import LARGEST, HeadSums
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.protocol import SiteCard, Split, TrainingLog
+from chainward_shared.protocol import SiteCard, Split, StatisticsResult, TrainingLog
 
 NOISED_CASES = 10
 """A split of a site that withholds its counts has at most this many times the units it declares for training, plus a thousand:
@@ -132,6 +134,28 @@ def _check_moments(sums: HeadSums, split: Split, *, multilabel: bool, rounding: 
     lowest = float(np.linalg.eigvalsh(around)[0])
     if level > LARGEST**2 * images * size or lowest < -1e-6 * (level + 1e-9) - size * rounding:
         raise ProtocolError(f"no {images:g} images of '{split}' have such sums and second moments")
+
+
+def check_release(release: Tensor, result: StatisticsResult, card: SiteCard, *, private: bool) -> None:
+    """Check that a release of bounded sums can be one of a site's units, with the noise that its statement accounts for.
+
+    Parameters
+    ----------
+    private : whether it must have noise
+
+    Raises
+    ------
+    ProtocolError
+        It has no noise, other noise than was paid for, or is longer than units and noise can make it.
+    """
+    paid = () if result.statement is None else result.statement.of_run
+    if private and not any(one.kind == "gaussian" and one.noise_multiplier == result.noise > 0 for one in paid):
+        raise ProtocolError(f"its sums have noise of {result.noise:g}, which its privacy statement doesn't account for")
+    if not private and result.noise:
+        raise ProtocolError(f"its sums have noise of {result.noise:g}, and it trains without privacy")
+    most = NOISED_CASES * card.train + 1_000 + result.noise * (len(release) ** 0.5 + 10)
+    if not float(torch.linalg.vector_norm(release)) <= most:
+        raise ProtocolError(f"its sums are longer than {most:g}, which {card.train} units and their noise can't be")
 
 
 def check_looks(sums: LocalisationSums, card: SiteCard, image_size: int) -> None:

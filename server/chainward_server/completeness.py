@@ -70,10 +70,10 @@ def _counts(results: Results, config: RunConfig, private: frozenset[str]) -> lis
     sites = [site.site for site in results.data.sites]
     trained = [link for link in results.links if link.status in ("done", "retried")]
     hops = config.chain.laps * config.chain.strands * len(sites)
-    counts = [
-        ("hops of the chain succeeded", min(len(trained), hops), hops),
-        ("sites trained a link of the chain", len({link.site for link in trained}), len(sites)),
-    ]
+    counts = []
+    if hops:
+        counts.append(("hops of the chain succeeded", min(len(trained), hops), hops))
+        counts.append(("sites trained a link of the chain", len({link.site for link in trained}), len(sites)))
     if config.chain.compare_alone:
         alone = [site for site in sites if site not in private]
         done = {record.site for record in results.alone if record.status in ("done", "retried")}

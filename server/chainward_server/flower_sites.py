@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from flwr.app import ArrayRecord
 
 from chainward_server.delivery import Delivery
@@ -151,6 +152,10 @@ class FlowerSites(Sites):
         """Return the model of which the part that was trained came; of a statistics task, the sums."""
         architecture = task.architecture
         if isinstance(task, StatisticsTask):
+            if task.form is not None:
+                groups = task.form.groups(architecture.num_classes, multilabel=self.any_card.task == "multilabel")
+                size = sum(task.form.sizes(groups).values())
+                return from_arrays(arrays, {"release": torch.zeros(size, dtype=torch.float64)})
             return from_arrays(arrays, sums_template(architecture.num_classes, check_head(architecture)))
         base = None if architecture.start is None else self._bases.get(architecture.start.digest)
         return whole(from_arrays(arrays, travelling_template(architecture)), architecture, base)

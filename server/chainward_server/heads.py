@@ -15,6 +15,7 @@ from torch import Tensor
 from chainward_server.attempts import attempted
 from chainward_server.claims import check_sums
 from chainward_server.context import Run
+from chainward_server.private_heads import private_head
 from chainward_server.results import HeadRecord
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.secure_heads import added_up, is_secure
@@ -65,8 +66,11 @@ def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
     check_head(run.architecture)
     if run.checkpoints.is_finished(key) and run.checkpoints.has_model(key):
         return run.checkpoints.load_model(key, run.template)
-    record, sums = _asked(run, key, state)
-    head = _solved(run, key, sums)
+    if run.privacy.on:
+        record, head = private_head(run, key, state, prior_strength=_strength(run))
+    else:
+        record, sums = _asked(run, key, state)
+        head = _solved(run, key, sums)
     record.shrinkage, record.temperature = head.shrinkage, head.temperature
     model = rounded(with_head(state, run.architecture, head), run.config.federation.transfer)
     run.save_model(key, model, run.architecture)

@@ -87,7 +87,8 @@ def _trained(results: Results) -> set[str]:
     """Return the sites from which a model came."""
     links = {link.site for link in results.links if link.bytes_up}
     alone = {record.site for record in results.alone if record.metrics is not None}
-    return links | alone | {site for round_ in results.student_rounds for site in round_.sites}
+    heads = {site for record in results.heads for site in record.sites}
+    return links | alone | heads | {site for round_ in results.student_rounds for site in round_.sites}
 
 
 def run_privacy(folder: RunFolder, cards: Mapping[str, SiteCard], *, simulated: bool) -> RunPrivacy:

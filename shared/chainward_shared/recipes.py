@@ -22,6 +22,9 @@ from chainward_shared.settings import (
 PrivilegedUse = Literal["text", "table", "all"]
 PrivateSites = Literal["all", "by-policy"]
 
+MOST_STATISTICS = 100_000
+"""Statistics rounds of a run, at most: one of each strand in each lap, and those at the beginning and the end."""
+
 MAX_ENSEMBLE = 8
 """At most so many large models teach a student at once."""
 
@@ -52,6 +55,8 @@ class PrivacyRecipe(PrivacySettings):
     `sites`: whether every site has to train privately, or those with a privacy policy of their own. `epsilon`: at most so
     much for all that `run` lists together, of which the site computes the noise; without a list, for this training. Or
     `noise_multiplier`: the noise itself. `share`: of the site's units that the trainings use, with or without their labels.
+    `statistics`: how many statistics rounds the run asks for; `statistics_share`: of what noised scores leave of epsilon, at most
+    how much they may cost, all of it where nothing is trained.
     """
 
     sites: PrivateSites = "all"
@@ -59,6 +64,8 @@ class PrivacyRecipe(PrivacySettings):
     noise_multiplier: NoiseMultiplier | None = None
     share: PositiveFraction = 1.0
     run: Annotated[tuple[PlannedTraining, ...], Field(max_length=16)] = ()
+    statistics: Annotated[int, Field(ge=0, le=MOST_STATISTICS)] = 0
+    statistics_share: PositiveFraction = 1.0
 
     @model_validator(mode="after")
     def _one_of_both(self) -> PrivacyRecipe:

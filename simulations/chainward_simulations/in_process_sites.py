@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from chainward_client.admission import admit_statistics, admitted
+from chainward_client.admission import admitted, admitted_statistics
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
 from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite, PrivateWork
+from chainward_client.private_statistics import private_sums_of
 from chainward_client.scoring import exact_scores, noised_scores
 from chainward_client.statistics import sums_of
 from chainward_client.training.features import Features
@@ -22,6 +23,7 @@ from chainward_client.training.student import train_student
 from chainward_server.sites import Failure, Result, Scored, Sites, Summed, Task, TooFewSitesError, Trained, Work
 from chainward_shared.errors import ChainwardError, PolicyRefusal
 from chainward_shared.models import Architecture, build_model
+from chainward_shared.private_sums import Frame
 from chainward_shared.protocol import (
     FEWEST_SITES,
     EvaluateResult,
@@ -182,16 +184,29 @@ class InProcessSites(Sites):
         ), state
 
     def _sums(self, site: str, work: Work[StatisticsTask]) -> tuple[StatisticsResult, StateDict]:
-        private = self.private.get(site)
-        admit_statistics(private.policy if private else None)
-        answer = sums_of(work.task, self.data[site], work.models["model"], SiteLimits(), self._features[site])
-        self.on_step(f"{work.task.hop} {site}")
-        return answer
+        private, task, state = self.private.get(site), work.task, work.models["model"]
+        spends = admitted_statistics(private.policy if private else None, lambda: private, task)
+        data, features = self.data[site], self._features[site]
+        if task.form is None:
+            result, sums = sums_of(task, data, state, SiteLimits(), features)
+        else:
+            frame = Frame.from_state(work.models["frame"])
+            result, sums = private_sums_of(task, data, state, frame, spends, SiteLimits(), features)
+        self.on_step(f"{task.hop} {site}")
+        return result.model_copy(update={"statement": spends.statement() if spends else None}), sums
 
     def _admitted(self, site: str, task: LinkTask | StudentTask) -> PrivateWork | None:
         private = self.private.get(site)
         policy = private.policy if private else None
-        return admitted(policy, lambda: private, run=task.run_id, hop=task.hop, recipe=task.recipe, seen=task.seen_head)
+        return admitted(
+            policy,
+            lambda: private,
+            run=task.run_id,
+            hop=task.hop,
+            asked=task.recipe.privacy,
+            seen=task.seen_head,
+            privileged=task.recipe.privileged is not None,
+        )
 
     def _state_dir(self, site: str) -> Path | None:
         return None if self.state_dir is None else self.state_dir / site

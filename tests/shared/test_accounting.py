@@ -19,6 +19,7 @@ from chainward_shared.privacy.accounting import (
     solve_noise_multiplier,
     spent,
 )
+from chainward_shared.privacy.calibration import analytic_noise, release_mechanisms, release_noise
 
 DELTA = 1e-5
 REFERENCE = Mechanism("dp-sgd", 1.0, 0.01, 1000)
@@ -195,3 +196,47 @@ def test_a_delta_out_of_range_is_refused_also_where_nothing_was_done(delta):
 def test_a_budget_of_nothing_or_everything_is_refused(epsilon):
     with pytest.raises(PrivacyError, match="epsilon"):
         solve_noise_multiplier(epsilon, DELTA, [(0.1, 10)])
+
+
+# --- releases of sums ---
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 1.0, 3.0, 8.0, 60.0])
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
+def test_analytic_noise_is_the_least_that_balle_and_wang_allow(epsilon, delta):
+    def delta_of(noise: float) -> float:  # theorem 8, by the book
+        shift = 1 / (2 * noise)
+        return float(norm.cdf(shift - epsilon * noise) - math.exp(epsilon) * norm.cdf(-shift - epsilon * noise))
+
+    noise = analytic_noise(epsilon, delta)
+    assert delta_of(noise) == pytest.approx(delta, rel=1e-4)
+    assert delta_of(0.99 * noise) > delta
+    assert epsilon > 1 or noise < math.sqrt(2 * math.log(1.25 / delta)) / epsilon, "better than the classical bound"
+
+
+def test_a_release_of_sums_costs_what_was_asked_and_three_accountants_agree():
+    for shares in ((1.0,), (0.05, 0.95)):
+        noise = release_noise(3.0, 1e-5, 2, shares=shares)
+        assert noise == pytest.approx(math.sqrt(2) * analytic_noise(3.0, 1e-5), rel=2e-3)
+        mechanisms = release_mechanisms(noise, 2, shares)
+        found = epsilons(mechanisms, 1e-5)
+        assert found.problem is None
+        assert 2.99 < found.enforced <= 3.0
+        together = epsilons([*mechanisms, Mechanism("dp-sgd", 2.0, 0.1, 50), Mechanism("laplace", 4.0, 1.0, 3)], 1e-5)
+        assert together.problem is None and together.enforced > found.enforced
+
+
+def test_releases_after_what_was_spent_get_more_noise_and_none_where_nothing_is_left():
+    before = [Mechanism("laplace", 2.0, 1.0, 2)]
+    noise = release_noise(3.0, 1e-5, 1, before)
+    assert noise > release_noise(3.0, 1e-5, 1)
+    assert spent([*before, Mechanism("gaussian", noise, 1.0, 1)], 1e-5) <= 3.0
+    with pytest.raises(PrivacyError, match="no noise keeps 1 releases of sums"):
+        release_noise(0.9, 1e-5, 1, before)
+
+
+def test_a_gaussian_release_costs_what_a_step_of_training_with_everybody_in_it_does():
+    step, release = (Mechanism(kind, 1.5, 1.0, 4) for kind in ("dp-sgd", "gaussian"))
+    assert epsilons([step], 1e-5) == epsilons([release], 1e-5)
+    with pytest.raises(PrivacyError, match="a release sees every unit"):
+        Mechanism("gaussian", 1.5, 0.5, 1)

@@ -85,7 +85,7 @@ def test_a_key_that_is_none_is_refused(key):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("chain.laps", 0, ["chain.laps = 0", "greater than or equal to 1", "at least 1, at most 100", "default 1"]),
+        ("chain.laps", -1, ["chain.laps = -1", "greater than or equal to 0", "at least 0, at most 100", "default 1"]),
         (
             "chain.label-fraction",
             1.5,
@@ -350,8 +350,16 @@ def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
             "an average of classifiers",
         ),
         ({"chain.release": "best", "chain.merge": "average", "chain.strands": 2}, "chain.merge = 'average'"),
-        ({"chain.head": "statistics", "privacy.mode": "dp-sgd"}, "privacy.mode = 'dp-sgd'"),
-        ({"chain.head": "statistics", "privacy.mode": "by-policy"}, "without noise"),
+        ({"chain.head": "statistics", "chain.refit": "links", "privacy.mode": "dp-sgd"}, "pay for a statistics round"),
+        (
+            {"chain.head": "statistics", "federation.secure-sums": "on", "privacy.mode": "dp-sgd"},
+            "private sums are not added up in secret",
+        ),
+        ({"chain.laps": 0}, "chain.head = 'trained'"),
+        ({"chain.laps": 0, "chain.head": "statistics"}, "chain.compare-alone=false"),
+        ({"chain.laps": 0, "chain.head": "statistics", "chain.strands": 2}, "chain.strands=1"),
+        ({"chain.laps": 0, "chain.head": "statistics", "chain.refit": "laps"}, "chain.refit='end'"),
+        ({"chain.laps": 0, "chain.head": "statistics", "chain.release": "best"}, "chain.release='last'"),
     ],
 )
 def test_heads_and_releases_that_can_not_be_are_refused_in_words(given, says):

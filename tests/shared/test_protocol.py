@@ -44,7 +44,18 @@ from chainward_shared.protocol import (
 )
 
 LARGE = {f"large_{i}" for i in range(8)}
-MAY_TRAVEL = {"predecessor", "model", "student", "auxiliary", "sums", "counts_val", "counts_test", "piece"} | LARGE
+MAY_TRAVEL = {
+    "predecessor",
+    "model",
+    "student",
+    "auxiliary",
+    "sums",
+    "sum",
+    "frame",
+    "counts_val",
+    "counts_test",
+    "piece",
+} | LARGE
 
 SIMULATED = SimulatedSite(index=1, source="phantom", num_sites=6, label_skew=0.0, seed=3, state_dir="/state")
 ARCHITECTURE = Architecture(name="test_convnext", num_classes=3, in_chans=1, image_size=32)

@@ -24,6 +24,9 @@ from chainward_shared.errors import ChainwardError
 from chainward_shared.hops import head_key
 from chainward_shared.models import build_model, skeleton
 from chainward_shared.preprocessing import scaled_for
+from chainward_shared.privacy.accounting import spent
+from chainward_shared.privacy.audit import audit_statements
+from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.protocol import StatisticsTask, kind_of
 from chainward_simulations import in_process_sites
 from chainward_simulations.in_process_sites import InProcessSites
@@ -339,3 +342,89 @@ def test_a_default_run_has_no_statistics_round(settings):
     with in_process(config, open_sites(config)) as (run, _):
         run_method(run)
     assert run.results.heads == [] and run.results.released is None
+
+
+# --- private runs ---
+
+PRIVATE = {"privacy.mode": "dp-sgd", "privacy.delta": 1e-4, "privacy.epsilon": 8.0, "chain.backbone": "test_vit"}
+ONLY_STATISTICS = PRIVATE | {"chain.laps": 0, "chain.patch-size": 8}
+
+
+def private_run(flat):
+    """Return the run of `flat`, and what each private site's ledger holds after it."""
+    config = RunConfig.from_flat(flat)
+    with in_process(config, open_sites(config)) as (run, here):
+        outcome = run_chain(run)
+        ledgers = {site: private.ledger.mechanisms() for site, private in here.private.items()}
+    return run, outcome, ledgers
+
+
+def test_a_private_run_without_links_spends_its_epsilon_on_one_round_of_two_releases(refitted):
+    run, outcome, ledgers = private_run(refitted | ONLY_STATISTICS)
+    assert run.results.links == []
+    (record,) = run.results.heads
+    assert (record.key, record.sites, run.results.released) == ("head", run.sites.ids, "head")
+    for mechanisms in ledgers.values():
+        assert [(one.kind, one.steps) for one in mechanisms] == [("gaussian", 1), ("gaussian", 1)]
+        assert 7.95 < spent(mechanisms, 1e-4) <= 8.0
+    weight, bias = head_of(outcome.model)
+    assert np.isfinite(weight).all() and np.isfinite(bias).all() and np.abs(weight).max() > 0
+
+
+@pytest.mark.slow
+def test_links_and_statistics_of_a_private_run_stay_within_its_epsilon_together(refitted):
+    flat = refitted | PRIVATE | {"chain.patch-size": 8, "privacy.split": 0.25}
+    flat |= {"privacy.mode": "by-policy", "privacy.simulated-sites": "ash", "privacy.batch-size": 64}
+    run, _, ledgers = private_run(flat)
+    assert [head.key for head in run.results.heads] == ["head-start", "head"]
+    for mechanisms in ledgers.values():
+        statistics = [one for one in mechanisms if one.kind == "gaussian"]
+        assert sum(one.steps for one in statistics) == 4
+        assert 1.98 < spent(statistics, 1e-4) <= 2.0
+        assert 7.9 < spent(mechanisms, 1e-4) <= 8.0
+
+
+def test_in_a_run_by_policy_only_sites_with_a_policy_add_noise(refitted, monkeypatch):
+    noises, bounded = {}, in_process_sites.private_sums_of
+
+    def watched(*arguments):
+        result, sums = bounded(*arguments)
+        noises.setdefault(result.site, set()).add(result.noise > 0)
+        return result, sums
+
+    monkeypatch.setattr(in_process_sites, "private_sums_of", watched)
+    by_policy = {"privacy.mode": "by-policy", "privacy.simulated-sites": "ash"}
+    run, _, ledgers = private_run(refitted | ONLY_STATISTICS | by_policy)
+    assert set(ledgers) == {"ash"}
+    assert noises == {"ash": {True}} | {site: {False} for site in run.sites.ids if site != "ash"}
+
+
+def test_a_release_that_can_not_be_true_or_is_not_paid_for_is_left_out(refitted, monkeypatch):
+    bounded = in_process_sites.private_sums_of
+
+    def wrong(*arguments):
+        result, sums = bounded(*arguments)
+        if result.site == "ash":
+            result = result.model_copy(update={"noise": result.noise / 2})
+        if result.site == "birch":
+            sums = {"release": sums["release"] + 1e6}
+            result = result.model_copy(update={"digest": in_process_sites.digest(sums)})
+        return result, sums
+
+    monkeypatch.setattr(in_process_sites, "private_sums_of", wrong)
+    run, _, _ = private_run(refitted | ONLY_STATISTICS | {"chain.retries": 0})
+    (record,) = run.results.heads
+    assert "privacy statement doesn't account for" in record.failed["ash"]
+    assert "its sums are longer than" in record.failed["birch"]
+    assert record.sites == ["cedar", "dogwood"]
+
+
+def test_over_flower_a_private_run_without_links_ends_with_a_head_and_an_audit_that_is_fine(
+    refitted, coordinated, loopback
+):
+    folder, results = coordinated(refitted | ONLY_STATISTICS, loopback(2))
+    assert results.released == "head" and results.heads[0].bytes_up > 0
+    record = read_privacy_record(folder.path / "privacy.json")
+    assert all(facts.epsilon is not None and 7.95 < facts.epsilon <= 8.0 for facts in record.sites.values())
+    assert audit_statements(folder.run_id, record.statements, list(record.sites)).exit_code == 0
+    assert record.mode == "dp-sgd"

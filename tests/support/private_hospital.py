@@ -17,7 +17,8 @@ from chainward_client.app import app
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.protocol import EvaluateTask, LinkTask, StudentTask, pack
+from chainward_shared.private_sums import Frame, SumsForm
+from chainward_shared.protocol import EvaluateTask, LinkTask, StatisticsTask, StudentTask, pack
 from chainward_shared.recipes import PrivacyRecipe
 from chainward_shared.weights import StateDict, digest, to_arrays
 
@@ -133,15 +134,34 @@ def scores(architecture: Architecture, state: StateDict) -> tuple[str, Any, dict
     return "evaluate", task, {"model": state}
 
 
+def statistics(architecture: Architecture, state: StateDict) -> tuple[str, Any, dict[str, StateDict]]:
+    size = int(architecture.options.get("embed_dim", 24))
+    frame = Frame(torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)[:6])
+    task = StatisticsTask(
+        run_id="r",
+        hop="head",
+        architecture=architecture,
+        label_fraction=1.0,
+        seed=0,
+        threads=1,
+        digest=digest(state),
+        privacy=PRIVACY.model_copy(update={"statistics": 1_000}),
+        form=SumsForm(dimension=6, labels=True, moments=True),
+        frame_digest=digest(frame.state()),
+    )
+    return "evaluate.statistics", task, {"model": state, "frame": frame.state()}
+
+
 REQUESTS: dict[str, Callable[[Architecture, StateDict], tuple[str, Any, dict[str, StateDict]]]] = {
     "link": link,
     "student": student,
     "scores": scores,
+    "statistics": statistics,
 }
 """All that a coordinator can ask of a site's data, and how."""
 
 
-LEAVING = {"link": 6, "student": 6, "scores": 4}
+LEAVING = {"link": 6, "student": 6, "scores": 4, "statistics": 6}
 """The patient that the second hospital lacks: one that trains, or one that is tested."""
 
 

@@ -192,13 +192,14 @@ def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data
         mechanisms = whole_run(policy, asked, units)
     except PrivacyError as error:
         return problem(name, f"this site would refuse: {error}", "agree on another plan with the coordinator")
-    trainings = ", ".join(
-        f"{one.steps} steps at sample rate {one.sample_rate:.3g}" for one in mechanisms if one.kind == "dp-sgd"
-    )
+    work = [f"{one.steps} steps at sample rate {one.sample_rate:.3g}" for one in mechanisms if one.kind == "dp-sgd"]
+    if work:
+        work.insert(0, f"noise multiplier {mechanisms[-1].noise_multiplier:.3g}")
+    if asked.statistics:
+        work.append(f"{asked.statistics} private statistics round{'s' * (asked.statistics > 1)}")
     cost = spent(mechanisms, policy.delta)
     plan = (
-        f"epsilon {cost:.4g} at delta {policy.delta:g} per {policy.unit}, noise multiplier "
-        f"{mechanisms[-1].noise_multiplier:.3g}, {trainings}, of {units} {policy.unit}s"
+        f"epsilon {cost:.4g} at delta {policy.delta:g} per {policy.unit}, {', '.join(work)}, of {units} {policy.unit}s"
     )
     try:
         ledger, _ = open_site_ledger(state, site)

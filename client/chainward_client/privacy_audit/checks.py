@@ -16,6 +16,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
+from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases
 from chainward_client.privacy_audit.neighbours import (
     MakeTraining,
@@ -23,6 +24,7 @@ from chainward_client.privacy_audit.neighbours import (
     extremes_problem,
     failures_problem,
 )
+from chainward_client.privacy_audit.released_sums import SUMS_CHECKS, MakeRelease
 from chainward_client.private_training import PrivateTraining
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
@@ -60,14 +62,18 @@ class _Squares(Objective):
         return 100.0 * nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
-def mechanism_problems(training: MakeTraining = PrivateTraining, ledger: type[Ledger] = Ledger) -> list[str]:
-    """Return what is wrong with the private step as it runs here, one sentence each; none if all is well.
+def mechanism_problems(
+    training: MakeTraining = PrivateTraining, ledger: type[Ledger] = Ledger, release: MakeRelease = SumsRelease
+) -> list[str]:
+    """Return what is wrong with the private step and with releases of sums as they run here, one sentence each; none if all is
+    well.
 
     Parameters
     ----------
-    training, ledger : what is checked, by default what is installed; see `sabotage`
+    training, ledger, release : what is checked, by default what is installed; see `sabotage`
     """
     problems = [check(training) for check in _STEP_CHECKS]
+    problems += [check(release) for check in SUMS_CHECKS]
     return [problem for problem in [*problems, choices_problem(), accounting_problem(ledger)] if problem]
 
 
@@ -226,7 +232,7 @@ _STEP_CHECKS: tuple[Callable[[MakeTraining], str], ...] = (
     extremes_problem,
     failures_problem,
 )
-CHECKS = len(_STEP_CHECKS) + 2
+CHECKS = len(_STEP_CHECKS) + len(SUMS_CHECKS) + 2
 """How many properties `mechanism_problems` checks."""
 
 

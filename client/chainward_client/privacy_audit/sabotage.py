@@ -6,17 +6,23 @@ find it out by themselves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from chainward_client.entropy import OperatingSystem, SeededForTests
+from chainward_client.bounded_sums import SumsRelease
+from chainward_client.entropy import Entropy, OperatingSystem, SeededForTests
 from chainward_client.privacy_audit.neighbours import MakeTraining
+from chainward_client.privacy_audit.released_sums import MakeRelease
 from chainward_client.private_training import PrivateTraining
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.private_sums import GRAIN, SumsForm, vectors
+from chainward_shared.settings import PrivacyUnit
 
 _BEYOND_CLIPPING = 1e9
 
@@ -59,13 +65,39 @@ def any_teacher(dp_sgd: DpSgd) -> PrivateTraining:
     return PrivateTraining(dp_sgd, private_teachers=True)
 
 
+class NoiselessSums(SumsRelease):
+    """Sums leave as they are."""
+
+    def noised(self, exact: Tensor, noise: float, entropy: Entropy) -> Tensor:
+        return exact
+
+
+class UnboundedSums(SumsRelease):
+    """A patient adds the sum over all images, however long it is."""
+
+    def of_units(self, values: Tensor, members: Tensor, units: list[np.ndarray]) -> Iterator[Tensor]:
+        octaves = torch.zeros(len(values), 1, dtype=torch.float64)
+        for rows in units:
+            some = torch.from_numpy(rows)
+            yield vectors(values[some], octaves[some], members[some], self.form).sum(dim=0, keepdim=True)
+
+    def bounded(self, of_units: Tensor) -> Tensor:
+        return (of_units / GRAIN).clamp(-(2.0**60), 2.0**60).long()
+
+
+def sums_by_image(form: SumsForm, unit: PrivacyUnit) -> SumsRelease:
+    """A patient adds a vector for each image."""
+    return SumsRelease(form, "image")
+
+
 @dataclass(frozen=True)
 class Sabotage:
-    """One way to break private training: its name, how a training is made, and which ledger counts."""
+    """One way to break private work: its name, how a training and a release of sums are made, and which ledger counts."""
 
     name: str
     training: MakeTraining = PrivateTraining
     ledger: type[Ledger] = Ledger
+    release: MakeRelease = SumsRelease
 
 
 SABOTAGES = (
@@ -74,4 +106,7 @@ SABOTAGES = (
     Sabotage("with noise from a seed", noise_from_a_seed),
     Sabotage("with teachers trained without privacy", any_teacher),
     Sabotage("with an accountant that is reset each round", ledger=ForgetfulLedger),
+    Sabotage("with sums without noise", release=NoiselessSums),
+    Sabotage("with sums without bounds", release=UnboundedSums),
+    Sabotage("with sums bounded for each image, not each patient", release=sums_by_image),
 )

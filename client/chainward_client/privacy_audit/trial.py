@@ -82,7 +82,7 @@ def attacked_epsilon(terms: Terms | None) -> tuple[float, float, str]:
 
 def _try(dp_sgd: DpSgd, version: Sabotage, honest: bool, canaries: int, say: Callable[[str], None]) -> Trial:
     started = time.monotonic()
-    problems = mechanism_problems(version.training, version.ledger)
+    problems = mechanism_problems(version.training, version.ledger, version.release)
     attack = audit_training(dp_sgd, canaries=canaries, training=version.training)
     trial = Trial(version.name, honest, tuple(problems), attack)
     found = f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else "no problem"

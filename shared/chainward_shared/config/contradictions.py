@@ -143,6 +143,18 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.refit = '{chain.refit}' contradicts chain.merge = 'average': an average of classifiers is none "
             "of the averaged features; set chain.refit='end'"
         )
+    if chain.refit == "links" and config.privacy.mode != "off":
+        yield (
+            f"chain.refit = 'links' contradicts privacy.mode = '{config.privacy.mode}': every site would pay for a statistics "
+            "round after every link; set chain.refit='end' or 'laps'"
+        )
+    if config.federation.secure_sums == "on" and chain.head == "statistics" and config.privacy.mode != "off":
+        yield (
+            f"federation.secure-sums = 'on' contradicts privacy.mode = '{config.privacy.mode}': private sums are not added up in "
+            "secret; set federation.secure-sums='off'"
+        )
+    if chain.laps == 0:
+        yield from _contradictions_without_links(config)
     if chain.refit == "laps" and chain.laps == 1:
         yield "chain.refit = 'laps' contradicts chain.laps = 1: the only lap ends with the chain; set chain.refit='end'"
     if chain.release == "best" and chain.merge != "best":
@@ -150,11 +162,21 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.release = 'best' contradicts chain.merge = '{chain.merge}': it takes one of the models along the chain; set "
             "chain.release='last' or chain.merge='best'"
         )
-    if chain.head == "statistics" and config.privacy.mode != "off":
-        yield (
-            f"chain.head = 'statistics' contradicts privacy.mode = '{config.privacy.mode}': the sums would leave private sites "
-            "without noise; set chain.head='trained'"
-        )
+
+
+def _contradictions_without_links(config: RunConfig) -> Iterator[str]:
+    chain = config.chain
+    if chain.head == "trained":
+        yield "chain.laps = 0 contradicts chain.head = 'trained': nothing would be learnt; set chain.head='statistics'"
+    for key, contradicts, instead in (
+        ("compare-alone", chain.compare_alone, "false"),
+        ("strands", chain.strands > 1, "1"),
+        ("refit", chain.refit != "end", "'end'"),
+        ("accept", chain.accept != "all", "'all'"),
+        ("release", chain.release == "best", "'last'"),
+    ):
+        if contradicts:
+            yield f"chain.laps = 0 contradicts chain.{key}: no link is trained; set chain.{key}={instead}"
 
 
 def _privacy_contradictions(config: RunConfig) -> Iterator[str]:

@@ -110,6 +110,7 @@ class RunConfig(Table):
     def link_recipe(self, *, laps: int = 1) -> LinkRecipe:
         """Return how one link is trained; `laps` > 1 gives the budget of several laps (for a site alone)."""
         link = values_of(self.chain, LinkSettings)
+        link["laps"] = max(1, self.chain.laps)
         if laps > 1:
             link |= {"epochs": self.chain.epochs * laps, "laps": 1}
         return LinkRecipe(
@@ -144,27 +145,40 @@ class RunConfig(Table):
         privacy, chain = self.privacy, self.chain
         if privacy.mode == "off":
             return None
+        trainings = tuple(self._planned_trainings())
         return PrivacyRecipe(
             sites="all" if privacy.mode == "dp-sgd" else "by-policy",
             epsilon=privacy.epsilon,
             share=1.0 if chain.unlabelled_weight > 0 else chain.label_fraction,
-            run=tuple(self._planned_trainings()),
+            run=trainings,
+            statistics=self.statistics_rounds(),
+            statistics_share=privacy.split if trainings else 1.0,
             **values_of(privacy, PrivacySettings),
         )
+
+    def statistics_rounds(self) -> int:
+        """Return how many statistics rounds the run has: before the first link, at the end, and where it is asked after laps."""
+        chain = self.chain
+        if chain.head == "trained":
+            return 0
+        if not chain.laps:
+            return 1
+        return {"no": 1, "end": 2, "laps": 2 + (chain.laps - 1) * chain.strands, "links": 0}[chain.refit]
 
     def _planned_trainings(self) -> Iterator[PlannedTraining]:
         """Yield the trainings that a run asks of each private site."""
         chain, student, privileged, batch_size = self.chain, self.student, self.privileged, self.privacy.batch_size
-        yield PlannedTraining(
-            epochs=chain.epochs, batch_size=batch_size or chain.batch_size, times=chain.laps * chain.strands
-        )
+        if chain.laps:
+            yield PlannedTraining(
+                epochs=chain.epochs, batch_size=batch_size or chain.batch_size, times=chain.laps * chain.strands
+            )
         if student.rounds:
             yield PlannedTraining(
                 epochs=student.epochs,
                 batch_size=batch_size or student.batch_size,
                 times=student.rounds + student.finetune_rounds,
             )
-        if privileged.mode != "off":
+        if privileged.mode != "off" and (chain.laps or student.rounds):
             yield PlannedTraining(
                 epochs=privileged.epochs, batch_size=PRIVILEGED_BATCH, times=2 if privileged.mode == "all" else 1
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 from pydantic import ConfigDict, Field
 
@@ -111,6 +111,11 @@ class DataConfig(Table, AugmentationSettings):
 
 class ChainConfig(Table, LinkSettings):
     """The chain of links."""
+
+    laps: Annotated[int, Field(ge=0, le=100)] = Field(
+        1,
+        description="Passes over all sites. 0: no link is trained; the chain's model is the start with a head from statistics",
+    )
 
     backbone: str = Field("convnext_atto", description="timm model that travels along the chain")
     patch_size: int = Field(0, ge=0, le=64, description="Patch size of a ViT, in pixels. 0: the backbone's own")
@@ -310,7 +315,12 @@ class PrivacyConfig(Table, PrivacySettings):
     )
     epsilon: Epsilon = Field(
         8.0,
-        description="Epsilon that each private site may spend in this run, all its trainings and noised scores together",
+        description="Epsilon that each private site may spend in this run: trainings, statistics and noised scores together",
+    )
+    split: PositiveFraction = Field(
+        0.5,
+        description="Of that, without noised scores, the share that statistics rounds may cost; links, students and teachers "
+        "share what is left. Where nothing is trained statistics have all of it",
     )
     simulated_sites: str = Field(
         "", description="Simulations only: the sites that have a privacy policy, comma-separated. Empty: all"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from chainward_shared.errors import PrivacyError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MechanismKind = Literal["dp-sgd", "laplace"]
+MechanismKind = Literal["dp-sgd", "gaussian", "laplace"]
 
 AGREEMENT = 0.02
 """PLD and PRV may differ by this share of PLD."""
@@ -46,11 +46,12 @@ class Mechanism:
     ----------
     kind :
         "dp-sgd": a sum of vectors clipped to length 1, of a Poisson sample, plus Gaussian noise (all in units of the
-        clipping norm). "laplace": one number or vector plus Laplace noise.
+        clipping norm). "gaussian": such a sum of all units, each with one vector no longer than 1. "laplace": one number or
+        vector plus Laplace noise.
     noise_multiplier : standard deviation of the noise over the clipping norm; "laplace": scale of the noise over the
         L1 sensitivity. 0 is no privacy, an epsilon of infinity
-    sample_rate : probability with which a unit is in a step, in (0, 1]; "laplace": 1
-    steps : number of steps; "laplace": number of releases
+    sample_rate : probability with which a unit is in a step, in (0, 1]; of releases ("gaussian", "laplace"): 1
+    steps : number of steps, or of releases
 
     Raises
     ------
@@ -64,14 +65,16 @@ class Mechanism:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.kind not in ("dp-sgd", "laplace"):
-            raise PrivacyError(f"mechanism '{self.kind}' is unknown; expected 'dp-sgd' or 'laplace'")
+        if self.kind not in get_args(MechanismKind):
+            raise PrivacyError(
+                f"mechanism '{self.kind}' is unknown; expected one of {', '.join(get_args(MechanismKind))}"
+            )
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise PrivacyError(f"{self.kind}: noise multiplier {self.noise_multiplier} is not a number of at least 0")
         if not 0 < self.sample_rate <= 1:
             raise PrivacyError(f"{self.kind}: sample rate {self.sample_rate} is not within (0, 1]")
-        if self.kind == "laplace" and self.sample_rate != 1:
-            raise PrivacyError(f"laplace: sample rate {self.sample_rate} is not 1; a release sees every unit")
+        if self.kind != "dp-sgd" and self.sample_rate != 1:
+            raise PrivacyError(f"{self.kind}: sample rate {self.sample_rate} is not 1; a release sees every unit")
         if self.steps != int(self.steps) or self.steps < 0:
             raise PrivacyError(f"{self.kind}: {self.steps} steps is not a whole number of at least 0")
 
@@ -266,7 +269,7 @@ def _pld(merged: tuple[Mechanism, ...], interval: float) -> Any:
 def _pld_of_one(one: Mechanism, interval: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    if one.kind == "dp-sgd" and one.sample_rate == 1:  # Gaussians add up to a Gaussian
+    if one.kind != "laplace" and one.sample_rate == 1:  # Gaussians add up to a Gaussian
         return pld.from_gaussian_mechanism(
             one.noise_multiplier / math.sqrt(one.steps), value_discretization_interval=interval
         )
@@ -310,7 +313,7 @@ def _rdp_of_step(one: Mechanism, orders: tuple[float, ...]) -> NDArray[np.float6
 def _rdp_curve(
     kind: MechanismKind, noise_multiplier: float, sample_rate: float, orders: tuple[float, ...]
 ) -> NDArray[np.float64]:
-    if kind == "dp-sgd":
+    if kind != "laplace":
         from opacus.accountants.analysis.rdp import compute_rdp
 
         with np.errstate(all="ignore"):
@@ -338,7 +341,7 @@ def _prv_epsilon(merged: tuple[Mechanism, ...], delta: float, error: float) -> f
         discretize,
     )
 
-    gaussians = [one for one in merged if one.kind == "dp-sgd"]
+    gaussians = [one for one in merged if one.kind != "laplace"]
     laplaces = [one for one in merged if one.kind == "laplace"]
     delta_error = delta / 1000  # Opacus' default
     of_gaussians = [PoissonSubsampledGaussianPRV(one.sample_rate, one.noise_multiplier) for one in gaussians]

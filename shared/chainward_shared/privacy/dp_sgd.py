@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.errors import PolicyRefusal, PrivacyError
 from chainward_shared.outside import Figure, Positive
-from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier
+from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier, spent
+from chainward_shared.privacy.calibration import release_mechanisms, release_noise
 from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
 from chainward_shared.settings import PrivacyUnit
 
@@ -87,6 +88,34 @@ def dp_sgd_of(
         steps=steps,
         clip=recipe.clip,
     )
+
+
+STAGES = (0.05, 0.95)
+"""Shares of a private statistics round's budget that its two releases have: for the centre of all embeddings, and for
+the classes."""
+
+
+def statistics_mechanisms(recipe: PrivacyRecipe, before: Sequence[Mechanism] = ()) -> list[Mechanism]:
+    """Return what all statistics rounds of a run cost together at a site, one mechanism for each of their `STAGES`.
+
+    Parameters
+    ----------
+    before : the noised scores of the run
+
+    Raises
+    ------
+    PrivacyError
+        No noise is enough.
+    """
+    if not recipe.statistics:
+        return []
+    noise = recipe.noise_multiplier
+    if noise is None:
+        assert recipe.epsilon is not None
+        scores = spent(before, recipe.delta)
+        most = scores + recipe.statistics_share * max(0.0, recipe.epsilon - scores)
+        noise = release_noise(most, recipe.delta, recipe.statistics, before, STAGES)
+    return release_mechanisms(noise, recipe.statistics, STAGES)
 
 
 def run_mechanisms(recipe: PrivacyRecipe, *, units: int, before: Sequence[Mechanism] = ()) -> list[Mechanism]:

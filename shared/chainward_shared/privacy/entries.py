@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.bounds import Sha256
 from chainward_shared.outside import MAX_LINE, Figure, Positive, visible, visible_values
-from chainward_shared.privacy.accounting import Mechanism
+from chainward_shared.privacy.accounting import Mechanism, MechanismKind
 from chainward_shared.settings import PrivacyUnit
 
 SCHEMA = 1
@@ -32,11 +32,11 @@ class Head(BaseModel):
 
 
 class MechanismRecord(BaseModel):
-    """A `Mechanism`, and the norm to which each unit's gradient was clipped (None: not clipped, a Laplace release)."""
+    """A `Mechanism`, and the norm to which what each unit adds was clipped (None: not clipped, a Laplace release)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["dp-sgd", "laplace"]
+    kind: MechanismKind
     noise_multiplier: Figure = Field(ge=0)
     sample_rate: float = Field(gt=0, le=1)
     steps: Positive

@@ -157,6 +157,9 @@ def mechanism_text(record: MechanismRecord) -> str:
             if record.noise_multiplier
             else f"{count_text(record.steps)} {releases} of scores without noise"
         )
+    if record.kind == "gaussian":
+        releases = "release of sums" if record.steps == 1 else "releases of sums"
+        return f"{count_text(record.steps)} {releases} over embeddings with noise: noise multiplier {record.noise_multiplier:g}"
     clip = "" if record.clip_norm is None else f", clipped to {record.clip_norm:g}"
     return (
         f"{count_text(record.steps)} steps of training with noise (DP-SGD): noise multiplier {record.noise_multiplier:g}, "

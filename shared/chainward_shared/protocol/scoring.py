@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chainward_shared.bounds import PositiveFraction, Seed, Sha256, Threads
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import scores_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import MAX_CLASSES, Count, Digest, HopKey, RunId, SiteId
+from chainward_shared.outside import MAX_CLASSES, Count, Digest, Figure, HopKey, RunId, SiteId
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import MetricsRelease
 from chainward_shared.privacy.statements import Statement
+from chainward_shared.private_sums import SumsForm
 from chainward_shared.protocol.envelope import Body
 from chainward_shared.protocol.joining import SimulatedSite, Split
+from chainward_shared.recipes import PrivacyRecipe
 
 
 class EvaluateTask(Body):
@@ -64,10 +66,13 @@ class StatisticsTask(Body):
 
     `label_fraction`, `seed`: which training images have a label, as in a link. `class_weights`: how much an image of each class
     counts in the second moments of the training images; empty: each the same.
+
+    `privacy`: the run is private: sums of that `form`, over embeddings in the frame that comes along (`frame_digest`), with noise
+    at sites that train privately. See `chainward_shared.private_sums`.
     """
 
     KIND: ClassVar[str] = "statistics-task"
-    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
+    ARRAYS: ClassVar[frozenset[str]] = frozenset({"model", "frame"})
 
     run_id: RunId
     hop: HopKey
@@ -77,12 +82,25 @@ class StatisticsTask(Body):
     class_weights: tuple[PositiveFraction, ...] = Field((), max_length=MAX_CLASSES)
     threads: Threads
     digest: Sha256
+    privacy: PrivacyRecipe | None = None
+    form: SumsForm | None = None
+    frame_digest: Sha256 | None = None
+    seen_head: Head | None = None
     simulated: SimulatedSite | None = None
+
+    @model_validator(mode="after")
+    def _private_sums_are_complete(self) -> StatisticsTask:
+        if len({self.privacy is None, self.form is None, self.frame_digest is None}) > 1:
+            raise ValueError("privacy, form and frame_digest belong together: all of them or none")
+        return self
 
 
 class StatisticsResult(Body):
     """The sums of one site, as the tensors of `discriminant.HeadSums` for "train" and "val". `digest`: of these tensors;
-    `images`, `validation`: over how many images they go."""
+    `images`, `validation`: over how many images they go.
+
+    Of a private run: one tensor, `release`, in which each number has noise of the standard deviation `noise`; 0 at a site without
+    a privacy policy. `images`, `validation` are then 0, as nobody is told. `statement`: what the site has spent, signed."""
 
     KIND: ClassVar[str] = "statistics-result"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"sums"})
@@ -92,3 +110,5 @@ class StatisticsResult(Body):
     digest: Digest
     images: Count
     validation: Count
+    noise: Figure = Field(default=0.0, ge=0)
+    statement: Statement | None = None
