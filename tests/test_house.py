@@ -17,13 +17,14 @@ LONGER_FUNCTIONS = {
     "client/chainward_client/doctor/data.py:odd_headers": 63,
     "client/chainward_client/privileged/targets.py:_private_modality": 56,
     "server/chainward_server/exchange.py:stream": 67,
-    "server/chainward_server/export/card.py:model_card": 60,
-    "server/chainward_server/export/run_export.py:export_run": 54,
+    "server/chainward_server/export/card.py:model_card": 63,
+    "server/chainward_server/export/run_export.py:export_run": 55,
     "server/chainward_server/report/page.py:render_report": 55,
     "server/chainward_server/report/plots.py:curve_plot": 63,
     "server/chainward_server/report/verdict.py:cards": 53,
     "shared/chainward_shared/pretrained/commands.py:weights_commands": 91,
     "simulations/chainward_simulations/phantoms/difficulty.py:main": 51,
+    "simulations/chainward_simulations/predict/command.py:predict": 74,
     "simulations/chainward_simulations/study/command.py:study": 93,
 }
 

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from chainward_server.by_class import model_record
 from chainward_server.cli import app
 from chainward_server.export.card import model_card
 from chainward_server.report.from_folder import write_report
@@ -294,6 +295,7 @@ def card_of(folder: RunFolder, results: Results, record: PrivacyRecord, audit: A
         files=[],
         onnx=None,
         onnx_input="pixels",
+        record=model_record(folder.run_id, "chain", architecture, results.data, results.by_class.get("chain")),
     )
 
 

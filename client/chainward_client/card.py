@@ -32,6 +32,7 @@ def site_card(
         test=len(data.splits["test"]) if told else None,
         class_counts={split: data.class_counts(split) for split in data.splits} if told else {},
         synthetic=data.synthetic,
+        preparation=data.preparation,
         notes=list(data.notes) if told else [],
         privacy=privacy,
         secure_sums=secure_sums,

@@ -38,7 +38,7 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"hello/.*", "empty at a hospital: simulations use it"),
     (
-        r"site-card/(task|classes|image_size|channels|synthetic)",
+        r"site-card/(task|classes|image_size|channels|synthetic|preparation.*)",
         "how the data are described; agreed among all hospitals",
     ),
     (

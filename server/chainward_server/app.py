@@ -22,7 +22,7 @@ from chainward_server.method import run_method
 from chainward_server.privacy import run_privacy
 from chainward_server.rendezvous import meet
 from chainward_server.report.from_folder import write_report
-from chainward_server.results import DataSummary, Results, StartSummary
+from chainward_server.results import DataSummary, Results, StartSummary, named
 from chainward_server.run_folder import RunFolder
 from chainward_server.run_process import RunProcess
 from chainward_server.run_state import Phase
@@ -156,8 +156,6 @@ def _run_phases(
     with _timed("evaluation", folder, timings):
         if outcome.chain.test is not None:
             results.final["chain"] = outcome.chain.test
-        if outcome.student is not None:
-            results.final["student"] = run.score(models["student"], outcome.student, ["test"])["test"]
         for name, state in trained.items():
             results.models[name] = summarize_model(models[name], state, folder.model_path(name))
             looks = run.localise(models[name], state)
@@ -263,20 +261,30 @@ def _share(begun: Beginning, sites: FlowerSites, folder: RunFolder, results: Res
 def _source(sites: FlowerSites, config: RunConfig) -> str:
     if not sites.simulated:
         return "the sites' own data"
-    return "phantoms" if config.data.source == "phantom" else Path(config.data.source).name
+    return "phantoms" if config.data.source == "phantom" else named(config.data.source)
 
 
 def _continued(results: Results | None, data: DataSummary, folder: RunFolder, config: RunConfig) -> Results:
     """Return the results to add to: new ones, or those of a resumed run, whose data must still be the same."""
     if results is None:
         return Results(run_id=folder.state.run_id, seed=config.seed, data=data)
-    if results.data != data.model_copy(update={"notes": results.data.notes}):  # they follow from the rest
+    if not _same(results.data, data):
         raise StartAnewError(
             f"run {folder.state.run_id} can't be resumed: the sites' data are not those it was started with; start anew"
         )
     done = len(folder.state.finished)
     logger.info("resuming run %s: %d finished pieces of work are taken as they are", folder.state.run_id, done)
     return results
+
+
+def _same(before: DataSummary, now: DataSummary) -> bool:
+    """Return whether a resumed run has the data it was started with, as far as an earlier build has noted it."""
+    noted = {site.site: site.preparation for site in before.sites}
+    sites = [
+        site if noted.get(site.site) is not None else site.model_copy(update={"preparation": None})
+        for site in now.sites
+    ]
+    return before == now.model_copy(update={"sites": sites, "source": before.source, "notes": before.notes})
 
 
 def _tell_about_data(data: DataSummary) -> None:

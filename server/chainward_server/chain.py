@@ -178,7 +178,7 @@ def _merged(run: Run) -> ChainOutcome:
         average = weighted_average(list(models.values()), [1.0] * len(models))
         average = rounded(average, run.config.federation.transfer)
         logger.info("the weights of %d strands are averaged", len(models))
-        test = run.score(run.architecture, average, ["test"])["test"] if run.score_all else None
+        test = run.score(run.architecture, average, ["val", "test"])["test"] if run.score_all else None
         return ChainOutcome(average, test, list(models.values()))
     (best,) = last if len(last) == 1 else (_best_strand(run, names),)
     metrics = run.metrics(names[best])

@@ -6,6 +6,7 @@ import time
 from typing import Protocol
 
 from chainward_server.results import Results
+from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
 from chainward_shared.task import Task
 from chainward_shared.weights import StateDict
@@ -32,7 +33,13 @@ class Checkpoints(Protocol):
         """Return the model called `name`, checked against `template`."""
 
     def save_model(
-        self, name: str, state: StateDict, architecture: Architecture, classes: list[str], task: Task
+        self,
+        name: str,
+        state: StateDict,
+        architecture: Architecture,
+        classes: list[str],
+        task: Task,
+        record: ModelRecord | None = None,
     ) -> None:
         """Keep a model; it counts once `commit` has been called."""
 
@@ -78,7 +85,13 @@ class InMemory:
         return self.models[name]
 
     def save_model(
-        self, name: str, state: StateDict, architecture: Architecture, classes: list[str], task: Task
+        self,
+        name: str,
+        state: StateDict,
+        architecture: Architecture,
+        classes: list[str],
+        task: Task,
+        record: ModelRecord | None = None,
     ) -> None:
         """Keep a model."""
         self.models[name] = state

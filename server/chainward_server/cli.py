@@ -71,7 +71,7 @@ def runs(
         console.print(f"no runs in {directory}", markup=False)
         return
     run_id, started = Column("run", no_wrap=True), Column("started", no_wrap=True)
-    headers = ("status", "time", "sites", "privacy", "chain", "student")
+    headers = ("data", "status", "time", "sites", "privacy", "chain", "student")
     table = Table(run_id, started, *headers, box=None, padding=(0, 1, 0, 0))
     for row in found:
         status = f"{row.status}: {row.phase}" if row.status == "running" else row.status
@@ -79,7 +79,7 @@ def runs(
             status += f", silent for {duration(row.silent)}"
         began = f"{datetime.fromisoformat(row.started).astimezone():%m-%d %H:%M}" if row.started else ""
         spent = duration(row.elapsed) if row.elapsed is not None else ""
-        cells = [row.run, began, status, spent, str(row.sites or ""), row.privacy, row.chain, row.student]
+        cells = [row.run, began, row.data, status, spent, str(row.sites or ""), row.privacy, row.chain, row.student]
         table.add_row(*(Text(cell or "") for cell in cells))
     console.print(table)
     for row in found:
@@ -130,8 +130,11 @@ def export(
     to: Annotated[Path | None, typer.Option(help="The new folder. Default: RUN-MODEL in this folder.")] = None,
     onnx: Annotated[bool, typer.Option(help="Also as ONNX, compared with PyTorch (extra `onnx`).")] = True,
     onnx_input: Annotated[
-        Literal["pixels", "scaled"],
-        typer.Option(help="What the ONNX model is given: pixels 0 to 255 (uint8), or images scaled already (float32)."),
+        Literal["pixels", "scaled", "image"],
+        typer.Option(
+            help="What the ONNX model is given: squares of pixels 0 to 255 (uint8), squares scaled already (float32), or one "
+            "image of any shape (uint8)."
+        ),
     ] = "pixels",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in that folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,

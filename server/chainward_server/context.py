@@ -17,16 +17,17 @@ from chainward_server.results import (
     SiteSummary,
 )
 from chainward_server.schedule import site_order
-from chainward_server.scoring import Split, localise_everywhere, score_everywhere
+from chainward_server.scoring import Counted, Split, count_everywhere, localise_everywhere
 from chainward_server.sites import Sites
 from chainward_shared.config import RunConfig
 from chainward_shared.data_notes import notes_on_all
 from chainward_shared.hops import alone_key
+from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.start import initial_model
 from chainward_shared.progress import Progress
 from chainward_shared.protocol import SiteCard
-from chainward_shared.weights import StateDict
+from chainward_shared.weights import StateDict, digest
 
 LINK_WORK, ALONE_WORK, STUDENT_WORK = 1.35, 1.0, 0.5
 """Cost of one image in one epoch with a predecessor, without, and of a student, relative; only for the expected end."""
@@ -57,6 +58,7 @@ class Run:
     progress: Progress = field(init=False)
     template: StateDict = field(init=False)
     _validation: dict[str, SiteScores] = field(init=False, default_factory=dict)
+    _last: tuple[str, dict[Split, Counted]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.template = skeleton(self.architecture).state_dict()
@@ -71,13 +73,33 @@ class Run:
         """The sites in the order of a lap."""
         return site_order(self.sites.ids, self.sites.sizes, self.config.chain, self.config.seed)
 
-    def save_model(self, name: str, state: StateDict, architecture: Architecture) -> None:
-        """Keep a model; it counts once its piece of work is committed."""
-        self.checkpoints.save_model(name, state, architecture, self.results.data.classes, self.results.data.task)
+    def save_model(
+        self, name: str, state: StateDict, architecture: Architecture, record: ModelRecord | None = None
+    ) -> None:
+        """Keep a model; it counts once its piece of work is committed. `record`: of a final one."""
+        data = self.results.data
+        self.checkpoints.save_model(name, state, architecture, data.classes, data.task, record)
 
     def score(self, architecture: Architecture, state: StateDict, splits: list[Split]) -> dict[Split, SiteScores]:
-        """Return the scores of a model at all sites; see `score_everywhere`."""
-        return score_everywhere(
+        """Return the scores of a model at all sites; see `count_everywhere`."""
+        return {split: found.site_scores for split, found in self._count(architecture, state, splits).items()}
+
+    def counted(self, architecture: Architecture, state: StateDict) -> dict[Split, Counted]:
+        """Return the predictions of a model on all sites' validation and test images, counted.
+
+        Those of the model that was scored last are at hand. Of another the sites are asked anew that let out exact scores; not
+        those that add noise, whom another answer might cost some of their budget.
+        """
+        if self._last is not None and self._last[0] == digest(state):
+            return self._last[1]
+        cards = self.sites.cards.values()
+        exact = [card.site for card in cards if card.privacy is None or card.privacy.terms.metrics == "exact"]
+        return self._count(architecture, state, ["val", "test"], exact)
+
+    def _count(
+        self, architecture: Architecture, state: StateDict, splits: list[Split], asked: list[str] | None = None
+    ) -> dict[Split, Counted]:
+        found = count_everywhere(
             self.sites,
             self.privacy,
             architecture,
@@ -85,7 +107,11 @@ class Run:
             splits,
             run_id=self.checkpoints.run_id,
             threads=self.config.federation.threads,
+            asked=asked,
         )
+        if {*splits} == {"val", "test"} and asked is None:
+            self._last = digest(state), found
+        return found
 
     def localise(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
         """Return where a model looks, at all sites; see `localise_everywhere`."""
@@ -169,6 +195,7 @@ def data_summary(cards: Sequence[SiteCard], source: str, notes: Sequence[str] | 
                 test=card.test,
                 class_counts=card.class_counts,
                 notes=card.notes,
+                preparation=card.preparation,
             )
             for card in cards
         ],

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chainward_server.baseline import run_alone
+from chainward_server.by_class import judged
 from chainward_server.chain import ChainOutcome, run_chain
 from chainward_server.context import Run
 from chainward_server.students import run_students
+from chainward_shared.models import Architecture
 from chainward_shared.models.of_run import student_architecture
 from chainward_shared.weights import StateDict
 
@@ -45,7 +47,7 @@ def run_method(
     """
     with stage("chain"):
         chain = run_chain(run)
-        run.save_model("chain", chain.model, run.architecture)
+        _keep(run, "chain", run.architecture, chain.model)
     if run.config.chain.compare_alone:
         with stage("alone"):
             run_alone(run)
@@ -53,5 +55,17 @@ def run_method(
         return Outcome(chain, None)
     with stage("students"):
         student = run_students(run, chain)
-        run.save_model("student", student, student_architecture(run.config.student, run.architecture))
+        _keep(run, "student", student_architecture(run.config.student, run.architecture), student)
     return Outcome(chain, student)
+
+
+def _keep(run: Run, name: str, architecture: Architecture, state: StateDict) -> None:
+    """Keep a final model, with all that its file says of it; one that an earlier part of the run has kept stays as it is."""
+    if name in run.results.by_class and run.checkpoints.has_model(name):
+        return
+    record = None
+    if run.score_all:
+        if name == "student":
+            run.results.final[name] = run.score(architecture, state, ["val", "test"])["test"]
+        record = judged(run, name, architecture, state)
+    run.save_model(name, state, architecture, record)

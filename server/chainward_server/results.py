@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.evaluation.localisation import LocalisationScores
+from chainward_shared.evaluation.operating import Calibration, OperatingPoint, ReliabilityBin, Tally
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import alone_key, link_key, student_key
 from chainward_shared.outside import (
@@ -30,6 +32,7 @@ from chainward_shared.outside import (
     SiteId,
     Word,
 )
+from chainward_shared.preparation import Preparation
 from chainward_shared.protocol import Split, TrainingLog
 from chainward_shared.task import Task
 
@@ -58,6 +61,32 @@ class SiteScores(Record):
     pooled: Scores
 
 
+class ClassScores(Record):
+    """One class on some test images. `decided`: as the model decides, by its largest probability or, multi-label, at 0.5;
+    `at_point`: from its operating point on, None where it has none or the site's scores carry noise."""
+
+    decided: Tally
+    at_point: Tally | None = None
+
+
+class ByClass(Record):
+    """One final model, class by class.
+
+    `calibration`, `points`: chosen on the validation images of all sites whose counts could be seen; the rest is of test
+    images. `sites`, `pooled`: in the order of the classes. `as_given`, `as_calibrated`: how often decisions of like probability
+    are right, before and after the temperature. `net_benefit`: of each class, at the probabilities `operating.THRESHOLDS`,
+    calibrated where there is a temperature.
+    """
+
+    calibration: Calibration
+    points: PerClass[OperatingPoint]
+    sites: BySite[PerClass[ClassScores]] = Field(default_factory=dict)
+    pooled: PerClass[ClassScores] = Field(default_factory=list)
+    as_given: list[ReliabilityBin] = Field(default_factory=list, max_length=100)
+    as_calibrated: list[ReliabilityBin] = Field(default_factory=list, max_length=100)
+    net_benefit: PerClass[Annotated[list[Figure], Field(max_length=1000)]] = Field(default_factory=list)
+
+
 class SiteLocalisation(Record):
     """How well one model's attention finds the regions of interest: at every site that has some, and over all of them."""
 
@@ -68,7 +97,7 @@ class SiteLocalisation(Record):
 class SiteSummary(Record):
     """What a site said of its data when it joined. `class_counts`: per split, in the order of the classes; multi-label: the
     images with each finding. A site with a privacy policy that withholds them: `train` is what it declares, the others
-    None, and there are no counts."""
+    None, and there are no counts. `preparation`: how its images become what a model sees; None in runs of earlier builds."""
 
     site: SiteId
     train: Count
@@ -76,6 +105,7 @@ class SiteSummary(Record):
     test: Count | None
     class_counts: dict[Split, PerClass[Count]] = Field(default_factory=dict, max_length=3)
     notes: Lines = Field(default_factory=list)
+    preparation: Preparation | None = None
 
 
 class DataSummary(Record):
@@ -89,6 +119,12 @@ class DataSummary(Record):
     channels: Count
     sites: list[SiteSummary] = Field(max_length=MAX_SITES)
     notes: Lines = Field(default_factory=list)
+
+
+def named(source: str) -> str:
+    """Return the name of a simulation's data for people: its data file with the folder, since most are called data.yaml."""
+    path = Path(source)
+    return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 
 
 class LinkMetrics(Record):
@@ -245,10 +281,11 @@ class StartSummary(Record):
 class Results(Record):
     """The whole of `metrics.json`.
 
-    `start`: None where the chain began at random. `final` maps "chain" and "student" to their scores; `timings` maps a phase to
-    seconds. `localization`: the same names, on the regions of interest of the test images; empty where no site has any.
-    `make_up`: hops whose site was not reached, for each of which a resumed run has a further one at the end of the chain.
-    `released`: the piece of work whose model is the chain's; None where the last hop's is, the only choice by default.
+    `start`: None where the chain began at random. `final` maps "chain" and "student" to their scores, `by_class` to these class
+    by class, with calibration and operating points; `timings` maps a phase to seconds. `localization`: the same names, on the
+    regions of interest of the test images; empty where no site has any. `make_up`: hops whose site was not reached, for each
+    of which a resumed run has a further one at the end of the chain. `released`: the piece of work whose model is the chain's;
+    None where the last hop's is, the only choice by default.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -264,6 +301,7 @@ class Results(Record):
     released: HopKey | None = None
     models: ByModel[ModelSummary] = Field(default_factory=dict)
     final: ByModel[SiteScores] = Field(default_factory=dict)
+    by_class: ByModel[ByClass] = Field(default_factory=dict)
     localization: ByModel[SiteLocalisation] = Field(default_factory=dict)
     timings: dict[Word, Seconds] = Field(default_factory=dict, max_length=32)
 

@@ -28,6 +28,7 @@ from chainward_shared import __version__
 from chainward_shared.config import OutputConfig, RunConfig
 from chainward_shared.errors import RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
+from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
 from chainward_shared.models.start import travelling
 from chainward_shared.preprocessing import preprocessing_metadata
@@ -150,7 +151,7 @@ class RunFolder:
             kept = self.load_results()
             assert kept is not None
             kept.make_up += [key for key in todo.make_up if key not in kept.make_up]
-            kept.final, kept.models, kept.localization = {}, {}, {}
+            kept.final, kept.by_class, kept.models, kept.localization = {}, {}, {}, {}
             self.write_results(kept)
 
     def load_results(self) -> Results | None:
@@ -202,11 +203,18 @@ class RunFolder:
         return name in self.state.models
 
     def save_model(
-        self, name: str, state: StateDict, architecture: Architecture, classes: list[str], task: Task
+        self,
+        name: str,
+        state: StateDict,
+        architecture: Architecture,
+        classes: list[str],
+        task: Task,
+        record: ModelRecord | None = None,
     ) -> None:
         """Write a model file; it counts once `commit` has been called.
 
         Of a model that starts from pretrained weights only what was trained, but for the chain's, which is the run's result.
+        `record`: of a final model; it goes along in the file.
 
         Raises
         ------
@@ -219,6 +227,7 @@ class RunFolder:
             "chainward.classes": json.dumps(classes),
             "chainward.task": task,
             "chainward.version": __version__,
+            **({} if record is None else record.to_metadata()),
         }
         self._save(name, state if name == CHAIN else travelling(state, architecture), metadata)
 

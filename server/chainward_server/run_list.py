@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chainward_server.results import named
 from chainward_server.watch.snapshot import Snapshot, look
 from chainward_shared.errors import RunFolderError, StatementError
 from chainward_shared.outside import Shown
@@ -24,6 +25,7 @@ class RunSummary(Shown):
     silent : seconds without a sign of life of a run under way
     sites : how many take part
     hops : finished hops
+    data : what the run trains on, as its report names it; while no site has answered, what was asked for
     privacy : how the sites trained; while that is not written down, what was asked for
     """
 
@@ -39,6 +41,7 @@ class RunSummary(Shown):
     seed: int | None = None
     privacy: str | None = None
     synthetic: bool | None = None
+    data: str | None = None
     chain: str | None = None
     student: str | None = None
     reason: str | None = None
@@ -75,10 +78,18 @@ def _summary(path: Path) -> RunSummary:
         seed=run.config.seed,
         privacy=_privacy(run),
         synthetic=run.results.data.synthetic if run.results else None,
+        data=_data(run),
         chain=figures.get("chain"),
         student=figures.get("student"),
         reason=run.reason or run.note,
     )
+
+
+def _data(run: Snapshot) -> str:
+    if run.results is not None:
+        return run.results.data.source
+    source = run.config.data.source
+    return "phantoms" if source == "phantom" else named(source)
 
 
 def _privacy(run: Snapshot) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Literal
 
 from chainward_server.claims import check_counted, check_looks
@@ -26,7 +28,26 @@ NO_SCORES = Scores(n=0, accuracy=None, balanced_accuracy=None, macro_auc=None, e
 """Of a model that no site scores for others to see."""
 
 
-def score_everywhere(
+@dataclass(frozen=True)
+class Counted:
+    """A model's predictions on one split, as counts of every site that let some out.
+
+    Attributes
+    ----------
+    scores : those that the sites sent
+    counts : that they follow from; with noise: of the confusion matrix alone
+    """
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    counts: dict[str, PredictionCounts] = field(default_factory=dict)
+
+    @property
+    def site_scores(self) -> SiteScores:
+        """Return the scores at every site, and over all of them."""
+        return SiteScores(sites=self.scores, pooled=pool(self.counts.values()) if self.counts else NO_SCORES)
+
+
+def count_everywhere(
     sites: Sites,
     privacy: RunPrivacy,
     architecture: Architecture,
@@ -35,11 +56,16 @@ def score_everywhere(
     *,
     run_id: str,
     threads: int,
-) -> dict[Split, SiteScores]:
-    """Return the scores of a model on the images of every site, for each of `splits`.
+    asked: Collection[str] | None = None,
+) -> dict[Split, Counted]:
+    """Return the predictions of a model on the images of every site, for each of `splits`.
 
-    A site that does not answer is left out, with a warning; so is one whose policy withholds its scores. Where all do, the
-    pooled scores are of no images.
+    A site that does not answer is left out, with a warning; so is one whose policy withholds its scores. Where all do, there
+    are counts of none.
+
+    Parameters
+    ----------
+    asked : the sites to ask; default: all
 
     Raises
     ------
@@ -47,10 +73,10 @@ def score_everywhere(
         No site answered.
     """
     task = EvaluateTask(run_id=run_id, architecture=architecture, splits=splits, threads=threads, digest=digest(state))
-    scores: dict[Split, dict[str, Scores]] = {split: {} for split in splits}
-    counts: dict[Split, list[PredictionCounts]] = {split: [] for split in splits}
+    counted: dict[Split, Counted] = {split: Counted() for split in splits}
     problems = []
-    for site, answer in _ask_all(sites, privacy, task, state).items():
+    answers = _ask(sites, privacy, task, state, sites.ids if asked is None else asked)
+    for site, answer in answers.items():
         if isinstance(answer, Failure):
             problems.append(answer.reason)
             continue
@@ -65,16 +91,28 @@ def score_everywhere(
             problems.append(f"site '{site}' sent scores that can't be used: {error}")
             continue
         for split in splits:
-            counts[split].append(answer.counts[split])
-            scores[split][site] = found[split]
+            counted[split].counts[site] = answer.counts[split]
+            counted[split].scores[site] = found[split]
     for problem in problems:
         logger.warning("scores are without a site: %s", problem)
-    if len(problems) == len(sites.cards):
+    if problems and len(problems) == len(answers):
         raise ChainwardError(f"no site scored the model: {problems[0]}")
-    return {
-        split: SiteScores(sites=scores[split], pooled=pool(counts[split]) if counts[split] else NO_SCORES)
-        for split in splits
-    }
+    return counted
+
+
+def score_everywhere(
+    sites: Sites,
+    privacy: RunPrivacy,
+    architecture: Architecture,
+    state: StateDict,
+    splits: list[Split],
+    *,
+    run_id: str,
+    threads: int,
+) -> dict[Split, SiteScores]:
+    """Return the scores of a model on the images of every site, for each of `splits`; see `count_everywhere`."""
+    counted = count_everywhere(sites, privacy, architecture, state, splits, run_id=run_id, threads=threads)
+    return {split: found.site_scores for split, found in counted.items()}
 
 
 def _checked(sites: Sites, site: str, answer: Scored, splits: list[Split]) -> dict[Split, Scores]:
@@ -110,7 +148,7 @@ def localise_everywhere(
         run_id=run_id, architecture=architecture, splits=[], localisation=True, threads=threads, digest=digest(state)
     )
     sums = {}
-    for site, answer in _ask_all(sites, privacy, task, state).items():
+    for site, answer in _ask(sites, privacy, task, state, sites.ids).items():
         if isinstance(answer, Failure):
             logger.warning("where the model looks is scored without a site: %s", answer.reason)
             continue
@@ -130,12 +168,11 @@ def localise_everywhere(
     )
 
 
-def _ask_all(sites: Sites, privacy: RunPrivacy, task: EvaluateTask, state: StateDict) -> dict[str, Scored | Failure]:
+def _ask(
+    sites: Sites, privacy: RunPrivacy, task: EvaluateTask, state: StateDict, asked: Collection[str]
+) -> dict[str, Scored | Failure]:
     return sites.evaluate(
-        {
-            site: Work(task.model_copy(update={"seen_head": privacy.seen_head(site)}), {"model": state})
-            for site in sites.cards
-        }
+        {site: Work(task.model_copy(update={"seen_head": privacy.seen_head(site)}), {"model": state}) for site in asked}
     )
 
 

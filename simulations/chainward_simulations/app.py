@@ -32,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
         draw_examples(folder)
         write_report(folder)
     except DataError:
-        pass  # no image has a region of interest
+        pass  # there is no test image
     except (ChainwardError, OSError) as error:  # the run itself is finished: a picture must not make it fail
         logger.warning("the report shows no examples: %s", error)
     fail_if_incomplete(folder)

@@ -9,11 +9,13 @@ import typer
 from chainward_server.cli import DEFAULT_DIR, RunsDir, app, errors, main, open_run
 from chainward_simulations.attack import attack
 from chainward_simulations.check import check
+from chainward_simulations.predict.command import predict
 from chainward_simulations.study.command import study
 
 app.command()(study)
 app.command()(attack)
 app.command()(check)
+app.command()(predict)
 
 
 @app.command("run")

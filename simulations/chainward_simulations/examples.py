@@ -59,55 +59,74 @@ def example_figure(
     *,
     count: int = 6,
     seed: int = 0,
+    only_regions: bool = False,
 ) -> bytes:
-    """Draw test images with their region outlined, and below each where every model looks, as a PNG.
+    """Draw test images, and below each where every model looks, as a PNG.
 
-    A column is a case, a row is a model. The cases are drawn at random, by `seed`, evenly over classes, hospitals and the
-    last model's right and wrong answers; where a model looks has no say.
+    A column is a case, a row is a model. Regions of interest are outlined; where no test image has one, any may be shown, and
+    then nothing says whether a model looks at the right place. The cases are drawn at random, by `seed`, evenly over classes,
+    hospitals and the last model's right and wrong answers; where a model looks has no say.
 
     Parameters
     ----------
     models : name -> architecture and weights, in the order of the rows; e.g. "without" and "with" the privileged teacher
     sites : the data of the hospitals, on this machine
-    count : cases to show; fewer where fewer have a region
+    count : cases to show; fewer where there are fewer, or fewer have a region
+    only_regions : refuse where no test image has a region
 
     Raises
     ------
     DataError
-        No test image has a region of interest.
+        There is no test image, or none has a region and that is asked for.
     """
     built = {name: _built(*model) for name, model in models.items()}
+    shown, outlined = _shown(sites, only_regions=only_regions)
     probabilities = {
-        site: [_probabilities(model, data) for model in built.values()]
-        for site, data in sites.items()
-        if data.splits["test"].privileged.masks is not None
+        site: [_probabilities(model, sites[site]) for model in built.values()]
+        for site, rows in shown.items()
+        if rows.size
     }
-    candidates = [example for site, found in probabilities.items() for example in _candidates(site, sites[site], found)]
+    candidates = [
+        example
+        for site, found in probabilities.items()
+        for example in _candidates(site, sites[site], found, shown[site])
+    ]
     if not candidates:
-        raise DataError("no test image has a region of interest to show: give masks or boxes in the data file")
+        raise DataError("no site has a test image to show: check the splits of the data")
     chosen = choose(candidates, count, seed)
     with matplotlib.rc_context(
         {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False}
     ):
-        figure, axes = _canvas(len(chosen), list(built))
+        figure, axes = _canvas(len(chosen), list(built), outlined=outlined)
         for column, example in enumerate(chosen):
             data = sites[example.site]
             case = data.splits["test"].take([example.row])
-            masks = case.privileged.masks
-            assert masks is not None  # else it would be no candidate
-            mask = masks[0].numpy()
+            masks = case.privileged.masks if outlined else None
+            mask = None if masks is None else masks[0].numpy()
+            side = case.images.shape[-2:] if mask is None else mask.shape
             _draw(axes[0, column], case, mask)
             _write(axes[0, column], _truth(example, data.classes), example.site)
             for row, (model, size) in enumerate(built.values(), start=1):
-                map_ = attention_maps(model, scaled_for(model, resized(case.images, size)), size=mask.shape)
+                map_ = attention_maps(model, scaled_for(model, resized(case.images, size)), size=(side[0], side[1]))
                 _draw(axes[row, column], case, mask, map_[0].numpy())
                 answer = _answer(probabilities[example.site][row - 1][example.row], data.classes)
-                lift = float(score_maps(map_, masks).lift[0])
+                lift = "" if masks is None else f"lift {float(score_maps(map_, masks).lift[0]):.1f}×"
                 hit = example.hits[row - 1]
-                _write(axes[row, column], f"{answer} {'✓' if hit else '✗'}", f"lift {lift:.1f}×", hit)
+                _write(axes[row, column], f"{answer} {'✓' if hit else '✗'}", lift, hit)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _shown(sites: Mapping[str, SiteData], *, only_regions: bool) -> tuple[dict[str, np.ndarray], bool]:
+    """Return which rows of every site's test images may be shown, and whether they are those with a region."""
+    tests = {site: data.splits["test"] for site, data in sites.items()}
+    regions = {site: _regions(cases) for site, cases in tests.items()}
+    if any(rows.size for rows in regions.values()):
+        return regions, True
+    if only_regions:
+        raise DataError("no test image has a region of interest to show: give masks or boxes in the data file")
+    return {site: np.arange(len(cases)) for site, cases in tests.items()}, False
 
 
 def choose(candidates: list[Example], count: int, seed: int) -> list[Example]:
@@ -142,12 +161,18 @@ def _probabilities(model: tuple[torch.nn.Module, int], data: SiteData) -> np.nda
     return class_probabilities(model[0], data.splits["test"], len(data.classes), threads, image_size=model[1])
 
 
-def _candidates(site: str, data: SiteData, probabilities: list[np.ndarray]) -> list[Example]:
-    cases = data.splits["test"]
+def _regions(cases: Cases) -> np.ndarray:
+    """Return the rows of the cases that have a region of interest, int64 (n,)."""
     masks = cases.privileged.masks
-    assert masks is not None  # the caller asks only for sites that have some
+    if masks is None:
+        return np.zeros(0, dtype=np.int64)
     shares = masks.flatten(1).float().mean(dim=1)
-    truth = cases.labels.numpy()
+    found: np.ndarray = torch.nonzero((shares > 0) & (shares < 1)).flatten().numpy()
+    return found
+
+
+def _candidates(site: str, data: SiteData, probabilities: list[np.ndarray], rows: np.ndarray) -> list[Example]:
+    truth = data.splits["test"].labels.numpy()
     labels: list[tuple[int, ...]]
     if truth.ndim == 1:
         labels = [(int(label),) for label in truth]
@@ -155,10 +180,7 @@ def _candidates(site: str, data: SiteData, probabilities: list[np.ndarray]) -> l
     else:
         labels = [tuple(np.flatnonzero(row).tolist()) for row in truth]
         hits = [((found >= DECISION) == (truth > 0)).all(axis=1) for found in probabilities]
-    return [
-        Example(site, row, labels[row], tuple(bool(hit[row]) for hit in hits))
-        for row in torch.nonzero((shares > 0) & (shares < 1)).flatten().tolist()
-    ]
+    return [Example(site, row, labels[row], tuple(bool(hit[row]) for hit in hits)) for row in rows.tolist()]
 
 
 def _truth(example: Example, classes: tuple[str, ...]) -> str:
@@ -170,7 +192,7 @@ def _answer(probabilities: np.ndarray, classes: tuple[str, ...]) -> str:
     return f"{classes[best]} {100 * probabilities[best]:.0f} %"
 
 
-def _canvas(columns: int, models: list[str]) -> tuple[Figure, np.ndarray]:
+def _canvas(columns: int, models: list[str], *, outlined: bool) -> tuple[Figure, np.ndarray]:
     rows = 1 + len(models)
     width = max(_LABEL + columns * _CELL, 6.5)
     height = rows * (_CELL + _CAPTION) + _NOTE
@@ -185,16 +207,18 @@ def _canvas(columns: int, models: list[str]) -> tuple[Figure, np.ndarray]:
             axes[row, column].set_axis_off()
         middle = (bottom + _CELL / 2) / height
         figure.text(0.06 / width, middle, name, rotation=90, va="center", fontsize=9, fontweight="bold", color=RIGHT)
+    outline = "Blue outline: the marked region." if outlined else "No region is marked in these images."
+    lift = " Lift: attention inside the region, times chance." if outlined else ""
     note = (
-        "Blue outline: the marked region. Colour: the model's attention, from none (clear) to its strongest (yellow).\n"
-        "Above a map: the class that the model predicts, its probability, ✓ right or ✗ wrong. Lift: attention inside the "
-        "region, times chance.\nCases drawn at random over classes, hospitals, right and wrong answers."
+        f"{outline} Colour: the model's attention, from none (clear) to its strongest (yellow).\n"
+        f"Above a map: the class that the model predicts, its probability, ✓ right or ✗ wrong.{lift}\n"
+        "Cases drawn at random over classes, hospitals, right and wrong answers."
     )
     figure.text(_LABEL / width, (_NOTE - 0.08) / height, note, va="top", fontsize=6.5, color="#414a55", wrap=True)
     return figure, axes
 
 
-def _draw(axes: Axes, case: Cases, mask: np.ndarray, map_: np.ndarray | None = None) -> None:
+def _draw(axes: Axes, case: Cases, mask: np.ndarray | None, map_: np.ndarray | None = None) -> None:
     pixels = case.images[0].permute(1, 2, 0).numpy()
     if pixels.shape[2] == 3:
         axes.imshow(pixels, interpolation="bilinear")
@@ -202,6 +226,8 @@ def _draw(axes: Axes, case: Cases, mask: np.ndarray, map_: np.ndarray | None = N
         axes.imshow(pixels[:, :, 0], cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
     if map_ is not None:
         axes.imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=STRONGEST * map_, interpolation="bilinear")
+    if mask is None:
+        return
     outline = axes.contour(np.pad(mask, 1), levels=[0.5], colors=REGION, linewidths=1.1, extent=_extent(mask))
     outline.set_path_effects([withStroke(linewidth=2.0, foreground="black", alpha=0.5)])
     axes.set_xlim(-0.5, mask.shape[1] - 0.5)

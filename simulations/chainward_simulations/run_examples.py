@@ -27,7 +27,7 @@ def draw_examples(folder: RunFolder, *, without: RunFolder | None = None, count:
     Raises
     ------
     DataError
-        The images are not on this machine, or none has a region of interest.
+        The images are not on this machine, or there is no test image.
     ConfigError
         The two runs were made on different data.
     RunFolderError, WeightsError

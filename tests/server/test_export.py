@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
 import json
 import pickle
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,11 @@ import timm
 import torch
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from chainward_client.data.placement import fit_image
 from chainward_server.cli import app
 from chainward_server.export import export_run
 from chainward_server.export import onnx_model as onnx_module
@@ -38,6 +43,8 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ExportError, WeightsError
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import build_model, compact_architecture, resolve_architecture
+from chainward_shared.preparation import Preparation
+from chainward_shared.preprocessing import to_float
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
@@ -45,7 +52,8 @@ from chainward_shared.privacy.record import privacy_record
 from chainward_shared.privacy.statements import Statements, sign_statement
 
 CLASSES = ["clear", "mass", "fluid"]
-FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "SHA256SUMS"}
+FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "preprocessing.py", "configs", "SHA256SUMS"}
+LISTED = FILES - {"SHA256SUMS", "configs"} | {"configs/metadata.json", "configs/inference.json"}
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +215,7 @@ def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(make_run, 
     assert (said["chainward.image_size"], said["chainward.channels"]) == ("32", "1")
     assert said["chainward.run"] == folder.state.run_id
     assert said["chainward.safetensors_sha256"] == folder.state.models["student"]
-    for file in done.path.iterdir():
+    for file in (one for one in done.path.rglob("*") if one.is_file()):
         contents = file.read_bytes()
         for machine in (str(tmp_path), str(Path.home()), timm.__file__, "site-packages", "chainward_server"):
             assert machine.encode() not in contents, f"{file.name} names {machine}"
@@ -237,6 +245,96 @@ def test_a_graph_whose_batch_is_fixed_is_refused():
         compare(proto.SerializeToString(), model, architecture, "single", "pixels", opset=check.opset)
 
 
+# --- from an image of any shape ---
+
+
+def with_fits(folder: RunFolder, *fits: str) -> RunFolder:
+    """The same run, whose sites made their images square so."""
+    results = folder.load_results()
+    for site, fit in zip(results.data.sites, fits, strict=True):
+        site.preparation = Preparation(fit=fit)
+    folder.write_results(results)
+    return RunFolder.open(folder.path)
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Smooth grey, as a photograph is, with an edge."""
+    row, column = np.mgrid[:height, :width]
+    pixels = 128 + 90 * np.sin(row / 7) * np.cos(column / 11)
+    pixels[height // 3 : height // 2] = 250
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def module_of(folder: Path):
+    """The export's own preprocessing.py, imported from where it lies."""
+    spec = importlib.util.spec_from_file_location(f"preprocessing_{folder.parent.name}", folder / "preprocessing.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_the_sites_own_code(image: Image.Image, fit: str) -> torch.Tensor:
+    square = fit_image(image, 32, fit, resample=Image.Resampling.BICUBIC)
+    return to_float(torch.from_numpy(np.asarray(square))[None, None])
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+def test_whole_images_become_what_the_sites_trained_on_in_every_exported_file(make_run, tmp_path, fit):
+    folder = with_fits(make_run(models=("chain",)), fit, fit)
+    done = export_run(folder, tmp_path / fit, model="chain", onnx_input="image")
+    session = onnxruntime.InferenceSession(done.path / "model.onnx")
+    model, own = loaded_by_timm(done.path), module_of(done.path)
+    transform = None if fit == "pad" else timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    for shape in ((50, 90), (91, 40), (32, 32), (20, 25)):
+        image = photograph(*shape)
+        expected = by_the_sites_own_code(image, fit)
+        assert torch.equal(own.prepare(image)[None], expected)
+        with torch.inference_mode():
+            logits = model(expected).numpy()
+        answer, _ = session.run(None, {"image": np.asarray(image)[None, None]})
+        assert np.abs(answer - logits).max() < 0.02 * np.abs(logits).max()
+        if transform is not None:  # half a pixel off where timm's centre is a whole one
+            assert (transform(image)[None] - expected).abs().mean() < (1e-6 if fit == "stretch" else 0.15)
+
+
+@pytest.mark.parametrize(
+    ("fits", "words"), [(("pad", "pad"), "black bars"), (("pad", "crop"), "different ways"), ((), "nothing says")]
+)
+def test_timms_own_transform_is_refused_where_it_would_prepare_images_otherwise(make_run, tmp_path, fits, words):
+    folder = make_run(models=("chain",))
+    done = export_run(with_fits(folder, *fits) if fits else folder, tmp_path / "out", model="chain", onnx=False)
+    config = timm.data.resolve_model_data_config(loaded_by_timm(done.path))
+    with pytest.raises(KeyError, match=f"{words}.*use preprocessing.py"):
+        timm.data.create_transform(**config)
+    with pytest.raises(ExportError, match="use --onnx-input pixels") if fits != ("pad", "pad") else nullcontext():
+        export_run(RunFolder.open(folder.path), tmp_path / "image", model="chain", onnx_input="image")
+
+
+def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch):
+    bundle = pytest.importorskip("monai.bundle")
+    done = export_run(with_fits(make_run(models=("chain",)), "pad", "pad"), tmp_path / "out", model="chain", onnx=False)
+    (tmp_path / "images").mkdir()
+    for number, shape in enumerate([(50, 90), (91, 40)]):
+        photograph(*shape).save(tmp_path / "images" / f"{number}.png")
+    monkeypatch.chdir(done.path)
+    monkeypatch.syspath_prepend(done.path)
+    monkeypatch.delitem(sys.modules, "preprocessing", raising=False)
+    bundle.run(
+        config_file="configs/inference.json",
+        meta_file="configs/metadata.json",
+        dataset_dir=str(tmp_path / "images"),
+        output=str(tmp_path / "answers.csv"),
+    )
+    rows = list(csv.DictReader((tmp_path / "answers.csv").open()))
+    model = loaded_by_timm(done.path)
+    for number, row in enumerate(rows):
+        image = by_the_sites_own_code(Image.open(tmp_path / "images" / f"{number}.png"), "pad")
+        with torch.inference_mode():
+            expected = model(image).softmax(dim=1)[0]
+        assert [float(row[f"probability:{name}"]) for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len(rows) == 2
+
+
 # --- whole or nothing ---
 
 
@@ -244,7 +342,7 @@ def test_the_checksums_are_those_of_the_files(make_run, tmp_path):
     done = export_run(make_run(), tmp_path / "out")
     assert {file.name for file in done.path.iterdir()} == FILES
     sums = dict(reversed(line.split("  ")) for line in (done.path / "SHA256SUMS").read_text().splitlines())
-    assert set(sums) == FILES - {"SHA256SUMS"}
+    assert set(sums) == LISTED
     for name, sha256 in sums.items():
         assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == sha256
     card = (done.path / "README.md").read_text()
@@ -278,7 +376,7 @@ def test_a_pickle_in_place_of_the_weights_is_not_opened(make_run, tmp_path):
 def test_a_failure_half_way_leaves_nothing_and_what_was_there_stays(make_run, tmp_path, monkeypatch):
     folder = make_run()
     first = export_run(folder, tmp_path / "out", onnx=False)
-    before = {file.name: file.read_bytes() for file in first.path.iterdir()}
+    before = {file.name: file.read_bytes() for file in first.path.iterdir() if file.is_file()}
 
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -286,7 +384,7 @@ def test_a_failure_half_way_leaves_nothing_and_what_was_there_stays(make_run, tm
     monkeypatch.setattr("chainward_server.export.run_export.model_card", broken)
     with pytest.raises(ExportError, match="No space left on device"):
         export_run(folder, tmp_path / "out", onnx=False, force=True)
-    assert {file.name: file.read_bytes() for file in first.path.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in first.path.iterdir() if file.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
 
 
@@ -480,7 +578,7 @@ def test_the_command_prints_the_folder_or_json(make_run, tmp_path):
     told = json.loads(printed.stdout)
     assert (told["model"], told["path"]) == ("chain", str(tmp_path / "two"))
     assert told["onnx"]["logits"] < 1e-5
-    assert {file["name"] for file in told["files"]} == FILES - {"SHA256SUMS"}
+    assert {file["name"] for file in told["files"]} == LISTED
 
 
 def test_a_real_run_is_exported_from_end_to_end(settings, coordinated, tmp_path):

@@ -29,7 +29,7 @@ from chainward_shared.protocol import TrainingLog
 CLASSES = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias", "st_elsewhere_university", "nordklinik"]
 TEST_IMAGES = {site: 40 + 13 * index for index, site in enumerate(SITES)}
-SECTIONS = ["comparison", "chain", "size", "work", "incidents", "data", "privacy", "settings", "glossary"]
+SECTIONS = ["comparison", "classes", "chain", "size", "work", "incidents", "data", "privacy", "settings", "glossary"]
 VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 PRIVACY = {"mode": "off", "statement": "Weights and metrics left the hospitals; images did not.", "sites": {}}
 CONFIG: dict[str, dict[str, Any]] = {
@@ -502,8 +502,8 @@ def test_missing_scores_are_en_dashes_not_zeros_or_none() -> None:
     parsed = Page(render(finished_run(final={"chain": final})))
     assert parsed.of_class("figure")[0] == "–"
     by_hospital = parsed.text.split("Hospital by hospital")[1]
-    assert re.search(r" vienna_dias 79 0\.449 – – ", by_hospital)
-    assert re.search(r" All hospitals 435 0\.426 – – ", by_hospital)
+    assert re.search(r" vienna_dias 79 – 0\.449 – – ", by_hospital)
+    assert re.search(r" All hospitals 435 – 0\.426 – – ", by_hospital)
     assert "None" not in parsed.text
     assert "nan" not in parsed.text.split()
     assert "Without test images its balanced accuracy is unknown." in parsed.text

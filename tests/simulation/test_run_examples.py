@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from chainward_server.report.from_folder import write_report
-from chainward_shared.errors import ConfigError, DataError, RunFolderError
+from chainward_shared.errors import ConfigError, RunFolderError
 from chainward_simulations.cli import app
 from chainward_simulations.run_examples import draw_examples
 
@@ -61,11 +61,13 @@ def test_a_simulated_run_can_show_where_its_models_look(phantom_settings, coordi
         write_report(folder)
 
 
-def test_data_without_regions_has_nothing_to_show(settings, coordinated):
+def test_images_without_regions_are_shown_too_and_the_picture_says_that_none_is_marked(settings, coordinated):
     folder, _ = coordinated(settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False})
-    with pytest.raises(DataError, match="no test image has a region"):
-        draw_examples(folder)
-    assert not (folder.path / "examples.png").exists()
+    draw_examples(folder, count=3)
+    write_report(folder)
+    page = (folder.path / "report.html").read_text()
+    assert base64.b64encode((folder.path / "examples.png").read_bytes()).decode() in page
+    assert 'id="looks"' not in page and 'id="examples"' in page
 
 
 def test_runs_on_other_data_are_not_compared(settings, coordinated):

@@ -21,10 +21,9 @@ from chainward_client.data.description_errors import clause_of, yaml_problem
 from chainward_client.data.formats import data_formats
 from chainward_client.data.paths import FilePath, Folder, FolderOrZip
 from chainward_shared.errors import DataError, nearest
+from chainward_shared.preparation import Fit, Preparation
 from chainward_shared.task import Task
 from chainward_shared.words import listed
-
-Fit = Literal["pad", "crop", "stretch"]
 
 
 class ImageShape(Block):
@@ -99,6 +98,11 @@ class DataDescription(Block):
     task: Task = "single"
     classes: ClassNames | None = None
     image: OptionalImageShape = ImageShape()
+
+    @property
+    def preparation(self) -> Preparation:
+        """Return how its images become what a model sees, as the site's card says it."""
+        return Preparation(fit=self.image.fit, scale=self.image.scale)
 
     @property
     def table_file(self) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from chainward_client.data.description import Fit
+from chainward_shared.preparation import Fit
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from chainward_client.data.columns import TabularColumn
 from chainward_client.data.scale import Scale
 from chainward_shared.distillation.losses import class_counts
+from chainward_shared.preparation import Preparation
 from chainward_shared.task import Task
 
 SplitName = Literal["train", "val", "test"]
@@ -104,6 +105,7 @@ class SiteData:
     has_patient_ids : whether the data say which images are of one patient; else each image counts as a patient
     left_out : one line for each file that can't be used and was left out; never leaves the site
     scale : what is black and white in images of more than 8 bits, where that was measured; never leaves the site
+    preparation : how its images became what a model sees; None where that is unknown
     key : a deployed hospital's secret, by which its patients keep their labels or not; None in a simulation, whose seed decides
     """
 
@@ -117,6 +119,7 @@ class SiteData:
     has_patient_ids: bool = True
     left_out: tuple[str, ...] = ()
     scale: Scale | None = None
+    preparation: Preparation | None = field(default_factory=Preparation)
     key: bytes | None = field(default=None, repr=False)
 
     def class_counts(self, split: SplitName) -> list[int]:

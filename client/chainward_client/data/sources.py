@@ -146,6 +146,7 @@ def site_data(
         has_patient_ids=NO_PATIENTS not in table.notes,
         left_out=tuple(file.shown for file in left_out),
         scale=table.scale.measured,
+        preparation=table.description.preparation,
     )
     return replace(opened, notes=notes + _findings(opened))
 

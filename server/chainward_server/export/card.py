@@ -19,11 +19,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from chainward_server.measure import described
-from chainward_server.report import formats, tables
+from chainward_server.report import class_rows, formats, tables
 from chainward_server.results import LinkRecord, Results, SiteScores, SiteSummary
 from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
 from chainward_shared.preprocessing import scaling
 from chainward_shared.privacy.findings import Audit
@@ -77,6 +78,7 @@ def model_card(
     files: list[CardFile],
     onnx: OnnxCheck | None,
     onnx_input: str,
+    record: ModelRecord,
 ) -> str:
     """Return the card of a run's model.
 
@@ -88,7 +90,8 @@ def model_card(
     audit : of the statements in it; None where there are none
     files : the other files of the export
     onnx : how ONNX compares with PyTorch; None without ONNX
-    onnx_input : "pixels" or "scaled"; see `OnnxInput`
+    onnx_input : see `OnnxInput`
+    record : what the model's file says of it
     """
     scores = results.final.get(name)
     multilabel = tables.multilabel(results)
@@ -133,6 +136,8 @@ def model_card(
             files=files,
             onnx=onnx,
             onnx_input=onnx_input,
+            record=record,
+            by_class=next((model for model in class_rows.models_by_class(results) if model.kind == name), None),
             versions=_versions(folder, onnx),
             exported=__version__,
         )
@@ -302,6 +307,7 @@ def _environment() -> Environment:
                 formats.score,
                 formats.factor,
                 formats.interval,
+                formats.threshold,
                 formats.count,
                 formats.bytes_size,
                 formats.duration,

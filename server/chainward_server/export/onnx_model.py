@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chainward_shared.errors import ExportError
 from chainward_shared.models import Architecture
+from chainward_shared.preparation import Fit
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.task import Task
 from chainward_shared.words import first_line
@@ -23,9 +24,10 @@ from chainward_shared.words import first_line
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
-OnnxInput = Literal["pixels", "scaled"]
-"""What the graph is given. pixels: uint8, 0 to 255, as images are stored; the scaling is part of the graph. scaled: float32,
-already scaled as the metadata say."""
+OnnxInput = Literal["pixels", "scaled", "image"]
+"""What the graph is given. pixels: uint8, 0 to 255, squares as images are stored; the scaling is part of the graph. scaled:
+float32, already scaled as the metadata say. image: one image of any shape, uint8; that it becomes a square is part of the graph,
+too."""
 
 BATCHES = (1, 3, 3, 8)
 """Batches on which ONNX and PyTorch are compared; the first of 3 is black, white and a ramp, the others are noise."""
@@ -88,17 +90,24 @@ def require_onnx() -> None:
 
 
 def onnx_bytes(
-    model: nn.Module, architecture: Architecture, task: Task, metadata: Mapping[str, str], takes: OnnxInput = "pixels"
+    model: nn.Module,
+    architecture: Architecture,
+    task: Task,
+    metadata: Mapping[str, str],
+    takes: OnnxInput = "pixels",
+    square: tuple[int, Fit] | None = None,
 ) -> tuple[bytes, OnnxCheck]:
     """Return the ONNX file of a model, and how its answers compare with the model's.
 
-    One input, ``pixels`` or ``images`` as `takes` says, of shape (batch, channels, size, size); two outputs, ``logits`` and
-    ``probabilities``, of shape (batch, classes). Any batch size. The file holds no file names or stack traces of this machine.
+    One input, ``pixels`` or ``images`` as `takes` says, of shape (batch, channels, size, size), any batch size, or ``image``,
+    (1, channels, height, width); two outputs, ``logits`` and ``probabilities``, of shape (batch, classes). The file holds no file
+    names or stack traces of this machine.
 
     Parameters
     ----------
     model : on the CPU, with its weights; its training mode is left as it is found
     metadata : written into the file as ``metadata_props``
+    square : of an ``image``: the side of the square that it becomes first, and how
 
     Raises
     ------
@@ -115,11 +124,15 @@ def onnx_bytes(
     training = model.training
     model.eval()
     try:
-        proto = _traced(model, architecture, task, takes)
+        inner: OnnxInput = "pixels" if takes == "image" else takes
+        proto = _traced(model, architecture, task, inner)
+        check = compare(proto.SerializeToString(), model, architecture, task, inner, opset=_opset(proto))
+        if takes == "image":
+            assert square is not None
+            proto = _with_square(proto, architecture, square)
         for key, value in metadata.items():
             proto.metadata_props.add(key=key, value=value)
         contents = proto.SerializeToString(deterministic=True)
-        check = compare(contents, model, architecture, task, takes, opset=_opset(proto))
     finally:
         model.train(training)
     return contents, check
@@ -213,6 +226,23 @@ def _traced(model: nn.Module, architecture: Architecture, task: Task, takes: Onn
             f"PyTorch {torch.__version__} can't export '{architecture.name}' to ONNX ({first_line(error)}); use --no-onnx"
         ) from error
     return proto
+
+
+def _with_square(proto: ModelProto, architecture: Architecture, square: tuple[int, Fit]) -> ModelProto:
+    import onnx
+
+    from chainward_server.export.onnx_image import with_preparation
+
+    size, fit = square
+    channels, network_size = architecture.in_chans, architecture.image_size
+    try:
+        whole = with_preparation(proto, channels=channels, size=size, network_size=network_size, fit=fit)
+        onnx.checker.check_model(whole, full_check=True)
+    except Exception as error:  # onnx has several errors of its own
+        raise ExportError(
+            f"the graph can't be given whole images ({first_line(error)}); use --onnx-input pixels"
+        ) from error
+    return whole
 
 
 def _forget_machine(graph: GraphProto) -> None:

@@ -6,31 +6,37 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from chainward_server.by_class import model_record
+from chainward_server.export.bundle import bundle_files
 from chainward_server.export.card import CardFile, model_card
 from chainward_server.export.new_folder import check_target, new_folder
 from chainward_server.export.onnx_model import OnnxCheck, OnnxInput, onnx_bytes, require_onnx
+from chainward_server.export.timm_config import timm_config
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.errors import ExportError
 from chainward_shared.files import write_atomically
+from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.preparation import Fit
 from chainward_shared.preprocessing import preprocessing_metadata, scaling
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.record import PrivacyRecord, read_privacy_record
-from chainward_shared.task import Task
 from chainward_shared.weights import check_state, load_file
 
 ModelName = Literal["student", "chain"]
 
 CARD, CONFIG, WEIGHTS, ONNX, SUMS = "README.md", "config.json", "model.safetensors", "model.onnx", "SHA256SUMS"
-EXPORT_FILES = (CARD, CONFIG, WEIGHTS, ONNX, SUMS)
+CODE = "preprocessing.py"
+EXPORT_FILES = (CARD, CONFIG, WEIGHTS, ONNX, CODE, SUMS, "configs")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ def export_run(
 ) -> Export:
     """Write a folder with a run's model: safetensors, timm's config.json, ONNX, a model card, and checksums.
 
+    The folder is a MONAI bundle, too. Its `preprocessing.py` brings images to what the model sees, without Chainward.
+
     The weights are the run's file, byte for byte, checked against the digest that the run recorded.
 
     Parameters
@@ -98,19 +106,19 @@ def export_run(
         weights = staging / WEIGHTS
         write_atomically(weights, _checked_bytes(folder, name, sha256))
         classifier, architecture, metadata = _read_model(weights, sha256, results)
-        task: Task = results.data.task
+        record = _record(folder, name, architecture, metadata, results)
         check = None
         if onnx:
             contents, check = onnx_bytes(
                 classifier,
                 architecture,
-                task,
-                _onnx_metadata(folder, name, results, architecture, metadata, onnx_input, sha256),
+                record.task,
+                _onnx_metadata(folder, record, architecture, metadata, onnx_input, sha256),
                 onnx_input,
+                _square(record, onnx_input),
             )
             write_atomically(staging / ONNX, contents)
-        _write_timm_config(staging / CONFIG, classifier, architecture, results)
-        files = [_described(staging / file) for file in (WEIGHTS, ONNX, CONFIG) if (staging / file).exists()]
+        files = _write_texts(staging, classifier, architecture, record)
         card = model_card(
             folder,
             name,
@@ -122,13 +130,36 @@ def export_run(
             files=files,
             onnx=check,
             onnx_input=onnx_input,
+            record=record,
         )
         write_atomically(staging / CARD, card.encode())
-        files.insert(0, _described(staging / CARD))
+        files.insert(0, _described(staging, CARD))
         write_atomically(staging / SUMS, "".join(f"{file.sha256}  {file.name}\n" for file in files).encode())
     return Export(
         target, folder.state.run_id, name, tuple(files), check, tuple(_warnings(folder, name, results, audit))
     )
+
+
+def _record(
+    folder: RunFolder, name: str, architecture: Architecture, metadata: Mapping[str, str], results: Results
+) -> ModelRecord:
+    """Return what the model's file says of it, or, of runs that wrote nothing, what their results say."""
+    found = ModelRecord.from_metadata(metadata)
+    return found or model_record(folder.state.run_id, name, architecture, results.data, results.by_class.get(name))
+
+
+def _write_texts(
+    staging: Path, classifier: nn.Module, architecture: Architecture, record: ModelRecord
+) -> list[CardFile]:
+    """Write all that is text but the card, and return these files and those that are there already."""
+    texts: dict[str, str] = {}
+    if not architecture.multiplied:  # timm has no name for those, by which the other files would load them
+        texts = {CONFIG: timm_config(classifier, architecture, record), CODE: _code()}
+        texts |= bundle_files(record, architecture.name)
+    for file, text in texts.items():
+        (staging / file).parent.mkdir(exist_ok=True)
+        write_atomically(staging / file, text.encode())
+    return [_described(staging, file) for file in (WEIGHTS, ONNX, *texts) if (staging / file).exists()]
 
 
 def chosen_model(folder: RunFolder, model: ModelName | None) -> ModelName:
@@ -185,8 +216,7 @@ def _read_model(weights: Path, sha256: str, results: Results) -> tuple[nn.Module
 
 def _onnx_metadata(
     folder: RunFolder,
-    name: str,
-    results: Results,
+    record: ModelRecord,
     architecture: Architecture,
     metadata: Mapping[str, str],
     takes: OnnxInput,
@@ -195,57 +225,29 @@ def _onnx_metadata(
     mean, std = scaling(architecture.pixels)
     by_channel = "" if architecture.pixels is None else ", by channel"
     shape = f"[batch, {architecture.in_chans}, {architecture.image_size}, {architecture.image_size}]"
-    given = (
-        f"pixels: uint8 {shape}, 0 to 255; the scaling is part of the graph"
-        if takes == "pixels"
-        else f"images: float32 {shape}, (pixels / 255 - {mean}) / {std}{by_channel}"
-    )
-    activation = "sigmoid of each" if results.data.task == "multilabel" else "softmax"
+    given = {
+        "pixels": f"pixels: uint8 {shape}, 0 to 255; the scaling is part of the graph",
+        "scaled": f"images: float32 {shape}, (pixels / 255 - {mean}) / {std}{by_channel}",
+        "image": f"image: uint8 [1, {architecture.in_chans}, height, width], 0 to 255; preprocessing is part of the graph",
+    }[takes]
+    activation = "sigmoid of each" if record.task == "multilabel" else "softmax"
     return {
         **{key: value for key, value in sorted(metadata.items()) if key.startswith(("chainward.", "timm."))},
         **preprocessing_metadata(architecture.pixels),
+        **record.to_metadata(),
         "chainward.input": given,
         "chainward.outputs": f"logits, probabilities ({activation}): float32 [batch, {architecture.num_classes}]",
         "chainward.channels": str(architecture.in_chans),
         "chainward.image_size": str(architecture.image_size),
-        "chainward.classes": json.dumps(results.data.classes),
-        "chainward.task": results.data.task,
+        "chainward.classes": json.dumps(record.classes),
+        "chainward.task": record.task,
         "chainward.run": folder.state.run_id,
-        "chainward.model": name,
+        "chainward.model": record.model,
         "chainward.safetensors_sha256": sha256,
         "chainward.export_version": __version__,
-        "chainward.synthetic_data": str(results.data.synthetic).lower(),
+        "chainward.synthetic_data": str(record.synthetic).lower(),
         "chainward.use": "research only; not a medical device",
     }
-
-
-def _write_timm_config(path: Path, model: nn.Module, architecture: Architecture, results: Results) -> None:
-    """Write the config.json with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the weights.
-
-    None is written of a model that timm has no name for: see `Architecture.to_metadata`.
-    """
-    if architecture.multiplied:
-        return
-    channels = architecture.in_chans
-    mean, std = scaling(architecture.pixels)
-    arguments = {key: value for key, value in architecture.timm_kwargs().items() if key != "num_classes"}
-    config = {
-        "architecture": architecture.name,
-        "num_classes": architecture.num_classes,
-        "num_features": int(getattr(model, "num_features", 0)),
-        "label_names": results.data.classes,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "num_classes": architecture.num_classes,
-            "input_size": [channels, architecture.image_size, architecture.image_size],
-            "fixed_input_size": "img_size" in arguments,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "mean": mean if isinstance(mean, list) else [mean] * channels,
-            "std": std if isinstance(std, list) else [std] * channels,
-        },
-    }
-    write_atomically(path, f"{json.dumps(config, indent=1)}\n".encode())
 
 
 def _privacy(folder: RunFolder) -> tuple[PrivacyRecord | None, Audit | None]:
@@ -259,9 +261,26 @@ def _privacy(folder: RunFolder) -> tuple[PrivacyRecord | None, Audit | None]:
     return record, audit_statements(folder.state.run_id, record.statements, record.trained)
 
 
-def _described(path: Path) -> CardFile:
-    contents = path.read_bytes()
-    return CardFile(path.name, len(contents), hashlib.sha256(contents).hexdigest())
+def _square(record: ModelRecord, takes: OnnxInput) -> tuple[int, Fit] | None:
+    """Return how a graph that takes whole images makes them square; None of others."""
+    if takes != "image":
+        return None
+    fits = {one.fit for one in record.preparations.values()}
+    if len(fits) != 1:
+        found = "nothing says how" if not fits else f"they did so in different ways ({', '.join(sorted(fits))})"
+        raise ExportError(
+            f"--onnx-input image: the sites made their images square, and {found}; use --onnx-input pixels"
+        )
+    return record.size, fits.pop()
+
+
+def _code() -> str:
+    return resources.files("chainward_server.export").joinpath(CODE).read_text(encoding="utf-8")
+
+
+def _described(folder: Path, name: str) -> CardFile:
+    contents = (folder / name).read_bytes()
+    return CardFile(name, len(contents), hashlib.sha256(contents).hexdigest())
 
 
 def _warnings(folder: RunFolder, name: str, results: Results, audit: Audit | None) -> list[str]:

@@ -42,6 +42,15 @@ def interval(low: float | None, high: float | None) -> str:
     return MISSING if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
+def threshold(value: float | None) -> str:
+    """A probability from which on something is done: with as many decimals as tell it from 0 and from 1."""
+    if value is None:
+        return MISSING
+    if value < 0.0005 or value > 0.9995:
+        return f"{value:.1e}" if value < 0.5 else f"1{MINUS}{1 - value:.0e}"
+    return f"{value:.3f}"
+
+
 def change(value: float | None) -> str:
     """A difference of two metrics, always with its sign."""
     if value is None:

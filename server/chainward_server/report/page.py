@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from chainward_server.report import formats, plots, tables, verdict
+from chainward_server.report import class_plots, class_rows, formats, plots, tables, verdict
 from chainward_server.report import privacy as privacy_page
 from chainward_server.results import Results, largest_influence
+from chainward_shared.evaluation.operating import MIN_CASES
 from chainward_shared.privacy.record import PrivacyRecord
 
 _FILTERS = (
     formats.score,
     formats.factor,
     formats.interval,
+    formats.threshold,
     formats.change,
     formats.count,
     formats.percent,
@@ -51,7 +55,6 @@ def render_report(
     examples : base64 of a PNG with test images and where the models look in them
     """
     chains = tables.strands(results)
-    comparison = tables.comparison_rows(results)
     alone = tables.alone_summary(results)
     sites = tables.site_names(results)
     rows = privacy_page.privacy_rows(privacy)
@@ -74,10 +77,10 @@ def render_report(
             remarks=verdict.remarks(results),
             cards=verdict.cards(results),
             banners=verdict.banners(results, status, reason),
+            **_by_class(results),
             sites=sites,
             alone=alone,
-            comparison=comparison,
-            comparison_plot=plots.comparison_plot(comparison, tables.chance(results)),
+            **_comparison(results),
             models=tables.model_rows(results),
             metrics=tables.METRICS,
             strands=chains,
@@ -94,6 +97,28 @@ def render_report(
             multilabel=tables.multilabel(results),
         )
     )
+
+
+def _comparison(results: Results) -> dict[str, object]:
+    """Return the rows of the comparison, each with the interval of the chain's figure, and their picture."""
+    sites = [*tables.site_names(results), None]
+    rows = [
+        replace(row, interval=class_rows.interval_of(results, "chain", site))
+        for row, site in zip(tables.comparison_rows(results), sites, strict=True)
+    ]
+    return {"comparison": rows, "comparison_plot": plots.comparison_plot(rows, tables.chance(results))}
+
+
+def _by_class(results: Results) -> dict[str, object]:
+    """Return what the class-by-class part shows."""
+    models = class_rows.models_by_class(results)
+    pictures = {model.kind: _pictures(model) for model in models}
+    return {"by_class": models, "class_plots": pictures, "gaps": class_rows.gaps(results), "min_cases": MIN_CASES}
+
+
+def _pictures(model: class_rows.ModelByClass) -> list[Markup]:
+    reliability = class_plots.reliability_plot(model)
+    return ([] if reliability is None else [reliability]) + class_plots.decision_plots(model)
 
 
 def _environment() -> Environment:

@@ -22,7 +22,7 @@ ALONE, CHAIN, STUDENT = "#9aa1ab", "#1f4e8c", "#e0a100"
 STRAND_COLOURS = ("#1f4e8c", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#6b4c9a")
 STRAND_MARKERS = "osD^vP"
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,  # a "$" in a site's name is a dollar sign
     "font.family": "sans-serif",
@@ -81,7 +81,7 @@ def comparison_plot(rows: Sequence[ComparisonRow], chance: float | None) -> Mark
         return None
     rows = [rows[-1], *rows[:-1]]
     slots = len(arms) + 0.9
-    with _drawing("comparison", 0.75 + 0.155 * slots * len(rows)) as figure:
+    with drawing("comparison", 0.75 + 0.155 * slots * len(rows)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         panel_facts = (("balanced_accuracy", "Balanced accuracy", chance), ("macro_auc", "Macro AUC", 0.5))
         for axes, (metric, title, guess) in zip(panels, panel_facts, strict=True):
@@ -104,14 +104,12 @@ def comparison_plot(rows: Sequence[ComparisonRow], chance: float | None) -> Mark
             axes.spines["bottom"].set_visible(False)
             axes.set_title(title)
         middle = (len(arms) - 1) / 2
-        panels[0].set_yticks(
-            [group * slots + middle for group in range(len(rows))], [_short(row.label) for row in rows]
-        )
+        panels[0].set_yticks([group * slots + middle for group in range(len(rows))], [short(row.label) for row in rows])
         panels[0].get_yticklabels()[0].set_fontweight("bold")
         panels[0].set_ylim(len(rows) * slots - 0.9, -0.8)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=3)
-        return _svg(figure, "comparison")
+        return as_svg(figure, "comparison")
 
 
 def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alone_auc: Alone | None) -> Markup | None:
@@ -119,7 +117,7 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
     if not any(link.pooled for links in strands for link in links):
         return None
     longest = max(strands, key=len)
-    with _drawing("curve", 5.4) as figure:
+    with drawing("curve", 5.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
         panel_facts = (
             ("balanced_accuracy", "Balanced accuracy", alone),
@@ -166,7 +164,7 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
             steep = len(names) > 7 or max(map(len, names)) > 11
             panels[1].set_xticks(
                 [link.number for link in longest],
-                [f"{link.number}  {_short(link.record.site)}" for link in longest],
+                [f"{link.number}  {short(link.record.site)}" for link in longest],
                 rotation=38 if steep else 0,
                 ha="right" if steep else "center",
                 rotation_mode="anchor",
@@ -176,7 +174,7 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
             panels[1].set_xlabel("link of the strand")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6))
-        return _svg(figure, "curve")
+        return as_svg(figure, "curve")
 
 
 def _mark_laps_and_gaps(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> None:
@@ -212,21 +210,21 @@ def _mark_laps_and_gaps(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> N
                 )
 
 
-def _short(name: str, limit: int = 26) -> str:
+def short(name: str, limit: int = 26) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
 @contextmanager
-def _drawing(name: str, height: float) -> Iterator[Figure]:
-    """Hand out an empty drawing in the page's style; `height` in inches."""
+def drawing(name: str, height: float, width: float = _WIDTH) -> Iterator[Figure]:
+    """Hand out an empty drawing in the page's style; `height` and `width` in inches, the default that of the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        yield Figure(figsize=(_WIDTH, height), layout="constrained")
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure, name: str) -> Markup:
+def as_svg(figure: Figure, name: str) -> Markup:
     """The drawing as an SVG element that scales with the page. `name` keeps its ids apart from others'."""
     buffer = io.StringIO()
     figure.savefig(

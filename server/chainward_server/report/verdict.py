@@ -68,7 +68,7 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
         return f"{opening}{who} trained {classifier}. Without test images its balanced accuracy is unknown."
     images = f"{count(chain.pooled.n)} test images of {'all hospitals' if len(everyone) > 1 else 'that hospital'}"
     sentences = [f"{opening}{who} trained {classifier}: {metric} {score(value)} on {images}."]
-    sentences += _chain_against_alone(value, tables.alone_summary(results), private=_private(results))
+    sentences += _chain_against_alone(results, value, tables.alone_summary(results))
     sentences += _student_against_chain(results, value)
     return " ".join(sentences)
 
@@ -78,24 +78,17 @@ def remarks(results: Results) -> list[str]:
     found = [f"The data: {note}." for note in results.data.notes]
     chain = results.final.get("chain")
     value = chain.pooled.balanced_accuracy if chain else None
-    pairs = [
-        (alone, ours)
-        for row in tables.comparison_rows(results)[:-1]
-        for alone, ours, _ in [row.scores["balanced_accuracy"]]
-        if alone is not None and ours is not None
-    ]
-    if len(pairs) > 1:
-        wins = sum(ours - alone >= SAME for alone, ours in pairs)
-        losses = sum(alone - ours >= SAME for alone, ours in pairs)
+    wins, losses, hospitals = _at_home(results)
+    if hospitals > 1:
         found.append(
             f"Each on its own test images: the chain is better than the hospital's own model at {wins} of "
-            f"{len(pairs)} hospitals, worse at {losses}."
+            f"{hospitals} hospitals, worse at {losses}."
         )
     counts, chance = tables.test_counts(results), tables.chance(results)
     best = tables.alone_summary(results)
     if value is not None and counts:
         assumed = ", were the findings independent" if tables.multilabel(results) else ""
-        margin = 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
+        margin = _margin(value, counts)
         found.append(
             f"Guessing would reach {score(chance)}. On these test images the chain's figure is "
             f"uncertain by about ±{margin:.3f} (95 %{assumed})"
@@ -224,8 +217,37 @@ def _planned_links(results: Results, config: Mapping[str, Mapping[str, object]])
     return planned if planned >= len(results.links) else None
 
 
-def _chain_against_alone(value: float, alone: tables.Alone | None, *, private: bool) -> list[str]:
-    if alone is None and private:
+def _margin(value: float, counts: list[int]) -> float:
+    """Half the width of a 95 % interval of the chain's balanced accuracy, by the normal approximation."""
+    return 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
+
+
+def _at_home(results: Results) -> tuple[int, int, int]:
+    """At how many hospitals the chain is better than their own model on their own images, at how many worse, of how many."""
+    pairs = [
+        (alone, ours)
+        for row in tables.comparison_rows(results)[:-1]
+        for alone, ours, _ in [row.scores["balanced_accuracy"]]
+        if alone is not None and ours is not None
+    ]
+    wins = sum(round(ours - alone, 3) >= SAME for alone, ours in pairs)
+    return wins, sum(round(alone - ours, 3) >= SAME for alone, ours in pairs), len(pairs)
+
+
+def _reservations(results: Results, value: float, best: float) -> str:
+    """What the small print takes back of "better than every hospital alone", for the same sentence."""
+    _, losses, hospitals = _at_home(results)
+    counts = tables.test_counts(results)
+    found = []
+    if counts and value - best < _margin(value, counts):
+        found.append("by less than these test images can tell")
+    if losses:
+        found.append(f"and on their own images {losses} of {hospitals} do better with their own model")
+    return "".join(f", {words}" for words in found)
+
+
+def _chain_against_alone(results: Results, value: float, alone: tables.Alone | None) -> list[str]:
+    if alone is None and _private(results):
         return ["No hospital trained alone: that comparison would have been paid for with the privacy of its patients."]
     if alone is None:
         return ["No hospital trained alone, so there is nothing to compare it with."]
@@ -236,7 +258,7 @@ def _chain_against_alone(value: float, alone: tables.Alone | None, *, private: b
         ]
     to_mean, to_best = _compared(value, alone.mean), _compared(value, alone.best)
     if to_best == "better than":
-        judgement = "the chain is better than every hospital alone"
+        judgement = f"the chain is better than every hospital alone{_reservations(results, value, alone.best)}"
     elif to_mean == to_best:
         judgement = f"the chain is {to_mean} the average hospital alone and {to_best} the best one"
     else:

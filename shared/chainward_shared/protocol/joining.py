@@ -10,6 +10,7 @@ from chainward_shared import __version__
 from chainward_shared.bounds import LabelSkew, Location, Seed, Sha256, SiteCount, SiteIndex
 from chainward_shared.models import Architecture
 from chainward_shared.outside import MAX_SITES, Base64, Count, Digest, Line, Lines, Name, PerClass, RunId, SiteId
+from chainward_shared.preparation import Preparation
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import PrivacyPolicy, Terms
 from chainward_shared.protocol.envelope import Body
@@ -99,9 +100,9 @@ class SitePrivacy(BaseModel):
 
 class SiteCard(Body):
     """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`; multi-label: the
-    images with each finding. A site with a privacy policy (`privacy`) whose metrics are not "exact" declares the units of
-    its training data in `train`, and nothing of the rest: None, no counts, no notes. `secure_sums`: it gives sums in secure
-    sums alone."""
+    images with each finding. `preparation`: the settings of its data file by which images become what a model sees. A site with
+    a privacy policy (`privacy`) whose metrics are not "exact" declares the units of its training data in `train`, and nothing
+    of the rest: None, no counts, no notes. `secure_sums`: it gives sums in secure sums alone."""
 
     KIND: ClassVar[str] = "site-card"
 
@@ -115,6 +116,7 @@ class SiteCard(Body):
     test: Count | None
     class_counts: dict[Split, PerClass[Count]] = Field(max_length=3)
     synthetic: bool
+    preparation: Preparation | None = None
     notes: Lines
     privacy: SitePrivacy | None = None
     secure_sums: bool = False

@@ -32,7 +32,7 @@ def attention_pictures(
     if len(found) < len(models):
         return None
     try:
-        return example_figure(found, open_sites(without.of_seed(seed).config), seed=seed)
+        return example_figure(found, open_sites(without.of_seed(seed).config), seed=seed, only_regions=True)
     except DataError:
         return None
 

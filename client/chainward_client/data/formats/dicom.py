@@ -36,6 +36,7 @@ from chainward_client.data.scale import Scale, measure
 from chainward_client.data.site_data import Cases
 from chainward_client.data.unusable import ImageProblem, attempt_all, counted
 from chainward_shared.errors import DataError
+from chainward_shared.preparation import Preparation
 
 EXTENSIONS = (".dcm", ".dicom", ".dic", ".ima")
 """Endings of DICOM files that the manifest may leave out; many have none."""
@@ -61,6 +62,19 @@ class DicomDescription(ManifestDescription):
             given = "dicom.window" if self.dicom.window is not None else "dicom.view"
             raise ValueError(f"both 'image.scale' and '{given}' say which values are black and white; keep one of them")
         return self
+
+    @property
+    def preparation(self) -> Preparation:
+        """Return how its images become what a model sees, as the site's card says it."""
+        block, window = self.block, self.block.window
+        return Preparation(
+            fit=self.image.fit,
+            scale=None if window is None else (window.center - window.width / 2, window.center + window.width / 2),
+            view=block.view,
+            frame=block.frame,
+            orientation=block.orientation,
+            laterality=block.laterality,
+        )
 
     @property
     def block(self) -> DicomBlock:

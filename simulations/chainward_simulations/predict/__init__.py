@@ -1,0 +1,1 @@
+"""From a model of a run to answers about images: `chainward predict`."""

@@ -1,0 +1,94 @@
+"""`chainward predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from chainward_server.cli import DEFAULT_DIR, RunsDir, errors
+from chainward_server.report.formats import score
+
+FITS = Literal["pad", "crop", "stretch"]
+
+
+def predict(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Id or folder of a run, an exported folder, a .safetensors or an .onnx file.", show_default=False
+        ),
+    ],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Pictures and DICOM files, folders of them, CSV lists; or one data.yaml.", show_default=False
+        ),
+    ],
+    directory: RunsDir = DEFAULT_DIR,
+    name: Annotated[
+        Literal["student", "chain"] | None,
+        typer.Option("--model", help="Which model of a run. Default: as for export."),
+    ] = None,
+    to_csv: Annotated[Path | None, typer.Option("--csv", help="Write a CSV table there. Default: print it.")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write JSON there, with all that is known.")] = None,
+    sr: Annotated[
+        Path | None,
+        typer.Option(help="Write DICOM Structured Reports into this folder (extra `report`); DICOM inputs only."),
+    ] = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(help="Write where the model looks into this folder: PNG; of DICOM inputs secondary captures."),
+    ] = None,
+    abstain_below: Annotated[
+        float, typer.Option(min=0, max=1, help="Abstain where the probability of the answer is lower.")
+    ] = 0.5,
+    split: Annotated[
+        Literal["train", "val", "test"] | None, typer.Option(help="Of a data.yaml with splits: only these images.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of a CSV list with the files' names.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the files that a CSV list names.")] = None,
+    site: Annotated[str | None, typer.Option(help="Prepare images as this one of the training sites did.")] = None,
+    fit: Annotated[FITS | None, typer.Option(help="How images are made square, instead of as in training.")] = None,
+    scale: Annotated[
+        tuple[float, float] | None, typer.Option(help="Values shown black and white in grey of more than 8 bits.")
+    ] = None,
+) -> None:
+    """Apply a model to images, prepared as for its training. 0: all predicted, 1: some images could not be used, 2: bad input."""
+    from chainward_server.watch import find_run
+    from chainward_simulations.predict.answers import USE, write
+    from chainward_simulations.predict.inputs import Problem, open_inputs
+    from chainward_simulations.predict.models import open_model
+    from chainward_simulations.predict.run import Overrides, check_writable
+    from chainward_simulations.predict.run import predict as predict_all
+    from chainward_simulations.predict.written import writers
+
+    check_writable(to_csv, to_json)
+    predictor = open_model(model, lambda run: find_run(run, directory), name)
+    preparation = Overrides(site, fit, scale).preparation(predictor.record)
+    found = open_inputs(inputs, predictor.record, preparation, column=column, images=images, split=split)
+    unwritten: list[Problem] = []
+    with writers(predictor, sr, heatmap, unwritten) as each:
+        done = predict_all(predictor, found, abstain_below=abstain_below, each=each, console=errors)
+    if to_csv is not None:
+        write(to_csv, done.csv())
+    if to_json is not None:
+        write(to_json, done.json())
+    if to_csv is None and to_json is None:
+        typer.echo(done.csv(), nl=False)
+    for problem in [*done.problems, *unwritten]:
+        _tell(f"{problem.name}: {problem.reason}", "yellow")
+    abstained = sum(answer.abstains is not None for answer in done.answers)
+    passed = f", {len(done.problems)} passed over" if done.problems else ""
+    _tell(
+        f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {predictor.sha256[:12]}; {USE}"
+    )
+    if done.scores is not None:
+        balanced = score(done.scores.balanced_accuracy)
+        _tell(f"against the data file's labels: balanced accuracy {balanced}, n = {done.scores.n}")
+    raise typer.Exit(1 if done.problems or unwritten else 0)
+
+
+def _tell(line: str, style: str | None = None) -> None:
+    errors.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,180 @@
+"""A model to predict with: of a run, of an export, of a file of weights, or of an ONNX file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from chainward_client.evaluation import passes
+from chainward_server.by_class import model_record
+from chainward_server.export import chosen_model
+from chainward_server.run_folder import RunFolder
+from chainward_shared.errors import DataError, ModelError
+from chainward_shared.evaluation.operating import Calibration, OperatingPoint
+from chainward_shared.model_record import ModelRecord
+from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.preprocessing import Pixels, resized, scaling, to_float
+from chainward_shared.weights import check_state, load_file
+from chainward_shared.words import first_line
+
+WEIGHTS, SUMS = "model.safetensors", "SHA256SUMS"
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model, and all that is needed to go from an image to its answer.
+
+    Attributes
+    ----------
+    record : what the file says of the model
+    sha256 : of the file
+    logits : returns float64 (n, classes) of uint8 images (n, channels, size, size)
+    network : the network itself, on the CPU; None of an ONNX file
+    """
+
+    record: ModelRecord
+    sha256: str
+    logits: Callable[[torch.Tensor], np.ndarray]
+    network: nn.Module | None
+
+
+def open_model(place: Path, find_run: Callable[[str], Path], name: str | None = None) -> Predictor:
+    """Return the model at a place.
+
+    Parameters
+    ----------
+    place : a run folder (or a run's id), an exported folder, a .safetensors or an .onnx file
+    find_run : returns the folder of a run's id
+    name : "chain" or "student" of a run; None: the one that is exported by default
+
+    Raises
+    ------
+    ChainwardError
+        There is no model at that place, or it is damaged.
+    """
+    if place.is_file() or place.suffix in (".safetensors", ".onnx"):
+        return _of_onnx(place) if place.suffix == ".onnx" else _of_weights(place)
+    if (place / WEIGHTS).is_file():
+        return _of_weights(place / WEIGHTS, _listed_digest(place))
+    return _of_run(RunFolder.open(find_run(str(place))), name)
+
+
+def _of_run(folder: RunFolder, name: str | None) -> Predictor:
+    chosen = chosen_model(folder, name)  # type: ignore[arg-type]  # the command has checked the word
+    if chosen not in folder.state.models:
+        there = [other for other in ("chain", "student") if other in folder.state.models]
+        advice = (
+            f"it has the model of the {there[0]}: --model {there[0]}" if there else "wait for it: `chainward watch`"
+        )
+        raise ModelError(f"run {folder.state.run_id} ({folder.state.status}) has no model '{chosen}'; {advice}")
+    sha256 = folder.state.models[chosen]
+    _, metadata = load_file(folder.model_path(chosen), sha256)
+    architecture = Architecture.from_metadata(metadata)
+    state = folder.load_model(chosen, skeleton(architecture).state_dict())
+    record = ModelRecord.from_metadata(metadata)
+    results = folder.load_results()
+    if record is None and results is not None:
+        record = model_record(folder.state.run_id, chosen, architecture, results.data, results.by_class.get(chosen))
+    return _predictor(architecture, state, record or _old_record(metadata, architecture), sha256)
+
+
+def _of_weights(path: Path, sha256: str | None = None) -> Predictor:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; name a run, an exported folder, a .safetensors or an .onnx file")
+    state, metadata = load_file(path, sha256)
+    architecture = Architecture.from_metadata(metadata)
+    check_state(state, skeleton(architecture).state_dict())
+    record = ModelRecord.from_metadata(metadata) or _old_record(metadata, architecture)
+    return _predictor(architecture, state, record, sha256 or hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _predictor(
+    architecture: Architecture, state: Mapping[str, torch.Tensor], record: ModelRecord, sha256: str
+) -> Predictor:
+    network = build_model(architecture, seed=0).eval()
+    network.load_state_dict(dict(state))
+
+    def logits(images: torch.Tensor) -> np.ndarray:
+        threads = torch.get_num_threads()
+        found = torch.cat([part.double().cpu() for part in passes(network, images, threads, architecture.image_size)])
+        return found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST).numpy()
+
+    return Predictor(record, sha256, logits, network)
+
+
+def _of_onnx(path: Path) -> Predictor:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ModelError(f"{path.name} needs onnxruntime, not installed: `pip install 'chainward[onnx]'`") from None
+    try:
+        contents = path.read_bytes()
+        session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        given = session.get_inputs()[0].name
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read ({error.strerror})") from error
+    except Exception as error:  # onnxruntime has exceptions of its own for every status, without a common base
+        raise ModelError(f"{path}: not an ONNX file that onnxruntime can run ({first_line(error)})") from error
+    record = ModelRecord.from_metadata(metadata)
+    if record is None:
+        raise ModelError(f"{path}: says nothing of its classes and preprocessing; export it anew: `chainward export`")
+    pixels = Pixels(
+        mean=tuple(record.mean * (record.channels // len(record.mean))),
+        std=tuple(record.std * (record.channels // len(record.std))),
+    )
+
+    def logits(images: torch.Tensor) -> np.ndarray:
+        if given == "image":  # it takes one at a time, of any shape, and a square stays as it is
+            rows = [session.run(None, {given: image[None].numpy()})[0] for image in images]
+            return np.concatenate(rows).astype(np.float64)
+        images = resized(images, record.network_size)
+        values = (images if given == "pixels" else to_float(images, pixels)).numpy()
+        found: np.ndarray = session.run(None, {given: values})[0].astype(np.float64)
+        return found
+
+    return Predictor(record, hashlib.sha256(contents).hexdigest(), logits, None)
+
+
+def _listed_digest(folder: Path) -> str | None:
+    """Return the SHA-256 that an export lists for its weights; None where there is no list."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder / SUMS}: can't be read ({error}); export anew") from error
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return digests.get(WEIGHTS)
+
+
+def _old_record(metadata: Mapping[str, str], architecture: Architecture) -> ModelRecord:
+    """Return what can be said of a file that no record was written into."""
+    try:
+        classes = json.loads(metadata["chainward.classes"])
+    except (KeyError, ValueError) as error:
+        raise ModelError("the file's metadata name no classes: it was not written by a run of Chainward") from error
+    why = "the model's file was written by a run that chose none"
+    mean, std = scaling(architecture.pixels)
+    return ModelRecord(
+        run="unknown",
+        model="unknown",
+        task="multilabel" if metadata.get("chainward.task") == "multilabel" else "single",
+        classes=classes,
+        size=architecture.image_size,
+        network_size=architecture.image_size,
+        channels=architecture.in_chans,
+        mean=mean if isinstance(mean, list) else [mean],
+        std=std if isinstance(std, list) else [std],
+        synthetic=False,
+        calibration=Calibration(missing=why),
+        points=[OperatingPoint(missing=why)] * len(classes),
+    )

@@ -1,0 +1,116 @@
+"""Predict: a model, some images, and what is written of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from chainward_shared.errors import DataError
+from chainward_shared.evaluation.classification import evaluate
+from chainward_shared.model_record import ModelRecord
+from chainward_shared.preparation import Fit, Preparation
+from chainward_simulations.predict.answers import Answer, Predictions, answers, probabilities
+from chainward_simulations.predict.inputs import Batch, Inputs
+from chainward_simulations.predict.models import Predictor
+
+EachBatch = Callable[[Batch, list[Answer], np.ndarray], None]
+"""Called with every batch, its answers and its logits."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the caller says of the images instead of the model's file; None: as the file says.
+
+    Attributes
+    ----------
+    site : images are brought to their square as at this one of the sites that trained the model
+    fit, scale : as in `Preparation`
+    """
+
+    site: str | None = None
+    fit: Fit | None = None
+    scale: tuple[float, float] | None = None
+
+    def preparation(self, record: ModelRecord) -> Preparation | None:
+        """Return how images are prepared; None where the model's sites differ and nothing was said.
+
+        Raises
+        ------
+        DataError
+            No such site trained the model, or the scale is none.
+        """
+        if self.site is not None and self.site not in record.preparations:
+            known = ", ".join(record.preparations) or "it names none"
+            raise DataError(f"--site {self.site}: not one of the sites that trained the model ({known})")
+        found = record.preparation if self.site is None else record.preparations[self.site]
+        if found is None and self.fit is not None:
+            found = Preparation()
+        if found is None:
+            return None
+        if self.scale is not None and not self.scale[0] < self.scale[1]:
+            raise DataError(f"--scale {self.scale[0]:g} {self.scale[1]:g}: expected the lower value first")
+        changes = {"fit": self.fit, "scale": self.scale}
+        return found.model_copy(update={name: value for name, value in changes.items() if value is not None})
+
+
+def predict(
+    predictor: Predictor,
+    inputs: Inputs,
+    *,
+    abstain_below: float,
+    each: EachBatch = lambda batch, found, logits: None,
+    console: Console | None = None,
+) -> Predictions:
+    """Return the answers of a model to all images.
+
+    Parameters
+    ----------
+    abstain_below : see `answers`
+    console : where progress is shown; None: nowhere
+    """
+    done, record = Predictions(predictor), predictor.record
+    all_logits, truths = [], []
+    for batch in _with_progress(inputs, console):
+        done.problems += batch.problems
+        if not batch.names:
+            continue
+        logits = predictor.logits(batch.images)
+        found = answers(batch.names, logits, record, abstain_below)
+        done.answers += found
+        each(batch, found, logits)
+        if batch.truths is not None:
+            all_logits.append(logits)
+            truths.append(batch.truths)
+    if truths:
+        done.scores = evaluate(probabilities(np.concatenate(all_logits), record), np.concatenate(truths))
+    return done
+
+
+def _with_progress(inputs: Inputs, console: Console | None) -> Iterator[Batch]:
+    if console is None:
+        yield from inputs.batches()
+        return
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=inputs.count)
+        for batch in inputs.batches():
+            yield batch
+            progress.advance(task, len(batch.names) + len(batch.problems))
+
+
+def check_writable(*places: Path | None) -> None:
+    """Check that no place to write to is a folder, before minutes are spent.
+
+    Raises
+    ------
+    DataError
+        One is.
+    """
+    for place in places:
+        if place is not None and place.is_dir():
+            raise DataError(f"{place}: is a folder; name a file to write")
