@@ -62,6 +62,7 @@ ANSWERS = (
     protocol.StatisticsResult,
     protocol.BaseState,
     protocol.Refusal,
+    protocol.RunPlanState,
 )
 FILES = (Results, RunState, Statement, LocalisationSums, Scores, TrainingLog)
 

@@ -9,7 +9,12 @@ from chainward_shared.protocol import SiteCard, SitePrivacy
 
 
 def site_card(
-    data: SiteData, policy: PrivacyPolicy | None, privacy: SitePrivacy | None, *, secure_sums: bool = False
+    data: SiteData,
+    policy: PrivacyPolicy | None,
+    privacy: SitePrivacy | None,
+    *,
+    secure_sums: bool = False,
+    asks: bool = False,
 ) -> SiteCard:
     """Return the card of a site: with a policy whose metrics are not "exact" it holds nothing that was counted but the
     units of the training data, declared or rounded.
@@ -18,6 +23,7 @@ def site_card(
     ----------
     privacy : what the site says of its policy; None where it has none
     secure_sums : whether the site gives sums in secure sums alone
+    asks : whether a person approves every run there
     """
     image = data.splits["train"].images
     told = policy is None or policy.metrics == "exact"
@@ -36,4 +42,5 @@ def site_card(
         notes=list(data.notes) if told else [],
         privacy=privacy,
         secure_sums=secure_sums,
+        approval=asks,
     )

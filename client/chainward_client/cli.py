@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from chainward_client.approval.commands import approval_commands
 from chainward_client.site import load_site_config
 from chainward_client.site_key import identity, site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
@@ -54,6 +55,7 @@ app.add_typer(
     weights_commands(typer.Argument(metavar="SITE_YAML", help="The site's site.yaml."), ..., _weights_of),
     name="weights",
 )
+approval_commands(app)
 
 
 @app.command()

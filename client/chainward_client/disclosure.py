@@ -29,7 +29,7 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
         r"base-state/(complete|received)",
         "how much is here of the pretrained weights that the run starts from, which all members know; no data",
     ),
-    (r"refusal/final", "whether asking again is of no use"),
+    (r"refusal/(final|waiting)", "whether asking again is of use; no data"),
     (r"[^/]*/site", "the site's id, which all members know"),
     (r"hello/version", "the program's version"),
     (
@@ -58,6 +58,7 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     (r"site-card/privacy\.(terms|required).*", _OF_POLICY),
     (r"site-card/privacy\.head.*", "how many entries the ledger has, and a hash of the last: it can't be turned back"),
     (r"site-card/privacy", "that the site has no policy"),
+    (r"site-card/approval", "whether a person here approves every run; no data"),
     (
         r"statistics-result/(sums|images|validation)",
         "sums over the images, of embeddings and of their products, by class, and how many there are: of a class of one image "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -59,6 +60,7 @@ from chainward_shared.protocol import (
     pack,
     unpack,
 )
+from chainward_shared.protocol.run_plan import RunPlan
 from chainward_shared.secure_sums import as_tensor, fixed_point, flat
 from chainward_shared.weights import StateDict, digest, rounded, to_arrays
 
@@ -85,22 +87,29 @@ def _answering(handler: Handler, node: type[Node]) -> Callable[[Message, Context
 
     def answer(message: Message, context: Context) -> Message:
         show_progress()
+        started = time.monotonic()
+        asked: Node | None = None
         try:
             with for_the_owner_alone():
-                content = handler(message, node(context.node_config))
+                asked = node(context.node_config)
+                asked.note(message.content)
+                content = handler(message, asked)
         except Exception as error:
             refusal = node.refusal(error)
             if refusal is None:
                 raise
             logger.warning("refused: %s", error, exc_info=not isinstance(error, ChainwardError))
             content = pack(refusal)
+        if asked is not None:
+            asked.note(message.content, content, time.monotonic() - started)
         return Message(content, reply_to=message)
 
     return answer
 
 
 def query(message: Message, node: Node) -> RecordDict:
-    """Say who is here, whether anyone is at work on a task, or describe the site's data; or take in pretrained weights."""
+    """Say who is here, whether anyone is at work on a task, how a run's plan stands, or describe the site's data; or take in
+    pretrained weights."""
     content = message.content
     if kind_of(content) == AtWorkRequest.KIND:
         return pack(node.at_work(unpack(content, AtWorkRequest)[0]))
@@ -112,9 +121,12 @@ def query(message: Message, node: Node) -> RecordDict:
         return pack(bases.answer(task, arrays.get("piece"), name))
     if (step := _SUM_STEPS.get(kind_of(content))) is not None:
         return step(content, node)
+    if kind_of(content) == RunPlan.KIND:
+        return pack(node.consider(unpack(content, RunPlan)[0]))
     site = node.open(unpack(content, CardRequest)[0].simulated)
     required = site.secure_sums is not None and site.secure_sums.required
-    return pack(site_card(site.data, site.policy, _site_privacy(site), secure_sums=required))
+    privacy = _site_privacy(site)
+    return pack(site_card(site.data, site.policy, privacy, secure_sums=required, asks=site.asks))
 
 
 def _site_privacy(site: OpenSite) -> SitePrivacy | None:

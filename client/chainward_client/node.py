@@ -9,12 +9,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from flwr.app import RecordDict
+
+from chainward_client.approval.record import Approvals
 from chainward_client.bases import Bases
+from chainward_client.journal import Journal
 from chainward_client.limits import check_limits
+from chainward_client.private_site import declared_units
 from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
 from chainward_client.site_key import identity
 from chainward_client.store import SiteStore
-from chainward_shared.errors import ModelError, PolicyRefusal, ProtocolError, WeightsError
+from chainward_shared.errors import ApprovalNeeded, ModelError, PolicyRefusal, ProtocolError, WeightsError
 from chainward_shared.identity import signed_hello
 from chainward_shared.protocol import (
     AtWork,
@@ -30,13 +35,14 @@ from chainward_shared.protocol import (
     StudentTask,
     fingerprint,
 )
+from chainward_shared.protocol.run_plan import PlannedTask, RunPlan, RunPlanState
 
 SITE_CONFIG_KEY = "site-config"
 """Key of the node configuration that names a hospital's site.yaml."""
 
 PRIVATE_REASON = "something is wrong at the site with its data, its disk or its software; the site's own log says what"
 
-SHAREABLE = (PolicyRefusal, ModelError, ProtocolError, WeightsError)
+SHAREABLE = (PolicyRefusal, ApprovalNeeded, ModelError, ProtocolError, WeightsError)
 """Errors whose words may leave a hospital: they speak of the request. All others may name files, rows and patients."""
 
 LONGEST_WAIT = 7 * 86_400.0
@@ -73,8 +79,16 @@ class Node(ABC):
         """Return the site's id and its pretrained weights, without reading its data."""
 
     @abstractmethod
+    def consider(self, plan: RunPlan) -> RunPlanState:
+        """Return how the plan of a run stands at the site: approved, refused, or waiting for a person."""
+
+    @abstractmethod
     def at_work_on(self, task: Task, seconds: float) -> AbstractContextManager[OpenSite]:
         """Open the site, for `seconds` at most, to work on a task."""
+
+    def note(self, asked: RecordDict, answer: RecordDict | None = None, seconds: float = 0.0) -> None:
+        """Write down that a request has come, or what it was answered with; by default nowhere."""
+        return
 
     @staticmethod
     @abstractmethod
@@ -111,22 +125,51 @@ class DeployedNode(Node):
     def bases(self, task: BaseTask) -> tuple[str, Bases]:
         self._refuse_to_play(task.simulated)
         check_limits(task, self._config.limits)
+        self._require_approval(task)
         return self._config.site, self._config.bases(self._path)
+
+    def consider(self, plan: RunPlan) -> RunPlanState:
+        check_limits(plan, self._config.limits)
+        approval = self._approvals.ask(plan, self._units) if self._config.runs == "ask" else "approved"
+        return RunPlanState(site=self._config.site, approval=approval, plan=plan.digest)
+
+    def note(self, asked: RecordDict, answer: RecordDict | None = None, seconds: float = 0.0) -> None:
+        journal = Journal(self._config.state_dir(self._path))
+        if answer is None:
+            journal.begun(asked)
+        else:
+            journal.answered(asked, answer, seconds)
 
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:
         """Let the site be seen at work on the task, from before its data are read."""
         self._refuse_to_play(task.simulated)
         check_limits(task, self._config.limits)
+        self._require_approval(task)
         seconds = seconds if 0 <= seconds <= LONGEST_WAIT else LONGEST_WAIT
         with self._store(task.run_id).lock(fingerprint(task)).hold(seconds):
             yield open_site(self._path)
+            self._require_approval(task)  # it may have been taken back, and then nothing leaves
 
     @staticmethod
     def refusal(error: Exception) -> Refusal:
         """Keep to the site's own log what may name files, rows and patients, as any exception may."""
         reason = str(error) if isinstance(error, SHAREABLE) else PRIVATE_REASON
-        return Refusal(reason=reason, final=isinstance(error, PolicyRefusal))
+        return Refusal(reason=reason, final=isinstance(error, PolicyRefusal), waiting=isinstance(error, ApprovalNeeded))
+
+    @property
+    def _approvals(self) -> Approvals:
+        return Approvals(self._config.state_dir(self._path))
+
+    def _require_approval(self, task: PlannedTask) -> None:
+        if load_site_config(self._path).runs == "ask":  # read again: it may have changed while the site was at work
+            self._approvals.require(task)
+
+    def _units(self) -> int | None:
+        """Return the patients (or images) that the site declares; None where it has no privacy policy. Without a declaration
+        they are counted, as for the card."""
+        policy = self._config.privacy
+        return None if policy is None else policy.units or declared_units(policy, open_site(self._path).data)
 
     def _store(self, run_id: str) -> SiteStore:
         return SiteStore(self._config.state_dir(self._path), run_id)

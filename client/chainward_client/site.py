@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,6 +44,7 @@ class SiteConfig(BaseModel):
     limits : what a run may ask of the site's machines, default as `SiteLimits` says
     scores : what of exact scores may leave, default as `ScoreLimits` says
     secure_sums : with whom the site adds up numbers that nobody sees, default nobody
+    runs : ask: nothing is trained, scored or summed up before a person has approved the run's plan
     features_gb : gigabytes that the kept output of frozen trunks may take; 0: nothing is kept
     weights : only-reviewed: models start from pretrained weights only where the site's own weights store has them
 
@@ -59,6 +61,7 @@ class SiteConfig(BaseModel):
     scores: ScoreLimits = ScoreLimits()
     secure_sums: SecureSums | None = None
     weights: WeightsPolicy = "any"
+    runs: Literal["any", "ask"] = "any"
     features_gb: float = Field(4.0, ge=0, le=1e6, allow_inf_nan=False)
 
     def state_dir(self, path: Path) -> Path:
@@ -88,6 +91,7 @@ class OpenSite:
     scores : what of exact scores may leave; None in a simulation: all
     secure_sums : with whom it takes part in secure sums; None in a simulation: with all
     simulated : its ledger is made where there is none
+    asks : whether a person approves every run here
     """
 
     site: str
@@ -101,6 +105,7 @@ class OpenSite:
     pretrained: Bases | None = None
     features_gb: float = 4.0
     limits: SiteLimits = field(default_factory=SiteLimits)
+    asks: bool = False
 
     @property
     def features(self) -> Features:
@@ -225,6 +230,7 @@ def open_site(site_yaml: Path) -> OpenSite:
         pretrained=config.bases(site_yaml),
         features_gb=config.features_gb,
         limits=config.limits,
+        asks=config.runs == "ask",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -13,12 +13,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from chainward_server.approvals import run_plan
 from chainward_server.completeness import shortfalls
 from chainward_server.context import Run, data_summary
 from chainward_server.flower_log import one_line_for
 from chainward_server.flower_sites import FlowerSites
 from chainward_server.measure import summarize_model
-from chainward_server.method import run_method
+from chainward_server.method import Outcome, run_method
 from chainward_server.privacy import run_privacy
 from chainward_server.rendezvous import meet
 from chainward_server.report.from_folder import write_report
@@ -28,6 +29,7 @@ from chainward_server.run_process import RunProcess
 from chainward_server.run_state import Phase
 from chainward_server.scoring import shown
 from chainward_server.surroundings import tell as tell_surroundings
+from chainward_server.tracking import Tracking, check_trackers
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.console import show_progress
@@ -37,6 +39,7 @@ from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.start import travelling_template
 from chainward_shared.pretrained.begin import Beginning, begin
+from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
 
@@ -67,6 +70,7 @@ def run_app(grid: Grid, context: Context, notes_on_data: NotesOnData | None = No
     show_progress()
     try:
         config = RunConfig.from_flat(context.run_config)
+        check_trackers(config)
         folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
         folder.begin(RunProcess.current(context.run_id))
         tell_surroundings(folder)
@@ -118,7 +122,8 @@ def coordinate(grid: Grid, folder: RunFolder, notes_on_data: NotesOnData | None 
     results: Results | None = None
     try:
         results = folder.load_results()
-        _run_phases(grid, config, folder, results, notes_on_data)
+        with Tracking(folder):
+            _run_phases(grid, config, folder, results, notes_on_data)
     except BaseException as error:
         reason = str(error) if isinstance(error, ChainwardError) else f"{type(error).__name__}: {error}"
         _note_failure(folder, reason, resumable=not isinstance(error, ConfigError | ModelError | StartAnewError))
@@ -134,7 +139,14 @@ def _run_phases(
     timings = dict(results.timings) if results else {}
     states = folder.path / "simulated-sites"
     with _timed("rendezvous", folder, timings):
-        sites = meet(grid, config, states, bound=folder.state.keys, earlier=folder.keys_of_earlier_runs())
+        sites = meet(
+            grid,
+            config,
+            states,
+            bound=folder.state.keys,
+            earlier=folder.keys_of_earlier_runs(),
+            run_id=folder.state.run_id,
+        )
         folder.bind(sites.keys)
         card = sites.any_card
         begun = folder.beginning() or begin(
@@ -149,18 +161,13 @@ def _run_phases(
         results.timings = timings
         _tell_about_data(data)
         privacy = run_privacy(folder, sites.cards, simulated=sites.simulated)
+        sites.announce(run_plan(config, folder.state.run_id, found), folder.await_approval)
         _share(begun, sites, folder, results)
     run = Run(sites, config, models["chain"], folder, results, privacy, begun.base)
     outcome = run_method(run, partial(_timed, folder=folder, timings=timings))
     trained = {"chain": outcome.chain.model} | ({} if outcome.student is None else {"student": outcome.student})
     with _timed("evaluation", folder, timings):
-        if outcome.chain.test is not None:
-            results.final["chain"] = outcome.chain.test
-        for name, state in trained.items():
-            results.models[name] = summarize_model(models[name], state, folder.model_path(name))
-            looks = run.localise(models[name], state)
-            if looks is not None:
-                results.localization[name] = looks
+        _evaluate(run, models, outcome, trained, folder)
     with _timed("report", folder, timings):
         run.privacy.write(results)
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
@@ -171,6 +178,24 @@ def _run_phases(
         logger.warning("the run is INCOMPLETE: %s", "; ".join(missing))
     _tell_outcome(results)
     logger.info("report: %s", path)
+
+
+def _evaluate(
+    run: Run,
+    models: Mapping[str, Architecture],
+    outcome: Outcome,
+    trained: Mapping[str, StateDict],
+    folder: RunFolder,
+) -> None:
+    """Score the models that the run leaves, each on all sites' test images, and describe them."""
+    results = run.results
+    if outcome.chain.test is not None:
+        results.final["chain"] = outcome.chain.test
+    for name, state in trained.items():
+        results.models[name] = summarize_model(models[name], state, folder.model_path(name))
+        looks = run.localise(models[name], state)
+        if looks is not None:
+            results.localization[name] = looks
 
 
 @contextmanager

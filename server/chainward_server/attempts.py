@@ -32,13 +32,14 @@ class Attempted(Generic[Result]):
 
     @property
     def open(self) -> bool:
-        """Whether asking (again) may help: there is no answer yet, and the site's policy has not said no."""
-        return self.answer is None and not (self.failure and self.failure.final)
+        """Whether asking (again) may help: there is no answer yet, the site's policy has not said no, and no person there was
+        waited for already."""
+        return self.answer is None and not (self.failure and (self.failure.final or self.failure.waiting))
 
     @property
     def unreached(self) -> bool:
-        """Whether there is no answer because the site, at the last try, could not be reached."""
-        return self.answer is None and self.failure is not None and self.failure.lost
+        """Whether there is no answer because the site, or the person who approves runs there, could not be reached."""
+        return self.answer is None and self.failure is not None and self.failure.unreached
 
 
 def attempted(

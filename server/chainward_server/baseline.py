@@ -70,7 +70,7 @@ def _record_alone(run: Run, site: str, answer: Trained[LinkResult] | Failure) ->
             status=status,
             seconds=answer.seconds,
             reason=reason,
-            unreached=isinstance(answer, Failure) and answer.lost,
+            unreached=isinstance(answer, Failure) and answer.unreached,
             metrics=metrics,
         )
     )

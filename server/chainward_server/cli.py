@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,7 @@ from chainward_server.run_list import list_runs
 from chainward_server.watch import find_run, watch
 from chainward_server.watch.display import QUIET
 from chainward_server.watch.watching import Output
+from chainward_server.watch.web import live_page
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config.docs import configuration_markdown, flower_app_config
 from chainward_shared.console import PlainConsole, speak_plainly
@@ -106,13 +108,20 @@ def watch_run(
         float, typer.Option(min=0, help="Exit with 1 after so many seconds without a sign of life. 0: never.")
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for all that happens.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Also serve a live page on 127.0.0.1; its address is printed.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of that page. 0: any free one.")] = 0,
 ) -> None:
     """Watch a run until it ends. 0: it finished, 1: it failed or gave no sign of life, 2: no such run, 3: it ended
     incomplete, 130: Ctrl-C."""
     output: Output = "json" if as_json else "live" if console.is_terminal else "lines"
     try:
         path = find_run(run, directory, wait=wait)
-        code = watch(path, console, output, interval=interval, timeout=timeout, write=typer.echo if as_json else say)
+        with live_page(path, port, errors.print) if web else nullcontext():
+            code = watch(
+                path, console, output, interval=interval, timeout=timeout, write=typer.echo if as_json else say
+            )
     except KeyboardInterrupt:
         errors.print("no longer watching; the run goes on without it", markup=False)
         code = 130

@@ -12,7 +12,8 @@ from typing import Self
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from chainward_server.exchange import Exchange, Reply, Request
+from chainward_server.exchange import Exchange
+from chainward_server.request import Reply, Request
 from chainward_server.sites import Failure
 from chainward_shared.config import FederationConfig
 from chainward_shared.models import Architecture
@@ -22,7 +23,6 @@ from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
 
-RUN = "base"
 TRIES = 3
 """Times that a site is asked again before it goes without."""
 
@@ -34,12 +34,19 @@ class Delivery:
     ----------
     exchange : sends requests to the members and brings back their replies
     federation : how long an answer, and a site that is not connected, is waited for
+    run_id : the run whose models start from it
     """
 
     def __init__(
-        self, exchange: Exchange, federation: FederationConfig, architecture: Architecture, base: StateDict
+        self,
+        exchange: Exchange,
+        federation: FederationConfig,
+        architecture: Architecture,
+        base: StateDict,
+        run_id: str,
     ) -> None:
         self.exchange, self.federation, self.architecture, self.base = exchange, federation, architecture, base
+        self.run_id = run_id
 
     def __enter__(self) -> Self:
         with tempfile.TemporaryDirectory(prefix="chainward-base-") as folder:
@@ -96,7 +103,7 @@ class Delivery:
 
     def _request(self, site: str, offset: int | None) -> Request:
         task = BaseTask(
-            run_id=RUN,
+            run_id=self.run_id,
             architecture=self.architecture,
             bytes=len(self._contents),
             sha256=self._sha256,

@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
 
-from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import Message
 from flwr.serverapp import Grid
 
+from chainward_server.approvals import Approvals
+from chainward_server.request import WORKER_DIED, B, Reply, Request, read_reply
 from chainward_server.sites import Failure
-from chainward_shared.errors import ChainwardError
 from chainward_shared.identity import proven_key
 from chainward_shared.protocol import (
     AtWork,
     AtWorkRequest,
-    Body,
     EvaluateTask,
     Hello,
     HelloRequest,
     LinkTask,
     SimulatedSite,
-    SiteRefusal,
     StatisticsTask,
     StudentTask,
     fingerprint,
     pack,
-    unpack,
 )
-from chainward_shared.weights import byte_count
 
 logger = logging.getLogger("chainward")
 
-WORKER_DIED = "the process that simulates it has died"
-"""What is said of a worker of a simulation that was killed, perhaps for want of memory."""
 WORKER_PAUSE = 1.0
 """Seconds before a request is given to the worker in its place; twice as long the next time."""
-_OF_RAY = re.compile(r"ray\.exceptions\.|Worker exit type|worker process has died")
-"""Ray's words about a worker that died: many, and some of them quote the command lines of other programs."""
 POLL_SECONDS = 0.1
 LONGEST_POLL = 0.5
 """Between two questions to Flower for answers: it grows while none comes, since each costs the SuperLink, too."""
@@ -55,15 +45,6 @@ CHECK_SECONDS = 60.0
 """In which a site must say whether it is at work, else the question counts as not asked."""
 SENT_AGAIN = 2
 """Times that a request that was lost is sent again."""
-LOST = frozenset(
-    {
-        ErrorCode.MESSAGE_UNAVAILABLE,
-        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-        ErrorCode.NODE_UNAVAILABLE,
-        ErrorCode.CLIENT_APP_CRASHED,
-    }
-)
-"""Flower's errors that say nothing of the work: the site was away, or its process was killed."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +56,6 @@ class Member:
     node_id: int
     simulated: SimulatedSite | None = None
     key: str | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """One message to one site. `message_type`: "query", "train.link", "train.student", "evaluate"."""
-
-    message_type: str
-    body: Body
-    arrays: Mapping[str, ArrayRecord] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(byte_count(record) for record in self.arrays.values())
-
-
-B = TypeVar("B", bound=Body)
-
-
-@dataclass(frozen=True)
-class Reply(Generic[B]):
-    """A site's answer. `seconds`: from sending to receiving; `bytes`: of the arrays."""
-
-    body: B
-    arrays: dict[str, ArrayRecord]
-    seconds: float
-    bytes: int
 
 
 class Exchange:
@@ -126,6 +80,8 @@ class Exchange:
         self.grid, self.hello, self.check_every = grid, hello, check_every
         self.members = dict(members)
         self._strangers: set[int] = set()
+        self.approvals: Approvals | None = None
+        """The sites where a person approves runs; they get no work before that. None: there are none."""
 
     def ask(
         self, requests: Mapping[str, Request], expected: type[B], deadline: float, *, patience: float = 0.0
@@ -149,11 +105,9 @@ class Exchange:
         patience : seconds to wait for a site that is not connected; default: it has failed at once
         """
         unsent, waiting, sent = dict(requests), dict[str, str](), dict[str, float]()
-        rest = dict.fromkeys(requests, 0.0)
-        since, again = dict.fromkeys(requests, time.monotonic()), dict.fromkeys(requests, 0)
-        lookout = _Lookout(self, requests)
-        looked = told = -math.inf
-        pause = POLL_SECONDS
+        lookout, pause, looked, told = _Lookout(self, requests), POLL_SECONDS, -math.inf, -math.inf
+        begun, rest, again = time.monotonic(), dict.fromkeys(requests, 0.0), dict.fromkeys(requests, 0)
+        since = dict.fromkeys(requests, begun)
 
         def settled(site: str, outcome: Reply[B] | Failure) -> tuple[str, Reply[B] | Failure]:
             unsent.pop(site, None)
@@ -170,41 +124,43 @@ class Exchange:
             now = time.monotonic()
             if unsent and now - looked > LOOK_SECONDS:
                 looked = now
-                for site in self._connected([site for site in unsent if now >= rest[site]]):
-                    sent[site] = time.monotonic()
-                    message_id = self.push(site, unsent.pop(site), deadline)
+                held = self.approvals.held(self, unsent, begun) if self.approvals else {}
+                since |= dict.fromkeys(held, now)  # their patience begins when they may have the work
+                for site, failure in [(site, why) for site, why in held.items() if why is not None]:
+                    yield settled(site, failure)
+                for site in self._connected([site for site in unsent if now >= rest[site] and site not in held]):
+                    sent[site], message_id = time.monotonic(), self.push(site, unsent.pop(site), deadline)
                     if message_id is None:
                         yield settled(site, Failure(f"site '{site}': Flower did not take the message", 0.0, lost=True))
                     else:
                         waiting[message_id] = site
-                for site in [site for site in unsent if now >= rest[site] and now - since[site] >= patience]:
+                away = [site for site in unsent if site not in held]
+                for site in [site for site in away if now >= rest[site] and now - since[site] >= patience]:
                     waited = f" (waited {now - since[site]:.0f} s, federation.patience)" if patience else ""
                     yield settled(
                         site, Failure(f"site '{site}' is not connected{waited}", now - since[site], lost=True)
                     )
-                if unsent and now - told > TELL_SECONDS:
-                    told = now
-                    left = max(patience - (now - since[site]) for site in unsent)
-                    logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(unsent))
+                told = _told_who_is_away([site for site in away if site in unsent], since, patience, now, told)
             for message in self.grid.pull_messages(list(waiting)) if waiting else ():
                 pause = POLL_SECONDS
                 if message.metadata.reply_to_message_id not in waiting:
                     continue  # of a site that was asked twice, and has answered
                 site = waiting.pop(message.metadata.reply_to_message_id)
-                reply = _read(site, message, expected, time.monotonic() - sent[site])
+                reply = read_reply(site, message, expected, time.monotonic() - sent[site])
                 if isinstance(reply, Failure) and reply.lost:
                     if site in unsent or site in waiting.values():
                         continue
                     if again[site] < SENT_AGAIN:
                         ask_again(site, reply.reason)
                         continue
+                if isinstance(reply, Failure) and reply.waiting and self.approvals and self.approvals.withdraw(site):
+                    unsent[site] = requests[site]
+                    continue
                 yield settled(site, reply)
             for site in dict.fromkeys(waiting.values()):
                 if time.monotonic() - sent[site] > deadline:
-                    seconds = time.monotonic() - sent[site]
-                    yield settled(
-                        site, Failure(f"site '{site}' did not answer within {deadline:g} s", seconds, lost=True)
-                    )
+                    late = f"site '{site}' did not answer within {deadline:g} s"
+                    yield settled(site, Failure(late, time.monotonic() - sent[site], lost=True))
             for site in lookout.idle({site: sent[site] for site in waiting.values() if site not in unsent}):
                 if again[site] < SENT_AGAIN:
                     # the earlier request stays awaited: its answer may be on its way, over a slow line
@@ -249,6 +205,15 @@ class Exchange:
             else:
                 logger.info("site '%s' is back, as node %s", site, node)
                 self.members[site] = replace(member, node_id=node)
+
+
+def _told_who_is_away(sites: list[str], since: Mapping[str, float], patience: float, now: float, told: float) -> float:
+    """Say now and then which sites are waited for, and return when that was last said."""
+    if not sites or now - told <= TELL_SECONDS:
+        return told
+    left = max(patience - (now - since[site]) for site in sites)
+    logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(sites))
+    return now
 
 
 @dataclass(frozen=True)
@@ -307,7 +272,7 @@ class _Lookout:
         now, found = time.monotonic(), []
         for message in self.exchange.grid.pull_messages(list(self._asked)) if self._asked else ():
             site, _ = self._asked.pop(message.metadata.reply_to_message_id)
-            answer = _read(site, message, AtWork, 0.0)
+            answer = read_reply(site, message, AtWork, 0.0)
             self._idle[site] = (
                 self._idle.get(site, 0) + 1 if isinstance(answer, Reply) and not answer.body.at_work else 0
             )
@@ -334,20 +299,3 @@ class _Lookout:
                 if pushed is not None:
                     self._asked[pushed] = (site, now)
         return found
-
-
-def _read(site: str, message: Message, expected: type[B], seconds: float) -> Reply[B] | Failure:
-    if message.has_error():
-        words = (message.error.reason or "no reason given").strip().splitlines()
-        if WORKER_DIED in words[0] or _OF_RAY.search(message.error.reason or ""):
-            return Failure(f"site '{site}': {WORKER_DIED}", seconds, lost=True)
-        lost = message.error.code in LOST
-        return Failure(f"site '{site}' failed: {words[-1]} (Flower error {message.error.code})", seconds, lost=lost)
-    content: RecordDict = message.content
-    try:
-        body, arrays = unpack(content, expected)
-    except SiteRefusal as refusal:
-        return Failure(f"site '{site}' refused: {refusal}", seconds, refused=True, final=refusal.final)
-    except ChainwardError as error:
-        return Failure(f"site '{site}': {error}", seconds, malformed=True)
-    return Reply(body, arrays, seconds, sum(byte_count(record) for record in arrays.values()))

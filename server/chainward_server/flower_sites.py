@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord
 
+from chainward_server.approvals import Approvals
 from chainward_server.delivery import Delivery
-from chainward_server.exchange import Exchange, Reply, Request
+from chainward_server.exchange import Exchange
+from chainward_server.request import Reply, Request
 from chainward_server.secure_sums import SecureSum
 from chainward_server.sites import Failure, Result, Scored, Sites, Summed, Task, Trained, Work
 from chainward_shared.config import FederationConfig
@@ -30,6 +32,7 @@ from chainward_shared.protocol import (
     StudentResult,
     StudentTask,
 )
+from chainward_shared.protocol.run_plan import RunPlan
 from chainward_shared.weights import StateDict, from_arrays, to_arrays
 
 
@@ -47,12 +50,17 @@ class FlowerSites(Sites):
     ----------
     exchange : sends requests to the members and brings back their replies
     federation : how long an answer, and a site that is not connected, is waited for
+    run_id : of the run, as the sites are told it
     """
 
-    def __init__(self, exchange: Exchange, cards: Mapping[str, SiteCard], federation: FederationConfig) -> None:
+    def __init__(
+        self, exchange: Exchange, cards: Mapping[str, SiteCard], federation: FederationConfig, run_id: str = "run"
+    ) -> None:
         super().__init__(cards)
+        self.run_id = run_id
         self.exchange, self.federation = exchange, federation
         self._bases: dict[str, StateDict] = {}
+        self._late: Architecture | None = None
 
     @property
     def simulated(self) -> bool:
@@ -67,13 +75,32 @@ class FlowerSites(Sites):
     def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
         assert architecture.start is not None
         self._bases[architecture.start.digest] = base
+        self._late = architecture
+        waiting = self.exchange.approvals.waiting if self.exchange.approvals else []
+        now = [site for site in self.ids if site not in waiting]
         # simulated sites have one folder for what all of them start from: the first fills it
-        groups = [[site] for site in self.ids] if self.simulated else [self.ids]
+        groups = [[site] for site in now] if self.simulated else [now]
         sent = dict.fromkeys(self.ids, 0)
-        with Delivery(self.exchange, self.federation, architecture, base) as delivery:
+        with Delivery(self.exchange, self.federation, architecture, base, self.run_id) as delivery:
             for group in groups:
                 sent |= delivery.to(group)
         return sent
+
+    def announce(self, plan: RunPlan, note: Callable[[Mapping[str, float]], None]) -> None:
+        """Ask the people at those sites where runs are approved; they get no work before. `note`: as of `Approvals`."""
+        asking = [site for site, card in self.cards.items() if card.approval]
+        if not self.simulated:
+            patience = self.federation.approval_patience
+            approvals = Approvals(plan, asking, patience, note=note, admitted=self._admitted)
+            self.exchange.approvals = approvals
+            approvals.announce(self.exchange)
+
+    def _admitted(self, site: str) -> None:
+        """Bring a site whose person has approved the run after all the weights that it starts from."""
+        if self._late is not None and self._late.start is not None:
+            base = self._bases[self._late.start.digest]
+            with Delivery(self.exchange, self.federation, self._late, base, self.run_id) as delivery:
+                delivery.to([site])
 
     def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
         # Simulated sites share a machine: all of them alone take as long as one after the other. Nobody waits for such a

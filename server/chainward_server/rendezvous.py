@@ -11,8 +11,9 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from chainward_server.claims import check_card
-from chainward_server.exchange import Exchange, Introduced, Member, Reply, Request, introduced
+from chainward_server.exchange import Exchange, Introduced, Member, introduced
 from chainward_server.flower_sites import FlowerSites
+from chainward_server.request import Reply, Request
 from chainward_server.sites import Failure
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
@@ -31,6 +32,7 @@ def meet(
     *,
     bound: Mapping[str, str] | None = None,
     earlier: Mapping[str, str] | None = None,
+    run_id: str = "run",
 ) -> FlowerSites:
     """Find the sites among the connected nodes and collect their cards.
 
@@ -43,6 +45,7 @@ def meet(
     state_dir : folder in which simulated sites keep their state
     bound : public keys of sites with which this run has begun; no other node is taken for such a site
     earlier : the keys that sites had in runs before this one
+    run_id : of the run, as the sites are told it
 
     Raises
     ------
@@ -71,7 +74,7 @@ def meet(
     cards = _cards(answers)
     exchange.members = {site: members[site] for site in cards}
     _check_cards(cards)
-    return FlowerSites(exchange, cards, config.federation)
+    return FlowerSites(exchange, cards, config.federation, run_id)
 
 
 def _cards(answers: Mapping[str, Reply[SiteCard] | Failure]) -> dict[str, SiteCard]:

@@ -22,7 +22,7 @@ def _without_quote(escape: re.Match[str]) -> str:
 
 
 FREE_ON_RESUME = re.compile(
-    r"output\..*|federation\.(hop-deadline|deadline|patience|check-every|min-complete)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
+    r"output\..*|federation\.(hop-deadline|deadline|patience|approval-patience|check-every|min-complete)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
 )
 """Keys that may differ between a run and its continuation: they don't decide what is trained."""
 

@@ -51,6 +51,7 @@ class RunFolder:
     def __init__(self, path: Path, state: RunState, config: RunConfig) -> None:
         self.path, self.state, self.config = path, state, config
         self._base: StateDict | None = None
+        self.followed: Callable[[Results], None] = lambda results: None
 
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
@@ -303,10 +304,16 @@ class RunFolder:
         self.write_results(results)
         self.state.finished += [key for key in finished if key not in self.state.finished]
         self._write_state()
+        self.followed(results)
 
     def bind(self, keys: Mapping[str, str]) -> None:
         """Note the sites' public keys, each when the site is first met."""
         self.state.keys = {**keys, **self.state.keys}
+        self._write_state()
+
+    def await_approval(self, waiting: Mapping[str, float]) -> None:
+        """Note the sites where a person has not approved the run yet, and since when (seconds since 1970)."""
+        self.state.waiting = {site: _iso(datetime.fromtimestamp(since, UTC)) for site, since in waiting.items()}
         self._write_state()
 
     def keys_of_earlier_runs(self) -> dict[str, str]:
@@ -330,7 +337,7 @@ class RunFolder:
 
     def end(self, status: Status, reason: str | None = None, *, resumable: bool = True) -> None:
         """Note how the run ended. `resumable`: whether resuming it may help."""
-        self.state.status, self.state.reason = status, reason
+        self.state.status, self.state.reason, self.state.waiting = status, reason, {}
         self.state.resumable = status != "finished" and resumable
         self._write_state()
 
@@ -340,7 +347,7 @@ class RunFolder:
         The report is written first: a run that has ended has one. It names the same end as `run.json`.
         """
         self.state.phase, self.state.status = "done", "incomplete" if missing else "finished"
-        self.state.reason = "; ".join(missing) or None
+        self.state.reason, self.state.waiting = "; ".join(missing) or None, {}
         self.state.updated = ended = _iso(datetime.now(UTC))
         path = report(self)
         self.state.resumable = bool(missing)

@@ -27,6 +27,7 @@ class RunState(BaseModel):
     status : "incomplete": it came to its end, with less than was asked for; "stopped": by a person
     process : the process that coordinates it; None in runs of earlier versions
     resumable : whether resuming may help a run that has ended; None while it goes on
+    waiting : sites where a person has not approved the run yet, and since when
     keys : public keys of deployed sites, as they were when the run began: nobody else is taken for one of them
     """
 
@@ -45,4 +46,5 @@ class RunState(BaseModel):
     finished: list[HopKey] = Field(default_factory=list, max_length=MAX_RECORDS)
     process: RunProcess | None = None
     resumable: bool | None = None
+    waiting: BySite[Moment] = Field(default_factory=dict)
     keys: BySite[Digest] = Field(default_factory=dict)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
-from chainward_server.exchange import Exchange, Reply, Request
+from chainward_server.exchange import Exchange
+from chainward_server.request import Reply, Request
 from chainward_server.sites import Failure, Summed, TooFewSitesError, Work
 from chainward_shared.errors import ProtocolError, WeightsError
 from chainward_shared.protocol import (

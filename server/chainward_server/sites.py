@@ -78,17 +78,23 @@ class Scored:
 @dataclass(frozen=True)
 class Failure(Shown):
     """Why there is no usable answer, in one line. `refused`: the site itself said no; `final`: and will say so again;
-    `lost`: Flower did not bring the request there, or the answer back; `malformed`: what came is not an answer. Seconds and
-    bytes as of `Trained`."""
+    `lost`: Flower did not bring the request there, or the answer back; `waiting`: a person there has not approved the run yet;
+    `malformed`: what came is not an answer. Seconds and bytes as of `Trained`."""
 
     reason: str
     seconds: float
     refused: bool = False
     final: bool = False
     lost: bool = False
+    waiting: bool = False
     malformed: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
+
+    @property
+    def unreached(self) -> bool:
+        """Whether the site did not say no and did not fail, so that the work may be made up for later."""
+        return self.lost or self.waiting
 
 
 @dataclass(frozen=True)

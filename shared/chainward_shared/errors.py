@@ -79,6 +79,10 @@ class PolicyRefusal(PrivacyError):
     """A site's own policy forbids what a run asks. The message holds numbers and names of settings only: it may be sent."""
 
 
+class ApprovalNeeded(ChainwardError):
+    """A person at the site has not approved the run yet, or not any more. The message names runs and commands only."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'X'?)"`` for the known word closest to `word`, or an empty string; case differs least."""
     by_plain = {each.casefold(): each for each in known}

@@ -20,6 +20,7 @@ from chainward_client.site import OpenSite
 from chainward_shared.errors import ChainwardError, DataError, PolicyRefusal, ProtocolError
 from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.protocol import AtWork, AtWorkRequest, BaseTask, Hello, HelloRequest, Refusal, SimulatedSite
+from chainward_shared.protocol.run_plan import RunPlan, RunPlanState
 from chainward_simulations.data_notes import keep_pictures
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
@@ -75,6 +76,9 @@ class SimulatedNode(Node):
         if task.simulated is None:
             raise ProtocolError("this node of a simulation was not told which site to be")
         return f"simulated-{task.simulated.index}", _bases(task.simulated)
+
+    def consider(self, plan: RunPlan) -> RunPlanState:
+        raise ProtocolError("a simulated site was asked for its approval: only deployed ones have people")
 
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:

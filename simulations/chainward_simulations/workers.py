@@ -15,7 +15,7 @@ import re
 from importlib.metadata import version
 from typing import Any
 
-from chainward_server.exchange import WORKER_DIED
+from chainward_server.request import WORKER_DIED
 
 logger = logging.getLogger("chainward")
 

@@ -12,7 +12,9 @@ from flwr.common.constant import ErrorCode
 from safetensors.torch import load_file
 
 from chainward_server import exchange
-from chainward_server.exchange import Exchange, Failure, Member, Reply, Request
+from chainward_server.exchange import Exchange, Member
+from chainward_server.request import Reply, Request
+from chainward_server.sites import Failure
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError
 from chainward_shared.identity import signed_hello

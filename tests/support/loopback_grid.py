@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,6 +11,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+import chainward_client.app
 import chainward_simulations.client_app
 
 Interference = Callable[[Message, Callable[[], Message]], Message | None]
@@ -19,13 +21,16 @@ Interference = Callable[[Message, Callable[[], Message]], Message | None]
 class LoopbackGrid(Grid):
     """Flower's grid without Flower: a message is answered at once, by the real client app, in this process.
 
-    Every message is serialised and read again on its way, as it would be on a wire.
+    Every message is serialised and read again on its way, as it would be on a wire. With `hospitals`, paths of site.yaml, the
+    nodes are these, and not simulated sites.
     """
 
-    def __init__(self, nodes: int, interference: Interference | None = None) -> None:
+    def __init__(self, nodes: int, interference: Interference | None = None, *, hospitals: Sequence[Path] = ()) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # Flower's process would know
         self.nodes = list(range(101, 101 + nodes))
         self.interference = interference
+        self.hospitals = hospitals
+        self.app = chainward_client.app.app if hospitals else chainward_simulations.client_app.app
         self.sent: list[Message] = []
         self.replies: dict[str, Message] = {}
 
@@ -47,17 +52,20 @@ class LoopbackGrid(Grid):
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
             self.sent.append(message)
+            index = self.nodes.index(message.metadata.dst_node_id)
             context = Context(
                 run_id=1,
                 node_id=message.metadata.dst_node_id,
-                node_config={"partition-id": self.nodes.index(message.metadata.dst_node_id), "num-partitions": 1},
+                node_config={"site-config": str(self.hospitals[index])}
+                if self.hospitals
+                else {"partition-id": index, "num-partitions": 1},
                 state=RecordDict(),
                 run_config={},
             )
 
             def answer(message: Message = message, context: Context = context) -> Message:
                 try:
-                    return chainward_simulations.client_app.app(message, context)
+                    return self.app(message, context)
                 except Exception as error:  # as Flower reports it
                     return Message(Error(code=2, reason=repr(error)), reply_to=message)
 

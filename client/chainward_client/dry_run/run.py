@@ -192,7 +192,9 @@ def _throw_away(site_yaml: Path, config: SiteConfig, data: Path, own_state: Path
         content = yaml.safe_load(site_yaml.read_text(encoding="utf-8"))
         copy = folder / "site.yaml"
         copy.write_text(
-            yaml.safe_dump({**content, "data": str(data), "state": str(folder / "state"), "weights": "any"}),
+            yaml.safe_dump(
+                {**content, "data": str(data), "state": str(folder / "state"), "weights": "any", "runs": "any"}
+            ),
             encoding="utf-8",
         )
         create_site_ledger(folder / "state", config.site)

@@ -13,6 +13,7 @@ from chainward_server.report.formats import duration, score
 from chainward_server.results import LinkRecord
 from chainward_server.watch.estimate import expected_end
 from chainward_server.watch.snapshot import Snapshot, before, validation
+from chainward_shared.words import listed
 
 ROWS = 12
 """Hops, and incidents, that a terminal shows; the last ones."""
@@ -59,6 +60,14 @@ def silence(run: Snapshot) -> str | None:
     )
 
 
+def approval(run: Snapshot) -> str | None:
+    """Return at which hospitals a person has not approved the run yet; None where none is waited for."""
+    if not run.waiting:
+        return None
+    longest = max((run.time - since).total_seconds() for since in run.waiting.values())
+    return f"waiting for the approval of a person at {listed(list(run.waiting))}, for {duration(max(0.0, longest))}"
+
+
 def outcome(run: Snapshot) -> list[str]:
     """Return how a run ended, in lines."""
     lines = [headline(run) + (f": {run.reason or 'no reason was recorded'}" if run.status != "finished" else "")]
@@ -95,6 +104,8 @@ def news(old: Snapshot | None, run: Snapshot) -> list[str]:
         lines += [f"student round {round_.round} went on without {site}: {why}" for site, why in round_.failed.items()]
     if not run.ended and (old is None or lines or old.phase != run.phase):
         lines.append(headline(run))
+    if (old is None or set(old.waiting) != set(run.waiting)) and (waits := approval(run)):
+        lines.append(waits)
     return lines
 
 
@@ -137,6 +148,7 @@ def as_json(run: Snapshot, event: str) -> dict[str, Any]:
         "elapsed": round(run.elapsed, 1),
         "expected_end": end and _iso(end),
         "silent": round(run.silent, 1),
+        "waiting_for_approval": {site: _iso(since) for site, since in run.waiting.items()},
         "final": {name: scores.model_dump() for name, scores in run.final.items()},
     }
 
@@ -144,8 +156,7 @@ def as_json(run: Snapshot, event: str) -> dict[str, Any]:
 def picture(run: Snapshot) -> RenderableType:
     """Return what a terminal shows: where the run is, the last hops and rounds, and what went wrong."""
     parts: list[RenderableType] = [Text(headline(run), style="bold")]
-    if warning := silence(run):
-        parts.append(Text(warning, style="yellow"))
+    parts += [Text(warning, style="yellow") for warning in (approval(run), silence(run)) if warning]
     if run.links:
         table = Table("hop", "site", "status", "attempts", "time", "validation balanced accuracy")
         for number, link in list(enumerate(run.links, 1))[-ROWS:]:

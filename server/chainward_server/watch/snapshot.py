@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Snapshot:
     status : as in `run.json`; "gone": it says running, and its process on this machine has ended
     how_to_resume : the option that resumes it; None where that can't help
     note : what a person should know of a run that is at work
+    waiting : the sites where a person has not approved the run yet, and since when
+    epsilon : what each private site has spent in this run so far, by its signed statement
     """
 
     path: Path
@@ -70,6 +72,8 @@ class Snapshot:
     private: frozenset[str] = frozenset()
     how_to_resume: str | None = None
     note: str | None = None
+    waiting: Mapping[str, datetime] = field(default_factory=dict)
+    epsilon: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def elapsed(self) -> float:
@@ -173,6 +177,7 @@ def look(path: Path, now: datetime | None = None) -> Snapshot:
     time = now or datetime.now(UTC)
     updated = moment(state.updated, time)
     running = state.status == "running" and not gone
+    epsilon = _epsilon(path / "privacy.json")
     return Snapshot(
         path=path,
         run=state.run_id,
@@ -185,9 +190,11 @@ def look(path: Path, now: datetime | None = None) -> Snapshot:
         ended=not running,
         config=folder.config,
         results=results,
-        private=_private_sites(path / "privacy.json"),
+        private=frozenset(epsilon),
         how_to_resume=folder.how_to_resume,
         note=None if gone or state.status != "running" else _orphaned(folder),
+        waiting={site: moment(since, time) for site, since in state.waiting.items()} if running else {},
+        epsilon=epsilon,
     )
 
 
@@ -235,8 +242,10 @@ def moment(text: str, otherwise: datetime) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _private_sites(file: Path) -> frozenset[str]:
+def _epsilon(file: Path) -> dict[str, float]:
+    """Return what each private site has signed to have spent in the run."""
     try:
-        return frozenset(read_privacy_record(file).private)
+        sites = read_privacy_record(file).sites
     except StatementError:
-        return frozenset()  # none yet; whether it is damaged is the audit's to say
+        return {}  # none yet; whether it is damaged is the audit's to say
+    return {site: facts.epsilon for site, facts in sites.items() if facts.epsilon is not None}

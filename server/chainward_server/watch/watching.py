@@ -155,7 +155,7 @@ def _moved(old: Snapshot | None, run: Snapshot) -> bool:
 
 
 def _progress(run: Snapshot) -> tuple[object, ...]:
-    return run.status, run.phase, len(run.links), len(run.alone), len(run.rounds)
+    return run.status, run.phase, len(run.links), len(run.alone), len(run.rounds), tuple(run.waiting)
 
 
 def _run_files(base: Path) -> list[Path]:

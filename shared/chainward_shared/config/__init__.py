@@ -1,13 +1,13 @@
 """The configuration of a run: its tables, its flat keys, what contradicts itself, and the recipes that follow from it."""
 
 from chainward_shared.config.options import ConfigScalar, Option
+from chainward_shared.config.output import OutputConfig
 from chainward_shared.config.run import RunConfig, options, table_descriptions
 from chainward_shared.config.tables import (
     ChainConfig,
     DataConfig,
     FederationConfig,
     OnFailure,
-    OutputConfig,
     PrivacyConfig,
     PrivilegedConfig,
     SiteOrder,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainward_shared.bounds import MOST_EPOCHS, SMALLEST_LEARNING_RATE
+from chainward_shared.config.output import OutputConfig
 from chainward_shared.config.tables import PrivacyConfig, StudentConfig, kebab
 from chainward_shared.errors import ConfigError, nearest
 from chainward_shared.recipes import MAX_ENSEMBLE
@@ -32,6 +33,24 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"output.dir = {config.output.dir!r} is relative, and Flower runs apps in a folder of its own; "
             "give an absolute path, or one that starts with ~"
         )
+    yield from _tracking_contradictions(config.output)
+
+
+def _tracking_contradictions(output: OutputConfig) -> Iterator[str]:
+    try:
+        trackers = output.trackers
+    except ConfigError as error:
+        yield str(error)
+        return
+    to, address = output.track_to, output.track_to.startswith(("http://", "https://"))
+    if to and not trackers:
+        yield f"output.track-to = {to!r} says where to track, and output.track is 'none'; name a tracker, or leave it out"
+    if output.track_models and "mlflow" not in trackers:
+        yield "output.track-models = true is for MLflow, which output.track does not name; add mlflow, or leave it out"
+    if address and "tensorboard" in trackers:
+        yield f"output.track-to = {to!r} is an address, and TensorBoard writes into a folder; give a folder, or leave it out"
+    if to and not address and ("://" in to or not (Path(to).is_absolute() or to.startswith("~"))):
+        yield f"output.track-to = {to!r}: expected an absolute path, one that starts with ~, or an http address"
 
 
 def _site_contradictions(config: RunConfig) -> Iterator[str]:

@@ -14,11 +14,11 @@ from pydantic import Field, ValidationError
 from chainward_shared.bounds import Seed
 from chainward_shared.config.contradictions import contradictions
 from chainward_shared.config.options import ConfigScalar, Option, lower_first, options_of
+from chainward_shared.config.output import OutputConfig
 from chainward_shared.config.tables import (
     ChainConfig,
     DataConfig,
     FederationConfig,
-    OutputConfig,
     PrivacyConfig,
     PrivilegedConfig,
     StudentConfig,

@@ -72,6 +72,18 @@ class FederationConfig(Table, ArithmeticSettings):
         le=604_800,
         description="Seconds to wait for a site that is not connected, before an attempt to train there counts as failed",
     )
+    approval_patience: float = Field(
+        3_600.0,
+        ge=0,
+        le=2_592_000,
+        description="Seconds from the start of a run for which work at a hospital waits until a person there has approved the "
+        "run, where that is asked for; later chain.on-failure decides, and the hospital takes part as soon as it has approved",
+    )
+    contact: str = Field(
+        "",
+        max_length=500,
+        description="Who runs this, and how to be reached: shown, unchecked, to the people who approve the run at hospitals",
+    )
     check_every: float = Field(
         120.0,
         ge=0,
@@ -379,12 +391,3 @@ class PrivacyConfig(Table, PrivacySettings):
             metrics_epsilon=self.simulated_metrics_epsilon if noised else None,
             privileged_teachers=True,
         )
-
-
-class OutputConfig(Table):
-    """Where the run folder goes."""
-
-    dir: str = Field(
-        "~/.chainward/runs", description="Folder of the run folders: absolute, or under the home folder with ~"
-    )
-    resume: str = Field("", description="Id (or absolute path) of a stopped run to continue. Empty: a new run")

@@ -28,6 +28,7 @@ from chainward_shared.protocol.joining import (
     SitePrivacy,
     Split,
 )
+from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, RunPlanState, beyond
 from chainward_shared.protocol.scoring import EvaluateResult, EvaluateTask, StatisticsResult, StatisticsTask
 from chainward_shared.protocol.summing import (
     FEWEST_SITES,
@@ -48,6 +49,7 @@ __all__ = [
     "FEWEST_SITES",
     "MAX_BODY",
     "PROTOCOL_VERSION",
+    "Approval",
     "AtWork",
     "AtWorkRequest",
     "BaseState",
@@ -62,8 +64,11 @@ __all__ = [
     "LinkTask",
     "MaskedSum",
     "Offer",
+    "PlannedTask",
     "Refusal",
     "Round",
+    "RunPlan",
+    "RunPlanState",
     "SimulatedSite",
     "SiteCard",
     "SitePrivacy",
@@ -81,6 +86,7 @@ __all__ = [
     "SumUnmaskTask",
     "SumUnmasking",
     "TrainingLog",
+    "beyond",
     "fingerprint",
     "kind_of",
     "pack",

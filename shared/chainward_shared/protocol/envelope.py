@@ -31,20 +31,22 @@ class Body(BaseModel):
 
 
 class Refusal(Body):
-    """A site's word that it can't or won't, in one line for a person. `final`: its policy says no; asking again is no use."""
+    """A site's word that it can't or won't, in one line for a person. `final`: its policy says no; asking again is no use.
+    `waiting`: a person there has not approved the run yet; asking later may help."""
 
     KIND: ClassVar[str] = "refusal"
 
     reason: Line
     final: bool = False
+    waiting: bool = False
 
 
 class SiteRefusal(ProtocolError):
-    """A site refused; the message is its own one line. `final`: asking again is no use."""
+    """A site refused; the message is its own one line. `final`, `waiting`: as of a `Refusal`."""
 
-    def __init__(self, reason: str, *, final: bool = False) -> None:
+    def __init__(self, reason: str, *, final: bool = False, waiting: bool = False) -> None:
         super().__init__(reason)
-        self.final = final
+        self.final, self.waiting = final, waiting
 
 
 def fingerprint(task: Body) -> str:
@@ -108,7 +110,7 @@ def unpack(content: RecordDict, expected: type[B]) -> tuple[B, dict[str, ArrayRe
     text = str(content.config_records[_ENVELOPE]["body"])
     if kind == Refusal.KIND and expected is not Refusal:
         refusal = _parse(text, Refusal)
-        raise SiteRefusal(refusal.reason, final=refusal.final)
+        raise SiteRefusal(refusal.reason, final=refusal.final, waiting=refusal.waiting)
     if kind != expected.KIND:
         raise ProtocolError(f"a message '{kind}' arrived where '{expected.KIND}' was expected")
     body = _parse(text, expected)

@@ -102,7 +102,8 @@ class SiteCard(Body):
     """What a site says of its data when it joins. `class_counts`: per split, in the order of `classes`; multi-label: the
     images with each finding. `preparation`: the settings of its data file by which images become what a model sees. A site with
     a privacy policy (`privacy`) whose metrics are not "exact" declares the units of its training data in `train`, and nothing
-    of the rest: None, no counts, no notes. `secure_sums`: it gives sums in secure sums alone."""
+    of the rest: None, no counts, no notes. `secure_sums`: it gives sums in secure sums alone. `approval`: whether a person
+    there approves every run."""
 
     KIND: ClassVar[str] = "site-card"
 
@@ -120,6 +121,7 @@ class SiteCard(Body):
     notes: Lines
     privacy: SitePrivacy | None = None
     secure_sums: bool = False
+    approval: bool = False
 
 
 class BaseTask(Body):
