@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
+from chainward_server.approvals import run_plan
 from chainward_shared import protocol
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ProtocolError
@@ -29,7 +30,11 @@ from chainward_shared.protocol import (
     HelloRequest,
     LinkResult,
     LinkTask,
+    MaskedSum,
+    Offer,
     Refusal,
+    Round,
+    RunPlanState,
     SimulatedSite,
     SiteCard,
     SiteRefusal,
@@ -37,6 +42,13 @@ from chainward_shared.protocol import (
     StatisticsTask,
     StudentResult,
     StudentTask,
+    SumKeys,
+    SumKeysTask,
+    SumShares,
+    SumSharesTask,
+    SumTask,
+    SumUnmasking,
+    SumUnmaskTask,
     TrainingLog,
     kind_of,
     pack,
@@ -64,6 +76,13 @@ STARTED = ARCHITECTURE.model_copy(
 )
 LOG = TrainingLog(epochs=2, steps=4, images=40, loss=[1.0, 0.1 + 0.2], seconds=1.5, precision="fp32")
 SCORES = Scores(n=3, accuracy=1 / 3, balanced_accuracy=0.5, macro_auc=None, ece=0.1)
+
+STATISTICS = StatisticsTask(
+    run_id="run", hop="head", architecture=ARCHITECTURE, label_fraction=0.3, seed=1, threads=1, digest="ab" * 32
+)
+ROUND = Round(run_id="run", hop="head", task="ab" * 32, attempt=7, members=("oak", "ash", "elm"), threshold=2)
+OFFER = Offer(site="oak", channel="AbC=", mask="dEf+/=", identity="ab" * 32, signature="0123")
+PLAN = run_plan(RunConfig(), "run", [ARCHITECTURE])
 
 MESSAGES: list[Body] = [
     SIMULATED,
@@ -114,10 +133,18 @@ MESSAGES: list[Body] = [
         scores={"val": SCORES, "test": SCORES},
         localisation=LocalisationSums(n=2, left_out=1, lift=Moments(sum=3.0, squares=5.0)),
     ),
-    StatisticsTask(
-        run_id="run", hop="head", architecture=ARCHITECTURE, label_fraction=0.3, seed=1, threads=1, digest="ab" * 32
-    ),
+    STATISTICS,
     StatisticsResult(hop="head", site="oak", digest="ab" * 32, images=20, validation=5),
+    SumKeysTask(round=ROUND, simulated=SIMULATED),
+    SumKeys(offer=OFFER),
+    SumSharesTask(round=ROUND, offers=[OFFER]),
+    SumShares(site="oak", shares={"ash": "gAAAAABo_-0="}),
+    SumTask(round=ROUND, statistics=STATISTICS, shares={"ash": "gAAAAABo_-0="}),
+    MaskedSum(site="oak"),
+    SumUnmaskTask(round=ROUND, answered=["oak", "ash", "elm"]),
+    SumUnmasking(site="oak", seeds={"ash": "00ff"}, keys={}),
+    PLAN,
+    RunPlanState(site="oak", approval="waiting", plan="ab" * 32),
     Refusal(reason="the disk is full"),
 ]
 STUDENT = next(body for body in MESSAGES if isinstance(body, StudentResult))
