@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from chainward_client.data.description import DataDescription
 from chainward_client.data.site_data import SiteData
 from chainward_shared.errors import DataError, ModelError
-from chainward_shared.models import Architecture, skeleton
+from chainward_shared.models import Architecture
+from chainward_shared.models.architecture import output_shape
 from chainward_shared.words import first_line
 
 
@@ -78,10 +77,8 @@ def check_architecture(architecture: Architecture, described: Described, *, any_
     for what, one, other in zip(("classes", "channels", "pixels a side"), asked, has, strict=True):
         if one != other and not (any_size and what == "pixels a side"):
             raise ModelError(f"the model is for {one} {what}, this site's data have {other}; agree on one architecture")
-    images = torch.empty((2, architecture.in_chans, architecture.image_size, architecture.image_size), device="meta")
     try:
-        with torch.no_grad():
-            shape = tuple(skeleton(architecture)(images).shape)
+        shape = output_shape(architecture)
     except Exception as error:  # whatever its options do: better here, without any data, than later
         raise ModelError(
             f"'{architecture.name}' with these options can't work on images of {architecture.image_size} pixels: "

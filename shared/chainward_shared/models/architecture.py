@@ -207,6 +207,15 @@ def skeleton(architecture: Architecture) -> nn.Module:
     return _skeleton(architecture.model_dump_json())
 
 
+def output_shape(architecture: Architecture) -> tuple[int, ...]:
+    """Return the shape of what the model makes of two images, without computing it.
+
+    Whatever the model's layers raise of images of that size is raised here. What was found is remembered: even without any
+    data a pass takes longer than a small hospital's scores, and in a simulation one process answers for many hospitals.
+    """
+    return _output_shape(architecture.model_dump_json())
+
+
 def family_of(architecture: Architecture | str) -> str:
     """Return the family, ``"vit"`` for example, by whose rules weights of this backbone are selected.
 
@@ -273,3 +282,11 @@ def _create(architecture: Architecture, device: str) -> nn.Module:
 def _skeleton(architecture_json: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         return _create(Architecture.model_validate_json(architecture_json), "meta").eval()
+
+
+@lru_cache(maxsize=64)
+def _output_shape(architecture_json: str) -> tuple[int, ...]:
+    architecture = Architecture.model_validate_json(architecture_json)
+    side = architecture.image_size
+    with torch.no_grad():
+        return tuple(skeleton(architecture)(torch.empty((2, architecture.in_chans, side, side), device="meta")).shape)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from chainward_shared.errors import ModelError
-from chainward_shared.models.architecture import Architecture, build_model, skeleton
+from chainward_shared.models.architecture import Architecture, build_model, output_shape, skeleton
 from chainward_shared.models.border import border_is_lost, unfilled_patches
 from chainward_shared.models.families import find_family
 from chainward_shared.words import first_line
@@ -63,25 +63,25 @@ def check_image_size(architecture: Architecture, takes_image_size: bool) -> None
 
 def _check_border(architecture: Architecture) -> None:
     """Refuse a model that would see only the inner part of its images."""
-    name, side = architecture.name, architecture.image_size
-    try:
-        patch = unfilled_patches(
-            skeleton(architecture), torch.empty(1, architecture.in_chans, side, side, device="meta")
-        )
-    except NotImplementedError:
-        return  # an operation that the meta device lacks says nothing about the size
-    if patch and _loses_border(architecture.model_dump_json()):
+    side = architecture.image_size
+    if patch := _patch_that_loses_the_border(architecture.model_dump_json()):
         raise ModelError(
-            f"'{name}' does not see the border of images of {side} pixels, which don't fill its patches of {patch}: choose "
-            f"images of {side // patch * patch or patch} or {(side // patch + 1) * patch} pixels"
+            f"'{architecture.name}' does not see the border of images of {side} pixels, which don't fill its patches of {patch}: "
+            f"choose images of {side // patch * patch or patch} or {(side // patch + 1) * patch} pixels"
         )
 
 
 @lru_cache(maxsize=64)
-def _loses_border(architecture_json: str) -> bool:
+def _patch_that_loses_the_border(architecture_json: str) -> int:
+    """Return the side of the patches that leave the border of the images out; 0 where the model sees all of them."""
     architecture = Architecture.model_validate_json(architecture_json).model_copy(update={"start": None})
-    model = build_model(architecture, seed=0).eval()
-    return border_is_lost(model, architecture.in_chans, architecture.image_size)
+    channels, side = architecture.in_chans, architecture.image_size
+    try:
+        patch = unfilled_patches(skeleton(architecture), torch.empty(1, channels, side, side, device="meta"))
+    except NotImplementedError:
+        return 0  # an operation that the meta device lacks says nothing about the size
+    lost = patch and border_is_lost(build_model(architecture, seed=0).eval(), channels, side)
+    return patch if lost else 0
 
 
 def _what_fits(architecture: Architecture, takes_image_size: bool) -> str:
@@ -108,10 +108,8 @@ def _what_fits(architecture: Architecture, takes_image_size: bool) -> str:
 
 def _forward_problem(architecture: Architecture) -> str:
     """Return why the model can't do a forward pass at its image size, or an empty string if it can."""
-    shape = (1, architecture.in_chans, architecture.image_size, architecture.image_size)
     try:
-        with torch.no_grad():
-            skeleton(architecture)(torch.empty(shape, device="meta"))
+        output_shape(architecture)
     except NotImplementedError:
         return ""  # an operation that the meta device lacks says nothing about the size
     except (RuntimeError, AssertionError, ValueError) as error:
