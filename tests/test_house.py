@@ -23,7 +23,6 @@ LONGER_FUNCTIONS = {
     "server/chainward_server/report/plots.py:curve_plot": 63,
     "server/chainward_server/report/verdict.py:cards": 53,
     "shared/chainward_shared/pretrained/commands.py:weights_commands": 91,
-    "simulations/chainward_simulations/phantoms/difficulty.py:main": 51,
     "simulations/chainward_simulations/predict/command.py:predict": 74,
     "simulations/chainward_simulations/study/command.py:study": 93,
 }

@@ -139,6 +139,25 @@ def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line per measurement."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    # with more pixels than images the linear model fits its training images long before it converges
+    warnings.filterwarnings("ignore", category=ConvergenceWarning)
+
+    sites = [phantom_site(options.seed, index) for index in range(options.sites)]
+    train, test = ([site.splits[split] for site in sites] for split in ("train", "test"))
+    print(f"{sum(map(len, train))} train and {sum(map(len, test))} test images; chance is 0.200")
+    print("balanced accuracy on the test images of all sites")
+    pixels = linear_accuracy(pixels_and_labels(sites, "train"), pixels_and_labels(sites, "test"))
+    _show("linear on pixels, all sites", pixels)
+    table = linear_accuracy(table_features(sites, "train"), table_features(sites, "test"))
+    _show("linear on table, all sites", table)
+    _show("linear on reports, all sites", text_accuracy(sites))
+    if not options.no_convnets:
+        _show_convnets(sites, options)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Balanced test accuracy of simple models on the phantoms.")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms and of training")
     parser.add_argument("--sites", type=int, default=6, help="number of hospitals")
@@ -155,28 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--no-convnets", action="store_true", help="only the linear models (seconds)")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    # with more pixels than images the linear model fits its training images long before it converges
-    warnings.filterwarnings("ignore", category=ConvergenceWarning)
+    return parser
 
-    sites = [phantom_site(options.seed, index) for index in range(options.sites)]
+
+def _show_convnets(sites: Sequence[SiteData], options: argparse.Namespace) -> None:
     train, test = ([site.splits[split] for site in sites] for split in ("train", "test"))
-    print(f"{sum(map(len, train))} train and {sum(map(len, test))} test images; chance is 0.200")
-    print("balanced accuracy on the test images of all sites")
-
-    def show(name: str, value: float) -> None:
-        print(f"{name:<44}{value:.3f}", flush=True)
-
-    pixels = linear_accuracy(pixels_and_labels(sites, "train"), pixels_and_labels(sites, "test"))
-    show("linear on pixels, all sites", pixels)
-    show(
-        "linear on table, all sites",
-        linear_accuracy(table_features(sites, "train"), table_features(sites, "test")),
-    )
-    show("linear on reports, all sites", text_accuracy(sites))
-    if options.no_convnets:
-        return
     # alone and together get equally many steps by default: the data should differ, not the training
     steps = options.epochs * math.ceil(sum(map(len, train)) / BATCH_SIZE)
     alone = []
@@ -185,10 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own_steps = options.epochs * math.ceil(len(cases) / BATCH_SIZE) if options.same_epochs else steps
         model = train_convnet([cases], own_steps, options.seed)
         alone.append(convnet_accuracy(model, test))
-        show(f"convnext_atto, {site.site} alone ({len(cases)} images)", alone[-1])
-    show("convnext_atto, one site alone, mean", float(np.mean(alone)))
-    show("convnext_atto, one site alone, best", max(alone))
-    show("convnext_atto, all sites", convnet_accuracy(train_convnet(train, steps, options.seed), test))
+        _show(f"convnext_atto, {site.site} alone ({len(cases)} images)", alone[-1])
+    _show("convnext_atto, one site alone, mean", float(np.mean(alone)))
+    _show("convnext_atto, one site alone, best", max(alone))
+    _show("convnext_atto, all sites", convnet_accuracy(train_convnet(train, steps, options.seed), test))
+
+
+def _show(name: str, value: float) -> None:
+    print(f"{name:<44}{value:.3f}", flush=True)
 
 
 if __name__ == "__main__":
