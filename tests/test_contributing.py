@@ -63,6 +63,7 @@ def test_each_example_is_one_file_where_the_page_says():
         assert not (REPOSITORY / place).exists()
 
 
+@pytest.mark.slow
 def test_a_baseline_is_added_by_one_file_and_trains_the_same_model_each_time(added):
     from chainward_shared.config import RunConfig
     from chainward_shared.models import resolve_architecture
@@ -121,6 +122,31 @@ def test_a_data_format_is_added_by_one_file_and_says_what_is_wrong_in_one_line(a
     assert "\n" not in str(raised.value)
 
 
-def test_a_family_of_backbones_is_added_by_one_file(added):
-    place = "shared/chainward_shared/models/families/named_groups.py"
-    assert "resnetv2-small" in added(place, "chainward_shared.models.families", "_families", "_REGISTERED")
+def test_a_family_of_backbones_is_added_by_one_file_and_selects_the_same_channels_everywhere(added):
+    from chainward_shared.models import build_model, compact_architecture, resolve_architecture, select_weights
+
+    place = "shared/chainward_shared/models/families/starnet.py"
+    assert "starnet" in added(place, "chainward_shared.models.families", "_families", "_REGISTERED")
+    large = resolve_architecture("starnet_s1", num_classes=3, in_chans=1, image_size=64)
+    small = compact_architecture(large, width=0.5, depth=0.5)
+    state = build_model(large, seed=0).state_dict()
+    itself = select_weights(state, large, large)
+    assert all(torch.equal(itself[name], weights) for name, weights in state.items())
+    # each number is that of its channel: along the first axis, or along the second where the next layer reads it
+    marked = {
+        name: torch.arange(float(weights.shape[0])).reshape(-1, *[1] * (weights.ndim - 1)).expand_as(weights).clone()
+        for name, weights in state.items()
+        if weights.ndim
+    }
+    readers = {f"stages.{i + 1}.0.conv.weight": f"stages.{i}.1.dwconv2.conv.bias" for i in range(3)}
+    readers |= {f"stages.{i}.1.g.conv.weight": f"stages.{i}.1.f1.conv.bias" for i in range(4)}
+    readers |= {"head.weight": "norm.running_mean"}
+    for reader in readers:
+        along = torch.arange(float(state[reader].shape[1])).reshape(1, -1, *[1] * (state[reader].ndim - 2))
+        marked[reader] = along.expand_as(state[reader]).clone()
+    taken = select_weights(state | marked, large, small)
+    build_model(small, seed=1).load_state_dict(taken)
+    for reader, written in readers.items():
+        assert torch.equal(
+            taken[reader][0].flatten(1)[:, 0] if taken[reader].ndim > 2 else taken[reader][0], taken[written]
+        )
