@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,28 @@ import pytest
 import yaml
 from loopback_grid import LoopbackGrid
 from PIL import Image
+from whole_run import CHAIN_ONLY, whole_run
 
 from chainward_server.app import coordinate
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist deal out files in the order below, not those of most tests first."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests with a whole run as slow, and begin with the slowest files: one that is begun last has a core to itself."""
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if "coordinated" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+        seconds[item.path] += 60 if item.get_closest_marker("flower") else 5 if item.get_closest_marker("slow") else 0
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -58,23 +77,11 @@ def small_consortium(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(small_consortium: Path, tmp_path: Path) -> dict[str, Any]:
-    """Run configuration of a whole run on the small consortium that takes a few seconds."""
-    return {
-        "data.source": str(small_consortium),
-        "output.dir": str(tmp_path / "runs"),
-        "chain.backbone": "test_convnext",
-        "chain.epochs": 2,
-        "chain.batch-size": 16,
-        "student.rounds": 2,
-        "student.epochs": 1,
-        "student.batch-size": 16,
-        "federation.deadline": 5.0,
-        "federation.hop-deadline": 30.0,
-        "federation.precision": "fp32",
-    }
+    """The configuration of `whole_run`, for one test to change and to run."""
+    return whole_run(small_consortium, tmp_path / "runs")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def coordinated() -> Callable[..., tuple[RunFolder, Results]]:
     """Run a configuration over a loopback grid; return the run folder and the results."""
 
@@ -86,7 +93,35 @@ def coordinated() -> Callable[..., tuple[RunFolder, Results]]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def loopback() -> type[LoopbackGrid]:
     """The grid without Flower."""
     return LoopbackGrid
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has finished: its folder, what was measured, and the grid with all messages that were sent."""
+
+    folder: RunFolder
+    results: Results
+    grid: LoopbackGrid
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    small_consortium: Path, tmp_path_factory: pytest.TempPathFactory, coordinated: Callable[..., Any]
+) -> Finished:
+    """The undisturbed run of `settings`. All tests share it: none may change its folder."""
+    grid = LoopbackGrid(2)
+    return Finished(*coordinated(whole_run(small_consortium, tmp_path_factory.mktemp("finished")), grid), grid)
+
+
+@pytest.fixture(scope="session")
+def finished_chain(
+    small_consortium: Path, tmp_path_factory: pytest.TempPathFactory, coordinated: Callable[..., Any]
+) -> Finished:
+    """The same with `CHAIN_ONLY`."""
+    grid = LoopbackGrid(2)
+    flat = whole_run(small_consortium, tmp_path_factory.mktemp("finished-chain"))
+    return Finished(*coordinated(flat | CHAIN_ONLY, grid), grid)

@@ -168,6 +168,7 @@ def test_every_form_of_import_is_seen(code, expected):
     assert list(imports(ast.parse(code))) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["chainward_client.app", "chainward_client.cli", "chainward_simulations.cli"])
 def test_what_needs_no_model_does_not_wait_for_the_libraries_that_build_one(module):
     # a site's every message is answered by a new process; timm brings torchvision and PyTorch's compiler, ten seconds of CPU

@@ -352,6 +352,7 @@ def kept_run(tmp_path_factory, small_consortium) -> Path:
     return folder.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "config.toml", "metrics.json", "privacy.json"])
 @settings(FUZZ, max_examples=25)  # a report takes a second
 @given(data=st.data())

@@ -135,6 +135,7 @@ def test_a_deployed_hospital_plays_no_simulated_site(hospital, tmp_path, kind, s
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_the_deployed_program_holds_no_code_that_plays_a_site():
     code = "import sys, chainward_client.app; print([name for name in sys.modules if 'simul' in name or 'phantom' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

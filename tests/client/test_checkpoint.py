@@ -149,6 +149,7 @@ def killed_privately(private, data, architecture, monkeypatch, path, *, at_step)
     return train
 
 
+@pytest.mark.slow
 def test_a_private_training_goes_on_inside_its_reservation_and_pays_once(
     private, data, architecture, monkeypatch, tmp_path
 ):
@@ -165,6 +166,7 @@ def test_a_private_training_goes_on_inside_its_reservation_and_pays_once(
     assert planned / 4 <= planned - len(done) < 9, "at least an epoch was kept, and no step twice but those of the last"
 
 
+@pytest.mark.slow
 def test_a_private_checkpoint_without_its_open_reservation_is_of_no_use(
     private, data, architecture, monkeypatch, tmp_path
 ):

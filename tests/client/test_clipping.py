@@ -148,6 +148,7 @@ def backbone(name, size=32, patch=0):
     return build_model(found, 1).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "patch"),
     [("test_vit", 8), ("deit_tiny_patch16_224", 16), ("test_convnext", 0), ("resnetv2_18", 0)],

@@ -165,6 +165,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     wrong=st.dictionaries(st.sampled_from(KEYWORDS), st.sampled_from([*VALUES, None]), min_size=1, max_size=4),

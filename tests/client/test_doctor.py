@@ -89,6 +89,7 @@ def problems(diagnosis: Diagnosis) -> list[str]:
 # --- a site that is ready, and sites that aren't ---
 
 
+@pytest.mark.slow
 def test_a_hospital_as_it_should_be_is_ready(hospital):
     diagnosis = examine(hospital, Asked(plan=read_plan(PRIVATE)))
     assert problems(diagnosis) == []
@@ -305,6 +306,7 @@ def test_a_ledger_that_is_missing_damaged_or_open_to_others_is_a_problem(hospita
     assert (check.outcome, "chainward-site keys" in check.advice) == ("problem", True)
 
 
+@pytest.mark.slow
 def test_a_plan_beyond_what_is_left_is_told_with_the_numbers(hospital):
     config = load_site_config(hospital)
     ledger, _ = open_site_ledger(config.state_dir(hospital), "oak")
@@ -320,6 +322,7 @@ def test_a_plan_beyond_what_is_left_is_told_with_the_numbers(hospital):
         assert word in f"{check.found} {check.advice}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "name", "says"),
     [

@@ -102,6 +102,7 @@ def kinds(found: DryRun) -> list[str]:
 # --- a clean site ---
 
 
+@pytest.mark.slow
 def test_every_byte_of_every_message_is_named_and_nothing_is_found(hospital):
     found = run(hospital)
     assert (found.exit_code, found.found, found.sockets) == (0, (), ())
@@ -138,6 +139,7 @@ def test_from_a_start_the_question_about_the_weights_is_shown_and_only_what_is_t
     assert not (hospital.parent / "state" / "bases").exists(), "what the dry run was made with is gone"
 
 
+@pytest.mark.slow
 def test_the_sums_of_a_statistics_round_are_shown_and_a_site_with_too_few_images_declines(hospital):
     plan = f"{PLAN} chain.head='statistics'"
     found = run(hospital, plan)
@@ -152,6 +154,7 @@ def test_the_sums_of_a_statistics_round_are_shown_and_a_site_with_too_few_images
     assert "at least 1000" in declined.reason
 
 
+@pytest.mark.slow
 def test_a_private_dry_run_spends_nothing_and_leaves_nothing_behind(hospital):
     with_policy(hospital, metrics="noised", metrics_epsilon=0.5)
     state = hospital.parent / "state"
@@ -339,6 +342,7 @@ def test_a_column_hidden_in_arrays_of_half_precision_is_found_unless_any_weights
     assert [found.kind for found in find_leaks(message({}, model=few), common)] == ["table column"]
 
 
+@pytest.mark.slow
 def test_a_site_answers_in_half_precision_as_the_plan_says(hospital):
     sent = {
         transfer: run(hospital, f"{PLAN} federation.transfer='{transfer}'").sent[2] for transfer in ("half", "full")
@@ -378,6 +382,7 @@ def test_every_field_that_a_site_sends_is_described():
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_json(hospital):
     result = CliRunner().invoke(cli.app, ["dry-run", str(hospital), "--plan", f"{PLAN} student.rounds=0", "--json"])
     assert result.exit_code == 0, result.output

@@ -70,6 +70,7 @@ def test_attention_transfer_is_added_with_its_weight(architecture):
     torch.testing.assert_close(found, without + 3.0 * expected)
 
 
+@pytest.mark.slow
 def test_attention_alone_can_teach_without_distillation_of_logits(architecture):
     recipe = RECIPE.model_copy(
         update={"distillation_weight": 0.0, "attention_weight": 1.0, "learning_rate": 3e-3, "epochs": 8}

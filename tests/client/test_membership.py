@@ -52,6 +52,7 @@ def test_a_patient_counts_once_with_the_mean_over_the_images():
     assert many.auc == pytest.approx(np.mean([2.0 < 3.0, 2.0 < 1.5, 1.0 < 3.0, 1.0 < 1.5]))
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     generator = np.random.default_rng(2)
     true = 0.7602  # P(N(0,1) < N(1,1)) = Phi(1 / sqrt 2)

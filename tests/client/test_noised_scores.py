@@ -49,6 +49,7 @@ def train(site, data, asked, run="r", hop="h"):
         private.steps_done = private.dp_sgd.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["trainings first", "scores first", "in between"])
 @pytest.mark.parametrize("epsilon", [2.0, 8.0])
 def test_trainings_and_noised_scores_of_a_run_stay_within_its_epsilon_whatever_comes_first(
@@ -89,6 +90,7 @@ def test_scores_that_leave_a_run_nothing_are_refused_with_what_would_help(tmp_pa
         train(site_of(tmp_path), data, recipe(1.0))
 
 
+@pytest.mark.slow
 def test_a_cap_on_a_day_holds_whatever_the_runs_are_called(tmp_path, data, monkeypatch):
     policy = PrivacyPolicy(epsilon=20.0, delta=DELTA, epsilon_per_run=3.0, epsilon_per_day=4.0)
     site, asked = site_of(tmp_path, policy), recipe(2.9)

@@ -89,6 +89,7 @@ def test_honest_training_stays_below_its_claim():
     assert not found.blind
 
 
+@pytest.mark.slow
 def test_weak_privacy_is_measured_above_zero_and_below_its_claim():
     loose = DP_SGD.model_copy(update={"noise_multiplier": solve_noise_multiplier(12.0, 1e-5, [(1.0, STEPS)])})
     found = audit_training(loose, canaries=CANARIES)

@@ -128,6 +128,7 @@ def test_a_request_is_checked_against_the_ledger_as_it_is_now(ledger):
         check_request(POLICY, ledger, [gaussian(80)], "r")
 
 
+@pytest.mark.slow
 def test_processes_that_reserve_at_the_same_time_never_overspend_and_use_the_budget(ledger):
     piece = gaussian(10)
     fits = max(count for count in range(1, 40) if spent([gaussian(10 * count)], DELTA) <= POLICY.epsilon)

@@ -56,6 +56,7 @@ class FailingDisk:
         raise OSError(self.code, os.strerror(self.code))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "code"),
     [

@@ -26,6 +26,7 @@ def readable_by_others(folder: Path) -> list[str]:
     return [f"{path} {stat.S_IMODE(path.stat().st_mode):04o}" for path in found if path.stat().st_mode & 0o077]
 
 
+@pytest.mark.slow
 def test_nothing_in_the_state_folder_of_a_private_run_may_be_read_by_others(tmp_path, umask, monkeypatch):
     node, model = hospital(tmp_path / "site"), architecture()
     state = state_of(model, "as they come")

@@ -582,6 +582,7 @@ def changed() -> Callable[[dict[str, Tensor], dict[str, Tensor]], bool]:
     return lambda before, after: all(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_links_and_students_with_private_teachers_train_and_share_them(phantoms, work, tmp_path, changed):
     architecture = resolve_architecture("test_convnext", num_classes=5, in_chans=1, image_size=32)
     first, log = train_link(phantoms, architecture, RECIPE, None, strand=0, lap=0, state_dir=tmp_path, work=work)

@@ -168,6 +168,7 @@ def test_reports_that_are_all_the_same_or_all_missing_are_a_note(tmp_path):
     assert opened(write(tmp_path / "none", rows, text="notes")).notes == ("reports: missing in all 40 training cases",)
 
 
+@pytest.mark.slow
 def test_phantoms_of_every_hospital_are_fit_for_privileged_teachers():
     for index in range(6):
         notes = simulated_site("phantom", index, num_sites=6, label_skew=0, seed=0).notes

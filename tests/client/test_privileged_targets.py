@@ -83,6 +83,7 @@ def made(labels: torch.Tensor, texts: list[str | None], patients: list[str] | No
 # what the teachers know
 
 
+@pytest.mark.slow
 def test_teachers_of_phantoms_know_more_than_chance_on_cases_that_they_have_not_seen():
     report = answered(phantom_site(0, 0, image_size=32), epochs=40, text_features=1024, hidden=64).report
     assert set(report) == {"text", "table"}

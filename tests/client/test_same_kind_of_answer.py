@@ -78,6 +78,7 @@ def neighbours(tmp_path, asked) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_whatever_the_weights_are_the_answer_is_of_the_same_kind(neighbours, asked):
     for weights in WEIGHTS:
         model = architecture()
@@ -86,6 +87,7 @@ def test_whatever_the_weights_are_the_answer_is_of_the_same_kind(neighbours, ask
         assert one == other, weights
 
 
+@pytest.mark.slow
 def test_whatever_the_architecture_is_the_answer_is_of_the_same_kind(neighbours, asked):
     for name, model in ARCHITECTURES.items():
         try:

@@ -168,6 +168,7 @@ def task_with_large(architecture: Architecture, state: StateDict, expected: str)
     )
 
 
+@pytest.mark.slow
 def test_a_site_learns_from_the_large_model_that_comes_with_the_task(architecture, hospital):
     small, large = weights_of(architecture, 1), weights_of(architecture, 2)
     task = task_with_large(architecture, small, digest(large))

@@ -19,6 +19,8 @@ from prepared_copy import NEEDED, described
 from chainward_client import superexec
 from chainward_client.superexec import PREPARED, PreparedExecutor
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 180
 
 

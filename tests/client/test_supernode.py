@@ -31,6 +31,7 @@ def ended(ending):
     )
 
 
+@pytest.mark.slow
 def test_a_lost_connection_ends_the_process_with_one_line():
     done = ended("raise TimeoutError('the handshake operation timed out')")
     assert done.returncode == 1
@@ -40,11 +41,13 @@ def test_a_lost_connection_ends_the_process_with_one_line():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "code"), [("sys.exit(305)", 305 % 256), ("sys.exit(0)", 0), ("return", 0)])
 def test_an_end_by_flower_keeps_its_exit_code(ending, code):
     assert ended(ending).returncode == code
 
 
+@pytest.mark.slow
 def test_it_takes_flowers_own_arguments():
     done = subprocess.run(["chainward-supernode", "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
@@ -83,6 +86,7 @@ def beside(*arguments, lives=3, works=0, ends=True, platform="linux"):
     return done, done.stdout
 
 
+@pytest.mark.slow
 def test_the_superexec_is_told_where_the_supernode_listens():
     _, said = beside("--superlink", "x:9092", "--host", "127.0.0.1", "--port", "9194")
     assert "'chainward_client.superexec', '--runtime-api-address', '127.0.0.1:9194', '--parent-pid'" in said
@@ -90,6 +94,7 @@ def test_the_superexec_is_told_where_the_supernode_listens():
     assert said.endswith("'9194', '--isolation', 'process']\n")
 
 
+@pytest.mark.slow
 def test_the_superexec_gets_the_authority_where_the_supernode_itself_serves_tls():
     _, said = beside("--ssl-certfile", "own.pem", "--ssl-ca-certfile", "ca.pem", "--host", "::1")
     assert "'--root-certificates', 'ca.pem'" in said
@@ -97,6 +102,7 @@ def test_the_superexec_gets_the_authority_where_the_supernode_itself_serves_tls(
     assert "--insecure" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--isolation", "process"], ["--isolation=subprocess"], ["--help"], ["--version"]]
 )
@@ -104,11 +110,13 @@ def test_no_superexec_is_started_where_someone_else_starts_the_work_or_nothing_i
     assert beside(*arguments)[1].startswith("[] ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_on_other_systems_flower_starts_its_own(platform):
     assert beside("--superlink", "x:9092", platform=platform)[1] == "[] ['--superlink', 'x:9092']\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [True, False], ids=["takes its leave", "hangs"])
 def test_a_supernode_ends_with_the_process_that_starts_the_work(ends):
     done, said = beside(lives=0.5, works=50, ends=ends)
@@ -161,6 +169,7 @@ def test_where_flowers_inside_has_changed_flower_starts_the_work(monkeypatch, ca
     assert "no place for prepared processes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["chainward_client.app", "chainward_server.app", "chainward_simulations.runner"])
 def test_threads_wait_without_spinning_wherever_chainward_loads_pytorch(package):
     program = f"""

@@ -50,6 +50,7 @@ def test_the_app_runs_installed_modules_and_installs_nothing(app):
     assert app["project"]["version"] == __version__
 
 
+@pytest.mark.slow
 def test_nothing_but_configuration_travels_and_all_build_the_same_bundle(tmp_path):
     bundle = build(tmp_path / "coordinator")
     with zipfile.ZipFile(bundle) as archive:

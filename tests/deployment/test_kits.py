@@ -392,6 +392,7 @@ for folder in (home, home / "apps", *(home / "apps").iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_at_a_hospital_with_a_pinned_app_nothing_else_can_be_unpacked(tmp_path):
     home = tmp_path / "flower"
     printed = fine(script(CLIENT / "pin-app.sh", ROOT, home))

@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
-from chainward_shared.models import skeleton
 from chainward_shared.protocol import StudentTask, kind_of, unpack
 from chainward_shared.weights import rounded
-from chainward_simulations.runner import equal, open_sites, run_in_process
+from chainward_simulations.runner import equal
 
 
 @pytest.fixture
@@ -23,9 +23,7 @@ def chain_only(settings):
 
 
 def model(folder: RunFolder, name: str) -> dict[str, torch.Tensor]:
-    config = RunConfig.from_flat(folder.config.to_flat())
-    outcome = run_in_process(config, open_sites(config))
-    return folder.load_model(name, skeleton(outcome.architecture).state_dict())
+    return load_file(folder.model_path(name))
 
 
 def stopped_after(hops: int):
@@ -69,9 +67,9 @@ def test_an_order_by_score_is_kept_when_the_run_is_resumed(chain_only, coordinat
 
 
 def test_a_link_that_makes_the_model_forget_is_refused_on_figures_and_the_chain_goes_on_from_its_predecessor(
-    chain_only, coordinated
+    chain_only, coordinated, finished_chain
 ):
-    free, before = coordinated(chain_only)
+    free, before = finished_chain.folder, finished_chain.results
     drops = [
         sum(
             one.metrics.validation_sites[site].balanced_accuracy - two.metrics.validation_sites[site].balanced_accuracy

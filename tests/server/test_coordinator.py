@@ -7,6 +7,7 @@ import json
 import shutil
 import tomllib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,8 +72,9 @@ def tampering(site, change, times=99):
 # -- what a run leaves behind
 
 
-def test_the_run_folder_holds_what_the_contract_says(settings, coordinated):
-    folder, results = coordinated(settings)
+@pytest.mark.slow
+def test_the_run_folder_holds_what_the_contract_says(finished_run):
+    folder, results = finished_run.folder, finished_run.results
     names = {path.name for path in folder.path.iterdir()}
     assert {"run.json", "config.toml", "models", "metrics.json", "privacy.json", "report.html"} <= names
     models = {path.name for path in (folder.path / "models").iterdir()}
@@ -90,8 +92,9 @@ def test_the_run_folder_holds_what_the_contract_says(settings, coordinated):
     assert tomllib.loads((folder.path / "config.toml").read_text())["chain"]["epochs"] == 2
 
 
-def test_the_student_loads_in_plain_timm_and_reproduces_the_metrics(settings, coordinated, small_consortium):
-    folder, results = coordinated(settings)
+@pytest.mark.slow
+def test_the_student_loads_in_plain_timm_and_reproduces_the_metrics(finished_run, small_consortium):
+    folder, results = finished_run.folder, finished_run.results
     path = folder.model_path("student")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -109,12 +112,11 @@ def test_the_student_loads_in_plain_timm_and_reproduces_the_metrics(settings, co
         assert np.allclose(predict(model, cases.images, threads=2), probabilities)
 
 
-def test_the_auxiliary_teacher_is_sent_once_and_never_comes_back(settings, coordinated, loopback):
-    grid = loopback(nodes=2)
-    coordinated(settings, grid)
+@pytest.mark.slow
+def test_the_auxiliary_teacher_is_sent_once_and_never_comes_back(finished_run):
     carried = [
         (unpack(message.content, StudentTask)[0].round, "auxiliary" in message.content.array_records)
-        for message in grid.sent
+        for message in finished_run.grid.sent
         if kind_of(message.content) == StudentTask.KIND
     ]
     assert {round_ for round_, auxiliary in carried if auxiliary} == {1}
@@ -129,6 +131,11 @@ def test_a_second_strand_runs_beside_the_first_and_the_better_one_goes_on(chain_
     assert results.final["chain"] == best.metrics.test
     template = skeleton_of(folder, results)
     assert equal(folder.load_model("chain", template), folder.load_model(best.key, template))
+
+
+def chain_of(folder):
+    """Return the weights of the chain's model."""
+    return load_file(folder.model_path("chain"))
 
 
 def skeleton_of(folder, results):
@@ -193,8 +200,9 @@ def _fewer_epochs(reply):
 def test_a_site_that_returns_a_bad_model_is_skipped_and_the_chain_goes_on(
     chain_only, coordinated, loopback, change, words
 ):
-    _, results = coordinated(chain_only, loopback(2, tampering("birch", change)))
-    assert [link.status for link in results.links] == ["done", "skipped", "done", "done"]
+    three = chain_only | {"federation.sites": "ash,birch,cedar"}
+    _, results = coordinated(three, loopback(2, tampering("birch", change)))
+    assert [link.status for link in results.links] == ["done", "skipped", "done"]
     skipped = results.links[1]
     assert words in skipped.reason
     assert "birch" in skipped.reason
@@ -216,16 +224,12 @@ def test_a_site_whose_scores_contradict_what_it_counted_is_left_out_of_them(chai
     assert "site 'birch' sent scores that can't be used: its accuracy is 1.0" in caplog.text
 
 
-def test_a_site_that_fails_once_is_retried(chain_only, coordinated, loopback):
-    _, results = coordinated(chain_only, loopback(2, tampering("cedar", _nan, times=1)))
-    assert [link.status for link in results.links] == ["done", "done", "retried", "done"]
-
-
-def test_a_retried_link_is_the_same_as_an_undisturbed_one(chain_only, coordinated, loopback):
+def test_a_site_that_fails_once_is_retried_and_its_link_is_that_of_an_undisturbed_run(
+    chain_only, coordinated, loopback, finished_chain
+):
     disturbed, results = coordinated(chain_only, loopback(2, tampering("cedar", _nan, times=1)))
-    undisturbed, _ = coordinated(chain_only)
-    template = skeleton_of(disturbed, results)
-    assert equal(disturbed.load_model("chain", template), undisturbed.load_model("chain", template))
+    assert [link.status for link in results.links] == ["done", "done", "retried", "done"]
+    assert equal(chain_of(disturbed), chain_of(finished_chain.folder))
 
 
 def test_a_crash_at_a_site_is_reported_with_its_words(chain_only, coordinated, loopback):
@@ -324,15 +328,15 @@ def test_models_travel_in_half_precision_and_what_is_stored_and_released_is_what
     assert {link.bytes_down for link in results.links[2:]} <= {link.bytes_up for link in results.links}
 
 
-def test_models_travel_as_they_are_where_the_run_says_so(settings, coordinated, overheard):
+def test_models_travel_as_they_are_where_the_run_says_so(settings, coordinated, overheard, finished_run):
     grid, crossed = overheard
-    folder, full = coordinated(settings | {"federation.transfer": "full", "chain.compare-alone": False}, grid)
+    little = {"chain.compare-alone": False, "chain.epochs": 1, "student.rounds": 1, "student.finetune-rounds": 0}
+    folder, full = coordinated(settings | little | {"federation.transfer": "full"}, grid)
     sizes = sizes_by_dtype(record for record in crossed if "confusion" not in record)
     assert sizes["float32"] > 100 * sizes["float16"], "what float16 holds exactly goes as such"
     student = load_file(folder.path / "models" / "student.safetensors")
     assert not equal(rounded(student), student)
-    _, half = coordinated(settings | {"chain.compare-alone": False})
-    for of_full, of_half in zip(full.links, half.links, strict=True):
+    for of_full, of_half in zip(full.links, finished_run.results.links, strict=True):
         assert of_half.bytes_up <= 0.51 * of_full.bytes_up
 
 
@@ -439,27 +443,33 @@ def kill(folder, grid_type, after, kind=LinkTask.KIND):
     ],
 )
 def test_a_resumed_run_ends_with_the_same_models_as_an_uninterrupted_one(
-    settings, coordinated, loopback, kind, after, left_to_train
+    settings, coordinated, loopback, finished_run, kind, after, left_to_train
 ):
-    undisturbed, expected = coordinated(settings)
     folder = RunFolder.create(RunConfig.from_flat(settings))
     kill(folder, loopback, after, kind)
     grid = loopback(2)
     resumed, results = coordinated({"output.dir": settings["output.dir"], "output.resume": folder.state.run_id}, grid)
     links_sent = sum(kind_of(message.content) == LinkTask.KIND for message in grid.sent)
     assert links_sent == left_to_train, "finished links are not trained again"
-    template = skeleton_of(resumed, results)
-    assert equal(resumed.load_model("chain", template), undisturbed.load_model("chain", template))
+    undisturbed = finished_run.folder
+    assert equal(chain_of(resumed), chain_of(undisturbed))
     assert equal(load_file(resumed.model_path("student")), load_file(undisturbed.model_path("student")))
-    assert results.final == expected.final
+    assert results.final == finished_run.results.final
+
+
+@pytest.fixture(scope="module")
+def stopped_once(finished_chain, loopback, tmp_path_factory):
+    """A run that was killed after two links."""
+    flat = finished_chain.folder.config.to_flat() | {"output.dir": str(tmp_path_factory.mktemp("stopped"))}
+    folder = RunFolder.create(RunConfig.from_flat(flat))
+    kill(folder, loopback, after=2)
+    return folder
 
 
 @pytest.fixture
-def stopped(chain_only, loopback):
-    """A run that was killed after two links."""
-    folder = RunFolder.create(RunConfig.from_flat(chain_only))
-    kill(folder, loopback, after=2)
-    return folder
+def stopped(stopped_once, tmp_path):
+    """The same, for one test to damage."""
+    return RunFolder.open(Path(shutil.copytree(stopped_once.path, tmp_path / "runs" / stopped_once.path.name)))
 
 
 def resume(folder, **changes):
@@ -508,14 +518,14 @@ def test_a_run_that_is_not_there_is_refused_with_the_nearest(stopped):
         )
 
 
-def test_a_finished_run_has_nothing_to_resume(chain_only, coordinated):
-    folder, _ = coordinated(chain_only)
+@pytest.mark.slow
+def test_a_finished_run_has_nothing_to_resume(finished_chain):
     with pytest.raises(RunFolderError, match="has finished"):
-        resume(folder)
+        resume(finished_chain.folder)
 
 
 def test_a_full_disk_while_checkpointing_leaves_nothing_half_written_and_the_run_can_go_on(
-    chain_only, coordinated, loopback, monkeypatch
+    chain_only, coordinated, loopback, finished_chain, monkeypatch
 ):
     real = run_folder_module.save_file
     calls = [0]
@@ -536,11 +546,10 @@ def test_a_full_disk_while_checkpointing_leaves_nothing_half_written_and_the_run
     assert not list(folder.path.rglob("*.part"))
     resumed, results = coordinated({"output.dir": chain_only["output.dir"], "output.resume": folder.state.run_id})
     assert [link.status for link in results.links] == ["done"] * 4
-    undisturbed, _ = coordinated(chain_only)
-    template = skeleton_of(resumed, results)
-    assert equal(resumed.load_model("chain", template), undisturbed.load_model("chain", template))
+    assert equal(chain_of(resumed), chain_of(finished_chain.folder))
 
 
-def test_metrics_json_round_trips(settings, coordinated):
-    folder, results = coordinated(settings | {"student.rounds": 0})
-    assert Results.model_validate_json((folder.path / "metrics.json").read_bytes()) == results
+@pytest.mark.slow
+def test_metrics_json_round_trips(finished_run):
+    written = (finished_run.folder.path / "metrics.json").read_bytes()
+    assert Results.model_validate_json(written) == finished_run.results

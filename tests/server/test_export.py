@@ -145,6 +145,7 @@ def expected_logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 # --- what others compute with it ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_vit", "resnetv2_18"])
 @pytest.mark.parametrize("name", ["chain", "student"])
 def test_timm_and_onnx_answer_alike_for_any_batch(make_run, tmp_path, backbone, name):
@@ -176,6 +177,7 @@ def test_a_student_that_timm_has_no_name_for_is_rebuilt_by_the_lines_of_its_card
         assert torch.equal(made["model"](images), expected.eval()(images))
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_runs_own_file_and_timm_loads_them(make_run, tmp_path):
     folder = make_run()
     done = export_run(folder, tmp_path / "out", model="chain")
@@ -186,6 +188,7 @@ def test_the_weights_are_the_runs_own_file_and_timm_loads_them(make_run, tmp_pat
     assert all(torch.equal(tensor, state[name]) for name, tensor in template.items())
 
 
+@pytest.mark.slow
 def test_several_findings_are_sigmoids(make_run, tmp_path):
     done = export_run(make_run(task="multilabel"), tmp_path / "out")
     session = onnxruntime.InferenceSession(done.path / "model.onnx")
@@ -197,6 +200,7 @@ def test_several_findings_are_sigmoids(make_run, tmp_path):
     assert "multi-label" in yaml.safe_load(card.split("---")[1])["tags"]
 
 
+@pytest.mark.slow
 def test_onnx_can_be_given_images_that_are_scaled_already(make_run, tmp_path):
     done = export_run(make_run(), tmp_path / "out", onnx_input="scaled")
     session = onnxruntime.InferenceSession(done.path / "model.onnx")
@@ -205,6 +209,7 @@ def test_onnx_can_be_given_images_that_are_scaled_already(make_run, tmp_path):
     assert np.abs(logits - expected_logits(loaded_by_timm(done.path), pixels(3))).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(make_run, tmp_path):
     folder = make_run()
     done = export_run(folder, tmp_path / "out")
@@ -221,6 +226,7 @@ def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(make_run, 
             assert machine.encode() not in contents, f"{file.name} names {machine}"
 
 
+@pytest.mark.slow
 def test_an_onnx_graph_that_computes_something_else_is_refused():
     architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
     model, other = build_model(architecture, seed=1), build_model(architecture, seed=1)
@@ -235,6 +241,7 @@ def test_an_onnx_graph_that_computes_something_else_is_refused():
         compare(contents, model.eval(), architecture, "multilabel", "pixels", opset=check.opset)
 
 
+@pytest.mark.slow
 def test_a_graph_whose_batch_is_fixed_is_refused():
     architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
     model = build_model(architecture, seed=1).eval()
@@ -338,6 +345,7 @@ def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch):
 # --- whole or nothing ---
 
 
+@pytest.mark.slow
 def test_the_checksums_are_those_of_the_files(make_run, tmp_path):
     done = export_run(make_run(), tmp_path / "out")
     assert {file.name for file in done.path.iterdir()} == FILES
@@ -388,6 +396,7 @@ def test_a_failure_half_way_leaves_nothing_and_what_was_there_stays(make_run, tm
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
 
 
+@pytest.mark.slow
 def test_an_earlier_export_is_replaced_with_force_only(make_run, tmp_path):
     folder = make_run()
     export_run(folder, tmp_path / "out")
@@ -569,6 +578,7 @@ def typed(*words: str):
     return CliRunner().invoke(app, list(words))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_folder_or_json(make_run, tmp_path):
     folder = make_run()
     run, base = folder.state.run_id, str(folder.path.parent)
@@ -581,8 +591,9 @@ def test_the_command_prints_the_folder_or_json(make_run, tmp_path):
     assert {file["name"] for file in told["files"]} == LISTED
 
 
-def test_a_real_run_is_exported_from_end_to_end(settings, coordinated, tmp_path):
-    folder, results = coordinated(settings | {"chain.epochs": 1, "student.rounds": 1, "student.finetune-rounds": 0})
+@pytest.mark.slow
+def test_a_real_run_is_exported_from_end_to_end(finished_run, tmp_path):
+    folder, results = finished_run.folder, finished_run.results
     done = export_run(folder, tmp_path / "out")
     with safe_open(done.path / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["chainward.classes"]) == ["a", "b", "c"]

@@ -26,6 +26,7 @@ PHANTOMS = {
     "student.finetune-rounds": 0,
     "chain.compare-alone": False,
     "federation.precision": "fp32",
+    "federation.threads": 1,
 }
 
 
@@ -100,6 +101,7 @@ def test_a_backbone_whose_attention_cant_be_read_is_no_reason_to_fail(coordinate
     assert results.localization == {}
 
 
+@pytest.mark.slow
 def test_a_site_leaves_out_what_has_no_region(sites):
     cases = next(iter(sites.values())).splits["test"]
     masks = cases.privileged.masks.clone()
@@ -117,6 +119,7 @@ def test_a_site_leaves_out_what_has_no_region(sites):
     assert localisation_values(model, nothing, threads=1) is None
 
 
+@pytest.mark.slow
 def test_a_model_of_smaller_images_is_scored_on_the_original_mask(sites):
     cases = next(iter(sites.values())).splits["test"]
     _, model = model_of(sites)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from chainward_server.measure import described, summarize_model
 from chainward_shared.models import build_model, compact_architecture, count_parameters, resolve_architecture
 from chainward_shared.weights import save_file
 
 
+@pytest.mark.slow
 def test_a_summary_tells_name_sizes_parameters_and_file(tmp_path):
     large = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
     small = compact_architecture(large, width=0.5, depth=1.0)

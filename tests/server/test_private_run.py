@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from whole_run import CHAIN_ONLY, whole_run
 
 from chainward_client import private_site
 from chainward_client.node import SHAREABLE
@@ -34,30 +36,46 @@ from chainward_shared.protocol import (
 )
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
+PRIVATE = {
+    "privacy.mode": "dp-sgd",
+    "privacy.epsilon": 8.0,
+    "privacy.delta": 1e-3,
+    "chain.epochs": 1,
+    "student.rounds": 1,
+    "student.finetune-rounds": 0,
+}
+WITHHOLDING = {"privacy.simulated-metrics": "withhold"}
+ONE_PRIVATE = PRIVATE | CHAIN_ONLY | {"privacy.mode": "by-policy", "privacy.simulated-sites": "birch"}
 
 
 @pytest.fixture
 def private(settings):
     """Settings of a private run that takes seconds."""
-    return settings | {
-        "privacy.mode": "dp-sgd",
-        "privacy.epsilon": 8.0,
-        "privacy.delta": 1e-3,
-        "chain.epochs": 1,
-        "student.rounds": 1,
-        "student.finetune-rounds": 0,
-    }
+    return settings | PRIVATE
 
 
 @pytest.fixture
-def one_private(private):
+def one_private(settings):
     """The same with one private site among others, and without students."""
-    return private | {
-        "privacy.mode": "by-policy",
-        "privacy.simulated-sites": "birch",
-        "student.rounds": 0,
-        "chain.compare-alone": False,
-    }
+    return settings | ONE_PRIVATE
+
+
+@pytest.fixture
+def two_sites(one_private):
+    """The same with the private site and one before it that is not."""
+    return one_private | {"federation.sites": "ash,birch"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_consortium, tmp_path_factory, coordinated):
+    """Runs of such settings for all tests, which only read what they leave: private everywhere, at one site, withholding."""
+
+    @cache
+    def run(name):
+        changes = {"private": PRIVATE, "one": ONE_PRIVATE, "withholding": PRIVATE | WITHHOLDING}[name]
+        return coordinated(whole_run(small_consortium, tmp_path_factory.mktemp(name)) | changes)
+
+    return run
 
 
 def record_of(folder: RunFolder) -> dict:
@@ -80,8 +98,9 @@ def asks(message, kind, site=None):
 # -- what is spent, and what is said of it
 
 
-def test_every_site_spends_what_the_run_asks_for_and_no_more_and_signs_it(private, coordinated):
-    folder, results = coordinated(private)
+@pytest.mark.slow
+def test_every_site_spends_what_the_run_asks_for_and_no_more_and_signs_it(undisturbed):
+    folder, results = undisturbed("private")
     record = record_of(folder)
     assert record["mode"] == "dp-sgd"
     for site in SITES:
@@ -93,13 +112,14 @@ def test_every_site_spends_what_the_run_asks_for_and_no_more_and_signs_it(privat
     assert all(link.training.privacy is not None and link.training.loss == [] for link in results.links)
 
 
-def test_the_sites_own_audit_agrees_with_what_the_coordinator_was_told(private, coordinated):
-    folder, _ = coordinated(private | {"student.rounds": 0})
+@pytest.mark.slow
+def test_the_sites_own_audit_agrees_with_what_the_coordinator_was_told(undisturbed):
+    folder, _ = undisturbed("private")
     told = record_of(folder)["statements"]
     for site in SITES:
         state = folder.path / "simulated-sites" / site
         key = load_public_key(public_key_path(key_path(state)))
-        terms = RunConfig.from_flat(private).privacy.simulated_policy(site).terms
+        terms = RunConfig.from_flat(PRIVATE).privacy.simulated_policy(site).terms
         assert audit_ledger(ledger_path(state), key, site, terms=terms, told=told).exit_code == 0
 
 
@@ -108,8 +128,9 @@ def test_a_private_site_is_not_trained_alone_for_that_would_cost_it_too(private,
     assert [record.site for record in results.alone] == ["cedar", "dogwood"]
 
 
-def test_some_sites_are_private_and_others_not_in_one_chain(one_private, coordinated):
-    folder, results = coordinated(one_private)
+@pytest.mark.slow
+def test_some_sites_are_private_and_others_not_in_one_chain(undisturbed):
+    folder, results = undisturbed("one")
     assert [link.training.privacy is not None for link in results.links] == [False, True, False, False]
     record = record_of(folder)
     assert record["mode"] == "dp-sgd at some sites"
@@ -123,27 +144,29 @@ def test_some_sites_are_private_and_others_not_in_one_chain(one_private, coordin
     assert "ash, cedar and dogwood: these hospitals trained without differential privacy" in page
 
 
-def test_class_balance_by_private_counts_is_switched_off_and_the_report_says_so(one_private, coordinated):
-    folder, results = coordinated(one_private)
+@pytest.mark.slow
+def test_class_balance_by_private_counts_is_switched_off_and_the_report_says_so(undisturbed):
+    folder, results = undisturbed("one")
     assert "counts of this site&#39;s labels are private" in (folder.path / "report.html").read_text()
     assert [len(link.training.notes) for link in results.links] == [0, 1, 0, 0]
 
 
-def test_two_private_runs_with_one_seed_yield_two_models(one_private, coordinated):
-    links = [coordinated(one_private)[0].state.models["strand-0-lap-0-step-1"] for _ in range(2)]
-    assert links[0] != links[1]
+def test_two_private_runs_with_one_seed_yield_two_models(two_sites, coordinated, undisturbed):
+    first, second = (folder.state.models for folder, _ in (undisturbed("one"), coordinated(two_sites)))
+    assert first["strand-0-lap-0-step-0"] == second["strand-0-lap-0-step-0"], "without noise, the same"
+    assert first["strand-0-lap-0-step-1"] != second["strand-0-lap-0-step-1"]
 
 
-def test_a_strand_that_comes_back_composes_with_its_first_visit(one_private, coordinated):
-    folder, _ = coordinated(one_private | {"chain.laps": 2, "chain.cycle": "laps"})
+def test_a_strand_that_comes_back_composes_with_its_first_visit(two_sites, coordinated):
+    folder, _ = coordinated(two_sites | {"chain.laps": 2, "chain.cycle": "laps"})
     hops = [one.reserved.hop for one in ledger_of(folder, "birch").spendings()]
     assert hops == ["strand-0-lap-0-step-1", "strand-0-lap-1-step-1"]
     assert 7.9 < record_of(folder)["sites"]["birch"]["epsilon"] <= 8.0
 
 
-def test_images_without_labels_and_all_teachers_of_a_link_stay_within_the_same_epsilon(one_private, coordinated):
+def test_images_without_labels_and_all_teachers_of_a_link_stay_within_the_same_epsilon(two_sites, coordinated):
     folder, results = coordinated(
-        one_private
+        two_sites
         | {
             "chain.label-fraction": 0.5,
             "chain.unlabelled-weight": 1.0,
@@ -159,8 +182,9 @@ def test_images_without_labels_and_all_teachers_of_a_link_stay_within_the_same_e
 # -- weights and counts
 
 
-def test_a_private_site_weighs_by_the_patients_that_it_declares_and_by_no_exact_number(private, coordinated):
-    _, results = coordinated(private | {"privacy.simulated-metrics": "withhold"})
+@pytest.mark.slow
+def test_a_private_site_weighs_by_the_patients_that_it_declares_and_by_no_exact_number(undisturbed):
+    _, results = undisturbed("withholding")
     declared = [site.train for site in results.data.sites]
     assert declared == [20, 20, 20, 25]  # rounded down to a digit and a half, of 24, 24, 24 and 27
     shares = [results.student_rounds[0].influence[site.site].share for site in results.data.sites]
@@ -170,8 +194,9 @@ def test_a_private_site_weighs_by_the_patients_that_it_declares_and_by_no_exact_
 # -- scores
 
 
-def test_scores_are_withheld_where_the_policies_say_so_and_the_run_ends_well(private, coordinated):
-    folder, results = coordinated(private | {"privacy.simulated-metrics": "withhold"})
+@pytest.mark.slow
+def test_scores_are_withheld_where_the_policies_say_so_and_the_run_ends_well(undisturbed):
+    folder, results = undisturbed("withholding")
     assert results.final["chain"].sites == {}
     assert results.final["chain"].pooled.n == 0
     assert next((site.train, site.test, site.class_counts) for site in results.data.sites) == (20, None, {})
@@ -235,8 +260,8 @@ def test_a_site_out_of_budget_refuses_is_skipped_and_reported_and_the_run_ends_w
     assert folder.state.status == "finished"
 
 
-def test_a_run_without_privacy_is_refused_where_the_policy_requires_it(one_private, coordinated, loopback):
-    policy = RunConfig.from_flat(one_private).privacy.simulated_policy("birch")
+def test_a_run_without_privacy_is_refused_where_the_policy_requires_it(two_sites, coordinated, loopback):
+    policy = RunConfig.from_flat(two_sites).privacy.simulated_policy("birch")
 
     def require(message, answer):
         """Give birch its policy although the run is not private."""
@@ -246,7 +271,7 @@ def test_a_run_without_privacy_is_refused_where_the_policy_requires_it(one_priva
             message.content = pack(task.model_copy(update={"simulated": simulated}), arrays)
         return answer()
 
-    plain = {key: value for key, value in one_private.items() if not key.startswith("privacy.")}
+    plain = {key: value for key, value in two_sites.items() if not key.startswith("privacy.")}
     _, results = coordinated(plain, loopback(2, require))
     refused = next(link for link in results.links if link.site == "birch")
     assert refused.status == "refused"
@@ -270,7 +295,7 @@ def test_a_backbone_with_batch_norm_is_refused_at_the_start_with_one_that_can(pr
         coordinated(private | {"chain.backbone": "test_resnet", "student.rounds": 0})
 
 
-def test_nothing_is_trained_while_the_ledger_cant_be_written(one_private, coordinated, monkeypatch):
+def test_nothing_is_trained_while_the_ledger_cant_be_written(two_sites, coordinated, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -284,7 +309,7 @@ def test_nothing_is_trained_while_the_ledger_cant_be_written(one_private, coordi
     trained = []
     monkeypatch.setattr(private_site, "reserve", reserve_on_a_full_disk)
     monkeypatch.setattr(PrivateTraining, "start", lambda self, *args: trained.append(self))
-    _, results = coordinated(one_private | {"chain.retries": 0})
+    _, results = coordinated(two_sites | {"chain.retries": 0})
     assert results.links[1].status == "refused"
     assert (
         "the privacy ledger can't be written (No space left on device); nothing is trained" in results.links[1].reason
@@ -293,23 +318,23 @@ def test_nothing_is_trained_while_the_ledger_cant_be_written(one_private, coordi
 
 
 def test_patients_that_cant_be_told_apart_are_refused_and_images_are_not(
-    one_private, coordinated, small_consortium, tmp_path
+    two_sites, coordinated, small_consortium, tmp_path
 ):
     data = yaml.safe_load(small_consortium.read_text())
     del data["columns"]["patient"]
     data |= {name: str(small_consortium.parent / data[name]) for name in ("manifest", "images")}
     path = tmp_path / "without.yaml"
     path.write_text(yaml.safe_dump(data))
-    _, results = coordinated(one_private | {"data.source": str(path)})
+    _, results = coordinated(two_sites | {"data.source": str(path)})
     assert "the data have no patient ids" in results.links[1].reason
-    _, results = coordinated(one_private | {"data.source": str(path), "privacy.unit": "image"})
+    _, results = coordinated(two_sites | {"data.source": str(path), "privacy.unit": "image"})
     assert results.links[1].status == "done"
 
 
 # -- retries, repeats and crashes
 
 
-def test_a_repeated_request_is_answered_from_the_store_and_costs_nothing(one_private, coordinated, loopback):
+def test_a_repeated_request_is_answered_from_the_store_and_costs_nothing(two_sites, coordinated, loopback):
     answers = []
 
     def lose_the_first(message, answer):
@@ -319,14 +344,14 @@ def test_a_repeated_request_is_answered_from_the_store_and_costs_nothing(one_pri
             return None if len(answers) == 1 else reply
         return reply
 
-    folder, results = coordinated(one_private | {"federation.hop-deadline": 3.0}, loopback(2, lose_the_first))
-    assert [link.status for link in results.links] == ["done", "retried", "done", "done"]
+    folder, results = coordinated(two_sites | {"federation.hop-deadline": 3.0}, loopback(2, lose_the_first))
+    assert [link.status for link in results.links] == ["done", "retried"]
     assert answers[0].digest == answers[1].digest
     assert len(ledger_of(folder, "birch").spendings()) == 1
 
 
 def test_a_training_that_fails_halfway_stays_spent_and_its_retry_is_refused_beyond_the_run(
-    one_private, coordinated, monkeypatch
+    two_sites, coordinated, monkeypatch
 ):
     steps = []
     real = PrivateTraining.finish_step
@@ -338,7 +363,7 @@ def test_a_training_that_fails_halfway_stays_spent_and_its_retry_is_refused_beyo
         real(self)
 
     monkeypatch.setattr(PrivateTraining, "finish_step", fail_once)
-    folder, results = coordinated(one_private | {"chain.epochs": 4})
+    folder, results = coordinated(two_sites | {"chain.epochs": 4})
     birch = next(link for link in results.links if link.site == "birch")
     assert birch.status == "refused"
     assert "over what the run asks for" in birch.reason
@@ -380,14 +405,14 @@ def forged(change):
         (lambda statement: statement.model_copy(update={"site": "ash"}), "came from site 'birch'"),
     ],
 )
-def test_a_model_without_a_right_statement_is_not_used(one_private, coordinated, loopback, change, words):
-    _, results = coordinated(one_private, loopback(2, forged(change)))
+def test_a_model_without_a_right_statement_is_not_used(two_sites, coordinated, loopback, change, words):
+    _, results = coordinated(two_sites, loopback(2, forged(change)))
     birch = next(link for link in results.links if link.site == "birch")
     assert birch.status == "skipped"
     assert words in birch.reason
 
 
-def test_a_ledger_that_was_put_back_is_noticed_by_what_the_coordinator_has_seen(one_private, coordinated, loopback):
+def test_a_ledger_that_was_put_back_is_noticed_by_what_the_coordinator_has_seen(two_sites, coordinated, loopback):
     """birch's ledger, head and all, is replaced by an older copy between its two links."""
     kept = {}
 
@@ -402,13 +427,14 @@ def test_a_ledger_that_was_put_back_is_noticed_by_what_the_coordinator_has_seen(
                     path.write_bytes(content)
         return answer()
 
-    _, results = coordinated(one_private | {"chain.laps": 2}, loopback(2, put_back))
+    _, results = coordinated(two_sites | {"chain.laps": 2}, loopback(2, put_back))
     second = next(link for link in results.links if link.site == "birch" and link.lap == 1)
     assert second.status == "refused"
     assert "an older copy was put back" in second.reason
 
 
 def test_statements_survive_a_coordinator_that_stops_and_goes_on(one_private, coordinated, loopback):
+    one_private |= {"federation.sites": "ash,birch,dogwood"}
     calls = []
 
     def stop(message, answer):
@@ -434,8 +460,9 @@ def test_what_is_private_about_a_ledger_stays_in_the_sites_own_log():
     assert not any(issubclass(kind, SHAREABLE) for kind in (LedgerError, DataError, StoreError))
 
 
-def test_the_report_is_made_again_from_the_files_alone(one_private, coordinated):
-    folder, _ = coordinated(one_private)
+@pytest.mark.slow
+def test_the_report_is_made_again_from_the_files_alone(undisturbed):
+    folder, _ = undisturbed("one")
     before = (folder.path / "report.html").read_text()
     write_report(RunFolder.open(folder.path))
     assert (folder.path / "report.html").read_text() == before

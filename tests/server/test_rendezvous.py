@@ -208,6 +208,7 @@ def test_a_node_that_fails_is_named_at_the_deadline(loopback, tmp_path):
         meet(loopback(1, broken), settings(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2, 4, 6, 9])
 def test_six_sites_are_simulated_whatever_the_number_of_nodes(loopback, tmp_path, nodes):
     sites = meet(loopback(nodes), settings(**{"federation.deadline": 30.0}), tmp_path)

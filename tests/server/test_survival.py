@@ -287,10 +287,9 @@ def test_in_a_simulation_no_node_is_asked_who_it_is(monkeypatch):
     assert grid.asked == []
 
 
-def test_a_repeated_lap_without_failures_is_what_it_was_without_the_rule(chain_only, coordinated):
-    first, _ = coordinated(chain_only)
+def test_a_repeated_lap_without_failures_is_what_it_was_without_the_rule(chain_only, coordinated, finished_chain):
     second, _ = coordinated(chain_only | {"chain.on-failure": "revisit"})
-    assert same_chain(first, second)
+    assert same_chain(finished_chain.folder, second)
 
 
 # -- requests that get lost on their way, or with the process that had them

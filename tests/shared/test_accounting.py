@@ -53,6 +53,7 @@ def test_without_sampling_every_accountant_bounds_the_exact_epsilon_of_a_gaussia
     assert exact <= found.rdp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanisms",
     [
@@ -148,6 +149,7 @@ def test_disagreement_is_said(rdp, prv, pld, word, monkeypatch):
     assert (word or "too coarse") in str(epsilons([REFERENCE], DELTA).problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [[], [REFERENCE, RELEASES]], ids=["alone", "after a ledger"])
 def test_the_solved_noise_multiplier_fits_and_a_little_less_does_not(before):
     noise = solve_noise_multiplier(3.0, DELTA, [(0.05, 200)], before)
@@ -155,6 +157,7 @@ def test_the_solved_noise_multiplier_fits_and_a_little_less_does_not(before):
     assert spent([*before, Mechanism("dp-sgd", noise / 1.002, 0.05, 200)], DELTA) > 3.0
 
 
+@pytest.mark.slow
 def test_the_largest_number_of_steps_fits_and_one_more_does_not():
     steps = largest_steps([REFERENCE], 1.0, 0.02, DELTA, 3.0)
     assert spent([REFERENCE, Mechanism("dp-sgd", 1.0, 0.02, steps)], DELTA) <= 3.0

@@ -33,6 +33,7 @@ def resolved(name: str, side: int) -> torch.nn.Module:
     return build_model(resolve_architecture(name, num_classes=2, in_chans=1, image_size=side), 0).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), AWKWARD)
 def test_a_backbone_that_would_not_see_the_border_is_refused(name: str, side: int) -> None:
     with pytest.raises(ModelError):
@@ -53,6 +54,7 @@ def test_a_backbone_that_is_not_refused_answers_to_every_pixel_of_the_border(nam
                 assert not torch.equal(model.forward_features(changed), before)
 
 
+@pytest.mark.slow
 def test_the_refusal_names_sizes_that_work() -> None:
     with pytest.raises(ModelError, match=r"does not see the border of images of 28 pixels.*choose images of 16 or 32"):
         resolve_architecture("cait_xxs24_224", num_classes=2, in_chans=1, image_size=28)

@@ -21,6 +21,7 @@ logging.getLogger("chainward").info("another line")
 """
 
 
+@pytest.mark.slow
 def test_every_line_is_printed_once_whatever_a_library_does_to_the_logging():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=True)
     lines = [line[8:].strip() for line in done.stdout.splitlines()]

@@ -92,6 +92,7 @@ def small_resnetv2():
     return noisy(build_model(SMALL_RESNETV2, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "patch"), BACKBONES)
 def test_backbones_clip_as_one_by_one_with_a_projector_and_taps(name, size, patch):
     torch.manual_seed(0)

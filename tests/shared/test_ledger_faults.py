@@ -270,6 +270,7 @@ def test_when_the_power_fails_again_while_a_killed_process_is_made_up_for(tmp_pa
         check_survivor(left, moment.truth, f"second power cut, {moment.point} ({moment.number})")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_at_any_point_stops_the_training_in_one_line(tmp_path, monkeypatch):
     points = points_of_a_life(tmp_path, monkeypatch)
     failing = [number for number, point in enumerate(points) if not point.startswith("after")]

@@ -48,6 +48,7 @@ class Forgetful(Ledger):
         return tuple(spending.counted for spending in self.spendings(upto)[-1:] if spending.counted)
 
 
+@pytest.mark.slow
 def test_ten_rounds_cost_what_their_steps_cost_together_and_not_what_the_last_one_does(path):
     told = ten_rounds(path)
     found = epsilons(Ledger.open(path, KEY, "oak").mechanisms(), 1e-5)
@@ -60,6 +61,7 @@ def test_ten_rounds_cost_what_their_steps_cost_together_and_not_what_the_last_on
     assert (audit.exit_code, audit.findings) == (0, ())
 
 
+@pytest.mark.slow
 def test_a_site_that_resets_its_accountant_each_round_is_found_by_its_own_audit(path):
     told = ten_rounds(path, Forgetful)
     assert told[-1].epsilon_lifetime == pytest.approx(2.85, abs=0.01)

@@ -149,6 +149,7 @@ def test_what_is_no_map_or_mask_is_refused_in_one_line(maps, masks, message):
 # --- intervals ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_sums", [False, True])
 def test_intervals_cover_the_truth(by_sums):
     generator, covered, trials, truth = np.random.default_rng(0), 0, 300, 1.6

@@ -31,6 +31,7 @@ def test_logits_are_those_of_the_head_on_the_embedding(name):
     assert np.allclose(logits.numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_backbone_with_two_classifiers_is_refused_in_words():
     architecture = resolve_architecture("deit_tiny_distilled_patch16_224", num_classes=3, in_chans=1, image_size=32)
     with pytest.raises(ModelError, match="one layer with a weight and a bias"):

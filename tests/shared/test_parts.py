@@ -35,6 +35,7 @@ def names(backbone, part):
     return trained_names(skeleton(architecture(backbone)), part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backbone",
     [

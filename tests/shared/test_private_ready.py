@@ -23,6 +23,7 @@ def nothing_is_remembered():
     private_ready._problem_of.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [("test_vit", 32), ("deit_tiny_patch16_224", 32), ("test_convnext", 32), ("convnext_atto", 64)],
@@ -44,6 +45,7 @@ def test_a_backbone_is_tried_once_in_a_process(monkeypatch):
     assert len(tried) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [("resnet18", "resnetv2_18"), ("test_resnet", "convnext_atto"), ("mobilenetv3_small_050", "convnext_atto")],
@@ -96,6 +98,7 @@ def test_batch_norm_in_training_mode_is_refused_also_with_a_start(monkeypatch):
         check_private_ready(started("test_efficientnet", "all"))
 
 
+@pytest.mark.slow
 def test_another_failure_is_said_and_an_attention_model_is_answered_with_one():
     with pytest.raises(ModelError, match=r"can't be trained privately: a layer has 27 .* of 3 examples.* '(vit|deit)_"):
         check_private_ready(architecture_of("swin_tiny_patch4_window7_224", 64))
@@ -125,6 +128,7 @@ def test_a_model_that_writes_into_its_buffers_is_refused(monkeypatch):
         check_private_ready(architecture_of("test_vit"))
 
 
+@pytest.mark.slow
 def test_ready_backbones_have_no_layer_that_mixes_images():
     for name in READY:
         model = skeleton(architecture_of(name, 64))

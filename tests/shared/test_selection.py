@@ -237,6 +237,7 @@ def test_a_vit_is_selected_as_by_plain_loops(teacher, student, variant):
     assert outputs(small, selected).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_half_an_atto_with_fewer_blocks_is_selected_as_by_plain_loops(variant):
     large = architecture("convnext_atto", depths=[2, 1, 2, 1])

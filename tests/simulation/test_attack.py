@@ -85,6 +85,7 @@ def test_only_patients_whose_labels_were_used_are_members_and_only_strangers_are
         assert found[site].outsiders == len((every["val"] | every["test"]) - every["train"])
 
 
+@pytest.mark.slow
 def test_of_a_private_site_the_labels_are_those_kept_by_the_patients_hash(sites, untrained):
     private = RunConfig.from_flat(SETTINGS | {"privacy.mode": "dp-sgd", "privacy.delta": 1e-4})
     found = {one.site: one.attack for one in attack_run(private, untrained, sites)}
@@ -93,11 +94,13 @@ def test_of_a_private_site_the_labels_are_those_kept_by_the_patients_hash(sites,
         assert found[site].members == len(np.unique(patients[keeps_labels(patients, 0.3, private.seed, site)]))
 
 
+@pytest.mark.slow
 def test_an_untrained_model_betrays_nobody(config, sites, untrained):
     (everyone, *_) = attack_run(config, untrained, sites)
     assert everyone.attack.low < 0.5 < everyone.attack.high
 
 
+@pytest.mark.slow
 def test_calibration_trains_references_on_outsiders_only_and_never_uses_one_on_its_own(
     config, sites, untrained, monkeypatch
 ):

@@ -42,6 +42,7 @@ WORKLOAD = replace(TrainingWorkload.quick(), augmentations=("upright",), sites="
 MOMENT = "2026-01-02T03:04:05+00:00"
 
 
+@pytest.mark.slow
 def test_every_loop_has_a_throughput_and_a_ratio_for_each_repeat():
     (throughput,) = measure_throughput(WORKLOAD)
     for variant in VARIANTS:
@@ -52,6 +53,7 @@ def test_every_loop_has_a_throughput_and_a_ratio_for_each_repeat():
     assert len(throughput_table([throughput], WORKLOAD).rows) == len(VARIANTS)
 
 
+@pytest.mark.slow
 def test_every_loop_has_an_accuracy_for_each_seed():
     accuracy = measure_accuracy(WORKLOAD)
     for variant in VARIANTS:
@@ -60,6 +62,7 @@ def test_every_loop_has_an_accuracy_for_each_seed():
     assert accuracy_table(accuracy).markdown().count("test_convnext") == len(VARIANTS)
 
 
+@pytest.mark.slow
 def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
     config = WORKLOAD.config(Backbone("test_convnext"), "none", seed=0, epochs=3)
     (data,) = open_sites(config).values()
@@ -75,6 +78,7 @@ def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
     torch.testing.assert_close(dict(plain), dict(chainward), rtol=0, atol=moved / 100)
 
 
+@pytest.mark.slow
 def test_a_private_step_is_measured_and_costs_more_than_a_plain_one(monkeypatch):
     private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
     monkeypatch.setattr(private, "peak_bytes", lambda architecture, kind, batch: 1)  # a new process each takes seconds
@@ -90,6 +94,7 @@ def test_a_private_step_is_measured_and_costs_more_than_a_plain_one(monkeypatch)
     assert len(private.private_table([cost, student], workload).rows) == len(cost.seconds) + len(student.seconds)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_fresh_process_and_grows_with_the_batch():
     private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
     (architecture, _) = private.PrivateStepWorkload.quick().models().values()
@@ -116,6 +121,7 @@ def test_a_table_in_markdown_has_its_figures_on_the_right():
     assert table.markdown() == "### Speed\n\n| loop | images/s |\n| --- | ---: |\n| plain | 12.5 |\n\nTwo repeats.\n"
 
 
+@pytest.mark.slow
 def test_a_run_is_known_by_its_flwr_home_and_its_processes_are_stopped(tmp_path):
     memory = pytest.importorskip("chainward_simulations.benchmark.memory", reason="needs psutil")
     flower = pytest.importorskip("chainward_simulations.flower", reason="needs psutil")
@@ -269,6 +275,7 @@ def test_a_table_shows_the_memory_of_each_lap_and_what_a_model_kept_per_hop_woul
     assert run.to_json()["growth"]["lap 2"]["per_hop"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_watch_sees_the_coordinators_process_grow_with_the_hops(memory, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "SAMPLE_SECONDS", 0.05)
     program, output = tmp_path / memory.COORDINATOR, tmp_path / "runs"

@@ -17,6 +17,8 @@ from chainward_shared.models import build_model, resolve_architecture
 from chainward_simulations.examples import Example, choose, example_figure
 from chainward_simulations.phantoms.cases import phantom_site
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sites() -> dict[str, SiteData]:

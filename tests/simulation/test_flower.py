@@ -45,6 +45,7 @@ def tiny(tmp_path):
         "chain.label-fraction": 0.3,
         "student.rounds": 1,
         "student.epochs": 1,
+        "federation.threads": 1,
         "output.dir": str(tmp_path / "runs"),
     }
 
@@ -55,9 +56,8 @@ def only_run(settings) -> RunFolder:
     return RunFolder.open(path)
 
 
-@pytest.mark.parametrize("nodes", [2, 6])
-def test_flwr_run_trains_the_models_of_the_plain_runner_bit_for_bit(flower, tiny, nodes):
-    printed = flwr(flower, *run_command(SIX_SITES, tiny, nodes))
+def test_flwr_run_on_fewer_nodes_than_sites_trains_the_models_of_the_plain_runner_bit_for_bit(flower, tiny):
+    printed = flwr(flower, *run_command(SIX_SITES, tiny, nodes=2))
     folder = only_run(tiny)
     assert folder.state.status == "finished", printed
     config = RunConfig.from_flat(tiny)

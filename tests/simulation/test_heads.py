@@ -86,6 +86,7 @@ def same_head(state, head):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"chain.strands": 2}, {"chain.strands": 2, "chain.merge": "average"}])
 def test_a_chain_begins_and_ends_with_the_head_of_all_images_in_one_place(refitted, changes):
     run, outcome = trained(refitted, **changes)
@@ -100,6 +101,7 @@ def test_a_chain_begins_and_ends_with_the_head_of_all_images_in_one_place(refitt
     assert first.training.teacher_trust, "already the first link has a teacher"
 
 
+@pytest.mark.slow
 def test_every_lap_ends_with_a_new_head_where_that_is_asked(refitted):
     run, _ = trained(refitted, **{"chain.laps": 2, "chain.refit": "laps", "chain.strands": 2})
     assert [head.key for head in run.results.heads] == [
@@ -157,6 +159,7 @@ def test_a_resumed_run_goes_on_from_the_head_after_its_last_link(refitted, coord
     assert equal(folder.load_model("chain", skeleton(outcome.architecture).state_dict()), outcome.chain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("balance", "strength"), [("site-prior", 0.3), ("none", 0.0), ("weighted", 1.0)])
 def test_the_priors_of_the_head_are_those_that_the_links_are_trained_to(refitted, balance, strength):
     given = {"chain.class-balance": balance} | ({"chain.prior-strength": 0.3} if balance == "site-prior" else {})
@@ -166,6 +169,7 @@ def test_the_priors_of_the_head_are_those_that_the_links_are_trained_to(refitted
     assert not same_head(outcome.model, other)
 
 
+@pytest.mark.slow
 def test_a_site_that_does_not_answer_is_left_out_and_said_to_be(refitted, monkeypatch):
     statistics = InProcessSites.statistics
 
@@ -183,6 +187,7 @@ def test_a_site_that_does_not_answer_is_left_out_and_said_to_be(refitted, monkey
     assert last.images == sum(len(data.splits["train"]) for data in rest)
 
 
+@pytest.mark.slow
 def test_a_site_with_three_images_declines_in_words_and_the_round_goes_on(refitted):
     config = RunConfig.from_flat(refitted)
     sites = open_sites(config)
@@ -202,6 +207,7 @@ def test_where_no_site_takes_part_the_run_stops_and_says_so(refitted, monkeypatc
         trained(refitted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -231,6 +237,7 @@ def test_sums_that_no_images_have_are_refused(refitted, monkeypatch, damage, com
     assert re.search(complaint, failed["ash"]), failed["ash"]
 
 
+@pytest.mark.slow
 def test_a_site_whose_embeddings_are_far_longer_than_all_others_does_not_decide_the_covariance(refitted, monkeypatch):
     sums_of = in_process_sites.sums_of
 
@@ -337,6 +344,7 @@ def test_a_site_with_a_privacy_policy_declines_a_statistics_round(refitted):
     assert answer.final and "without noise" in answer.reason
 
 
+@pytest.mark.slow
 def test_a_default_run_has_no_statistics_round(settings):
     config = RunConfig.from_flat(settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False})
     with in_process(config, open_sites(config)) as (run, _):

@@ -41,6 +41,7 @@ def failing(monkeypatch, site, errors):
     return asked
 
 
+@pytest.mark.slow
 def test_a_model_is_scored_only_where_the_score_decides(chain_only, monkeypatch):
     asked, evaluate = [], InProcessSites.evaluate
 
@@ -75,6 +76,7 @@ def test_scores_decide_as_they_do_in_a_deployed_run(chain_only, coordinated, rul
     assert equal(folder.load_model("chain", skeleton(outcome.architecture).state_dict()), outcome.chain)
 
 
+@pytest.mark.slow
 def test_a_site_that_fails_once_is_asked_again_and_trains_the_same_model(chain_only, monkeypatch):
     config = RunConfig.from_flat(chain_only)
     undisturbed = run_in_process(config, open_sites(config))

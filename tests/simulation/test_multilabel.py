@@ -13,6 +13,7 @@ from flwr.app import Message
 from PIL import Image
 from safetensors import safe_open
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from whole_run import whole_run
 
 from chainward_client.evaluation import class_probabilities
 from chainward_server.rendezvous import meet
@@ -48,7 +49,7 @@ def drawing(findings: list[int], generator: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of a data file: three hospitals, 48 training images each, with none to three findings."""
     folder = tmp_path_factory.mktemp("drawings")
@@ -79,22 +80,22 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def findings_settings(settings: dict[str, Any], drawings: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def findings_settings(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run that uses every loss: few labels, the other images through the predecessor, attention."""
-    return settings | {
-        "data.source": str(drawings),
+    return whole_run(drawings, tmp_path_factory.mktemp("runs")) | {
         "chain.label-fraction": 0.5,
         "chain.unlabelled-weight": 0.5,
         "chain.attention-weight": 0.5,
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def finished(findings_settings, coordinated) -> tuple[RunFolder, Results]:
     return coordinated(findings_settings)
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_the_plain_runners_bit_for_bit_and_its_scores_are_scikit_learns(finished, findings_settings):
     folder, results = finished
     config = RunConfig.from_flat(findings_settings)
@@ -142,6 +143,7 @@ def test_the_run_says_that_its_classes_are_findings(finished):
         assert json.loads(file.metadata()["chainward.classes"]) == FINDINGS
 
 
+@pytest.mark.slow
 def test_the_chain_learns_findings_that_its_last_hospital_has_never_seen(findings_settings, drawings):
     """Bars are learnt at ash and birch, and must survive cedar, which has none."""
     config = RunConfig.from_flat(

@@ -312,6 +312,7 @@ def assert_everything_was_watched(secrets: Secrets, text_kinds: tuple[str, ...])
         assert _pieces(secrets.tensors[kind]), f"no {kind} to search for"
 
 
+@pytest.mark.slow
 def test_nothing_privileged_is_in_any_message_of_a_whole_run(run):
     messages, secrets = run(**{"privileged.target": "both", "student.rounds": 1})
     assert_everything_was_watched(secrets, TEXT_KINDS)
@@ -320,6 +321,7 @@ def test_nothing_privileged_is_in_any_message_of_a_whole_run(run):
     assert found_in(messages, secrets) == set()
 
 
+@pytest.mark.slow
 def test_nothing_privileged_of_phantoms_is_in_any_message(run):
     messages, secrets = run(**{"data.source": "phantom", "federation.sites": "site-6,site-5", **SHORT})
     assert_everything_was_watched(secrets, ("report", "sentence", "patient id"))
@@ -329,6 +331,7 @@ def test_nothing_privileged_of_phantoms_is_in_any_message(run):
 # the search can fail: leaks made on purpose
 
 
+@pytest.mark.slow
 def test_texts_that_leak_in_notes_are_found_each_by_its_kind(run, distinctive, monkeypatch):
     def leaky(data: SiteData) -> tuple[str, ...]:
         texts = Secrets(dict(distinctive[1].texts))
@@ -357,6 +360,7 @@ def telling_part(tensors: list[np.ndarray], part: str) -> np.ndarray:
     return parts[-1] if parts else telling_part(tensors, "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", ["whole", "row", "backwards"])
 def test_tensors_that_leak_are_found_each_by_its_kind_wherever_they_hide(run, watched, monkeypatch, hidden):
     """Inside an array that may leave, under its own name and shape. A log has one number an epoch (`test_claims`)."""

@@ -6,6 +6,7 @@ import base64
 
 import pytest
 from typer.testing import CliRunner
+from whole_run import CHAIN_ONLY
 
 from chainward_server.report.from_folder import write_report
 from chainward_shared.errors import ConfigError, RunFolderError
@@ -61,8 +62,9 @@ def test_a_simulated_run_can_show_where_its_models_look(phantom_settings, coordi
         write_report(folder)
 
 
+@pytest.mark.slow
 def test_images_without_regions_are_shown_too_and_the_picture_says_that_none_is_marked(settings, coordinated):
-    folder, _ = coordinated(settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False})
+    folder, _ = coordinated(settings | CHAIN_ONLY)
     draw_examples(folder, count=3)
     write_report(folder)
     page = (folder.path / "report.html").read_text()
@@ -70,9 +72,8 @@ def test_images_without_regions_are_shown_too_and_the_picture_says_that_none_is_
     assert 'id="looks"' not in page and 'id="examples"' in page
 
 
-def test_runs_on_other_data_are_not_compared(settings, coordinated):
-    quick = settings | {"student.rounds": 0, "chain.epochs": 1, "chain.compare-alone": False}
-    one, _ = coordinated(quick)
-    other, _ = coordinated(quick | {"seed": 1})
+def test_runs_on_other_data_are_not_compared(settings, coordinated, finished_chain):
+    one = finished_chain.folder
+    other, _ = coordinated(settings | CHAIN_ONLY | {"seed": 1})
     with pytest.raises(ConfigError, match="seed is 1 there and 0 in"):
         draw_examples(one, without=other)

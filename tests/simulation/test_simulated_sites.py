@@ -48,6 +48,7 @@ def test_phantoms_are_six_sites_unless_another_number_is_given() -> None:
         simulated_site_ids("phantom", num_sites=1000, label_skew=0)
 
 
+@pytest.mark.slow
 def test_a_phantom_site_is_synthetic_and_carries_its_id() -> None:
     site = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=0)
     assert site.synthetic
@@ -180,6 +181,7 @@ def test_a_manifest_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch:
 # real data
 
 
+@pytest.mark.slow
 @needs_ham10000
 def test_the_four_centres_of_ham10000_are_four_sites(tmp_path: Path) -> None:
     text = (EXAMPLES / "ham10000.yaml").read_text(encoding="utf-8")
@@ -217,6 +219,7 @@ def test_the_four_centres_of_ham10000_are_four_sites(tmp_path: Path) -> None:
     assert np.mean(darker) > 0.9
 
 
+@pytest.mark.slow
 @needs_pneumonia
 def test_pneumoniamnist_is_spread_by_label_skew(tmp_path: Path) -> None:
     text = (EXAMPLES / "pneumoniamnist.yaml").read_text(encoding="utf-8")

@@ -77,6 +77,7 @@ def trained(monkeypatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_chain_of_a_study_is_the_chain_of_a_run(study, base, tmp_path):
     report = study("chain")
     config = RunConfig.from_flat({**base, "seed": 0, "student.rounds": 0, "chain.compare-alone": False})
@@ -94,6 +95,7 @@ def test_the_chain_of_a_study_is_the_chain_of_a_run(study, base, tmp_path):
     assert record.images == sum(len(data.splits["train"]) for data in sites.values())
 
 
+@pytest.mark.slow
 def test_one_lap_of_cyclic_transfer_is_a_chain_without_teachers_to_the_bit(base):
     cyclic, without = plan_arms(["cyclic", "chain-no-distillation"], [], base, 0)
     sites = open_sites(cyclic.config)
@@ -103,6 +105,7 @@ def test_one_lap_of_cyclic_transfer_is_a_chain_without_teachers_to_the_bit(base)
     assert equal(first.models["cyclic"], second.models["chain"])
 
 
+@pytest.mark.slow
 def test_what_is_the_same_training_is_trained_once(study, trained):
     report = study("chain,student,student-random,chain-no-attention,cyclic,chain-no-distillation")
     assert trained.count("chain of chain 0") == 1
@@ -112,6 +115,7 @@ def test_what_is_the_same_training_is_trained_once(study, trained):
     assert same == {"chain-no-attention": "chain", "chain-no-distillation": "cyclic"}
 
 
+@pytest.mark.slow
 def test_every_arm_yields_all_figures_and_predictions_that_give_them_again(study, tmp_path):
     report = study("alone,union,chain")
     alone, union, chain = (report.folder.record_of(name, 0) for name in ("alone", "union", "chain"))
@@ -130,6 +134,7 @@ def test_every_arm_yields_all_figures_and_predictions_that_give_them_again(study
         assert record.parameters * 4 < record.file_bytes < record.parameters * 4 + 50_000
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_without_losing_a_finished_arm(study, trained, monkeypatch, tmp_path):
     measured = training.measure_arm
     from chainward_simulations.study import workers
@@ -151,6 +156,7 @@ def test_an_interrupted_study_goes_on_without_losing_a_finished_arm(study, train
     assert [arm.name for arm in again.result.arms] == ["chain", "union", "student"]
 
 
+@pytest.mark.slow
 def test_arms_and_seeds_are_added_to_a_finished_study_and_its_chain_is_not_trained_again(study, trained):
     study("chain")
     trained.clear()
@@ -159,6 +165,7 @@ def test_arms_and_seeds_are_added_to_a_finished_study_and_its_chain_is_not_train
     assert report.folder.record_of("student", 0).images > report.folder.record_of("chain", 0).images
 
 
+@pytest.mark.slow
 def test_a_study_does_not_go_on_with_other_settings_and_names_the_first(study, tmp_path, monkeypatch):
     study("union")
     with pytest.raises(StudyError, match=r"chain\.batch-size was 16 and is 8"):
@@ -199,6 +206,7 @@ def test_a_damaged_study_file_is_one_line(study, tmp_path, damage):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_study(study, tmp_path):
     report = study("union")
     from chainward_simulations.study.store import StudyFolder
@@ -210,6 +218,7 @@ def test_two_processes_do_not_write_one_study(study, tmp_path):
     assert study("union").result.arms
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_does_not_cost_the_others(study, monkeypatch):
     from chainward_shared.errors import ModelError
     from chainward_simulations.study import further
@@ -223,6 +232,7 @@ def test_an_arm_that_fails_does_not_cost_the_others(study, monkeypatch):
     assert report.result.failures == (("union", 0, "the loss became nan"),)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_finished_arms_are_kept(study, monkeypatch, tmp_path):
     study("union")
     from chainward_simulations.study import predictions
@@ -250,6 +260,7 @@ def test_a_chain_is_kept_to_the_bit_with_its_strands(base, tmp_path):
     assert load_chain(tmp_path / "chain.safetensors") is None
 
 
+@pytest.mark.slow
 def test_the_order_of_the_arms_changes_no_figure(study, base, tmp_path):
     first = study("chain,union", seeds=(1, 0))
     figures = {(r.arm, r.seed): r.pooled for r in first.folder.state.records}
@@ -268,6 +279,7 @@ def test_units_are_ordered_by_seed_and_the_longest_first(base):
     assert [seed for seed, _ in named] == [5, 5, 5, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
     source = "import os\nclass Dies:\n    def run(self, folder, report):\n        os._exit(9)\n"
     (tmp_path / "deadly.py").write_text(source)
@@ -313,6 +325,7 @@ def test_a_data_file_that_is_not_there_is_one_line(tmp_path):
     assert "none.yaml" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_the_command_trains_in_workers_what_this_process_trains(study, base, tmp_path):
     """The whole of it, as it is typed: two workers, table, JSON, picture; the figures are those of one process."""
     script = Path(sys.executable).with_name("chainward")

@@ -30,11 +30,13 @@ def study(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_arms_without_and_with_privileged_teachers_are_drawn_side_by_side(study):
     assert not study("chain").exists(), "there is nothing to compare with yet"
     assert study("chain,chain-privileged").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_images_without_regions_are_not_drawn(study, small_consortium):
     flags = {"data.source": str(small_consortium), "federation.num-sites": 4}
     picture = study("chain,chain-privileged", **flags)

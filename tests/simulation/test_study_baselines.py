@@ -117,6 +117,7 @@ def test_cyclic_starts_each_site_from_exactly_the_weights_of_the_one_before(trai
     assert sum(log.images for log in logs) == RECIPE.epochs * sum(SIZES.values())
 
 
+@pytest.mark.slow
 def test_baselines_round_what_would_travel_as_a_run_does(trainings, architecture):
     half = RECIPE.model_copy(update={"transfer": "half"})
     model, _ = train_cyclic(SITES, list(SITES), Start(architecture), half, 1, quiet)
@@ -129,6 +130,7 @@ def test_baselines_round_what_would_travel_as_a_run_does(trainings, architecture
     assert all(equal(rounded(state), state) for state in (*alone.values(), averaged))
 
 
+@pytest.mark.slow
 def test_a_cyclic_baseline_that_hands_nothing_on_is_caught(trainings, architecture, monkeypatch):
     """The fault of a published benchmark: every site starts from the initial weights."""
     monkeypatch.setattr(baselines, "state_of", lambda model: state_of(build_model(architecture, RECIPE.seed)))
@@ -146,6 +148,7 @@ def test_alone_trains_every_site_from_the_initial_weights_on_its_own_images(trai
         assert equal(training.end, models[name])
 
 
+@pytest.mark.slow
 def test_alone_long_takes_as_many_steps_at_every_site_as_the_whole_chain(architecture):
     whole = chain_steps(SITES, RECIPE)
     assert whole == 2 * (3 + 2 + 2)  # epochs times batches of 8
@@ -162,6 +165,7 @@ def test_the_union_sees_every_labelled_image_of_every_site_at_once(trainings, ar
     assert logs[0].images == RECIPE.epochs * sum(SIZES.values())
 
 
+@pytest.mark.slow
 def test_a_label_fraction_leaves_every_baseline_the_same_images(trainings, architecture):
     recipe = RECIPE.model_copy(update={"label_fraction": 0.4})
     kept = {site: labelled_cases(data, recipe).images for site, data in SITES.items()}
@@ -175,6 +179,7 @@ def test_a_label_fraction_leaves_every_baseline_the_same_images(trainings, archi
         assert torch.equal(training.images, kept[site])
 
 
+@pytest.mark.slow
 def test_fedavg_averages_what_the_sites_trained_by_their_labelled_images(trainings, architecture):
     model, logs = train_federated(SITES, Start(architecture), RECIPE, 2, quiet)
     first, second = trainings[:3], trainings[3:]
@@ -206,6 +211,7 @@ def distance(first: StateDict, second: StateDict) -> float:
     return sum(float((first[name] - second[name]).square().sum()) for name in first) ** 0.5
 
 
+@pytest.mark.slow
 def test_fedprox_without_its_term_is_fedavg_to_the_bit_and_a_large_one_holds_the_weights(architecture):
     initial = state_of(build_model(architecture, RECIPE.seed))
     fedavg, _ = train_federated(SITES, Start(architecture), RECIPE, 1, quiet)

@@ -85,6 +85,7 @@ def test_a_patient_is_drawn_with_all_images_and_in_all_seeds_alike():
     assert one[0].std() > 0
 
 
+@pytest.mark.slow
 def test_the_difference_is_the_mean_of_the_seeds_and_its_interval_that_of_a_slow_bootstrap():
     reference = {seed: predictions_of(seed, models=1, skill=1.0) for seed in (0, 1, 2)}
     arm = {seed: predictions_of(seed + 10, models=1, skill=2.0) for seed in (0, 1, 2)}

@@ -75,6 +75,7 @@ def test_a_site_without_its_test_images_is_otherwise_the_same(base):
     assert dataclasses.replace(bare, splits=changed.splits) == changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", ["other labels", "no test images"])
 def test_the_search_never_looks_at_the_test_images(base, tmp_path, monkeypatch, poison):
     before = search(base, tmp_path / "before")
@@ -109,6 +110,7 @@ def test_the_search_does_look_at_the_validation_images(base, tmp_path, monkeypat
     assert search(base, tmp_path / "after", trials=1).value != before.value
 
 
+@pytest.mark.slow
 def test_the_search_starts_with_the_settings_as_given_and_goes_on_where_it_stopped(base, tmp_path):
     first = search(base, tmp_path / "study", trials=1)
     assert first.before == first.value
@@ -139,6 +141,7 @@ def test_a_search_does_not_go_on_with_another_objective(base, tmp_path):
         search(base, tmp_path / "study", trials=2, objective="macro-auc")
 
 
+@pytest.mark.slow
 def test_arms_are_trained_with_what_the_search_found(base, tmp_path):
     request = StudyRequest(base, ["chain"], (), [3], folder=tmp_path / "study", jobs=1, tune=2)
     report = run_study(request, Console(file=StringIO()))
