@@ -225,7 +225,7 @@ def test_the_family_follows_from_what_timm_builds(name, family):
     "name",
     [
         "resnet18",
-        "mobilenetv3_small_100",
+        "regnetx_002",
         "swin_tiny_patch4_window7_224",
         "vit_tiny_r_s16_p8_224",
         "vit_small_patch16_rope_224",
