@@ -23,6 +23,7 @@ from chainward_server.approvals import run_plan
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ApprovalNeeded, ConfigError, PolicyRefusal, StoreError
 from chainward_shared.models import Start, resolve_architecture
+from chainward_shared.private_sums import SumsForm
 from chainward_shared.protocol import (
     BaseTask,
     Body,
@@ -36,6 +37,7 @@ from chainward_shared.protocol import (
     unpack,
 )
 from chainward_shared.protocol.run_plan import RunPlan, RunPlanState, beyond
+from chainward_shared.recipes import PrivacyRecipe
 
 DIGEST = "0" * 64
 START = Start(name="weights", file="1" * 64, digest="2" * 64, part="head")
@@ -58,6 +60,15 @@ LINK = LinkTask(run_id="run-1", hop="h", strand=0, lap=0, architecture=MODEL, re
 ALONE = LINK.model_copy(update={"hop": "alone", "trained_alone": True, "recipe": PLAN.alone})
 STUDENT = StudentTask(run_id="run-1", round=1, architecture=SMALL, recipe=PLAN.students[0], student_digest=DIGEST)
 SUMS = StatisticsTask(run_id="run-1", hop="h", architecture=MODEL, label_fraction=1.0, seed=0, threads=1, digest=DIGEST)
+PRIVATE = PrivacyRecipe(epsilon=1.0)
+PRIVATE_PLAN = PLAN.model_copy(update={"link": PLAN.link.model_copy(update={"privacy": PRIVATE})})
+PRIVATE_SUMS = SUMS.model_copy(
+    update={
+        "privacy": PRIVATE,
+        "form": SumsForm(dimension=2, labels=True, moments=False),
+        "frame_digest": DIGEST,
+    }
+)
 SCORES = EvaluateTask(run_id="run-1", architecture=SMALL, splits=["val"], threads=1, digest=DIGEST)
 BASE = BaseTask(run_id="run-1", architecture=MODEL, bytes=9, sha256=DIGEST, offset=0)
 TASKS = {
@@ -248,13 +259,16 @@ def test_every_field_of_a_task_that_decides_what_is_trained_is_in_the_plan():
         "threads",
     }
     bound = {"architecture", "recipe", "lap", "strand", "round", "large_architecture", "label_fraction", "seed"}
-    bound |= {"trained_alone"}
+    bound |= {"trained_alone", "privacy"}
+    free |= {"form", "frame_digest"}  # what is summed of the same images, at the same price
     for task, _ in TASKS.values():
         assert set(type(task).model_fields) <= free | bound
     assert beyond(ALONE.model_copy(update={"recipe": PLAN.link}), PLAN)
     assert beyond(ALONE, PLAN.model_copy(update={"alone": None}))
     assert beyond(STUDENT, PLAN.model_copy(update={"student": None}))
     assert beyond(SUMS, PLAN.model_copy(update={"statistics": False}))
+    assert beyond(PRIVATE_SUMS.model_copy(update={"privacy": PrivacyRecipe(epsilon=2.0)}), PRIVATE_PLAN)
+    assert not beyond(PRIVATE_SUMS, PRIVATE_PLAN)
     assert not any(beyond(task, PLAN) for task, _ in TASKS.values())
 
 

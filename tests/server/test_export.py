@@ -163,8 +163,13 @@ def test_timm_and_onnx_answer_alike_for_any_batch(make_run, tmp_path, backbone, 
 
 def test_a_student_that_timm_has_no_name_for_is_rebuilt_by_the_lines_of_its_card(make_run, tmp_path, monkeypatch):
     done = export_run(make_run("test_efficientnet"), tmp_path / "out", model="student", onnx=False)
-    assert {file.name for file in done.path.iterdir()} == FILES - {"config.json", "model.onnx"}
-    lines = (done.path / "README.md").read_text().split("```python\n")[1].split("pixels = ")[0]
+    assert {file.name for file in done.path.iterdir()} == FILES - {
+        "config.json",
+        "model.onnx",
+        "preprocessing.py",
+        "configs",
+    }
+    lines = (done.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(done.path)
     made: dict = {}
     exec(lines, made)

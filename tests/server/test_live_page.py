@@ -52,7 +52,7 @@ def test_it_says_who_is_away_and_why(run):
     run.hop("ash", 10, took=5.0, status="skipped", reason="site 'ash' is not connected", unreached=True)
     text = words(run, 20)
     assert "ash away when its turn came" in text
-    assert "site 'ash' is not connected" in text
+    assert "site &#39;ash&#39; is not connected" in text
 
 
 def test_it_says_who_waits_for_approval(run):

@@ -269,7 +269,7 @@ def test_report_card_and_export_name_the_start_and_scale_pixels_as_it_does(setti
         assert config["mean"] == pytest.approx([sum(known.mean) / 3]) and config["std"] == pytest.approx(
             [sum(known.std) / 3]
         )
-        code = re.search(r"logits = model\((.*)\)\n", card)[1]
+        code = re.search(r"logits = model\((.*pixels.*)\)\n", card)[1]
         pixels = torch.arange(32 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(1, 1, 32, 32)
         model = timm.create_model(f"local-dir:{export.path}", pretrained=True).eval()
         mine = build_model(Architecture.from_metadata(_metadata(folder, name)), seed=0).eval()

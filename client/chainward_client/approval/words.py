@@ -63,7 +63,7 @@ def _trainings(plan: RunPlan) -> list[str]:
     if plan.links > 1:
         counts = [f"{n} {what}" for n, what in ((plan.laps, "laps"), (plan.strands, "strands")) if n > 1]
         often += f" ({', '.join(counts)})"
-    lines = [f"a link of the chain, {often}: {_model(plan.model)}; {_recipe(plan.link)}"]
+    lines = [f"a link of the chain, {often}: {_model(plan.model)}; {_recipe(plan.link)}"] if plan.links else []
     if plan.alone is not None:
         lines.append(
             f"the same model without the other hospitals, once, for comparison: {_recipe(plan.alone)} "
@@ -73,7 +73,9 @@ def _trainings(plan: RunPlan) -> list[str]:
         stages = "; ".join(f"{_STAGE[one.stage]}: {_recipe(one)}" for one in plan.students)
         lines.append(f"a compact student, {plan.rounds} rounds: {_model(plan.student)}; {stages}")
     if plan.statistics:
-        lines.append("the classifier comes from sums over the embeddings of this hospital's images")
+        lines.append(
+            f"the classifier comes from sums over the embeddings of this hospital's images in {_model(plan.model)}"
+        )
     if any(recipe.privileged is not None for recipe in (plan.link, *plan.students)):
         lines.append("teachers that read this hospital's reports or tables are trained here, and stay here")
     return lines

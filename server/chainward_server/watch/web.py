@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from chainward_server.report import formats
+from chainward_server.results import LinkRecord, StudentRound
 from chainward_server.run_folder import RunFolder
 from chainward_server.watch.curve import curve_of
 from chainward_server.watch.display import approval, end_in_words, headline, silence
@@ -184,9 +185,10 @@ def _accuracy(run: Snapshot) -> tuple[str, str, str] | None:
         name, scores = list(run.final.items())[-1]
         auc = formats.score(scores.macro_auc)
         return f"Final {name}", formats.score(scores.balanced_accuracy), f"macro AUC {auc}, {scores.n} test images"
-    scored = [(round_, f"student, round {round_.round}") for round_ in run.rounds] or [
-        (link, f"chain, after {link.site}") for link in run.links if validation(link) is not None
-    ]
+    scored: list[tuple[StudentRound | LinkRecord, str]]
+    scored = [(round_, f"student, round {round_.round}") for round_ in run.rounds]
+    if not scored:
+        scored = [(link, f"chain, after {link.site}") for link in run.links if validation(link) is not None]
     if not scored or (value := validation(scored[-1][0])) is None:
         return None
     first = next((validation(link) for link in run.links if validation(link) is not None), None)

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from chainward_shared.bounds import Laps, Sha256
+from chainward_shared.bounds import Sha256
 from chainward_shared.models import Architecture
 from chainward_shared.outside import Line, RunId, SiteId
 from chainward_shared.protocol.envelope import Body
@@ -42,7 +42,7 @@ class RunPlan(Body):
     asked_by: Line = ""
     model: Architecture
     link: LinkRecipe
-    laps: Laps
+    laps: Annotated[int, Field(ge=0, le=100)]
     strands: Annotated[int, Field(ge=1, le=512)]
     alone: LinkRecipe | None = None
     student: Architecture | None = None
@@ -90,6 +90,8 @@ def _differences(task: PlannedTask, plan: RunPlan) -> Iterator[str]:
         for name in ("label_fraction", "seed"):
             if getattr(task, name) != getattr(plan.link, name):
                 yield f"{name} of the sums is not that of the plan"
+        if task.privacy not in (None, plan.link.privacy):
+            yield "privacy of the sums is not that of the plan"
         yield from _model("architecture", task.architecture, plan.model)
     elif isinstance(task, BaseTask):
         yield from _model("architecture", task.architecture, plan.model)
