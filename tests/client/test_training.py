@@ -17,6 +17,7 @@ from chainward_client.training.augmentation import STRENGTHS, augmented
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.schedule import one_cycle
 from chainward_client.training.student import StudentObjective, train_student
 from chainward_shared.distillation.losses import classification_loss, distillation_loss, teacher_trust
 from chainward_shared.distillation.schedules import ema_decay
@@ -751,3 +752,10 @@ def test_only_views_in_all_orientations_are_mirrored():
     any_way = (handedness(augmented(images, "all-orientations", seeded(0))) == own).float().mean().item()
     assert upright == 1.0
     assert 0.35 < any_way < 0.65
+
+
+def test_a_training_of_a_single_step_has_a_rate_at_which_something_is_learned():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], lr=1e-3)
+    one_cycle(optimizer, 1e-3, steps=1, part=(0, 1))
+    assert optimizer.param_groups[0]["lr"] > 1e-4

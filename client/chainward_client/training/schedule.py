@@ -31,10 +31,13 @@ def parameter_groups(
 def one_cycle(
     optimizer: torch.optim.Optimizer, peak: float, steps: int, part: tuple[int, int]
 ) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Return the schedule of part `part[0]` of `part[1]`, of `steps` each."""
+    """Return the schedule of part `part[0]` of `part[1]`, of `steps` each.
+
+    A training of one step gets the first of two: the last of a cycle has a rate at which nothing is learned.
+    """
     index, of = part
     peaks = [peak * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=of * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=max(2, of * steps))
     skip_steps(schedule, index * steps)
     return schedule
 
