@@ -59,6 +59,16 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     (r"site-card/privacy\.head.*", "how many entries the ledger has, and a hash of the last: it can't be turned back"),
     (r"site-card/privacy", "that the site has no policy"),
     (r"site-card/approval", "whether a person here approves every run; no data"),
+    (r"site-card/secure_sums", "whether sums leave in secure sums alone; no data"),
+    (r"run-plan-state/(approval|plan)", "whether a person here has approved the run; no data"),
+    (r"sum-keys/offer.*", "public keys for one secure sum, and their signature; no data"),
+    (
+        r"sum-shares/shares.*",
+        "shares of secrets that were made for one secure sum, each readable by a partner alone; no data",
+    ),
+    (r"masked-sum/sum", "sums over the images with masks on them: noise, without what all the other hospitals send"),
+    (r"sum-unmasking/(seeds|keys).*", "shares of other hospitals' masks of one secure sum; no data"),
+    (r"statistics-result/noise", "how much noise is on the sums of a private run; no data"),
     (
         r"statistics-result/(sums|images|validation)",
         "sums over the images, of embeddings and of their products, by class, and how many there are: of a class of one image "

@@ -296,7 +296,7 @@ def test_words_of_the_question_and_of_the_protocol_are_no_leak_though_a_cell_say
     body = {"unit": "patient", "split": "train", "site": "left"}
     assert {found.kind for found in find_leaks(message(body), SECRETS)} == {"table cell"}
     assert find_leaks(message(body), SECRETS.without({"left"})) == []
-    assert find_leaks(message({"note": "it was left there"}), SECRETS.without({"right"})) != []
+    assert find_leaks(message({"note": "it was melanoma there"}), SECRETS.without({"right"})) != []
 
 
 def test_secrets_hidden_in_arrays_are_found_as_text_and_as_values():
@@ -371,6 +371,12 @@ def test_every_field_that_a_site_sends_is_described():
         protocol.LinkResult,
         protocol.StudentResult,
         protocol.EvaluateResult,
+        protocol.StatisticsResult,
+        protocol.SumKeys,
+        protocol.SumShares,
+        protocol.MaskedSum,
+        protocol.SumUnmasking,
+        protocol.RunPlanState,
         protocol.Refusal,
     ):
         schema = body.model_json_schema()

@@ -13,6 +13,7 @@ from chainward_client.data.scale import Scale
 from chainward_client.data.site_data import PrivilegedSetup, SiteData
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import StudyError
+from chainward_shared.preparation import Preparation
 from chainward_simulations import runner
 from chainward_simulations.runner import open_sites
 from chainward_simulations.study import workers
@@ -65,6 +66,7 @@ def test_a_site_without_its_test_images_is_otherwise_the_same(base):
         "key": b"x" * 32,
         "left_out": ("row 7: no image",),
         "scale": Scale(0, 4095),
+        "preparation": Preparation(fit="crop"),
     }
     assert other.keys() | {"site", "classes", "splits"} == {field.name for field in dataclasses.fields(SiteData)}
     changed = dataclasses.replace(data, **other)
