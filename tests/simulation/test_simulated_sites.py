@@ -11,7 +11,8 @@ import pytest
 import torch
 from small_tables import all_pixels, make, two_sites
 
-from chainward_client.data import images, manifest, sources
+from chainward_client.data import images, manifest
+from chainward_client.data.formats import csv as csv_format
 from chainward_client.data.site_data import SPLITS
 from chainward_client.data.sources import local_site
 from chainward_shared.errors import DataError
@@ -166,7 +167,7 @@ def test_a_site_without_training_cases_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_manifest = Mock(wraps=manifest.read_manifest)
-    monkeypatch.setattr(sources, "read_manifest", read_manifest)
+    monkeypatch.setattr(csv_format, "read_manifest", read_manifest)
     source = two_sites(tmp_path)
     for index in (0, 1, 0):
         simulated_site(source, index, num_sites=0, label_skew=0, seed=index)
