@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_shared.evaluation.localisation import LocalisationScores
-from chainward_shared.evaluation.operating import Calibration, OperatingPoint, ReliabilityBin, Tally
+from chainward_shared.evaluation.operating import THRESHOLDS, Calibration, OperatingPoint, ReliabilityBin, Tally
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import alone_key, link_key, student_key
 from chainward_shared.outside import (
@@ -84,7 +84,9 @@ class ByClass(Record):
     pooled: PerClass[ClassScores] = Field(default_factory=list)
     as_given: list[ReliabilityBin] = Field(default_factory=list, max_length=100)
     as_calibrated: list[ReliabilityBin] = Field(default_factory=list, max_length=100)
-    net_benefit: PerClass[Annotated[list[Figure], Field(max_length=1000)]] = Field(default_factory=list)
+    net_benefit: PerClass[Annotated[list[Figure], Field(min_length=len(THRESHOLDS), max_length=len(THRESHOLDS))]] = (
+        Field(default_factory=list)
+    )
 
 
 class SiteLocalisation(Record):

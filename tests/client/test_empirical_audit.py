@@ -107,7 +107,7 @@ def test_an_attack_that_could_not_have_failed_is_noted(tried):
 def test_json_and_page_tell_what_was_tried(tried):
     audit = Audit("ledger", "oak", (), ()).with_empirical(tried)
     content = json.loads(json.dumps(audit.to_json(), allow_nan=False))["empirical"]
-    assert [one["caught"] for one in content["trials"]] == [False, True, True, True, True, True]
+    assert [one["caught"] for one in content["trials"]] == [False, *[True] * 8]
     assert content["trials"][0]["attack"]["canaries"] == 400
     text = " ".join(re.sub(r"<[^>]*>", " ", render_audit(audit)).split())
     assert "broken on purpose in 5 ways" in text
@@ -164,7 +164,7 @@ def test_the_command_tries_the_training_and_says_so_everywhere(site_yaml, typed,
     assert "The program, tried by attack" in (tmp_path / "audit.html").read_text()
     code, out, _ = typed("audit", site_yaml, "--empirical", "--canaries", 400, "--sabotage", "--epsilon", 1, "--json")
     content = json.loads(out)["empirical"]
-    assert (code, content["source"], len(content["trials"])) == (0, "as asked", 6)
+    assert (code, content["source"], len(content["trials"])) == (0, "as asked", 9)
 
 
 def test_a_bare_ledger_is_tried_at_a_default_that_is_said(site_yaml, typed, tmp_path):

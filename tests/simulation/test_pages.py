@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from unittest.mock import Mock
 
 import pytest
 from browser import DESK, TELEPHONE, Browser, wait_for
@@ -69,7 +70,7 @@ def test_a_person_approves_a_run_on_the_hospitals_page_and_sees_it_go_on_on_the_
     wait_for(lambda: len(list(runs.glob("*/metrics.json"))) == 1 and approvals.runs(), 90)
     (folder,) = runs.iterdir()
     site = SitePage(hospitals["birch"])
-    with live_page(folder, 0, print, linger=0.0) as live, LocalPage("birch", site.look, site.act) as own:
+    with live_page(folder, 0, Mock(), linger=0.0) as live, LocalPage("birch", site.look, site.act) as own:
         for size, name in ((DESK, "desk"), (TELEPHONE, "telephone")):
             browser.open(live.address, size)
             wait_for(lambda: "waiting for the approval of a person at birch" in browser.text)
