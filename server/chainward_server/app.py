@@ -26,7 +26,7 @@ from chainward_server.report.from_folder import write_report
 from chainward_server.results import DataSummary, Results, StartSummary, named
 from chainward_server.run_folder import RunFolder
 from chainward_server.run_process import RunProcess
-from chainward_server.run_state import Phase
+from chainward_server.run_state import Phase, keys_of_earlier_runs
 from chainward_server.scoring import shown
 from chainward_server.surroundings import tell as tell_surroundings
 from chainward_server.tracking import Tracking, check_trackers
@@ -144,7 +144,7 @@ def _run_phases(
             config,
             states,
             bound=folder.state.keys,
-            earlier=folder.keys_of_earlier_runs(),
+            earlier=keys_of_earlier_runs(folder.path),
             run_id=folder.state.run_id,
         )
         folder.bind(sites.keys)

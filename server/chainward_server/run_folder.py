@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -315,15 +314,6 @@ class RunFolder:
         """Note the sites where a person has not approved the run yet, and since when (seconds since 1970)."""
         self.state.waiting = {site: _iso(datetime.fromtimestamp(since, UTC)) for site, since in waiting.items()}
         self._write_state()
-
-    def keys_of_earlier_runs(self) -> dict[str, str]:
-        """Return the public key that each site had in the newest run folder beside this one that knows it."""
-        keys: dict[str, str] = {}
-        for path in sorted(self.path.parent.glob("*/run.json")):  # their names begin with the time
-            if path.parent != self.path:
-                with contextlib.suppress(OSError, ValidationError):
-                    keys |= RunState.model_validate_json(path.read_bytes()).keys
-        return keys
 
     def enter(self, phase: Phase) -> None:
         """Note that the run is in `phase`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chainward_server.run_process import RunProcess
 from chainward_shared import __version__
@@ -48,3 +50,13 @@ class RunState(BaseModel):
     resumable: bool | None = None
     waiting: BySite[Moment] = Field(default_factory=dict)
     keys: BySite[Digest] = Field(default_factory=dict)
+
+
+def keys_of_earlier_runs(run: Path) -> dict[str, str]:
+    """Return the public key that each site had in the newest run folder beside `run` that knows it."""
+    keys: dict[str, str] = {}
+    for path in sorted(run.parent.glob("*/run.json")):  # their names begin with the time
+        if path.parent != run:
+            with suppress(OSError, ValidationError):
+                keys |= RunState.model_validate_json(path.read_bytes()).keys
+    return keys
