@@ -28,11 +28,9 @@ class Part(StrEnum):
     """What can be measured alone."""
 
     TRAINING = "training"
-    ACCURACY = "accuracy"
     RUN = "run"
     MEMORY = "memory"
     PRIVATE = "private"
-    CONSORTIUM = "consortium"
     PEERS = "peers"
     IMAGES = "images"
     SECURE_SUMS = "secure-sums"
@@ -48,10 +46,9 @@ def main(
     only: Annotated[
         list[Part] | None,
         typer.Option(
-            help="Measure only this; may be repeated. training: throughput beside plain PyTorch; accuracy: what bf16 "
-            "costs; run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
-            "private: a private step beside a plain one, its time and memory; consortium: seconds per hop and the "
-            "coordinator's memory in a flwr run over many sites with next to no training, about ten minutes; peers: the same six "
+            help="Measure only this; may be repeated. training: throughput beside plain PyTorch; "
+            "run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
+            "private: a private step beside a plain one, its time and memory; peers: the same six "
             "trainings in a plain loop, in Flower's FedAvg, in NVFlare where it is installed, and here; images: opening a "
             "deployed site's images with and without its store of decoded ones; secure-sums: what sums over 3, 6 and 50 sites "
             "cost, about fifteen minutes; features: training the last part of a backbone with and without kept features; models: "
@@ -70,35 +67,27 @@ def main(
         list[str] | None,
         typer.Option(
             metavar="NAME[:PATCH]",
-            help="timm model to train, a ViT with its patch size; may be repeated. Accuracy is compared on the first. "
-            "Default: convnext_atto and vit_tiny_patch16_224:8; for private also resnetv2_18. The consortium takes the "
-            "first, by default test_convnext.",
+            help="timm model to train, a ViT with its patch size; may be repeated. "
+            "Default: convnext_atto and vit_tiny_patch16_224:8; for private also resnetv2_18.",
         ),
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Measured trainings of each kind. Default: 5; 7 private steps.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a measured training. Default: 2.")] = None,
-    accuracy_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of a link where accuracy is compared. Default: 12.")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds that accuracy is compared on. Default: 3.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of a training.")] = 2,
     app: Annotated[
         Path, typer.Option(exists=True, file_okay=False, show_default="six_sites", help="Flower app to run.")
     ] = SIX_SITES,
     runs: Annotated[int, typer.Option(min=1, help="Times that the Flower app is run.")] = 1,
-    sites: Annotated[int | None, typer.Option(min=2, max=512, help="Sites of the consortium. Default: 50.")] = None,
-    laps: Annotated[int | None, typer.Option(min=1, help="Laps of the consortium's chain. Default: 2.")] = None,
     images: Annotated[
         int | None, typer.Option(min=24, help="Generated images of the site. Default: 50000; 512 for features.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one whole run may take.")] = 3600.0,
 ) -> None:
-    """Measure Chainward on this machine: training throughput, a whole Flower run, peak memory, and many sites.
+    """Measure Chainward on this machine: training throughput, a whole Flower run, peak memory.
 
-    All of it takes somewhat more than an hour on two cores, ten minutes of it for the consortium. Stop other work on the
-    machine first.
+    Stop other work on the machine first.
     """
     from chainward_simulations.benchmark import machine, training
     from chainward_simulations.benchmark.figures import Table
@@ -112,8 +101,6 @@ def main(
         "backbones": backbones or None,
         "repeats": repeats,
         "epochs": epochs,
-        "accuracy_epochs": accuracy_epochs,
-        "seeds": seeds,
         "threads": threads,
     }
     workload = training.TrainingWorkload.quick() if quick else training.TrainingWorkload()
@@ -123,14 +110,12 @@ def main(
     about = machine.describe_machine()
     tables = [Table("Machine", ("what", "value"), rows=list(about.items()))]
     measured: dict[str, object] = {"machine": about, "quick": quick}
-    if parts & {Part.TRAINING, Part.ACCURACY}:
-        tables += _measure_training(parts, workload, measured)
+    if Part.TRAINING in parts:
+        tables.append(_measure_training(workload, measured))
     if parts & {Part.RUN, Part.MEMORY}:
         tables += _measure_runs(parts, app, quick, runs, threads, timeout, measured)
     if Part.PRIVATE in parts:
         tables.append(_measure_private(backbones, repeats, quick, threads, measured))
-    if Part.CONSORTIUM in parts:
-        tables += _measure_consortium(app, backbones, quick, sites, laps, threads, timeout, measured)
     if Part.PEERS in parts:
         tables.append(_measure_peers(backbones, repeats, epochs, quick, threads, timeout, measured))
     if Part.IMAGES in parts:
@@ -154,19 +139,12 @@ def main(
         json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
-def _measure_training(parts: set[Part], workload: TrainingWorkload, measured: dict[str, object]) -> list[Table]:
+def _measure_training(workload: TrainingWorkload, measured: dict[str, object]) -> Table:
     from chainward_simulations.benchmark import training
 
-    tables = []
-    if Part.TRAINING in parts:
-        throughputs = training.measure_throughput(workload, progress.print)
-        measured["training"] = [throughput.to_json() for throughput in throughputs]
-        tables.append(training.throughput_table(throughputs, workload))
-    if Part.ACCURACY in parts:
-        accuracy = training.measure_accuracy(workload, progress.print)
-        measured["accuracy"] = accuracy.to_json()
-        tables.append(training.accuracy_table(accuracy))
-    return tables
+    throughputs = training.measure_throughput(workload, progress.print)
+    measured["training"] = [throughput.to_json() for throughput in throughputs]
+    return training.throughput_table(throughputs, workload)
 
 
 def _measure_private(
@@ -209,34 +187,6 @@ def _measure_runs(
     if Part.RUN in parts:
         tables = [flower_run.phases_table(done), flower_run.hops_table(done[0]), *tables]
     return tables
-
-
-def _measure_consortium(
-    app: Path,
-    backbones: tuple[Backbone, ...],
-    quick: bool,
-    sites: int | None,
-    laps: int | None,
-    threads: int,
-    timeout: float,
-    measured: dict[str, object],
-) -> list[Table]:
-    try:
-        from chainward_simulations.benchmark import consortium, consortium_tables, flower_run
-    except ModuleNotFoundError as error:
-        progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
-        raise typer.Exit(1) from error
-
-    workload = consortium.ConsortiumWorkload.quick() if quick else consortium.ConsortiumWorkload()
-    workload = consortium.with_choices(workload, sites, laps, backbones, threads)
-    progress.print(f"flwr run {app.name} over {workload.sites} sites, {workload.laps} laps")
-    try:
-        run = consortium.measure_consortium(app, workload, timeout=timeout)
-    except flower_run.BenchmarkError as error:
-        progress.print(str(error), markup=False)
-        raise typer.Exit(1) from error
-    measured["consortium"] = run.to_json()
-    return [consortium_tables.consortium_table(run), consortium_tables.coordinator_table(run)]
 
 
 def _measure_secure_sums(quick: bool, measured: dict[str, object]) -> Table:

@@ -1,4 +1,4 @@
-"""Throughput of the training loop beside plain PyTorch, and what the faster arithmetic costs in accuracy."""
+"""Throughput of the training loop beside plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chainward_shared.settings import Augmentation
 from chainward_shared.weights import StateDict
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
 from chainward_simulations.benchmark.plain import train_plain_link
-from chainward_simulations.runner import open_sites, score
+from chainward_simulations.runner import open_sites
 
 Variant = Literal["plain fp32", "chainward fp32", "chainward auto"]
 VARIANTS: tuple[Variant, ...] = ("plain fp32", "chainward fp32", "chainward auto")
@@ -57,8 +57,6 @@ class TrainingWorkload:
     sites : ids of phantom sites, comma-separated; empty: all six. Throughput is measured at the first
     epochs : epochs of one measured training
     repeats : measured trainings of each variant; one more comes first and isn't counted
-    accuracy_epochs : epochs of a link in the chains that accuracy is compared on
-    seeds : chains per variant that accuracy is compared on
     """
 
     backbones: tuple[Backbone, ...] = (Backbone("convnext_atto"), Backbone("vit_tiny_patch16_224", 8))
@@ -66,14 +64,12 @@ class TrainingWorkload:
     sites: str = ""
     epochs: int = 2
     repeats: int = 5
-    accuracy_epochs: int = 12
-    seeds: int = 3
     threads: int = 2
 
     @classmethod
     def quick(cls) -> TrainingWorkload:
         """Return a workload of a few seconds that exercises everything; its figures say nothing."""
-        return cls((Backbone("test_convnext"),), sites="site-5,site-6", epochs=1, repeats=2, accuracy_epochs=1, seeds=1)
+        return cls((Backbone("test_convnext"),), sites="site-5,site-6", epochs=1, repeats=2)
 
     def with_changes(self, changes: Mapping[str, Any]) -> TrainingWorkload:
         """Return the workload with other values for the fields that `changes` names."""
@@ -110,20 +106,6 @@ class Throughput:
     def to_json(self) -> dict[str, Any]:
         """Return every measurement, and the median ratios to plain PyTorch."""
         return {**asdict(self), "ratio_to_plain": {variant: self.speed_up(variant).median for variant in VARIANTS}}
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Pooled balanced test accuracy of a chain's last model, one value per seed."""
-
-    backbone: Backbone
-    epochs: int
-    cases: int
-    balanced_accuracy: dict[Variant, Measured]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return every measurement."""
-        return asdict(self)
 
 
 def auto_precision() -> str:
@@ -173,31 +155,6 @@ def measure_throughput(
     return measured
 
 
-def measure_accuracy(workload: TrainingWorkload, on_step: Callable[[str], None] = lambda step: None) -> Accuracy:
-    """Return the accuracy of a whole chain of the workload's first backbone in every variant, after the same epochs."""
-    backbone = workload.backbones[0]
-    seen: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
-    cases = 0
-    for seed in range(workload.seeds):
-        config = workload.config(backbone, "upright", seed=seed, epochs=workload.accuracy_epochs)
-        sites = open_sites(config)
-        cases = sum(len(data.splits["test"]) for data in sites.values())
-        for variant in VARIANTS:
-            seen[variant].append(_chain_accuracy(variant, config, sites))
-            on_step(f"accuracy of {variant}, seed {seed}: {seen[variant][-1]:.3f}")
-    figures = {variant: Measured(tuple(values)) for variant, values in seen.items()}
-    return Accuracy(backbone, workload.accuracy_epochs, cases, figures)
-
-
-def _chain_accuracy(variant: Variant, config: RunConfig, sites: Mapping[str, SiteData]) -> float:
-    architecture = architecture_for(config, next(iter(sites.values())))
-    carried: StateDict | None = None
-    for data in sites.values():
-        carried, _ = train_variant(variant, data, architecture, config.link_recipe(), carried)
-    assert carried is not None
-    return score(carried, architecture, sites, config)[1].balanced_accuracy or 0.0
-
-
 def architecture_for(config: RunConfig, data: SiteData) -> Architecture:
     """Return the architecture of a configuration's backbone for the images of a site."""
     images = data.splits["train"].images
@@ -235,27 +192,6 @@ def throughput_table(measured: Sequence[Throughput], workload: TrainingWorkload)
             )
     if auto == "fp32":
         table.notes.append("This hardware doesn't compute bf16: auto is fp32 here.")
-    return table
-
-
-def accuracy_table(accuracy: Accuracy) -> Table:
-    """Return the table of accuracies."""
-    seeds = len(accuracy.balanced_accuracy["plain fp32"].values)
-    table = Table(
-        "Accuracy after the same epochs",
-        ("backbone", "loop", "balanced accuracy", "difference to Chainward fp32"),
-        notes=[
-            f"Last model of a chain over the phantom sites, {accuracy.epochs} epochs a link, pooled over "
-            f"{accuracy.cases} test images; median (smallest to largest) of {seeds} seed(s), differences seed by seed."
-        ],
-    )
-    auto = auto_precision()
-    reference = accuracy.balanced_accuracy["chainward fp32"]
-    for variant, figure in accuracy.balanced_accuracy.items():
-        pairs = zip(figure.values, reference.values, strict=True)
-        difference = Measured(tuple(mine - other for mine, other in pairs))
-        cell = "-" if variant == "chainward fp32" else difference.text(3)
-        table.rows.append((str(accuracy.backbone), _label(variant, auto), figure.text(3), cell))
     return table
 
 

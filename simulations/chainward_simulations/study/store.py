@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -277,12 +277,6 @@ def load_chain(path: Path) -> Outcome | None:
 def chain_file(folder: Path, digest: str, seed: int) -> Path:
     """Return where the chain with this digest is kept."""
     return folder / "chains" / f"{digest}-seed-{seed}.safetensors"
-
-
-def finished_of(folder: StudyFolder, arms: Sequence[str], seeds: Sequence[int]) -> list[ArmRecord]:
-    """Return the finished records of these arms and seeds, arms in their order."""
-    found = [folder.record_of(arm, seed) for arm in arms for seed in seeds]
-    return [record for record in found if record is not None]
 
 
 def _now() -> str:
