@@ -21,6 +21,8 @@ from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.report import render_audit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tried():
@@ -38,7 +40,17 @@ def test_the_installed_training_passes_and_every_sabotage_is_found_out(tried):
 SAID = {
     "without noise": "times the specified standard deviation",
     "without clipping": "can move the sum of gradients",
+    "with half the noise": r"0\.(49|50)\d times the specified standard deviation",
+    "with one number as the noise of all weights": "times the specified|depend on one another",
     "with noise from a seed": "two trainings with one seed draw the same noise",
+    "with noise from PyTorch's own generator": "two trainings with one seed draw the same noise",
+    "without noise where nobody was sampled": "empty leaves the weights as they were",
+    "with a sample of fixed size": "the number of patients in a step varies by 0.00",
+    "with patients sampled twice as often": "more or less often than specified",
+    "with each image counted as a patient": "a step holds two images of one patient",
+    "with the sum divided by the sample's own size": "not divided by the expected batch",
+    "that stops at an image without a loss": "it tells that the image is there",
+    "that loses others with an image without a loss": "changes what the others add",
     "with teachers trained without privacy": "a privileged teacher that was trained without privacy is let in",
     "with an accountant that is reset each round": "10 rounds are accounted as epsilon 2.85; together they cost 7.05",
     "with sums without noise": "an attack on releases of sums guesses 400 of 400 coins",
@@ -48,10 +60,9 @@ SAID = {
 
 
 @pytest.mark.parametrize("broken", SABOTAGES, ids=lambda one: one.name)
-def test_the_checks_name_what_is_broken(broken):
-    assert any(
-        SAID[broken.name] in problem for problem in mechanism_problems(broken.training, broken.ledger, broken.release)
-    )
+def test_the_checks_name_what_is_broken(broken, tried):
+    (found,) = (one.problems for one in tried.trials if one.name == broken.name)
+    assert any(re.search(SAID[broken.name], problem) for problem in found), found
 
 
 def test_each_check_fails_for_some_sabotage_or_is_held_by_those_of_test_private(tried):
@@ -60,7 +71,8 @@ def test_each_check_fails_for_some_sabotage_or_is_held_by_those_of_test_private(
 
 
 def test_the_attack_sees_missing_noise_and_missing_clipping_and_not_what_it_can_not_see(tried):
-    measured = {one.name: one.attack.measured for one in tried.trials}
+    measured = {one.name: one.attack.measured for one in tried.trials if one.attack}
+    assert list(measured) == ["as installed", *(one.name for one in SABOTAGES if one.attacked)]
     assert measured["without noise"] > 3 and measured["without clipping"] > 3
     assert measured["with noise from a seed"] < 1, "who does not know the seed sees honest noise: the checks must tell"
 
@@ -107,11 +119,11 @@ def test_an_attack_that_could_not_have_failed_is_noted(tried):
 def test_json_and_page_tell_what_was_tried(tried):
     audit = Audit("ledger", "oak", (), ()).with_empirical(tried)
     content = json.loads(json.dumps(audit.to_json(), allow_nan=False))["empirical"]
-    assert [one["caught"] for one in content["trials"]] == [False, *[True] * 8]
+    assert [one["caught"] for one in content["trials"]] == [False] + [True] * len(SABOTAGES)
     assert content["trials"][0]["attack"]["canaries"] == 400
     text = " ".join(re.sub(r"<[^>]*>", " ", render_audit(audit)).split())
-    assert "broken on purpose in 8 ways" in text
-    assert text.count("found out ") >= 5 and "NOT found out" not in text
+    assert f"broken on purpose in {len(SABOTAGES)} ways" in text
+    assert text.count("found out ") >= len(SABOTAGES) and "NOT found out" not in text
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,8 @@ def site_yaml(tmp_path):
     return path
 
 
-def test_the_command_tries_the_training_and_says_so_everywhere(site_yaml, typed, tmp_path):
+def test_the_command_tries_the_training_and_says_so_everywhere(site_yaml, typed, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "SABOTAGES", SABOTAGES[1:3])
     code, out, err = typed("audit", site_yaml, "--empirical", "--canaries", 400, "--html", tmp_path / "audit.html")
     assert code == 0
     assert "as installed" in out and "ledger oak: fine" in out
@@ -164,7 +177,7 @@ def test_the_command_tries_the_training_and_says_so_everywhere(site_yaml, typed,
     assert "The program, tried by attack" in (tmp_path / "audit.html").read_text()
     code, out, _ = typed("audit", site_yaml, "--empirical", "--canaries", 400, "--sabotage", "--epsilon", 1, "--json")
     content = json.loads(out)["empirical"]
-    assert (code, content["source"], len(content["trials"])) == (0, "as asked", 9)
+    assert (code, content["source"], len(content["trials"])) == (0, "as asked", 3)
 
 
 def test_a_bare_ledger_is_tried_at_a_default_that_is_said(site_yaml, typed, tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases
 from chainward_client.privacy_audit.neighbours import (
+    RECIPE,
     MakeTraining,
     choices_problem,
     extremes_problem,
@@ -32,25 +33,13 @@ from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.recipes import PrivilegedRecipe, TrainingRecipe
+from chainward_shared.recipes import PrivilegedRecipe
 
 _SIDE = 16
 _CLASSES = 8
 _Z = 5.5  # standard deviations: two-sided, 4 in 10^8
 _DP_SGD = DpSgd(
     unit="patient", delta=1e-5, noise_multiplier=2.0, sample_rate=0.25, expected_batch=8.0, steps=8, clip=0.5
-)
-_RECIPE = TrainingRecipe(
-    seed=11,
-    epochs=2,
-    batch_size=8,
-    learning_rate=1e-3,
-    weight_decay=0.0,
-    augmentation="none",
-    precision="fp32",
-    threads=1,
-    class_balance="none",
-    label_fraction=1.0,
 )
 
 
@@ -151,7 +140,7 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
     for _ in range(2):
         model = _model()
         private = training(_DP_SGD)
-        train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
+        train(model, _cases(), RECIPE, _Squares(), "audit", private=private)
         if private.spent.seeded:
             return "the noise comes from a seeded generator, which is for tests only"
         ends.append(_flat([p.detach() for p in model.parameters()]))
@@ -169,7 +158,7 @@ def empty_batch_problem(training: MakeTraining = PrivateTraining) -> str:
     dp_sgd = _DP_SGD.model_copy(update={"sample_rate": 1e-9, "steps": 2})
     model, private = _model(), training(dp_sgd)
     before = _flat([p.detach().clone() for p in model.parameters()])
-    train(model, _cases(), _RECIPE, _Squares(), "audit", private=private)
+    train(model, _cases(), RECIPE, _Squares(), "audit", private=private)
     if private.spent.mechanism.steps != 2:
         return f"2 steps with empty samples are counted as {private.spent.mechanism.steps}"
     if torch.equal(before, _flat([p.detach() for p in model.parameters()])):
@@ -181,7 +170,7 @@ def buffers_problem(training: MakeTraining = PrivateTraining) -> str:
     """Training leaves buffers untouched."""
     model = _model()
     model.register_buffer("note", torch.ones(3))
-    train(model, _cases(), _RECIPE, _Squares(), "audit", private=training(_DP_SGD))
+    train(model, _cases(), RECIPE, _Squares(), "audit", private=training(_DP_SGD))
     if not torch.equal(dict(model.named_buffers())["note"], torch.ones(3)):
         return "training changes buffers, which are neither clipped nor noised"
     return ""
@@ -190,7 +179,7 @@ def buffers_problem(training: MakeTraining = PrivateTraining) -> str:
 def teachers_problem(training: MakeTraining = PrivateTraining) -> str:
     """A privileged teacher is not let in unless it was said to be trained privately: it has seen every patient."""
     teacher = PrivilegedRecipe(use="all", logit_weight=1.0, embedding_weight=0.0, temperature=2.0, epochs=1)
-    taught = _RECIPE.model_copy(update={"privileged": teacher})
+    taught = RECIPE.model_copy(update={"privileged": teacher})
     try:
         train(_model(), _cases(), taught, _Squares(), "audit", private=training(_DP_SGD))
     except PrivacyError:

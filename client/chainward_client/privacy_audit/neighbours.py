@@ -22,6 +22,20 @@ from chainward_client.training.link import labelled_rows
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.recipes import TrainingRecipe
 
+RECIPE = TrainingRecipe(
+    seed=11,
+    epochs=2,
+    batch_size=8,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    augmentation="none",
+    precision="fp32",
+    threads=1,
+    class_balance="none",
+    label_fraction=1.0,
+)
+"""Of the trainings of all checks."""
+
 MakeTraining = Callable[[DpSgd], PrivateTraining]
 
 _HARM = ((1e-25, 1e-33), (1e-12, 1e-24), (1e-30, 1e-30), (1e25, 1e-3), (1e-40, 1e-45), (1e38, 1.0))
@@ -98,18 +112,7 @@ Harm = Callable[[Tensor, Tensor], Tensor]
 def _labels(patients: np.ndarray, key: bytes) -> np.ndarray:
     cases = Cases(torch.zeros(len(patients), 1, 1, 1, dtype=torch.uint8), torch.arange(len(patients)) % 2, patients)
     data = SiteData("audit", ("a", "b"), {"train": cases, "val": cases, "test": cases}, key=key)
-    recipe = TrainingRecipe(
-        seed=3,
-        epochs=1,
-        batch_size=1,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        augmentation="none",
-        precision="fp32",
-        threads=1,
-        class_balance="none",
-        label_fraction=0.4,
-    )
+    recipe = RECIPE.model_copy(update={"label_fraction": 0.4})
     kept = np.zeros(len(patients), dtype=bool)
     kept[labelled_rows(data, recipe, private=True)] = True
     return kept

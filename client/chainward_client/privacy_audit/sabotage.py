@@ -6,12 +6,12 @@ find it out by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chainward_client.bounded_sums import SumsRelease
 from chainward_client.entropy import Entropy, OperatingSystem, SeededForTests
@@ -32,8 +32,86 @@ class _Silence(OperatingSystem):
         return [torch.zeros(shape, device=device) for shape in shapes]
 
 
+class _HalfTheNoise(OperatingSystem):
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        return [0.5 * noise for noise in super().normal(shapes, device)]
+
+
+class _OneNumber(OperatingSystem):
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        number = super().normal([torch.Size([])], device)[0]
+        return [number.expand(shape).clone() for shape in shapes]
+
+
 class _HiddenSeed(SeededForTests):
     seeded = False
+
+
+class _FixedSize(OperatingSystem):
+    def uniform(self, n: int) -> np.ndarray:
+        return np.argsort(super().uniform(n)) / n
+
+
+class _TwiceAsOften(OperatingSystem):
+    def uniform(self, n: int) -> np.ndarray:
+        return super().uniform(n) / 2
+
+
+class _TorchsGenerator(OperatingSystem):
+    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        return [torch.randn(shape, device=device) for shape in shapes]
+
+
+class _FromTorchsGenerator(PrivateTraining):
+    def __init__(self, dp_sgd: DpSgd) -> None:
+        super().__init__(dp_sgd, entropy=_TorchsGenerator())
+
+    def secret_generator(self, device: torch.device) -> torch.Generator:
+        return torch.Generator()
+
+
+class _ImagesAsPatients(PrivateTraining):
+    def start(
+        self, model: nn.Module, others: Sequence[nn.Module], parameters: Sequence[nn.Parameter], patients: np.ndarray
+    ) -> None:
+        super().start(model, others, parameters, np.arange(len(patients)).astype(str))
+
+
+class _DividedByTheSample(PrivateTraining):
+    _sampled = 0
+
+    def accumulate(self, losses: Tensor) -> None:
+        self._sampled += len(losses)
+        super().accumulate(losses)
+
+    def finish_step(self) -> None:
+        super().finish_step()
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            parameter.grad *= self.dp_sgd.expected_batch / max(1, self._sampled)
+        self._sampled = 0
+
+
+class _QuietWhenEmpty(PrivateTraining):
+    def finish_step(self) -> None:
+        empty = not self._sums
+        super().finish_step()
+        for parameter in self._parameters if empty else ():
+            parameter.grad = torch.zeros_like(parameter)
+
+
+class _StopsAtABadImage(PrivateTraining):
+    def _add(self, losses: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+        self.accumulate(losses(rows))
+
+
+class _LosesOthersWithABadImage(PrivateTraining):
+    def _add(self, losses: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+        try:
+            self.accumulate(losses(rows))
+        except IndexError:
+            assert self._ghost is not None
+            self._ghost.forget()
 
 
 class ForgetfulLedger(Ledger):
@@ -44,25 +122,14 @@ class ForgetfulLedger(Ledger):
         return tuple(record for record in spent[-1:] if record is not None)
 
 
-def without_noise(dp_sgd: DpSgd) -> PrivateTraining:
-    """Every step's noise is zero."""
-    return PrivateTraining(dp_sgd, entropy=_Silence())
+def _with(entropy: type[OperatingSystem]) -> MakeTraining:
+    return lambda dp_sgd: PrivateTraining(dp_sgd, entropy=entropy())
 
 
 def without_clipping(dp_sgd: DpSgd) -> PrivateTraining:
     """The noise is as specified, and no gradient is shortened."""
     loose = {"clip": dp_sgd.clip * _BEYOND_CLIPPING, "noise_multiplier": dp_sgd.noise_multiplier / _BEYOND_CLIPPING}
     return PrivateTraining(dp_sgd.model_copy(update=loose))
-
-
-def noise_from_a_seed(dp_sgd: DpSgd) -> PrivateTraining:
-    """Noise and sampling can be replayed by whoever knows the seed."""
-    return PrivateTraining(dp_sgd, entropy=_HiddenSeed(3))
-
-
-def any_teacher(dp_sgd: DpSgd) -> PrivateTraining:
-    """Privileged teachers that were trained without privacy are let in."""
-    return PrivateTraining(dp_sgd, private_teachers=True)
 
 
 class NoiselessSums(SumsRelease):
@@ -92,19 +159,39 @@ def sums_by_image(form: SumsForm, unit: PrivacyUnit) -> SumsRelease:
 
 @dataclass(frozen=True)
 class Sabotage:
-    """One way to break private work: its name, how a training and a release of sums are made, and which ledger counts."""
+    """One way to break private work.
+
+    Attributes
+    ----------
+    name : what is broken
+    training, ledger, release : how a training is made, which ledger counts, how a release of sums is made
+    attacked : whether trained models are attacked, too; where one image is in every step, as in an attack, most faults don't show
+    """
 
     name: str
     training: MakeTraining = PrivateTraining
     ledger: type[Ledger] = Ledger
     release: MakeRelease = SumsRelease
+    attacked: bool = False
 
+
+without_noise = _with(_Silence)
 
 SABOTAGES = (
-    Sabotage("without noise", without_noise),
-    Sabotage("without clipping", without_clipping),
-    Sabotage("with noise from a seed", noise_from_a_seed),
-    Sabotage("with teachers trained without privacy", any_teacher),
+    Sabotage("without noise", without_noise, attacked=True),
+    Sabotage("without clipping", without_clipping, attacked=True),
+    Sabotage("with half the noise", _with(_HalfTheNoise)),
+    Sabotage("with one number as the noise of all weights", _with(_OneNumber)),
+    Sabotage("with noise from a seed", lambda dp_sgd: PrivateTraining(dp_sgd, entropy=_HiddenSeed(3)), attacked=True),
+    Sabotage("with noise from PyTorch's own generator", _FromTorchsGenerator),
+    Sabotage("without noise where nobody was sampled", _QuietWhenEmpty),
+    Sabotage("with a sample of fixed size", _with(_FixedSize)),
+    Sabotage("with patients sampled twice as often", _with(_TwiceAsOften)),
+    Sabotage("with each image counted as a patient", _ImagesAsPatients),
+    Sabotage("with the sum divided by the sample's own size", _DividedByTheSample),
+    Sabotage("that stops at an image without a loss", _StopsAtABadImage),
+    Sabotage("that loses others with an image without a loss", _LosesOthersWithABadImage),
+    Sabotage("with teachers trained without privacy", lambda dp_sgd: PrivateTraining(dp_sgd, private_teachers=True)),
     Sabotage("with an accountant that is reset each round", ledger=ForgetfulLedger),
     Sabotage("with sums without noise", release=NoiselessSums),
     Sabotage("with sums without bounds", release=UnboundedSums),

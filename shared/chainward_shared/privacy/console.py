@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chainward_shared.errors import PrivacyError
-from chainward_shared.privacy.empirical import Empirical
+from chainward_shared.privacy.empirical import Attack, Empirical
 from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.report import MISSING, epsilon_text, render_audit
 
@@ -62,7 +62,7 @@ def _spending(audit: Audit) -> Table:
 
 
 def _trials(tried: Empirical) -> Table:
-    attack = tried.trials[0].attack
+    attack = tried.attack
     table = Table(
         *("training", "claimed", "right guesses", "at least", "checks of the step", "outcome"),
         title="private training, tried by attack",
@@ -75,14 +75,18 @@ def _trials(tried: Empirical) -> Table:
         outcome = ("fails" if trial.caught else "passes") if trial.honest else "found out" if trial.caught else "MISSED"
         table.add_row(
             trial.name if trial.honest else f"{trial.name} (on purpose)",
-            f"{trial.attack.claimed:.2f}",
-            f"{trial.attack.correct} of {trial.attack.guesses}",
-            f"{trial.attack.measured:.2f}",
+            *_attacked(trial.attack),
             Text("all passed" if not trial.problems else f"{len(trial.problems)} failed: {trial.problems[0]}"),
             outcome,
             style="red" if trial.caught == trial.honest else None,
         )
     return table
+
+
+def _attacked(attack: Attack | None) -> tuple[str, str, str]:
+    if attack is None:
+        return MISSING, MISSING, MISSING
+    return f"{attack.claimed:.2f}", f"{attack.correct} of {attack.guesses}", f"{attack.measured:.2f}"
 
 
 def write_page(audit: Audit, path: Path) -> None:

@@ -12,7 +12,7 @@ class Attack:
 
     Attributes
     ----------
-    claimed : epsilon of the training's plan at its delta, as accounted
+    claimed : epsilon of the training's DP-SGD at its delta, as accounted
     measured : lower bound on epsilon, refuted at `confidence`
     ceiling : what `measured` were if every guess had been right: no more can be shown with so many guesses
     confidence : of the lower bound
@@ -52,18 +52,18 @@ class Trial:
     name : "as installed", or how it was broken
     honest : False: broken on purpose, to see that it is found out
     problems : what the checks of the private step found, one sentence each
-    attack : what the attack found
+    attack : what the attack found; None for a version that is broken where this attack is blind
     """
 
     name: str
     honest: bool
     problems: tuple[str, ...]
-    attack: Attack
+    attack: Attack | None
 
     @property
     def caught(self) -> bool:
         """Whether a check or the attack found something."""
-        return bool(self.problems) or self.attack.problem is not None
+        return bool(self.problems) or bool(self.attack and self.attack.problem)
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,19 @@ class Empirical:
     trials: tuple[Trial, ...]
 
     @property
+    def attack(self) -> Attack:
+        """The attack on the training as it is installed."""
+        attack = self.trials[0].attack
+        assert attack is not None, "the honest trial is attacked"
+        return attack
+
+    @property
     def problems(self) -> list[str]:
         """What is wrong, one sentence each: with the code as installed, or with a trial that should have failed."""
         found: list[str] = []
         for trial in self.trials:
             if trial.honest:
-                found += [*trial.problems, *([trial.attack.problem] if trial.attack.problem else [])]
+                found += [*trial.problems, *([self.attack.problem] if self.attack.problem else [])]
             elif not trial.caught:
                 found.append(f"training {trial.name} was not found out: the checks can't be relied on here")
         return found
@@ -99,7 +106,7 @@ class Empirical:
     @property
     def remarks(self) -> list[str]:
         """What limits the trials, one sentence each."""
-        attack = self.trials[0].attack
+        attack = self.attack
         if not attack.blind:
             return []
         return [
