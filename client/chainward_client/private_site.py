@@ -224,6 +224,7 @@ class PrivateWork:
             unlabelled_patients=unlabelled_patients,
             declared_prior=declared_prior,
             private_teachers=private_teachers,
+            average_decay=asked.average_decay,
             entropy=self.site.entropy,
         )
         # what the recipe alone makes impossible costs nothing; a teacher's training has no teachers of its own

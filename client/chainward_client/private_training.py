@@ -90,6 +90,7 @@ class PrivateTraining:
     declared_prior : the objective's class counts are declared, not counted (`declared_counts`)
     private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
     together : examples computed at once; 0, the default: as many as fit into memory. Changes no result
+    average_decay : of the weights' moving average, which the training yields; 0, the default: the last weights
     entropy : the operating system, unless a test wants to repeat itself
     """
 
@@ -101,9 +102,10 @@ class PrivateTraining:
         declared_prior: bool = False,
         private_teachers: bool = False,
         together: int = 0,
+        average_decay: float = 0.0,
         entropy: Entropy | None = None,
     ) -> None:
-        self.dp_sgd, self.together = dp_sgd, together
+        self.dp_sgd, self.together, self.average_decay = dp_sgd, together, average_decay
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy

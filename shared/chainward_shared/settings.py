@@ -208,3 +208,8 @@ class PrivacySettings(Settings):
         description="Patients (or images) expected in a step of a private training, instead of chain.batch-size and "
         "student.batch-size. 0: those",
     )
+    average_decay: Decay = Field(
+        0.9999,
+        description="Decay of the moving average of the weights over the private steps, which is what a private training yields; "
+        "it begins at 2/11 and rises as (1 + step) / (10 + step). 0: the weights after the last step. Costs no privacy",
+    )

@@ -166,6 +166,21 @@ def test_a_private_training_goes_on_inside_its_reservation_and_pays_once(
     assert planned / 4 <= planned - len(done) < 9, "at least an epoch was kept, and no step twice but those of the last"
 
 
+def test_a_moving_average_costs_nothing(data, architecture, tmp_path):
+    """What the ledger holds of a training with it is what it holds of one without."""
+    spendings = []
+    for decay in (0.0, 0.9999):
+        private = PrivateSite.open(PrivacyPolicy(epsilon=8.0, delta=1e-4), tmp_path / str(decay), "site", create=True)
+        recipe, _ = recipes(
+            **{"privacy.mode": "dp-sgd", "privacy.delta": 1e-4, "student.rounds": 0, "privacy.average-decay": decay}
+        )
+        assert recipe.privacy.average_decay == decay
+        train_link(data, architecture, recipe, None, strand=0, lap=0, alone=False, work=private.work("run", "hop"))
+        (spending,) = private.ledger.spendings()
+        spendings.append((spending.reserved.mechanism, spending.end.mechanism))
+    assert spendings[0] == spendings[1]
+
+
 @pytest.mark.slow
 def test_a_private_checkpoint_without_its_open_reservation_is_of_no_use(
     private, data, architecture, monkeypatch, tmp_path

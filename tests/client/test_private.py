@@ -31,6 +31,7 @@ from chainward_client.training import link as link_module
 from chainward_client.training.link import LinkObjective
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.private_loop import WeightAverage
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError, PrivacyError
 from chainward_shared.models import build_model, ghost, resolve_architecture
@@ -172,6 +173,50 @@ def test_with_zero_noise_a_huge_clip_and_everyone_in_every_step_it_is_plain_trai
     assert float((mine - theirs).norm()) < 0.02 * float((theirs - start).norm())
     assert float((mine - theirs).abs().median()) < 1e-6
     assert (log.steps, log.images, log.loss) == (3, 36, [])
+
+
+class Following(LinkObjective):
+    """A link's objective that notes the weights after each step."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.weights: list[list[torch.Tensor]] = []
+
+    def after_step(self, model):
+        self.weights.append([parameter.detach().double().clone() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9999])
+def test_what_a_private_training_yields_is_the_moving_average_of_its_weights(architecture, decay):
+    cases, model = cases_of(), build_model(architecture, 1)
+    start = [parameter.detach().double().clone() for parameter in model.parameters()]
+    objective = Following(RECIPE, model, None, class_counts(cases.labels, 3))
+    private = PrivateTraining(DP_SGD.model_copy(update={"clip": 1.0}), average_decay=decay)
+    train(model, cases, RECIPE, objective, "link", private=private)
+    decays = [min(decay, (1 + step) / (10 + step)) for step in range(1, DP_SGD.steps + 1)]
+    shares = [(1 - decays[i]) * math.prod(decays[i + 1 :]) for i in range(DP_SGD.steps)]
+    assert math.isclose(sum(shares) + math.prod(decays), 1.0)
+    for i, parameter in enumerate(model.parameters()):
+        expected = math.prod(decays) * start[i]
+        for share, weights in zip(shares, objective.weights, strict=True):
+            expected = expected + share * weights[i]
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_interrupted_moving_average_goes_on_as_if_it_had_not_been(architecture):
+    def moved(average, parameter, steps):
+        for step in steps:
+            parameter.data.fill_(1.0 + step)
+            average.step()
+
+    parameter = nn.Parameter(torch.zeros(3))
+    whole, first, second = (WeightAverage([parameter], 0.9) for _ in range(3))
+    moved(whole, parameter, range(7))
+    moved(first, parameter, range(4))
+    second.load({name: value.clone() for name, value in first.state().items()}, 4)
+    moved(second, parameter, range(4, 7))
+    second.apply()
+    assert torch.equal(parameter.data, whole.values[0])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])

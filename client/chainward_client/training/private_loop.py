@@ -1,13 +1,19 @@
-"""The steps of a private training: each of a Poisson sample, in parts that fit into memory, and of one draw of noise."""
+"""The steps of a private training: each of a Poisson sample, in parts that fit into memory, and of one draw of noise.
+
+What comes out is a moving average of the weights over the steps (De et al. 2022, arXiv:2204.13650). It is computed from weights
+that noise protects already, and so costs no privacy.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from chainward_client.training.setup import Training
 from chainward_shared.errors import ModelError
@@ -18,6 +24,44 @@ if TYPE_CHECKING:
     from chainward_client.private_training import PrivateTraining
 
 logger = logging.getLogger("chainward.client")
+
+
+class WeightAverage:
+    """An exponential moving average of parameters over the steps of a training, whose decay rises with them.
+
+    Parameters
+    ----------
+    parameters : which the optimiser changes
+    decay : that it rises to; 0: there is no average
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.steps = (list(parameters) if decay else []), decay, 0
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the parameters after a step: ``average <- d average + (1-d) parameter``, ``d = min(decay, (1+t) / (10+t))``."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter, 1.0 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the parameters to their average."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the averages, to be written down."""
+        return {f"average.{number}": value for number, value in enumerate(self.values)}
+
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from what `state` returned after so many steps."""
+        self.steps = steps
+        for number, value in enumerate(self.values):
+            value.copy_(tensors[f"average.{number}"])
 
 
 def train_privately(training: Training, private: PrivateTraining, patients: np.ndarray) -> None:
@@ -36,6 +80,7 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
     device = training.labels.device
     parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
     private.start(training.model, training.objective.extra_modules(), parameters, patients)
+    average = WeightAverage(parameters, private.average_decay)
     views = private.secret_generator(device)
 
     def losses(rows: Tensor) -> Tensor:
@@ -49,6 +94,7 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
         views = private.secret_generator(device)  # not what it was: the randomness of a private training is never kept
         first, private.steps_done = saved.epoch, steps * saved.epoch // recipe.epochs
         training.skip(private.steps_done)
+        average.load(saved.tensors, private.steps_done)
         logger.info("a private training goes on after epoch %d of %d", first, recipe.epochs)
     try:
         for epoch in range(first, recipe.epochs):
@@ -56,12 +102,14 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
             for _ in range(steps * epoch // recipe.epochs, steps * (epoch + 1) // recipe.epochs):
                 private.step(losses)
                 training.step()
+                average.step()
             if not all(bool(parameter.isfinite().all()) for parameter in parameters):
                 raise ModelError(
                     f"a weight is not finite after epoch {epoch + 1} of {recipe.epochs} of a private training; "
                     f"lower the learning rate (now {recipe.learning_rate:g})"
                 )
-            training.keep(epoch, {}, {}, {})
+            training.keep(epoch, {}, {}, average.state())
+        average.apply()
     finally:
         private.close()
     training.model.to("cpu").eval()
