@@ -16,7 +16,7 @@ from chainward_client.data.decoded_store import DecodedStore
 from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SiteData
 from chainward_client.limits import SiteLimits
-from chainward_client.private_site import PrivateSite
+from chainward_client.private_site import PrivateSite, declared_units
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.request_check import Described, require_class_names
 from chainward_client.score_limits import ScoreLimits
@@ -110,7 +110,8 @@ class OpenSite:
     @property
     def features(self) -> Features:
         """Where the output of frozen trunks is kept."""
-        return Features(self.state_dir / "features", int(1e9 * self.features_gb))
+        declared = None if self.policy is None else declared_units(self.policy, self.data)
+        return Features(self.state_dir / "features", int(1e9 * self.features_gb), declared=declared)
 
     @property
     def bases(self) -> Bases:

@@ -75,7 +75,8 @@ class InProcessSites(Sites):
         self._auxiliaries: dict[str, StateDict] = {}
         self._last: dict[str, tuple[str, Trained[Any]]] = {}
         self._base: StateDict | None = None
-        self._features = {site: features or Features(None) for site in data}
+        declared = {site: private.units(data[site]) for site, private in self.private.items()}
+        self._features = {site: features or Features(None, declared=declared.get(site)) for site in data}
 
     def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
         self._base = base

@@ -8,9 +8,12 @@ import stat
 import numpy as np
 import pytest
 import torch
+import yaml
+from private_hospital import POLICY, hospital
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.evaluation import predict
+from chainward_client.site import open_site
 from chainward_client.training import features as module
 from chainward_client.training.augmentation import FIXED_VIEWS, augmented, fixed_view
 from chainward_client.training.features import BLOCK, Features, is_features, one_view
@@ -186,6 +189,49 @@ def test_features_beyond_half_precision_are_not_used(tmp_path):
     with torch.no_grad():
         model.norm.weight.mul_(1e7)
     assert Features(tmp_path / "f").of(model, images(), "none", 1) is None
+
+
+def beyond_half_for_one(pictures):
+    """A model whose trunk says of one of the images alone what half precision can't hold, and which that is."""
+    model = build_model(architecture(), seed=0).eval()
+    with torch.no_grad():
+        largest = trunk_of(model)(fixed_view(pictures, "none", 0, PIXELS)).abs().flatten(1).amax(dim=1)
+        second, first = largest.sort().values[-2:]
+        for parameter in (model.norm.weight, model.norm.bias):
+            parameter.mul_(torch.finfo(torch.float16).max / ((first + second) / 2))
+    return model, int(largest.argmax())
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_under_privacy_an_image_that_half_precision_cant_hold_changes_nothing_of_the_others(folder, tmp_path):
+    model, large = beyond_half_for_one(images())
+    others = torch.arange(10) != large
+    assert Features(None).of(model, images(), "none", 1) is None
+    whole, rest = (
+        Features(tmp_path / name if folder else None, declared=10).of(model, pictures, "none", 1)[0]
+        for name, pictures in (("whole", images()), ("rest", images()[others]))
+    )
+    assert bool(whole.isfinite().all())
+    assert torch.equal(whole[others], rest)
+
+
+def test_under_privacy_the_declared_number_of_images_decides_whether_there_is_room():
+    model = build_model(architecture(), seed=0)
+    of_one = 2 * Features(None).of(model, images(), "none", 1)[0][0].numel()
+    for declared, kept in ((3, True), (4, False)):
+        for n in (1, 10):
+            found = Features(None, limit=3 * of_one, declared=declared).of(model, images(n), "none", 1)
+            assert (found is not None) == kept
+
+
+def test_a_site_with_a_policy_decides_by_what_it_declares(tmp_path):
+    for name, policy in (("open", {}), ("private", {"privacy": POLICY})):
+        hospital(tmp_path / name)
+        config = yaml.safe_load((tmp_path / name / "site.yaml").read_text())
+        config = {key: value for key, value in config.items() if key != "privacy"} | policy
+        (tmp_path / name / "site.yaml").write_text(yaml.safe_dump(config))
+        declared = open_site(tmp_path / name / "site.yaml").features.declared
+        assert declared == (POLICY["units"] if policy else None)
 
 
 def test_one_view_of_each_row_is_drawn():

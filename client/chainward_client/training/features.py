@@ -31,6 +31,8 @@ logger = logging.getLogger("chainward.client")
 Compute = Callable[[Tensor], Tensor]
 """From at most `BLOCK` images to their features, (n, views, ...)."""
 
+_LARGEST = torch.finfo(torch.float16).max
+
 BLOCK = 64
 """Images that go through the trunk together, and are written together."""
 
@@ -42,10 +44,12 @@ class Features:
     ----------
     folder : where they are kept; None: in memory, as long as this object
     limit : bytes that they may take; default 4 GB. Features that would take more are not kept, nor used
+    declared : of a site with a privacy policy: how many images it says it has. They decide whether features are used; no image
+        does, as in each of the others features are rounded, and have other views than images. None: of other sites
     """
 
-    def __init__(self, folder: Path | None, limit: int = 4_000_000_000) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path | None, limit: int = 4_000_000_000, *, declared: int | None = None) -> None:
+        self.folder, self.limit, self.declared = folder, limit, declared
         self._held: dict[str, Tensor] = {}
 
     def of(
@@ -73,7 +77,8 @@ class Features:
         def compute(some: Tensor) -> Tensor:
             block = resized(some, size).to(best_device())
             seen = [trunk(fixed_view(block, augmentation, view, pixels)) for view in range(views)]
-            return torch.stack(seen, dim=1).cpu()
+            found = torch.stack(seen, dim=1).cpu()
+            return found if self.declared is None else found.clamp(-_LARGEST, _LARGEST)
 
         device = best_device()
         training = model.training
@@ -81,23 +86,30 @@ class Features:
         try:
             with training_environment(threads, seed=0), torch.inference_mode():
                 shape = (len(images), *compute(images[:1]).shape[1:])
-                if 2 * math.prod(shape) > self.limit:
-                    logger.info(
-                        "features of %d images and %d views would take %.1f GB, the site allows %.1f: computed anew each time",
-                        len(images),
-                        views,
-                        2 * math.prod(shape) / 1e9,
-                        self.limit / 1e9,
-                    )
+                if self._are_too_many(shape):
                     return None
                 what = f"{architecture.model_dump_json()} {augmentation} {torch.__version__}"
+                what += "" if self.declared is None else " saturated"
                 found = self._get(what, images, shape, compute)
         finally:
             model.to("cpu").train(training)
-        if not bool(found.isfinite().all()):
+        if self.declared is None and not bool(found.isfinite().all()):
             logger.info("features of this trunk are too large for half precision: computed anew each time")
             return None
         return found, trunk
+
+    def _are_too_many(self, shape: tuple[int, ...]) -> bool:
+        images = shape[0] if self.declared is None else self.declared
+        size = 2 * images * math.prod(shape[1:])
+        if size > self.limit:
+            logger.info(
+                "features of %d images and %d views would take %.1f GB, the site allows %.1f: computed anew each time",
+                images,
+                shape[1],
+                size / 1e9,
+                self.limit / 1e9,
+            )
+        return size > self.limit
 
     def _get(self, what: str, images: Tensor, shape: tuple[int, ...], compute: Compute) -> Tensor:
         """Return the features of all images, float16 of this shape; `what`: all that decides them but the images."""
