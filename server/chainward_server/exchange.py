@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Generic
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -104,68 +105,17 @@ class Exchange:
         deadline : seconds to wait for an answer, from sending on; sites that have not answered by then have failed
         patience : seconds to wait for a site that is not connected; default: it has failed at once
         """
-        unsent, waiting, sent = dict(requests), dict[str, str](), dict[str, float]()
-        lookout, pause, looked, told = _Lookout(self, requests), POLL_SECONDS, -math.inf, -math.inf
-        begun, rest, again = time.monotonic(), dict.fromkeys(requests, 0.0), dict.fromkeys(requests, 0)
-        since = dict.fromkeys(requests, begun)
-
-        def settled(site: str, outcome: Reply[B] | Failure) -> tuple[str, Reply[B] | Failure]:
-            unsent.pop(site, None)
-            for message_id in [message_id for message_id, other in waiting.items() if other == site]:
-                del waiting[message_id]
-            return site, outcome
-
-        def ask_again(site: str, why: str) -> None:
-            logger.warning("%s; it is asked again", why)
-            unsent[site], since[site], again[site] = requests[site], time.monotonic(), again[site] + 1
-            rest[site] = since[site] + (WORKER_PAUSE * again[site] if WORKER_DIED in why else 0.0)
-
-        while unsent or waiting:
-            now = time.monotonic()
-            if unsent and now - looked > LOOK_SECONDS:
-                looked = now
-                held = self.approvals.held(self, unsent, begun) if self.approvals else {}
-                since |= dict.fromkeys(held, now)  # their patience begins when they may have the work
-                for site, failure in [(site, why) for site, why in held.items() if why is not None]:
-                    yield settled(site, failure)
-                for site in self._connected([site for site in unsent if now >= rest[site] and site not in held]):
-                    sent[site], message_id = time.monotonic(), self.push(site, unsent.pop(site), deadline)
-                    if message_id is None:
-                        yield settled(site, Failure(f"site '{site}': Flower did not take the message", 0.0, lost=True))
-                    else:
-                        waiting[message_id] = site
-                away = [site for site in unsent if site not in held]
-                for site in [site for site in away if now >= rest[site] and now - since[site] >= patience]:
-                    waited = f" (waited {now - since[site]:.0f} s, federation.patience)" if patience else ""
-                    yield settled(
-                        site, Failure(f"site '{site}' is not connected{waited}", now - since[site], lost=True)
-                    )
-                told = _told_who_is_away([site for site in away if site in unsent], since, patience, now, told)
-            for message in self.grid.pull_messages(list(waiting)) if waiting else ():
+        asked = _Asked(self, requests, expected, deadline, patience)
+        pause, looked = POLL_SECONDS, -math.inf
+        while asked.open:
+            if asked.unsent and time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                yield from asked.send(looked)
+            for message in self.grid.pull_messages(list(asked.waiting)) if asked.waiting else ():
                 pause = POLL_SECONDS
-                if message.metadata.reply_to_message_id not in waiting:
-                    continue  # of a site that was asked twice, and has answered
-                site = waiting.pop(message.metadata.reply_to_message_id)
-                reply = read_reply(site, message, expected, time.monotonic() - sent[site])
-                if isinstance(reply, Failure) and reply.lost:
-                    if site in unsent or site in waiting.values():
-                        continue
-                    if again[site] < SENT_AGAIN:
-                        ask_again(site, reply.reason)
-                        continue
-                if isinstance(reply, Failure) and reply.waiting and self.approvals and self.approvals.withdraw(site):
-                    unsent[site] = requests[site]
-                    continue
-                yield settled(site, reply)
-            for site in dict.fromkeys(waiting.values()):
-                if time.monotonic() - sent[site] > deadline:
-                    late = f"site '{site}' did not answer within {deadline:g} s"
-                    yield settled(site, Failure(late, time.monotonic() - sent[site], lost=True))
-            for site in lookout.idle({site: sent[site] for site in waiting.values() if site not in unsent}):
-                if again[site] < SENT_AGAIN:
-                    # the earlier request stays awaited: its answer may be on its way, over a slow line
-                    ask_again(site, f"site '{site}' is not at work on what it was asked for")
-            if unsent or waiting:
+                yield from asked.receive(message)
+            yield from asked.overdue()
+            if asked.open:
                 time.sleep(pause)
                 pause = min(1.05 * pause, max(POLL_SECONDS, LONGEST_POLL))
 
@@ -177,7 +127,7 @@ class Exchange:
         message = Message(content, dst_node_id=node, message_type=request.message_type, ttl=deadline)
         return next(iter(self.grid.push_messages([message])), None)
 
-    def _connected(self, sites: Iterable[str]) -> list[str]:
+    def connected(self, sites: Iterable[str]) -> list[str]:
         """Return those of `sites` that are connected, perhaps as another node than before."""
         nodes = set(self.grid.get_node_ids())
         absent = [site for site in sites if self.members[site].node_id not in nodes]
@@ -207,13 +157,104 @@ class Exchange:
                 self.members[site] = replace(member, node_id=node)
 
 
-def _told_who_is_away(sites: list[str], since: Mapping[str, float], patience: float, now: float, told: float) -> float:
-    """Say now and then which sites are waited for, and return when that was last said."""
-    if not sites or now - told <= TELL_SECONDS:
-        return told
-    left = max(patience - (now - since[site]) for site in sites)
-    logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(sites))
-    return now
+class _Asked(Generic[B]):
+    """The requests of one `Exchange.stream`, and how each stands; its methods yield the sites that are settled.
+
+    Attributes
+    ----------
+    unsent : requests that still have to be sent, by site
+    waiting : sites by the id of a message that they have not answered
+    """
+
+    def __init__(
+        self, exchange: Exchange, requests: Mapping[str, Request], expected: type[B], deadline: float, patience: float
+    ) -> None:
+        self.exchange, self.requests, self.expected = exchange, requests, expected
+        self.deadline, self.patience = deadline, patience
+        self.unsent, self.waiting = dict(requests), dict[str, str]()
+        self._begun = time.monotonic()
+        self._sent: dict[str, float] = {}
+        self._rest, self._again = dict.fromkeys(requests, 0.0), dict.fromkeys(requests, 0)
+        self._since = dict.fromkeys(requests, self._begun)
+        self._told = -math.inf
+        self._lookout = _Lookout(exchange, requests)
+
+    @property
+    def open(self) -> bool:
+        """Whether a site is not settled yet."""
+        return bool(self.unsent or self.waiting)
+
+    def send(self, now: float) -> Iterator[tuple[str, Reply[B] | Failure]]:
+        """Send what can be sent to sites that are connected and may have it, and give up those that are away for too long."""
+        approvals = self.exchange.approvals
+        held = approvals.held(self.exchange, self.unsent, self._begun) if approvals else {}
+        self._since |= dict.fromkeys(held, now)  # their patience begins when they may have the work
+        for site, failure in [(site, why) for site, why in held.items() if why is not None]:
+            yield self._settled(site, failure)
+        ready = [site for site in self.unsent if now >= self._rest[site] and site not in held]
+        for site in self.exchange.connected(ready):
+            self._sent[site] = time.monotonic()
+            message_id = self.exchange.push(site, self.unsent.pop(site), self.deadline)
+            if message_id is None:
+                yield self._settled(site, Failure(f"site '{site}': Flower did not take the message", 0.0, lost=True))
+            else:
+                self.waiting[message_id] = site
+        away = [site for site in self.unsent if site not in held]
+        for site in [site for site in away if now >= self._rest[site] and now - self._since[site] >= self.patience]:
+            gone = now - self._since[site]
+            waited = f" (waited {gone:.0f} s, federation.patience)" if self.patience else ""
+            yield self._settled(site, Failure(f"site '{site}' is not connected{waited}", gone, lost=True))
+        self._tell_who_is_away([site for site in away if site in self.unsent], now)
+
+    def receive(self, message: Message) -> Iterator[tuple[str, Reply[B] | Failure]]:
+        """Read an answer; one that got lost, or waits for a person, is asked for again."""
+        if message.metadata.reply_to_message_id not in self.waiting:
+            return  # of a site that was asked twice, and has answered
+        site = self.waiting.pop(message.metadata.reply_to_message_id)
+        reply = read_reply(site, message, self.expected, time.monotonic() - self._sent[site])
+        if isinstance(reply, Failure) and reply.lost:
+            if site in self.unsent or site in self.waiting.values():
+                return
+            if self._again[site] < SENT_AGAIN:
+                self._ask_again(site, reply.reason)
+                return
+        approvals = self.exchange.approvals
+        if isinstance(reply, Failure) and reply.waiting and approvals and approvals.withdraw(site):
+            self.unsent[site] = self.requests[site]
+            return
+        yield self._settled(site, reply)
+
+    def overdue(self) -> Iterator[tuple[str, Reply[B] | Failure]]:
+        """Give up the sites whose time is over, and ask those again that are not at work on what they were asked for."""
+        for site in dict.fromkeys(self.waiting.values()):
+            took = time.monotonic() - self._sent[site]
+            if took > self.deadline:
+                late = f"site '{site}' did not answer within {self.deadline:g} s"
+                yield self._settled(site, Failure(late, took, lost=True))
+        sent = {site: self._sent[site] for site in self.waiting.values() if site not in self.unsent}
+        for site in self._lookout.idle(sent):
+            if self._again[site] < SENT_AGAIN:
+                # the earlier request stays awaited: its answer may be on its way, over a slow line
+                self._ask_again(site, f"site '{site}' is not at work on what it was asked for")
+
+    def _settled(self, site: str, outcome: Reply[B] | Failure) -> tuple[str, Reply[B] | Failure]:
+        self.unsent.pop(site, None)
+        for message_id in [message_id for message_id, other in self.waiting.items() if other == site]:
+            del self.waiting[message_id]
+        return site, outcome
+
+    def _ask_again(self, site: str, why: str) -> None:
+        logger.warning("%s; it is asked again", why)
+        self.unsent[site], self._since[site] = self.requests[site], time.monotonic()
+        self._again[site] += 1
+        self._rest[site] = self._since[site] + (WORKER_PAUSE * self._again[site] if WORKER_DIED in why else 0.0)
+
+    def _tell_who_is_away(self, sites: list[str], now: float) -> None:
+        """Say now and then which sites are waited for."""
+        if sites and now - self._told > TELL_SECONDS:
+            left = max(self.patience - (now - self._since[site]) for site in sites)
+            logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(sites))
+            self._told = now
 
 
 @dataclass(frozen=True)

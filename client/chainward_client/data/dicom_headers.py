@@ -294,17 +294,8 @@ def _has_value(element: DataElement | RawDataElement) -> bool:
 
 def notes(found: Sequence[Facts], *, view: int = 1, own_window: bool = False) -> tuple[str, ...]:
     """Return what a person should know about the files of a site, a line each: keywords and counts, no value of a header."""
-    lines: list[str] = []
-    total = len(found)
     fields = Counter(keyword for file in found for keyword in file.identifying)
-    if fields:
-        listed = ", ".join(
-            f"{keyword} {count}" for keyword, count in sorted(fields.items(), key=lambda kv: (-kv[1], kv[0]))
-        )
-        lines.append(
-            f"{_files(sum(bool(file.identifying) for file in found))} of {total} with identifying header fields, none of "
-            f"which is kept, written or sent: {listed}"
-        )
+    lines = [_identifying(found, fields)] if fields else []
     lines += _counts(
         found,
         ("private header fields, which are not read", [file.private for file in found]),
@@ -332,6 +323,21 @@ def notes(found: Sequence[Facts], *, view: int = 1, own_window: bool = False) ->
     clean = sum(file.declared_clean for file in found)
     if clean and fields:
         lines.append(f"{_files(clean)} declared to be without identity (PatientIdentityRemoved YES)")
+    return (*lines, *_mixtures(found))
+
+
+def _identifying(found: Sequence[Facts], fields: Counter[str]) -> str:
+    listed = ", ".join(
+        f"{keyword} {count}" for keyword, count in sorted(fields.items(), key=lambda kv: (-kv[1], kv[0]))
+    )
+    return (
+        f"{_files(sum(bool(file.identifying) for file in found))} of {len(found)} with identifying header fields, none of "
+        f"which is kept, written or sent: {listed}"
+    )
+
+
+def _mixtures(found: Sequence[Facts]) -> Iterator[str]:
+    """Yield a line for everything in which files are unlike each other that should be alike, and for copies."""
     for what, kinds in (
         ("modalities", [file.modality or "another" for file in found]),
         ("photometric interpretations", [file.origin.photometric for file in found]),
@@ -339,15 +345,14 @@ def notes(found: Sequence[Facts], *, view: int = 1, own_window: bool = False) ->
         ("lateralities", [file.origin.side or "unknown" for file in found]),
     ):
         if len(counts := Counter(kinds)) > 1:
-            lines.append(f"mixed {what}: {', '.join(f'{kind} {count}' for kind, count in counts.most_common())}")
+            yield f"mixed {what}: {', '.join(f'{kind} {count}' for kind, count in counts.most_common())}"
     sizes = {file.origin.geometry.stored for file in found}
     if len(sizes) > 1:
         low, high = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
-        lines.append(f"{len(sizes)} different sizes of DICOM images, {low[0]}x{low[1]} to {high[0]}x{high[1]}")
-    copies = total - len({file.instance or index for index, file in enumerate(found)})
+        yield f"{len(sizes)} different sizes of DICOM images, {low[0]}x{low[1]} to {high[0]}x{high[1]}"
+    copies = len(found) - len({file.instance or index for index, file in enumerate(found)})
     if copies:
-        lines.append(f"{_files(copies)} with the SOPInstanceUID of another: copies of one image")
-    return tuple(lines)
+        yield f"{_files(copies)} with the SOPInstanceUID of another: copies of one image"
 
 
 def shared_persons(found: Sequence[Facts], patients: Sequence[str]) -> int:

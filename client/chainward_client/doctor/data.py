@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -171,19 +171,36 @@ def read_headers(table: Manifest) -> list[Header]:
 
 def odd_headers(headers: Sequence[Header], shape: ImageShape) -> list[Check]:
     """Return a check for every way in which some pictures are unlike the others; one that says the sizes where none are."""
-    checks: list[Check] = []
-    total = len(headers)
-
-    def note(what: str, odd: Sequence[Header], says: str, advice: str) -> None:
+    checks = []
+    for what, odd, says, advice in (*_odd_orientations(headers), *_odd_sizes(headers, shape)):
         if odd:
             named = listed([one.name for one in odd], 3)
-            checks.append(warning(f"images: {what}", f"{len(odd)} of {total} {says}: {named}", advice))
+            checks.append(warning(f"images: {what}", f"{len(odd)} of {len(headers)} {says}: {named}", advice))
+    kinds = Counter(
+        "grey" if one.mode in ("1", "L", "LA", "I") or one.mode.startswith("I;16") else "colour" for one in headers
+    )
+    if len(kinds) > 1 and shape.channels == 3:
+        rare = min(kinds, key=lambda kind: kinds[kind])
+        says = f"{kinds[rare]} of {len(headers)} are {rare}, the others not"
+        checks.append(
+            warning("images: colour", says, "another device? a model may learn the device in place of the disease")
+        )
+    if not checks and headers:
+        sizes = dict.fromkeys((one.width, one.height) for one in headers)
+        low, high = (pick(sizes, key=lambda one: one[0] * one[1]) for pick in (min, max))
+        span = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
+        checks.append(ok("images: files", f"{span} px, none turned, none odd"))
+    return checks
 
-    sizes = Counter((one.width, one.height) for one in headers)
-    note(
-        "orientation",
-        [one for one in headers if one.turned],
-        "are turned by their EXIF orientation",
+
+_Oddity = tuple[str, list[Header], str, str]
+"""What is odd, the pictures in which it is, what is said of them, and what to do."""
+
+
+def _odd_orientations(headers: Sequence[Header]) -> Iterator[_Oddity]:
+    turned = [one for one in headers if one.turned]
+    yield (
+        *("orientation", turned, "are turned by their EXIF orientation"),
         "they are read upright; look at some: tools that drop EXIF may have left others lying",
     )
     lying = [one for one in headers if one.width > one.height]
@@ -191,48 +208,25 @@ def odd_headers(headers: Sequence[Header], shape: ImageShape) -> list[Check]:
     fewer = min(lying, standing, key=len)
     if len(fewer) <= 0.2 * (len(lying) + len(standing)):
         how = "lie where the others stand" if fewer is lying else "stand where the others lie"
-        note("orientation", fewer, how, "look at some: are they turned by a quarter?")
-    note(
-        "shape",
-        [one for one in headers if max(one.width, one.height) > _LONG * min(one.width, one.height)],
-        f"are more than {_LONG:g} times as long as wide",
+        yield "orientation", fewer, how, "look at some: are they turned by a quarter?"
+
+
+def _odd_sizes(headers: Sequence[Header], shape: ImageShape) -> Iterator[_Oddity]:
+    long = [one for one in headers if max(one.width, one.height) > _LONG * min(one.width, one.height)]
+    yield (
+        *("shape", long, f"are more than {_LONG:g} times as long as wide"),
         "panels, strips or screenshots? image.fit says how they become square",
     )
-    note(
+    large = [one for one in headers if max(one.width, one.height) >= shape.size]
+    yield (
         "size",
         [one for one in headers if max(one.width, one.height) < shape.size],
         f"are smaller than the {shape.size} px that training sees",
         "they are enlarged; lower image.size, or export the originals",
     )
-    if total:
-        middle = float(np.median([one.width * one.height for one in headers]))
-        note(
-            "size",
-            [
-                one
-                for one in headers
-                if one.width * one.height * _SMALL < middle and max(one.width, one.height) >= shape.size
-            ],
-            f"have less than a {_SMALL}th of the others' pixels",
-            "thumbnails among originals?",
-        )
-    kinds = Counter(
-        "grey" if one.mode in ("1", "L", "LA", "I") or one.mode.startswith("I;16") else "colour" for one in headers
-    )
-    if len(kinds) > 1 and shape.channels == 3:
-        rare = min(kinds, key=lambda kind: kinds[kind])
-        checks.append(
-            warning(
-                "images: colour",
-                f"{kinds[rare]} of {total} are {rare}, the others not",
-                "another device? a model may learn the device in place of the disease",
-            )
-        )
-    if not checks and sizes:
-        low, high = min(sizes, key=lambda one: one[0] * one[1]), max(sizes, key=lambda one: one[0] * one[1])
-        span = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
-        checks.append(ok("images: files", f"{span} px, none turned, none odd"))
-    return checks
+    middle = float(np.median([one.width * one.height for one in headers])) if headers else 0.0
+    small = [one for one in large if one.width * one.height * _SMALL < middle]
+    yield "size", small, f"have less than a {_SMALL}th of the others' pixels", "thumbnails among originals?"
 
 
 # --- patients, privileged data, notes ---

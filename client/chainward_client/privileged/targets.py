@@ -174,9 +174,7 @@ def _private_modality(
         if kept is not None:
             return _Answers(name, kept.logits, kept.taught, kept.embeddings, kept.available, kept.report[name])
     started = time.monotonic()
-    vectors, available = read()
-    purpose = (data.site, "privileged", name, "private")
-    inputs, there = torch.from_numpy(vectors), torch.from_numpy(available)
+    inputs, there = (torch.from_numpy(part) for part in read())
     with work.training(
         training,
         data,
@@ -186,16 +184,13 @@ def _private_modality(
         declared_prior=prepared.declared,
     ) as private:
         teacher = train_teacher_privately(
-            inputs,
-            there,
-            cases.labels,
-            cases.patients,
+            *(inputs, there, cases.labels, cases.patients),
             len(data.classes),
             recipe,
             training,
             prepared.counts,
             private,
-            *purpose,
+            *(data.site, "privileged", name, "private"),
         )
     answers = _answers_of(name, teacher, inputs, there, cases.labels, training.threads)
     logger.info(
@@ -204,9 +199,7 @@ def _private_modality(
         data.site,
         name,
         time.monotonic() - started,
-        answers.report.balanced_accuracy,
-        answers.report.cases,
-        len(cases),
+        *(answers.report.balanced_accuracy, answers.report.cases, len(cases)),
     )
     if path is not None:
         save(_merged([answers], cases.labels.ndim == 2, private=True), path, key)

@@ -93,55 +93,70 @@ def model_card(
     onnx_input : see `OnnxInput`
     record : what the model's file says of it
     """
-    scores = results.final.get(name)
-    multilabel = tables.multilabel(results)
-    return (
-        _environment()
-        .get_template("card.md.jinja")
-        .render(
-            front_matter=Markup(_front_matter(folder, name, results, onnx is not None)),
-            label=MODEL_LABELS[name],
-            name=name,
-            run=folder.state,
-            results=results,
-            architecture=architecture,
-            described=described(architecture),
-            parameters=parameters,
-            measured=results.models.get(name),
-            multilabel=multilabel,
-            activation="sigmoid" if multilabel else "softmax",
-            mean=_numbers(scaling(architecture.pixels)[0]),
-            scale=_numbers(scaling(architecture.pixels)[1]),
-            scaled=_scaling_code(architecture),
-            simulated=(folder.path / "simulated-sites").is_dir(),
-            sites=results.data.sites,
-            train_mix=next((mix for mix in tables.class_mixes(results) if mix.split == "train"), None),
-            without_training_mix=_silent(results.data.sites),
-            hops=[link.record for links in tables.strands(results) for link in links],
-            dropped=[link for link in results.links if link.status not in ("done", "retried")],
-            config=folder.config,
-            settings=Markup(_settings(folder)),
-            scores=score_rows(results, scores),
-            pooled=_pooled(scores),
-            missing_sites=_missing_sites(results, scores),
-            withheld=scores is not None and _pooled(scores) is None,
-            noised=[site.site for site in audit.sites if site.metrics == "noised"] if audit else [],
-            others=_others(name, results),
-            chance=tables.chance(results),
-            margin=margin(results, scores),
-            looks=results.localization.get(name),
-            privacy=privacy,
-            audit=audit,
-            outside=outside(audit) if audit else [],
-            files=files,
-            onnx=onnx,
-            onnx_input=onnx_input,
-            record=record,
-            by_class=next((model for model in class_rows.models_by_class(results) if model.kind == name), None),
-            versions=_versions(folder, onnx),
-            exported=__version__,
-        )
+    card = _environment().get_template("card.md.jinja")
+    return card.render(
+        front_matter=Markup(_front_matter(folder, name, results, onnx is not None)),
+        label=MODEL_LABELS[name],
+        name=name,
+        run=folder.state,
+        results=results,
+        parameters=parameters,
+        measured=results.models.get(name),
+        **_about_architecture(architecture, tables.multilabel(results)),
+        **_about_training(folder, results),
+        **_about_scores(name, results),
+        privacy=privacy,
+        audit=audit,
+        noised=[site.site for site in audit.sites if site.metrics == "noised"] if audit else [],
+        outside=outside(audit) if audit else [],
+        files=files,
+        onnx=onnx,
+        onnx_input=onnx_input,
+        record=record,
+        versions=_versions(folder, onnx),
+        exported=__version__,
     )
+
+
+def _about_architecture(architecture: Architecture, multilabel: bool) -> dict[str, object]:
+    mean, scale = scaling(architecture.pixels)
+    return {
+        "architecture": architecture,
+        "described": described(architecture),
+        "multilabel": multilabel,
+        "activation": "sigmoid" if multilabel else "softmax",
+        "mean": _numbers(mean),
+        "scale": _numbers(scale),
+        "scaled": _scaling_code(architecture),
+    }
+
+
+def _about_training(folder: RunFolder, results: Results) -> dict[str, object]:
+    return {
+        "simulated": (folder.path / "simulated-sites").is_dir(),
+        "sites": results.data.sites,
+        "train_mix": next((mix for mix in tables.class_mixes(results) if mix.split == "train"), None),
+        "without_training_mix": _silent(results.data.sites),
+        "hops": [link.record for links in tables.strands(results) for link in links],
+        "dropped": [link for link in results.links if link.status not in ("done", "retried")],
+        "config": folder.config,
+        "settings": Markup(_settings(folder)),
+    }
+
+
+def _about_scores(name: str, results: Results) -> dict[str, object]:
+    scores = results.final.get(name)
+    return {
+        "scores": score_rows(results, scores),
+        "pooled": _pooled(scores),
+        "missing_sites": _missing_sites(results, scores),
+        "withheld": scores is not None and _pooled(scores) is None,
+        "others": _others(name, results),
+        "chance": tables.chance(results),
+        "margin": margin(results, scores),
+        "looks": results.localization.get(name),
+        "by_class": next((model for model in class_rows.models_by_class(results) if model.kind == name), None),
+    }
 
 
 def score_rows(results: Results, scores: SiteScores | None) -> list[ScoreRow]:

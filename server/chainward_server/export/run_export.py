@@ -109,14 +109,9 @@ def export_run(
         record = _record(folder, name, architecture, metadata, results)
         check = None
         if onnx:
-            contents, check = onnx_bytes(
-                classifier,
-                architecture,
-                record.task,
-                _onnx_metadata(folder, record, architecture, metadata, onnx_input, sha256),
-                onnx_input,
-                _square(record, onnx_input),
-            )
+            facts = _onnx_metadata(folder, record, architecture, metadata, onnx_input, sha256)
+            square = _square(record, onnx_input)
+            contents, check = onnx_bytes(classifier, architecture, record.task, facts, onnx_input, square)
             write_atomically(staging / ONNX, contents)
         files = _write_texts(staging, classifier, architecture, record)
         card = model_card(

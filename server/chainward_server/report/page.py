@@ -54,49 +54,59 @@ def render_report(
     started, finished : ISO 8601 times
     examples : base64 of a PNG with test images and where the models look in them
     """
-    chains = tables.strands(results)
-    alone = tables.alone_summary(results)
-    sites = tables.site_names(results)
-    rows = privacy_page.privacy_rows(privacy)
-    return (
-        _environment()
-        .get_template("template.html.jinja")
-        .render(
-            results=results,
-            status=status,
-            config=config,
-            privacy=privacy,
-            privacy_rows=rows,
-            private=[row for row in rows if row.private],
-            outside=privacy_page.outside_the_guarantee(rows, results),
-            privacy_notes=privacy_page.notes(results),
-            started=started,
-            finished=finished,
-            elapsed=formats.elapsed(started, finished),
-            verdict=verdict.verdict(results, status, config),
-            remarks=verdict.remarks(results),
-            cards=verdict.cards(results),
-            banners=verdict.banners(results, status, reason),
-            **_by_class(results),
-            sites=sites,
-            alone=alone,
-            **_comparison(results),
-            models=tables.model_rows(results),
-            metrics=tables.METRICS,
-            strands=chains,
-            laps=max((link.lap for links in chains for link in links), default=1),
-            heat=tables.heat_map(results),
-            scale=[plots.shade(step / 8) for step in range(9)],
-            upright_heads=len(sites) > 7 or max(map(len, sites), default=0) > 14,
-            curve_plot=plots.curve_plot(chains, alone, tables.alone_summary(results, "macro_auc")),
-            incidents=tables.incidents(results),
-            influence=largest_influence(results.student_rounds),
-            mixes=tables.class_mixes(results),
-            looks=tables.looks_rows(results),
-            examples=examples,
-            multilabel=tables.multilabel(results),
-        )
+    page = _environment().get_template("template.html.jinja")
+    return page.render(
+        results=results,
+        status=status,
+        config=config,
+        started=started,
+        finished=finished,
+        elapsed=formats.elapsed(started, finished),
+        verdict=verdict.verdict(results, status, config),
+        remarks=verdict.remarks(results),
+        cards=verdict.cards(results),
+        banners=verdict.banners(results, status, reason),
+        **_privacy(privacy, results),
+        **_by_class(results),
+        **_comparison(results),
+        **_chains(results),
+        models=tables.model_rows(results),
+        metrics=tables.METRICS,
+        incidents=tables.incidents(results),
+        influence=largest_influence(results.student_rounds),
+        mixes=tables.class_mixes(results),
+        looks=tables.looks_rows(results),
+        examples=examples,
+        multilabel=tables.multilabel(results),
     )
+
+
+def _privacy(privacy: PrivacyRecord, results: Results) -> dict[str, object]:
+    """Return what the part on privacy shows."""
+    rows = privacy_page.privacy_rows(privacy)
+    return {
+        "privacy": privacy,
+        "privacy_rows": rows,
+        "private": [row for row in rows if row.private],
+        "outside": privacy_page.outside_the_guarantee(rows, results),
+        "privacy_notes": privacy_page.notes(results),
+    }
+
+
+def _chains(results: Results) -> dict[str, object]:
+    """Return what the part on the chain, link by link, shows."""
+    chains, sites = tables.strands(results), tables.site_names(results)
+    alone = tables.alone_summary(results)
+    return {
+        "sites": sites,
+        "alone": alone,
+        "strands": chains,
+        "laps": max((link.lap for links in chains for link in links), default=1),
+        "heat": tables.heat_map(results),
+        "scale": [plots.shade(step / 8) for step in range(9)],
+        "upright_heads": len(sites) > 7 or max(map(len, sites), default=0) > 14,
+        "curve_plot": plots.curve_plot(chains, alone, tables.alone_summary(results, "macro_auc")),
+    }
 
 
 def _comparison(results: Results) -> dict[str, object]:

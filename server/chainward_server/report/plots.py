@@ -116,7 +116,6 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
     """Pooled test balanced accuracy and macro AUC after each link, a curve per strand; None without any."""
     if not any(link.pooled for links in strands for link in links):
         return None
-    longest = max(strands, key=len)
     with drawing("curve", 5.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
         panel_facts = (
@@ -124,32 +123,7 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
             ("macro_auc", "Macro AUC", alone_auc),
         )
         for axes, (metric, title, reference) in zip(panels, panel_facts, strict=True):
-            for index, links in enumerate(strands):
-                points = [
-                    (link.number, value)
-                    for link in links
-                    if link.pooled and (value := getattr(link.pooled, metric)) is not None
-                ]
-                axes.plot(
-                    [x for x, _ in points],
-                    [y for _, y in points],
-                    color=STRAND_COLOURS[index % len(STRAND_COLOURS)],
-                    marker=STRAND_MARKERS[index % len(STRAND_MARKERS)],
-                    linewidth=2,
-                    markersize=5.5,
-                    label=f"Strand {index + 1}" if len(strands) > 1 else "Chain, after each link",
-                )
-                if len(strands) == 1 and len(points) <= 12:
-                    for x, y in points:
-                        axes.annotate(
-                            f"{y:.3f}",
-                            (x, y),
-                            (0, 7),
-                            textcoords="offset points",
-                            ha="center",
-                            fontsize=7.5,
-                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-                        )
+            _curves(axes, strands, metric)
             if reference:
                 axes.axhline(reference.mean, color="#5b6470", linewidth=1.2, label="Alone, mean")
                 axes.axhline(reference.best, color="#5b6470", linewidth=1.2, linestyle=(0, (4, 2)), label="Alone, best")
@@ -158,23 +132,59 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
             axes.tick_params(length=0)
             axes.margins(y=0.16)
             axes.set_title(title)
-        names = [link.record.site for link in longest]
-        panels[1].set_xlim(0.4, len(longest) + 0.6)
-        if len(strands) == 1:
-            steep = len(names) > 7 or max(map(len, names)) > 11
-            panels[1].set_xticks(
-                [link.number for link in longest],
-                [f"{link.number}  {short(link.record.site)}" for link in longest],
-                rotation=38 if steep else 0,
-                ha="right" if steep else "center",
-                rotation_mode="anchor",
-            )
-        else:
-            panels[1].set_xticks([link.number for link in longest])
-            panels[1].set_xlabel("link of the strand")
+        _name_links(panels[1], strands)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6))
         return as_svg(figure, "curve")
+
+
+def _curves(axes: Axes, strands: Sequence[Sequence[ChainLink]], metric: str) -> None:
+    """Draw a curve for each strand; a single short one has its figures beside the points."""
+    for index, links in enumerate(strands):
+        points = [
+            (link.number, value)
+            for link in links
+            if link.pooled and (value := getattr(link.pooled, metric)) is not None
+        ]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=STRAND_COLOURS[index % len(STRAND_COLOURS)],
+            marker=STRAND_MARKERS[index % len(STRAND_MARKERS)],
+            linewidth=2,
+            markersize=5.5,
+            label=f"Strand {index + 1}" if len(strands) > 1 else "Chain, after each link",
+        )
+        if len(strands) == 1 and len(points) <= 12:
+            for x, y in points:
+                axes.annotate(
+                    f"{y:.3f}",
+                    (x, y),
+                    (0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7.5,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                )
+
+
+def _name_links(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> None:
+    """Number the links below the lower panel, and name their sites where there is one strand."""
+    longest = max(strands, key=len)
+    names = [link.record.site for link in longest]
+    axes.set_xlim(0.4, len(longest) + 0.6)
+    if len(strands) > 1:
+        axes.set_xticks([link.number for link in longest])
+        axes.set_xlabel("link of the strand")
+        return
+    steep = len(names) > 7 or max(map(len, names)) > 11
+    axes.set_xticks(
+        [link.number for link in longest],
+        [f"{link.number}  {short(link.record.site)}" for link in longest],
+        rotation=38 if steep else 0,
+        ha="right" if steep else "center",
+        rotation_mode="anchor",
+    )
 
 
 def _mark_laps_and_gaps(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> None:

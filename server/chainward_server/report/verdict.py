@@ -109,58 +109,51 @@ def remarks(results: Results) -> list[str]:
 
 def cards(results: Results) -> list[Card]:
     """The headline figures: chain, alone, student, and what the student saves."""
-    chain, student = results.final.get("chain"), results.final.get("student")
-    alone = tables.alone_summary(results)
     unit = "balanced accuracy, mean of findings" if tables.multilabel(results) else "balanced accuracy"
-    found = []
-    if chain:
-        figures = [
-            f"macro AUC {score(chain.pooled.macro_auc)}",
-            f"{count(chain.pooled.n)} test images, all hospitals",
-        ]
-        found.append(Card("chain", "The chain", score(chain.pooled.balanced_accuracy), unit, figures))
-    elif last := tables.last_scored(results):
+    return [_chain_card(results, unit), _alone_card(results, unit), _student_card(results, unit), *_size_card(results)]
+
+
+def _chain_card(results: Results, unit: str) -> Card:
+    if chain := results.final.get("chain"):
+        figures = [f"macro AUC {score(chain.pooled.macro_auc)}", f"{count(chain.pooled.n)} test images, all hospitals"]
+        return Card("chain", "The chain", score(chain.pooled.balanced_accuracy), unit, figures)
+    if last := tables.last_scored(results):
         assert last.pooled is not None
-        figures = [
-            f"macro AUC {score(last.pooled.macro_auc)}",
-            f"after link {last.number}: {last.record.site}",
-        ]
-        found.append(Card("chain", "Last finished link", score(last.pooled.balanced_accuracy), unit, figures))
-    else:
-        found.append(Card("chain", "The chain", score(None), unit, ["no link has finished"]))
-    if alone:
-        figures = [
-            f"best {score(alone.best)} ({alone.best_site})",
-            f"mean of {alone.sites}, same test images",
-        ]
-        found.append(Card("alone", "One hospital alone", score(alone.mean), unit, figures))
-    else:
-        found.append(Card("alone", "One hospital alone", score(None), unit, ["no hospital trained alone"]))
-    if student:
-        figures = [f"macro AUC {score(student.pooled.macro_auc)}"]
-        if chain and None not in (chain.pooled.balanced_accuracy, student.pooled.balanced_accuracy):
-            difference = (student.pooled.balanced_accuracy or 0) - (chain.pooled.balanced_accuracy or 0)
-            figures.insert(0, f"{change(difference)} against the chain")
-        found.append(Card("student", "Compact student", score(student.pooled.balanced_accuracy), unit, figures))
-    else:
-        found.append(Card("student", "Compact student", score(None), unit, ["not trained"]))
+        figures = [f"macro AUC {score(last.pooled.macro_auc)}", f"after link {last.number}: {last.record.site}"]
+        return Card("chain", "Last finished link", score(last.pooled.balanced_accuracy), unit, figures)
+    return Card("chain", "The chain", score(None), unit, ["no link has finished"])
+
+
+def _alone_card(results: Results, unit: str) -> Card:
+    alone = tables.alone_summary(results)
+    if alone is None:
+        return Card("alone", "One hospital alone", score(None), unit, ["no hospital trained alone"])
+    figures = [f"best {score(alone.best)} ({alone.best_site})", f"mean of {alone.sites}, same test images"]
+    return Card("alone", "One hospital alone", score(alone.mean), unit, figures)
+
+
+def _student_card(results: Results, unit: str) -> Card:
+    chain, student = results.final.get("chain"), results.final.get("student")
+    if student is None:
+        return Card("student", "Compact student", score(None), unit, ["not trained"])
+    figures = [f"macro AUC {score(student.pooled.macro_auc)}"]
+    if chain and None not in (chain.pooled.balanced_accuracy, student.pooled.balanced_accuracy):
+        difference = (student.pooled.balanced_accuracy or 0) - (chain.pooled.balanced_accuracy or 0)
+        figures.insert(0, f"{change(difference)} against the chain")
+    return Card("student", "Compact student", score(student.pooled.balanced_accuracy), unit, figures)
+
+
+def _size_card(results: Results) -> list[Card]:
     large, small = results.models.get("chain"), results.models.get("student")
-    if large and small:
-        figures = [
-            f"{bytes_size(small.file_bytes)} instead of {bytes_size(large.file_bytes)}",
-            f"{times(_ratio(large.latency_ms, small.latency_ms))} as fast, "
-            f"{small.latency_ms:.1f} instead of {large.latency_ms:.1f}\u00a0ms",
-        ]
-        found.append(
-            Card(
-                "size",
-                "Student's size",
-                percent(_ratio(small.file_bytes, large.file_bytes)),
-                "of the chain's",
-                figures,
-            )
-        )
-    return found
+    if not large or not small:
+        return []
+    figures = [
+        f"{bytes_size(small.file_bytes)} instead of {bytes_size(large.file_bytes)}",
+        f"{times(_ratio(large.latency_ms, small.latency_ms))} as fast, "
+        f"{small.latency_ms:.1f} instead of {large.latency_ms:.1f}\u00a0ms",
+    ]
+    share = percent(_ratio(small.file_bytes, large.file_bytes))
+    return [Card("size", "Student's size", share, "of the chain's", figures)]
 
 
 def banners(results: Results, status: str, reason: str | None) -> list[Banner]:

@@ -3,61 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from chainward_server.cli import DEFAULT_DIR, RunsDir, errors
 from chainward_server.report.formats import score
 
-FITS = Literal["pad", "crop", "stretch"]
+if TYPE_CHECKING:
+    from chainward_simulations.predict.answers import Predictions
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Id or folder of a run, an exported folder, a .safetensors or an .onnx file.", show_default=False
+    ),
+]
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(help="Pictures and DICOM files, folders of them, CSV lists; or one data.yaml.", show_default=False),
+]
+ModelName = Annotated[
+    Literal["student", "chain"] | None,
+    typer.Option("--model", help="Which model of a run. Default: as for export."),
+]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write a CSV table there. Default: print it.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write JSON there, with all that is known.")]
+StructuredReports = Annotated[
+    Path | None,
+    typer.Option(help="Write DICOM Structured Reports into this folder (extra `report`); DICOM inputs only."),
+]
+HeatMaps = Annotated[
+    Path | None,
+    typer.Option(help="Write where the model looks into this folder: PNG; of DICOM inputs secondary captures."),
+]
+AbstainBelow = Annotated[
+    float, typer.Option(min=0, max=1, help="Abstain where the probability of the answer is lower.")
+]
+Split = Annotated[
+    Literal["train", "val", "test"] | None, typer.Option(help="Of a data.yaml with splits: only these images.")
+]
+Fit = Annotated[
+    Literal["pad", "crop", "stretch"] | None,
+    typer.Option(help="How images are made square, instead of as in training."),
+]
+GreyScale = Annotated[
+    tuple[float, float] | None, typer.Option(help="Values shown black and white in grey of more than 8 bits.")
+]
 
 
 def predict(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="Id or folder of a run, an exported folder, a .safetensors or an .onnx file.", show_default=False
-        ),
-    ],
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Pictures and DICOM files, folders of them, CSV lists; or one data.yaml.", show_default=False
-        ),
-    ],
+    model: Model,
+    inputs: Inputs,
     directory: RunsDir = DEFAULT_DIR,
-    name: Annotated[
-        Literal["student", "chain"] | None,
-        typer.Option("--model", help="Which model of a run. Default: as for export."),
-    ] = None,
-    to_csv: Annotated[Path | None, typer.Option("--csv", help="Write a CSV table there. Default: print it.")] = None,
-    to_json: Annotated[Path | None, typer.Option("--json", help="Write JSON there, with all that is known.")] = None,
-    sr: Annotated[
-        Path | None,
-        typer.Option(help="Write DICOM Structured Reports into this folder (extra `report`); DICOM inputs only."),
-    ] = None,
-    heatmap: Annotated[
-        Path | None,
-        typer.Option(help="Write where the model looks into this folder: PNG; of DICOM inputs secondary captures."),
-    ] = None,
-    abstain_below: Annotated[
-        float, typer.Option(min=0, max=1, help="Abstain where the probability of the answer is lower.")
-    ] = 0.5,
-    split: Annotated[
-        Literal["train", "val", "test"] | None, typer.Option(help="Of a data.yaml with splits: only these images.")
-    ] = None,
+    name: ModelName = None,
+    to_csv: Csv = None,
+    to_json: Json = None,
+    sr: StructuredReports = None,
+    heatmap: HeatMaps = None,
+    abstain_below: AbstainBelow = 0.5,
+    split: Split = None,
     column: Annotated[str | None, typer.Option(help="Column of a CSV list with the files' names.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the files that a CSV list names.")] = None,
     site: Annotated[str | None, typer.Option(help="Prepare images as this one of the training sites did.")] = None,
-    fit: Annotated[FITS | None, typer.Option(help="How images are made square, instead of as in training.")] = None,
-    scale: Annotated[
-        tuple[float, float] | None, typer.Option(help="Values shown black and white in grey of more than 8 bits.")
-    ] = None,
+    fit: Fit = None,
+    scale: GreyScale = None,
 ) -> None:
     """Apply a model to images, prepared as for its training. 0: all predicted, 1: some images could not be used, 2: bad input."""
     from chainward_server.watch import find_run
-    from chainward_simulations.predict.answers import USE, write
+    from chainward_simulations.predict.answers import write
     from chainward_simulations.predict.inputs import Problem, open_inputs
     from chainward_simulations.predict.models import open_model
     from chainward_simulations.predict.run import Overrides, check_writable
@@ -79,15 +93,21 @@ def predict(
         typer.echo(done.csv(), nl=False)
     for problem in [*done.problems, *unwritten]:
         _tell(f"{problem.name}: {problem.reason}", "yellow")
+    _tell_of_all(done, predictor.sha256)
+    raise typer.Exit(1 if done.problems or unwritten else 0)
+
+
+def _tell_of_all(done: Predictions, sha256: str) -> None:
+    from chainward_simulations.predict.answers import USE
+
     abstained = sum(answer.abstains is not None for answer in done.answers)
     passed = f", {len(done.problems)} passed over" if done.problems else ""
     _tell(
-        f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {predictor.sha256[:12]}; {USE}"
+        f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {sha256[:12]}; {USE}"
     )
     if done.scores is not None:
         balanced = score(done.scores.balanced_accuracy)
         _tell(f"against the data file's labels: balanced accuracy {balanced}, n = {done.scores.n}")
-    raise typer.Exit(1 if done.problems or unwritten else 0)
 
 
 def _tell(line: str, style: str | None = None) -> None:

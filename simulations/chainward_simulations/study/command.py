@@ -6,7 +6,7 @@ import json
 import signal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.console import Console
 from chainward_shared.errors import StudyError
 from chainward_simulations.study.arms import ARMS
 from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
+
+if TYPE_CHECKING:
+    from chainward_simulations.study.study import StudyReport
 
 INTERRUPTED = 130
 _WIDE = 200
@@ -36,6 +39,45 @@ Arms:
 """ + "\n".join(f"  {arm.name:<28} {arm.about}" for arm in ARMS.values())
 
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Settings of all arms: 'chain.epochs=8 data.label-skew=0.5'. May be repeated."),
+]
+OwnArms = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An arm of your own: NAME='chain.temperature=2 chain.order=reversed'; 'arm=fedprox mu=1' starts from "
+        "another arm than chain. May be repeated."
+    ),
+]
+LabelFraction = Annotated[
+    float | None, typer.Option(help="Fraction of each site's training images whose labels are used.")
+]
+Reference = Annotated[
+    str | None, typer.Option(help="Arm that the others are compared with. Default: chain, or the first.")
+]
+Out = Annotated[Path | None, typer.Option(help="The study's folder. Default: one of its own in ~/.chainward/studies.")]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", help="Also write the results to this file; '-': to stdout, no table.")
+]
+Tune = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="First search the chain's settings (learning rate, distillation, temperature, attention) in so many trials, "
+        "on validation images of seed 0 only, and train the arms with the best.",
+    ),
+]
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--fresh",
+        help="--resume: there must be a study to continue; --fresh: delete what is there. Default: continue if there is one.",
+        show_default=False,
+    ),
+]
+
+
 def study(
     data: Annotated[str, typer.Option(help="A data file (YAML, docs/data.md), or 'phantom'.")],
     arms: Annotated[str, typer.Option(help="Arms to train, comma-separated; listed above.")] = "",
@@ -43,56 +85,23 @@ def study(
     sites: Annotated[
         int, typer.Option(min=0, help="Number of sites. 0: those of the data's site column, 6 otherwise.")
     ] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Settings of all arms: 'chain.epochs=8 data.label-skew=0.5'. May be repeated."),
-    ] = None,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An arm of your own: NAME='chain.temperature=2 chain.order=reversed'; 'arm=fedprox mu=1' starts from "
-            "another arm than chain. May be repeated."
-        ),
-    ] = None,
-    label_fraction: Annotated[
-        float | None, typer.Option(help="Fraction of each site's training images whose labels are used.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Arm that the others are compared with. Default: chain, or the first.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The study's folder. Default: one of its own in ~/.chainward/studies.")
-    ] = None,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="Also write the results to this file; '-': to stdout, no table.")
-    ] = None,
+    settings: Settings = None,
+    arm: OwnArms = None,
+    label_fraction: LabelFraction = None,
+    reference: Reference = None,
+    out: Out = None,
+    json_file: JsonFile = None,
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at the same time. 0: one per core.")] = 0,
-    tune: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="First search the chain's settings (learning rate, distillation, temperature, attention) in so many trials, "
-            "on validation images of seed 0 only, and train the arms with the best.",
-        ),
-    ] = 0,
+    tune: Tune = 0,
     objective: Annotated[
         Objective, typer.Option(help="What --tune maximises on the validation images.")
     ] = Objective.BALANCED_ACCURACY,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh",
-            help="--resume: there must be a study to continue; --fresh: delete what is there. Default: continue if there is one.",
-            show_default=False,
-        ),
-    ] = None,
+    resume: Resume = None,
 ) -> None:
     # Not before it is needed: other commands of `chainward` start without waiting for it.
-    from chainward_simulations.study.study import StudyRequest, run_study, write_results
+    from chainward_simulations.study.study import StudyRequest, run_study
 
-    progress, screen = Console(stderr=True), Console()
-    if not screen.is_terminal:
-        screen.width = _WIDE  # a file has no edge to wrap at
+    progress = Console(stderr=True)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
     base = base_settings(data, sites, label_fraction, typed(parse_assignments(settings or [], "--set"), "--set"))
@@ -108,30 +117,38 @@ def study(
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    result, folder = report.result, report.folder
-    if json_file == "-":
-        from chainward_simulations.study.results import as_json
-
-        typer.echo(json.dumps(as_json(result, folder), indent=1))
-    else:
-        from chainward_simulations.study.table import notes, study_table, tuning_note
-
-        if report.tuned is not None:
-            screen.print(tuning_note(report.tuned), markup=False, highlight=False, soft_wrap=True)
-        if result.arms:
-            screen.print(study_table(result))
-        for line in notes(result):
-            screen.print(line, markup=False, highlight=False, soft_wrap=True)
-        if json_file is not None:
-            write_results(Path(json_file), result, folder)
-    progress.print(f"study folder: {folder.path}", markup=False, highlight=False, soft_wrap=True)
-    if result.failures:
-        arm_name, seed, reason = result.failures[0]
-        more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+    _show(report, json_file)
+    progress.print(f"study folder: {report.folder.path}", markup=False, highlight=False, soft_wrap=True)
+    if report.result.failures:
+        arm_name, seed, reason = report.result.failures[0]
+        more = f" (and {len(report.result.failures) - 1} more)" if len(report.result.failures) > 1 else ""
         raise StudyError(f"arm '{arm_name}', seed {seed} failed{more}: {reason}")
 
 
 study.__doc__ = _HELP
+
+
+def _show(report: StudyReport, json_file: str | None) -> None:
+    """Print the table of a study, or its JSON, and write the latter where it was asked for."""
+    from chainward_simulations.study.results import as_json
+    from chainward_simulations.study.study import write_results
+    from chainward_simulations.study.table import notes, study_table, tuning_note
+
+    result, folder = report.result, report.folder
+    if json_file == "-":
+        typer.echo(json.dumps(as_json(result, folder), indent=1))
+        return
+    screen = Console()
+    if not screen.is_terminal:
+        screen.width = _WIDE  # a file has no edge to wrap at
+    if report.tuned is not None:
+        screen.print(tuning_note(report.tuned), markup=False, highlight=False, soft_wrap=True)
+    if result.arms:
+        screen.print(study_table(result))
+    for line in notes(result):
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        write_results(Path(json_file), result, folder)
 
 
 def _check_writable(path: Path) -> None:
