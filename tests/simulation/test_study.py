@@ -135,6 +135,16 @@ def test_every_arm_yields_all_figures_and_predictions_that_give_them_again(study
 
 
 @pytest.mark.slow
+def test_a_chain_of_no_laps_is_an_arm_with_the_figures_of_the_head_from_statistics(study):
+    settings = {"chain.head": "statistics", "chain.laps": 0, "chain.compare-alone": False}
+    report = study("chain,statistics", settings=settings)
+    chain, statistics = report.result.arms
+    assert not report.result.failures
+    assert chain.records[0].steps == 0
+    assert chain.pooled["macro_auc"] == statistics.pooled["macro_auc"]
+
+
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_without_losing_a_finished_arm(study, trained, monkeypatch, tmp_path):
     measured = training.measure_arm
     from chainward_simulations.study import workers

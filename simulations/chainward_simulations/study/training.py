@@ -252,6 +252,11 @@ class Work:
     images: float
     trainings: int
 
+    @property
+    def per_training(self) -> float:
+        """The images of one of its trainings; 0 where nothing is trained (``chain.laps = 0``)."""
+        return self.images / self.trainings if self.trainings else 0.0
+
 
 def chain_work(planned: PlannedArm, sites: int) -> Work:
     """Return what the chain of an arm takes."""

@@ -88,7 +88,7 @@ class TrialUnit:
         work = chain_work(self.planned, len(sites))
 
         def on_step(what: str) -> None:
-            report(Step(f"trial {self.number + 1}", config.seed, what, work.images / work.trainings))
+            report(Step(f"trial {self.number + 1}", config.seed, what, work.per_training))
 
         try:
             with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:

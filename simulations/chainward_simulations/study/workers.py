@@ -135,7 +135,7 @@ def _run_arms(unit: Unit, folder: Path, state_dir: Path, report: Report) -> None
 
         def on_step(what: str, planned: PlannedArm = planned) -> None:
             work = expected_work(planned, len(sites))
-            report(Step(planned.name, unit.seed, what, work.images / work.trainings))
+            report(Step(planned.name, unit.seed, what, work.per_training))
 
         digest = planned.digest()
         if digest in done:
@@ -167,7 +167,7 @@ def _chain_of(chains: dict[str, Outcome], folder: Path, report: Report, planned:
     work = chain_work(planned, len(bench.sites))
 
     def on_step(what: str) -> None:
-        report(Step(planned.name, seed, what, work.images / work.trainings))
+        report(Step(planned.name, seed, what, work.per_training))
 
     stored = load_chain(chain_file(folder, key, seed))
     if stored is not None:
