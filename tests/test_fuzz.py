@@ -21,7 +21,7 @@ from loopback_grid import LoopbackGrid
 import chainward_client.app
 from chainward_client.data.sources import local_site
 from chainward_client.node import SITE_CONFIG_KEY
-from chainward_client.site import load_site_config
+from chainward_client.site_config import load_site_config
 from chainward_client.site_ledger import create_site_ledger, ledger_path, open_site_ledger
 from chainward_server.app import coordinate
 from chainward_server.report.from_folder import write_report

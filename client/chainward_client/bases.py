@@ -6,12 +6,12 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from flwr.app import ArrayRecord
 from pydantic import ValidationError
 
+from chainward_client.site_config import SiteConfig, WeightsPolicy
 from chainward_shared.errors import PolicyRefusal, StoreError, WeightsError
 from chainward_shared.models import Architecture
 from chainward_shared.pretrained.base import PIECE_BYTES, base_of_file, load_base, most_bytes, save_base
@@ -21,7 +21,6 @@ from chainward_shared.weights import StateDict, load_file
 
 logger = logging.getLogger("chainward.client")
 
-WeightsPolicy = Literal["any", "only-reviewed"]
 KEPT = 8
 """Bases that a site keeps; the one that was used longest ago goes first."""
 
@@ -40,6 +39,11 @@ class Bases:
 
     def __init__(self, folder: Path, reviewed: WeightsStore, policy: WeightsPolicy = "any") -> None:
         self.folder, self.reviewed, self.policy = folder, reviewed, policy
+
+    @classmethod
+    def of_site(cls, config: SiteConfig, path: Path) -> Bases:
+        """Return those of the site whose site.yaml is in `path`."""
+        return cls(config.state_dir(path) / "bases", WeightsStore(config.weights_dir(path)), config.weights)
 
     def load(self, architecture: Architecture) -> StateDict | None:
         """Return the base that models of an architecture go on; None where they start from none.

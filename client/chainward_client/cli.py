@@ -10,19 +10,18 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from chainward_client.approval.commands import approval_commands
-from chainward_client.site import load_site_config
+from chainward_client.site_config import load_site_config
 from chainward_client.site_key import identity, site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
 from chainward_shared.console import PlainConsole, speak_plainly
 from chainward_shared.errors import ChainwardError, DataError, PrivacyError
 from chainward_shared.pretrained.commands import weights_commands
-from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.audit import audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.empirical import Empirical
@@ -31,6 +30,9 @@ from chainward_shared.privacy.ledger_format import named_key_and_site
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.privacy.signing import fingerprint, load_public_key, public_key_path, public_text
+
+if TYPE_CHECKING:
+    from chainward_shared.pretrained.store import WeightsStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = PlainConsole()
@@ -48,6 +50,8 @@ def main() -> None:
 
 
 def _weights_of(site_yaml: Path) -> WeightsStore:
+    from chainward_shared.pretrained.store import WeightsStore
+
     return WeightsStore(load_site_config(site_yaml).weights_dir(site_yaml))
 
 

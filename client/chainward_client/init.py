@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from chainward_client.site import load_site_config
+from chainward_client.site_config import load_site_config
 from chainward_client.site_key import site_key
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared import __version__

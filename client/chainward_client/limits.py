@@ -8,49 +8,13 @@ epochs or threads would give another model than the one that the run asks for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 
-from chainward_shared.bounds import Epochs, ImageSize, Laps, Threads
+from chainward_client.site_config import SiteLimits
 from chainward_shared.errors import PolicyRefusal
 from chainward_shared.models import Architecture, count_parameters, skeleton
 from chainward_shared.words import shown
-
-
-class SiteLimits(BaseModel):
-    """The `limits` block of site.yaml: the most of each that one request may ask for, and the fewest images that sums go over.
-
-    Attributes
-    ----------
-    epochs : of one training, those of privileged teachers included
-    rounds : of students in a run
-    laps : passes of the chain over its sites
-    batch_size : images, or patients of a private training, in one step
-    image_size : side of the images that a model sees, pixels
-    parameters : of each model, trained or frozen
-    threads : of the processor. A run that asks for more is refused, not given fewer: the number decides the last bits of
-        the model
-    trainings : that a private run plans here in all; each costs time to account for
-    statistics_images : the fewest labelled training images over which embeddings are summed up; from sums over few, more can be
-        told of each
-    statistics_class : the fewest images of each class that the site has among them (multi-label: with and without each
-        finding); the sums over a class of one image are that image's embedding. 1: any number
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: Epochs = 1_000
-    rounds: Annotated[int, Field(ge=1, le=20_000)] = 1_000
-    laps: Laps = 100
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 4_096
-    image_size: ImageSize = 1_024
-    parameters: Annotated[int, Field(ge=1, le=10**11)] = 400_000_000
-    threads: Threads = 64
-    trainings: Annotated[int, Field(ge=1, le=100_000)] = 10_000
-    statistics_images: Annotated[int, Field(ge=1, le=10**9)] = 10
-    statistics_class: Annotated[int, Field(ge=1, le=10**9)] = 1
-
 
 _LIMIT_OF = {
     "epochs": "epochs",

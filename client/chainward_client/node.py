@@ -16,7 +16,8 @@ from chainward_client.bases import Bases
 from chainward_client.journal import Journal
 from chainward_client.limits import check_limits
 from chainward_client.private_site import declared_units
-from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
+from chainward_client.site import OpenSite, open_site
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_client.site_key import identity
 from chainward_client.store import SiteStore
 from chainward_shared.errors import ApprovalNeeded, ModelError, PolicyRefusal, ProtocolError, WeightsError
@@ -126,7 +127,7 @@ class DeployedNode(Node):
         self._refuse_to_play(task.simulated)
         check_limits(task, self._config.limits)
         self._require_approval(task)
-        return self._config.site, self._config.bases(self._path)
+        return self._config.site, Bases.of_site(self._config, self._path)
 
     def consider(self, plan: RunPlan) -> RunPlanState:
         check_limits(plan, self._config.limits)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field
 
 from chainward_client.data.site_data import SiteData, SplitName
+from chainward_client.site_config import ScoreLimits
 from chainward_shared.errors import StoreError
 from chainward_shared.evaluation.classification import PredictionCounts
 from chainward_shared.files import write_atomically
@@ -29,22 +29,6 @@ logger = logging.getLogger("chainward.client")
 KEPT_DAYS = 30
 _SECONDS_TO_WAIT = 60.0
 _CONFIDENCE_DECIMALS = 2
-
-
-class ScoreLimits(BaseModel):
-    """The block `scores` of a site.yaml: what of exact scores may leave.
-
-    Attributes
-    ----------
-    min_cases : a split with fewer cases, but any, has its scores withheld
-    per_run, per_day : models that are scored in one run, and on one day (UTC) over all runs; the others are withheld
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_cases: int = Field(10, ge=1, le=1_000_000)
-    per_run: int = Field(500, ge=0, le=1_000_000)
-    per_day: int = Field(1000, ge=0, le=1_000_000)
 
 
 def too_few_cases(data: SiteData, task: EvaluateTask, limits: ScoreLimits) -> bool:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chainward_client.site_config import SecureSums
 from chainward_shared.errors import PolicyRefusal, ProtocolError, StoreError
 from chainward_shared.files import write_atomically
 from chainward_shared.outside import SiteId
@@ -45,29 +46,6 @@ logger = logging.getLogger("chainward.client")
 
 LONGEST_ANSWER = 60.0
 """Seconds that a question waits for another one about the same sum."""
-
-
-class SecureSums(BaseModel):
-    """The `secure_sums` block of site.yaml: with whom the site adds up numbers that nobody sees.
-
-    Attributes
-    ----------
-    partners : the other sites, each with the fingerprint of its key, ``SHA256:...``, as `chainward-site keys` prints it there
-    required : whether sums that are not secure are refused, default false
-    fewest : sites that a sum goes over at least, default 3
-    differences : whether sums may be unmasked from whose differences the numbers of a single site follow if the models are
-        much alike, default false: once there was a sum over all, there is none with one site missing
-    threshold : share of the members more than which it takes to unmask a sum, default 0.5. A coordinator and k members that are
-        in league with it learn no number of a single site as long as k is at most (2 threshold - 1) times the members
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    partners: dict[SiteId, str] = Field(min_length=FEWEST_SITES - 1, max_length=10_000)
-    required: bool = False
-    fewest: int = Field(FEWEST_SITES, ge=FEWEST_SITES, le=10_000)
-    differences: bool = False
-    threshold: float = Field(0.5, ge=0.5, lt=1, allow_inf_nan=False)
 
 
 class _Kept(BaseModel):

@@ -1,4 +1,4 @@
-"""A hospital's own site.yaml, and the site that it describes."""
+"""The site that a hospital's site.yaml describes, ready to work."""
 
 from __future__ import annotations
 
@@ -6,75 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from chainward_client.bases import Bases, WeightsPolicy
+from chainward_client.bases import Bases
 from chainward_client.data.decoded_store import DecodedStore
 from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SiteData
-from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite, declared_units
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_client.request_check import Described, require_class_names
-from chainward_client.score_limits import ScoreLimits
-from chainward_client.secure_sums import Participation, SecureSums
+from chainward_client.secure_sums import Participation
+from chainward_client.site_config import ScoreLimits, SecureSums, SiteLimits, load_site_config
 from chainward_client.site_key import identity, site_key
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
-from chainward_shared.errors import DataError, PolicyRefusal, nearest
-from chainward_shared.outside import SiteId
+from chainward_shared.errors import PolicyRefusal
 from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import Round
-from chainward_shared.words import first_problem
-
-
-class SiteConfig(BaseModel):
-    """A hospital's own site.yaml.
-
-    Attributes
-    ----------
-    site : id of the site
-    data : path of the data file
-    state : folder for what the site keeps between messages
-    privacy : the site's rules on privacy; without, it takes part in runs without privacy only
-    limits : what a run may ask of the site's machines, default as `SiteLimits` says
-    scores : what of exact scores may leave, default as `ScoreLimits` says
-    secure_sums : with whom the site adds up numbers that nobody sees, default nobody
-    runs : ask: nothing is trained, scored or summed up before a person has approved the run's plan
-    features_gb : gigabytes that the kept output of frozen trunks may take; 0: nothing is kept
-    weights : only-reviewed: models start from pretrained weights only where the site's own weights store has them
-
-    Both paths may be relative to site.yaml.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    site: SiteId
-    data: str
-    state: str = "~/.chainward/site"
-    privacy: PrivacyPolicy | None = None
-    limits: SiteLimits = SiteLimits()
-    scores: ScoreLimits = ScoreLimits()
-    secure_sums: SecureSums | None = None
-    weights: WeightsPolicy = "any"
-    runs: Literal["any", "ask"] = "any"
-    features_gb: float = Field(4.0, ge=0, le=1e6, allow_inf_nan=False)
-
-    def state_dir(self, path: Path) -> Path:
-        """Return the state folder of the site whose site.yaml is in `path`."""
-        return path.parent / Path(self.state).expanduser()
-
-    def weights_dir(self, path: Path) -> Path:
-        """Return the site's weights store; `path`: of its site.yaml."""
-        return self.state_dir(path) / "weights"
-
-    def bases(self, path: Path) -> Bases:
-        """Return the pretrained weights that the site's models start from; `path`: of its site.yaml."""
-        return Bases(self.state_dir(path) / "bases", WeightsStore(self.weights_dir(path)), self.weights)
 
 
 @dataclass(frozen=True)
@@ -164,44 +112,6 @@ class OpenSite:
         return PrivateSite.open(self.policy, self.state_dir, self.site, create=self.simulated)
 
 
-def load_site_config(path: Path) -> SiteConfig:
-    """Read and check a site.yaml.
-
-    Raises
-    ------
-    DataError
-        One line that names the file and the key.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected keys and values (site, data, state), found {type(content).__name__}")
-    try:
-        return SiteConfig.model_validate(content)
-    except ValidationError as error:
-        unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
-        if unknown:  # first: a misspelt key is also a missing one
-            known = _BLOCKS[str(unknown[0][0]) if unknown[0][1:] else ""].model_fields
-            key = ".".join(map(str, unknown[0]))
-            raise DataError(
-                f"{path}: there is no key '{key}'{nearest(str(unknown[0][-1]), known)}; keys are {', '.join(known)}"
-            ) from error
-        raise DataError(f"{path}: {first_problem(error)}") from error
-
-
-_BLOCKS: dict[str, type[BaseModel]] = {
-    "": SiteConfig,
-    "privacy": PrivacyPolicy,
-    "limits": SiteLimits,
-    "scores": ScoreLimits,
-    "secure_sums": SecureSums,
-}
-
-
 def open_site(site_yaml: Path) -> OpenSite:
     """Return the hospital whose site.yaml this is.
 
@@ -228,7 +138,7 @@ def open_site(site_yaml: Path) -> OpenSite:
         config.privacy,
         config.scores,
         config.secure_sums,
-        pretrained=config.bases(site_yaml),
+        pretrained=Bases.of_site(config, site_yaml),
         features_gb=config.features_gb,
         limits=config.limits,
         asks=config.runs == "ask",

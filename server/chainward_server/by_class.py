@@ -23,7 +23,7 @@ from chainward_shared.evaluation.operating import (
 )
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
-from chainward_shared.preprocessing import scaling
+from chainward_shared.pixels import scaling
 from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")

@@ -1,6 +1,6 @@
 """The coordinator's command, `chainward`. Progress and errors go to stderr; 0: fine, 1: a finding, 2: bad input."""
 
-# What takes seconds to import, matplotlib and timm say, is imported by the command that needs it.
+# What takes seconds to import, PyTorch, Flower and matplotlib say, is imported by the command that needs it.
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 import typer
@@ -27,10 +27,13 @@ from chainward_shared.config.docs import configuration_markdown, flower_app_conf
 from chainward_shared.console import PlainConsole, speak_plainly
 from chainward_shared.errors import ChainwardError, ConfigError
 from chainward_shared.pretrained.commands import weights_commands
-from chainward_shared.pretrained.store import WeightsStore, default_store
+from chainward_shared.pretrained.place import usual_place
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.record import read_privacy_record
+
+if TYPE_CHECKING:
+    from chainward_shared.pretrained.store import WeightsStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = PlainConsole()
@@ -38,9 +41,16 @@ errors = PlainConsole(stderr=True)
 
 RunsDir = Annotated[Path, typer.Option("--dir", help="Folder of the run folders.")]
 DEFAULT_DIR = Path(OutputConfig().dir).expanduser()
+
+
+def _store(root: Path) -> WeightsStore:
+    from chainward_shared.pretrained.store import WeightsStore
+
+    return WeightsStore(root)
+
+
 app.add_typer(
-    weights_commands(typer.Option("--store", help="Folder of the store."), default_store().root, WeightsStore),
-    name="weights",
+    weights_commands(typer.Option("--store", help="Folder of the store."), usual_place(), _store), name="weights"
 )
 
 

@@ -16,7 +16,7 @@ from chainward_server.results import (
     SiteScores,
     SiteSummary,
 )
-from chainward_server.schedule import site_order
+from chainward_server.schedule import ALONE_WORK, LINK_WORK, STUDENT_WORK, site_order
 from chainward_server.scoring import Counted, Split, count_everywhere, localise_everywhere
 from chainward_server.sites import Sites
 from chainward_shared.config import RunConfig
@@ -28,9 +28,6 @@ from chainward_shared.models.start import initial_model
 from chainward_shared.progress import Progress
 from chainward_shared.protocol import SiteCard
 from chainward_shared.weights import StateDict, digest
-
-LINK_WORK, ALONE_WORK, STUDENT_WORK = 1.35, 1.0, 0.5
-"""Cost of one image in one epoch with a predecessor, without, and of a student, relative; only for the expected end."""
 
 
 @dataclass

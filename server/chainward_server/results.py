@@ -33,8 +33,8 @@ from chainward_shared.outside import (
     Word,
 )
 from chainward_shared.preparation import Preparation
-from chainward_shared.protocol import Split, TrainingLog
-from chainward_shared.task import Task
+from chainward_shared.task import Split, Task
+from chainward_shared.training_log import TrainingLog
 
 LinkStatus = Literal["done", "retried", "skipped", "refused", "failed"]
 

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tomli_w
 from pydantic import ValidationError
@@ -23,25 +24,22 @@ from chainward_server.results import Results
 from chainward_server.resuming import as_setting, reconciled
 from chainward_server.run_process import RunProcess
 from chainward_server.run_state import Phase, RunState, Status
-from chainward_shared import __version__
 from chainward_shared.config import OutputConfig, RunConfig
 from chainward_shared.errors import RunFolderError, WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.model_record import ModelRecord
-from chainward_shared.models import Architecture
-from chainward_shared.models.start import travelling
-from chainward_shared.preprocessing import preprocessing_metadata
-from chainward_shared.pretrained.begin import Beginning
-from chainward_shared.pretrained.card import WeightsCard
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.task import Task
-from chainward_shared.weights import StateDict, check_state, load_file, save_file
 from chainward_shared.words import first_problem
+
+if TYPE_CHECKING:  # PyTorch: for models, and whoever only reads a run's records need not wait for it
+    from chainward_shared.models import Architecture
+    from chainward_shared.pretrained.begin import Beginning
+    from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
 
 CHAIN, BASE = "chain", "base"
-_CARD = "chainward.weights_card"
 
 
 class RunFolder:
@@ -221,17 +219,15 @@ class RunFolder:
         RunFolderError
             The disk is full or can't be written.
         """
-        metadata = {
-            **architecture.to_metadata(),
-            **preprocessing_metadata(architecture.pixels),
-            "chainward.classes": json.dumps(classes),
-            "chainward.task": task,
-            "chainward.version": __version__,
-            **({} if record is None else record.to_metadata()),
-        }
-        self._save(name, state if name == CHAIN else travelling(state, architecture), metadata)
+        from chainward_server.model_files import model_metadata
+        from chainward_shared.models.start import travelling
+
+        kept = state if name == CHAIN else travelling(state, architecture)
+        self._save(name, kept, model_metadata(architecture, classes, task, record))
 
     def _save(self, name: str, state: StateDict, metadata: Mapping[str, str]) -> None:
+        from chainward_shared.weights import save_file
+
         path = self.model_path(name)
         try:
             self.state.models[name] = save_file(state, path, metadata)
@@ -248,12 +244,13 @@ class RunFolder:
         RunFolderError
             The disk is full or can't be written.
         """
-        assert begun.base is not None and begun.card is not None
+        from chainward_server.model_files import base_metadata
+
+        assert begun.base is not None
         self._base = begun.base
         if BASE in self.state.models:
             return
-        card = begun.card.model_dump_json(by_alias=True)
-        self._save(BASE, begun.base, {**begun.architecture.to_metadata(), _CARD: card})
+        self._save(BASE, begun.base, base_metadata(begun))
         self._write_state()
 
     def beginning(self) -> Beginning | None:
@@ -266,9 +263,9 @@ class RunFolder:
         """
         if BASE not in self.state.models:
             return None
-        state, metadata = load_file(self.model_path(BASE), self.state.models[BASE])
-        card = WeightsCard.model_validate_json(metadata[_CARD])
-        return Beginning(Architecture.from_metadata(metadata), state, card)
+        from chainward_server.model_files import load_beginning
+
+        return load_beginning(self.model_path(BASE), self.state.models[BASE])
 
     def load_model(self, name: str, template: StateDict) -> StateDict:
         """Return the weights of a model file, checked against its recorded digest and `template`.
@@ -278,6 +275,8 @@ class RunFolder:
         WeightsError
             The file is missing, damaged, or of another architecture.
         """
+        from chainward_shared.weights import check_state, load_file
+
         state, _ = load_file(self.model_path(name), self.state.models[name])
         if len(state) < len(template) and BASE in self.state.models:
             if self._base is None:
@@ -385,6 +384,8 @@ class RunFolder:
             ) from error
 
     def _check_models(self) -> None:
+        from chainward_shared.weights import load_file
+
         for name, sha256 in self.state.models.items():
             try:
                 load_file(self.model_path(name), sha256)

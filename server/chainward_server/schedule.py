@@ -9,6 +9,9 @@ from chainward_shared.config import ChainConfig
 from chainward_shared.hops import link_key
 from chainward_shared.seeds import numpy_generator
 
+LINK_WORK, ALONE_WORK, STUDENT_WORK = 1.35, 1.0, 0.5
+"""Cost of one image in one epoch with a predecessor, without, and of a student, relative; only for the expected end."""
+
 
 @dataclass(frozen=True)
 class Hop:

@@ -19,6 +19,9 @@ SMALLEST_WEIGHT = 1e-6
 SMALLEST_LEARNING_RATE = 1e-9
 MOST_EPOCHS = 10_000
 
+FEWEST_SITES = 3
+"""Of a secure sum: of one over two, each of them could subtract itself."""
+
 
 @dataclass(frozen=True)
 class ZeroOrAtLeast:

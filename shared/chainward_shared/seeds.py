@@ -6,9 +6,12 @@ Privacy noise and Poisson sampling must never come from here: they take entropy 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -25,6 +28,8 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 def torch_generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator seeded for the choice called `names`."""
+    import torch
+
     generator = torch.Generator()
     generator.manual_seed(derive_seed(seed, *names))
     return generator

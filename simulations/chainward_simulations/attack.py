@@ -6,22 +6,15 @@ all of them lie on this machine; a real coordinator has neither.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.privacy_audit.membership import (
-    FALSE_POSITIVE_RATES,
     MembershipAttack,
     attack_membership,
     calibrated,
@@ -29,7 +22,6 @@ from chainward_client.privacy_audit.membership import (
 )
 from chainward_client.training.link import LinkObjective, labelled_cases
 from chainward_client.training.loop import train
-from chainward_server.cli import DEFAULT_DIR, RunsDir, open_run
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.distillation.losses import class_counts
@@ -107,69 +99,6 @@ def attack_run(
             inside, outside = _against(references, config, architecture, members, inside, outsiders, outside)
             found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
     return found
-
-
-def attack(
-    run: Annotated[str, typer.Argument(help="Id of a simulated run, or path of its folder.")],
-    directory: RunsDir = DEFAULT_DIR,
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate", help="Also compare with two reference models, trained here: minutes, and stronger."
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
-) -> None:
-    """Guess from a simulated run's released models whom they were trained on, and print how well that works."""
-    folder = open_run(run, directory)
-    models = {name: _stored(folder, name) for name in MODELS if name in folder.state.models}
-    if not models:
-        raise RunFolderError(f"run {folder.state.run_id} has released no model yet; let it finish first")
-    begun = folder.beginning()
-    found = attack_run(
-        folder.config,
-        models,
-        open_sites(folder.config),
-        base=None if begun is None else begun.base,
-        calibrate=calibrate,
-        say=lambda line: typer.echo(line, err=True),
-    )
-    if as_json:
-        lines = [{"model": one.model, "site": one.site, "kind": one.kind, **asdict(one.attack)} for one in found]
-        rates = list(FALSE_POSITIVE_RATES)
-        content = {"schema": 1, "run": folder.state.run_id, "privacy": folder.config.privacy.mode, "attacks": lines}
-        typer.echo(json.dumps(content | {"false_positive_rates": rates}, indent=1, allow_nan=False))
-        return
-    console = Console()
-    console.print(_table(found))
-    console.print(
-        f"run {folder.state.run_id}, privacy {folder.config.privacy.mode}: AUC 0.5 is a coin; the last three columns are "
-        "shares of the members. By patient, intervals of 95 % by bootstrap over patients.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _table(found: list[Attacked]) -> Table:
-    rates = [f"found at {100 * rate:g} % false" for rate in FALSE_POSITIVE_RATES]
-    table = Table("model", "attack", "patients of", "members", "outsiders", "AUC", *rates, "advantage")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for one in found:
-        result = one.attack
-        table.add_row(
-            one.model,
-            one.kind,
-            Text(one.site),
-            str(result.members),
-            str(result.outsiders),
-            f"{result.auc:.3f} ({result.low:.3f} to {result.high:.3f})",
-            *("–" if share is None else f"{100 * share:.1f} %" for share in result.found),
-            f"{result.advantage:.3f}",
-            style="bold" if one.site == ALL_SITES else None,
-        )
-    return table
 
 
 def _lines(
@@ -286,6 +215,26 @@ def _model(architecture: Architecture, state: StateDict) -> nn.Module:
     model = build_model(architecture, seed=0)
     model.load_state_dict(state)
     return model
+
+
+def attack_stored(folder: RunFolder, *, calibrate: bool, say: Callable[[str], None]) -> list[Attacked]:
+    """Attack the models that a simulated run has released.
+
+    Parameters
+    ----------
+    calibrate, say : as of `attack_run`
+
+    Raises
+    ------
+    RunFolderError
+        There are none yet, or a file is not what it should be.
+    """
+    models = {name: _stored(folder, name) for name in MODELS if name in folder.state.models}
+    if not models:
+        raise RunFolderError(f"run {folder.state.run_id} has released no model yet; let it finish first")
+    begun = folder.beginning()
+    base = None if begun is None else begun.base
+    return attack_run(folder.config, models, open_sites(folder.config), base=base, calibrate=calibrate, say=say)
 
 
 def _stored(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:

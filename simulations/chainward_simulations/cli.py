@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from chainward_server.cli import DEFAULT_DIR, RunsDir, app, errors, main, open_run
-from chainward_simulations.attack import attack
+from chainward_simulations.attack_command import attack
 from chainward_simulations.check import check
 from chainward_simulations.predict.command import predict
-from chainward_simulations.study.command import study
+from chainward_simulations.study.command import StudyCommand, study
 
-app.command()(study)
+app.command(cls=StudyCommand)(study)
 app.command()(attack)
 app.command()(check)
 app.command()(predict)

@@ -12,10 +12,10 @@ import numpy as np
 from chainward_client.admission import admitted, admitted_statistics
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
-from chainward_client.limits import SiteLimits
 from chainward_client.private_site import PrivateSite, PrivateWork
 from chainward_client.private_statistics import private_sums_of
 from chainward_client.scoring import exact_scores, noised_scores
+from chainward_client.site_config import SiteLimits
 from chainward_client.statistics import sums_of
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from chainward_client.bases import KEPT, Bases
 from chainward_shared.errors import PolicyRefusal, WeightsError
 from chainward_shared.models import resolve_architecture
-from chainward_shared.pretrained import WeightsStore
 from chainward_shared.pretrained.base import PIECE_BYTES, base_of_file, load_base, most_bytes, save_base, started
+from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.protocol import BaseTask
 from chainward_shared.weights import digest
 

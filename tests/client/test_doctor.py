@@ -26,7 +26,8 @@ from chainward_client.doctor.machine import GIB, Need, SuperNode, check_disk, ch
 from chainward_client.doctor.report import Check, Diagnosis
 from chainward_client.planned_run import read_plan
 from chainward_client.policy import Charge, reserve
-from chainward_client.site import load_site_config, open_site
+from chainward_client.site import open_site
+from chainward_client.site_config import load_site_config
 from chainward_client.site_key import site_key
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.errors import ChainwardError

@@ -21,7 +21,8 @@ from chainward_client.training.link import train_link
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Start, build_model, resolve_architecture
 from chainward_shared.models.trunk import trunk_of
-from chainward_shared.preprocessing import Pixels, scaled_for, to_float
+from chainward_shared.pixels import Pixels
+from chainward_shared.preprocessing import scaled_for, to_float
 
 PIXELS = Pixels(mean=(0.4,), std=(0.2,))
 

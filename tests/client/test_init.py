@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from chainward_client import cli
 from chainward_client.data.description import load_description
 from chainward_client.init import initialise, site_yaml_text, suggested_site
-from chainward_client.site import SiteConfig, load_site_config
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_client.site_ledger import open_site_ledger
 from chainward_shared.errors import ChainwardError, DataError, StoreError
 

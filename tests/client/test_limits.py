@@ -13,9 +13,9 @@ from pydantic import BaseModel
 
 import chainward_client.node as node_module
 from chainward_client.app import app
-from chainward_client.limits import SiteLimits, check_enough, check_limits, enough
+from chainward_client.limits import check_enough, check_limits, enough
 from chainward_client.node import LONGEST_WAIT
-from chainward_client.site import load_site_config
+from chainward_client.site_config import SiteLimits, load_site_config
 from chainward_client.store import SiteStore
 from chainward_shared.errors import DataError, PolicyRefusal
 from chainward_shared.models import Architecture, architecture, count_parameters, resolve_architecture, skeleton

@@ -10,7 +10,7 @@ import pytest
 from ledgers import KEY, gaussian, new_ledger
 
 from chainward_client.policy import Charge, PrivacyPolicy, check_request, check_run, check_units, reserve
-from chainward_client.site import load_site_config
+from chainward_client.site_config import load_site_config
 from chainward_shared.errors import DataError, PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.ledger import Ledger

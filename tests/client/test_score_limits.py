@@ -13,7 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from small_tables import make
 
 from chainward_client.app import app
-from chainward_client.score_limits import KEPT_DAYS, ScoredModels, ScoreLimits, coarse
+from chainward_client.score_limits import KEPT_DAYS, ScoredModels, coarse
+from chainward_client.site_config import ScoreLimits
 from chainward_shared.errors import StoreError
 from chainward_shared.evaluation.classification import PredictionCounts, check_scores, counts_from_arrays
 from chainward_shared.models import Architecture, build_model

@@ -9,7 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from chainward_client.secure_sums import Participation, SecureSums, _singled_out
+from chainward_client.secure_sums import Participation, _singled_out
+from chainward_client.site_config import SecureSums
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.privacy.signing import fingerprint, public_text
 from chainward_shared.protocol import Round

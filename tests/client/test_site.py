@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chainward_client.site import SiteConfig, load_site_config, open_site
+from chainward_client.site import open_site
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_shared.errors import DataError
 
 

@@ -11,7 +11,7 @@ import tomli_w
 
 from chainward_client import cli
 from chainward_client.policy import Charge, reserve
-from chainward_client.site import load_site_config
+from chainward_client.site_config import load_site_config
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, PrivacyError

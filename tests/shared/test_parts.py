@@ -20,7 +20,8 @@ from chainward_shared.models.start import (
     travelling_template,
     whole,
 )
-from chainward_shared.preprocessing import Pixels, pixels_of, scaled_for, to_float
+from chainward_shared.pixels import Pixels
+from chainward_shared.preprocessing import pixels_of, scaled_for, to_float
 
 DIGEST = "0" * 64
 

@@ -17,9 +17,10 @@ from chainward_server.cli import app as coordinator_app
 from chainward_shared.errors import ChainwardError, ModelError, WeightsError
 from chainward_shared.models import Architecture, resolve_architecture, skeleton
 from chainward_shared.models.parts import classifier_names
-from chainward_shared.pretrained import WeightsStore, start_state
 from chainward_shared.pretrained import download as hub
 from chainward_shared.pretrained.files import read_weights
+from chainward_shared.pretrained.loading import start_state
+from chainward_shared.pretrained.store import WeightsStore
 
 BACKBONES = ["test_vit", "test_convnext", "test_efficientnet", "test_resnet"]
 

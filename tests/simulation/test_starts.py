@@ -22,7 +22,7 @@ from chainward_shared.models import Architecture, build_model, count_parameters,
 from chainward_shared.models.parts import batch_norms
 from chainward_shared.models.start import travelling_names
 from chainward_shared.preprocessing import scaled_for
-from chainward_shared.pretrained import WeightsStore, default_store
+from chainward_shared.pretrained.store import WeightsStore, default_store
 from chainward_shared.protocol import BaseState, BaseTask, kind_of, pack, unpack
 from chainward_simulations.runner import equal, open_sites, run_in_process
 

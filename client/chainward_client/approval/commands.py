@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from chainward_client.site import SiteConfig, load_site_config
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ConfigError
 from chainward_shared.local_page import LocalPage

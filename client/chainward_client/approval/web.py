@@ -13,7 +13,7 @@ from jinja2 import Environment
 from chainward_client.approval.record import DAYS, Approvals, AskedRun
 from chainward_client.approval.words import Paragraph, plan_in_words
 from chainward_client.journal import Entry, Journal
-from chainward_client.site import SiteConfig, load_site_config
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_client.site_ledger import open_site_ledger
 from chainward_shared.errors import ConfigError, PrivacyError
 from chainward_shared.local_page import Form, Look, environment

@@ -8,7 +8,7 @@ from pathlib import Path
 from chainward_client.approval.record import AskedRun
 from chainward_client.disclosure import PLAIN_WEIGHTS, PRIVATE_WEIGHTS
 from chainward_client.policy import check_request, check_run, whole_run
-from chainward_client.site import SiteConfig
+from chainward_client.site_config import SiteConfig
 from chainward_client.site_ledger import open_site_ledger
 from chainward_shared.errors import ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models import Architecture, count_parameters, skeleton

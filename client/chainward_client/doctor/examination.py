@@ -19,7 +19,7 @@ from chainward_client.doctor.machine import (
 from chainward_client.doctor.network import Endpoint, check_network
 from chainward_client.doctor.privacy import check_plan, check_plan_limits, check_policy, need_of
 from chainward_client.doctor.report import Check, Diagnosis, ok, problem, skipped
-from chainward_client.site import SiteConfig, load_site_config
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import DataError
 

@@ -9,10 +9,11 @@ from pydantic import BaseModel
 from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
-from chainward_client.limits import SiteLimits, check_limits
+from chainward_client.limits import check_limits
 from chainward_client.policy import check_request, check_run, check_units, whole_run
 from chainward_client.precision import best_device
 from chainward_client.private_site import declared_units
+from chainward_client.site_config import SiteLimits
 from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, PrivacyError

@@ -31,7 +31,8 @@ from chainward_client.dry_run.questions import questions
 from chainward_client.dry_run.sent import Sent, leaves, taken_apart
 from chainward_client.leaks import Found, Secrets, find_leaks
 from chainward_client.node import SITE_CONFIG_KEY
-from chainward_client.site import OpenSite, SiteConfig, load_site_config, open_site
+from chainward_client.site import OpenSite, open_site
+from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import sums_template

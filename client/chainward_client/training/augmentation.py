@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chainward_shared.preprocessing import Pixels, brightness_scale, to_float
+from chainward_shared.pixels import Pixels
+from chainward_shared.preprocessing import brightness_scale, to_float
 from chainward_shared.seeds import torch_generator
 from chainward_shared.settings import Augmentation
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from chainward_client.training.augmentation import augmented
 from chainward_client.training.features import is_features, one_view
-from chainward_shared.preprocessing import Pixels
+from chainward_shared.pixels import Pixels
 from chainward_shared.settings import Augmentation
 
 

@@ -15,7 +15,8 @@ from chainward_client.training.objective import Batch, Objective
 from chainward_client.training.schedule import one_cycle, parameter_groups, skip_steps
 from chainward_shared.models.start import train_mode
 from chainward_shared.models.trunk import Trunk
-from chainward_shared.preprocessing import Pixels, pixels_of
+from chainward_shared.pixels import Pixels
+from chainward_shared.preprocessing import pixels_of
 from chainward_shared.recipes import TrainingRecipe
 
 

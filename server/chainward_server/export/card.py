@@ -26,7 +26,7 @@ from chainward_shared import __version__
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
-from chainward_shared.preprocessing import scaling
+from chainward_shared.pixels import scaling
 from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.privacy.report import epsilon_text, outside

@@ -25,8 +25,8 @@ from chainward_shared.errors import ExportError
 from chainward_shared.files import write_atomically
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.pixels import preprocessing_metadata, scaling
 from chainward_shared.preparation import Fit
-from chainward_shared.preprocessing import preprocessing_metadata, scaling
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.record import PrivacyRecord, read_privacy_record

@@ -9,7 +9,7 @@ from torch import nn
 
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
-from chainward_shared.preprocessing import scaling
+from chainward_shared.pixels import scaling
 
 CROP_MODES = {"crop": "center", "stretch": "squash"}
 """What timm calls the ways to a square. Its "border" is not "pad": it puts the mean where training had black."""

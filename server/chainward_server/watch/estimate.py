@@ -5,8 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from statistics import fmean
 
-from chainward_server.context import ALONE_WORK, LINK_WORK, STUDENT_WORK
-from chainward_server.schedule import Hop
+from chainward_server.schedule import ALONE_WORK, LINK_WORK, STUDENT_WORK, Hop
 from chainward_server.watch.snapshot import Snapshot
 
 SLOWEST_PACE = 2.0

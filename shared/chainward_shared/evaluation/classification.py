@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord
 
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.outside import MAX_COUNT
 from chainward_shared.task import Task
-from chainward_shared.weights import from_full_arrays
+
+if TYPE_CHECKING:
+    import torch
+    from flwr.app import ArrayRecord
 
 CALIBRATION_BINS = 15
 SCORE_BINS = 4096
@@ -214,11 +216,15 @@ COUNT_FIELDS = ("confusion", "calibration", "histograms")
 
 def counts_to_state(counts: PredictionCounts) -> dict[str, torch.Tensor]:
     """Return the counts as tensors by name."""
+    import torch
+
     return {name: torch.from_numpy(getattr(counts, name)) for name in COUNT_FIELDS}
 
 
 def counts_to_arrays(counts: PredictionCounts) -> ArrayRecord:
     """Return the counts as Flower arrays."""
+    from flwr.app import Array, ArrayRecord
+
     return ArrayRecord({name: Array(getattr(counts, name)) for name in COUNT_FIELDS})
 
 
@@ -230,6 +236,10 @@ def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single")
     WeightsError
         Names, shapes, dtypes or values are not those of counts over `classes` classes in such a task.
     """
+    import torch
+
+    from chainward_shared.weights import from_full_arrays
+
     shapes = {
         "confusion": (classes, classes) if task == "single" else (classes, 2, 2),
         "calibration": (CALIBRATION_BINS, 3),

@@ -9,15 +9,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
-from torch import Tensor
 
 from chainward_shared.errors import DataError
 from chainward_shared.outside import Count, Figure, Total
 from chainward_shared.seeds import numpy_generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS: Final = ("lift", "pointing", "auprc", "iou")
 RESAMPLES = 1_000

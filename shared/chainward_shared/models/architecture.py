@@ -33,7 +33,7 @@ from chainward_shared.models.multipliers import MULTIPLIERS, create_multiplied, 
 from chainward_shared.models.options import MOST_OPTIONS, OptionName, check_options
 from chainward_shared.models.parts import trained_names
 from chainward_shared.outside import Name
-from chainward_shared.preprocessing import Pixels
+from chainward_shared.pixels import Pixels
 from chainward_shared.words import first_line, first_problem
 
 METADATA_KEY: Final = "chainward.architecture"

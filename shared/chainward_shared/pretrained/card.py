@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.outside import Line, Name
-from chainward_shared.preprocessing import Pixels
+from chainward_shared.pixels import Pixels
 
 UNKNOWN = "unknown"
 

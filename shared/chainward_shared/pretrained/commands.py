@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,9 @@ from rich.table import Table
 
 from chainward_shared.pretrained.card import WeightsCard
 from chainward_shared.pretrained.download import PREFIX, fetched
-from chainward_shared.pretrained.store import WeightsStore
+
+if TYPE_CHECKING:  # the store needs PyTorch, and most commands of the same program don't
+    from chainward_shared.pretrained.store import WeightsStore
 
 _HELP = "Pretrained weights as reviewed files: a store of files with their cards. Only `get` uses the network."
 
@@ -27,7 +29,7 @@ Numbers = Annotated[
 ]
 
 
-def weights_commands(place: Any, default: Any, open_store: Callable[[Path], WeightsStore]) -> typer.Typer:
+def weights_commands(place: Any, default: Any, open_store: Callable[[Path], "WeightsStore"]) -> typer.Typer:
     """Return the commands for one kind of store.
 
     Parameters
@@ -46,7 +48,7 @@ def weights_commands(place: Any, default: Any, open_store: Callable[[Path], Weig
 
 
 def _at(
-    where: inspect.Parameter, open_store: Callable[[Path], WeightsStore], command: Callable[..., None]
+    where: inspect.Parameter, open_store: Callable[[Path], "WeightsStore"], command: Callable[..., None]
 ) -> Callable[..., None]:
     """Return `command` with the place of the store as its first parameter, instead of the store itself."""
 
@@ -62,7 +64,7 @@ def _at(
 
 
 def add(
-    store: WeightsStore,
+    store: "WeightsStore",
     file: Annotated[Path, typer.Argument(help="A .safetensors file, or .pth, .pt, .bin, which is converted.")],
     backbone: Annotated[str, typer.Option(help="timm model that the weights are of: NAME or NAME.TAG.")],
     licence: Licence = None,
@@ -76,7 +78,7 @@ def add(
 
 
 def get(
-    store: WeightsStore,
+    store: "WeightsStore",
     what: Annotated[str, typer.Argument(help=f"{PREFIX}NAME.TAG, from the Hugging Face hub.")],
     licence: Licence = None,
 ) -> None:
@@ -85,7 +87,7 @@ def get(
     _print_card(store.add(file, name, licence=licence, source=source))
 
 
-def list_(store: WeightsStore, as_json: AsJson = False) -> None:
+def list_(store: "WeightsStore", as_json: AsJson = False) -> None:
     """List what is in the store."""
     cards, console = store.cards(), Console()
     if as_json:
@@ -101,7 +103,7 @@ def list_(store: WeightsStore, as_json: AsJson = False) -> None:
     console.print(table)
 
 
-def show(store: WeightsStore, reference: Reference, as_json: AsJson = False) -> None:
+def show(store: "WeightsStore", reference: Reference, as_json: AsJson = False) -> None:
     """Show the card of a file, after comparing the file with it."""
     card = store.find(reference)
     store.load(card)
@@ -112,7 +114,7 @@ def show(store: WeightsStore, reference: Reference, as_json: AsJson = False) -> 
     _print_line(f"file           {store.path(card.sha256)}")
 
 
-def remove(store: WeightsStore, reference: Reference) -> None:
+def remove(store: "WeightsStore", reference: Reference) -> None:
     """Remove a file and its card."""
     card = store.remove(reference)
     _print_line(f"removed {card.name} {card.sha256[:12]}")

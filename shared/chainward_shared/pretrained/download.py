@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from chainward_shared.errors import WeightsError
-from chainward_shared.pretrained.loading import split_name, timm_config
 from chainward_shared.words import first_line
 
 PREFIX = "timm:"
@@ -22,6 +21,8 @@ def fetched(what: str) -> tuple[Path, str, str]:
     WeightsError
         timm has no such weights, or not on the hub; or they are not in the cache and the hub can't be reached.
     """
+    from chainward_shared.pretrained.loading import split_name, timm_config  # PyTorch
+
     if not what.startswith(PREFIX):
         raise WeightsError(f"'{what}': expected {PREFIX}NAME.TAG, e.g. {PREFIX}vit_small_patch14_dinov2.lvd142m")
     name = what.removeprefix(PREFIX)

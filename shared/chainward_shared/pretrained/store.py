@@ -14,16 +14,15 @@ from chainward_shared.files import write_atomically
 from chainward_shared.pretrained.card import UNKNOWN, WeightsCard
 from chainward_shared.pretrained.files import SAFETENSORS, precision_of, read_weights, sha256_of
 from chainward_shared.pretrained.loading import load_plain, own_channels, own_classes, split_name, timm_config
+from chainward_shared.pretrained.place import usual_place
 from chainward_shared.words import first_problem
 
-PLACE = "CHAINWARD_WEIGHTS"
-"""Environment variable that names another folder than the usual one."""
 _DIGEST_LETTERS = 8
 
 
 def default_store() -> WeightsStore:
-    """Return the store of this user: the folder that `PLACE` names, or ``~/.chainward/weights``."""
-    return WeightsStore(Path(os.environ.get(PLACE) or "~/.chainward/weights").expanduser())
+    """Return the store of this user: the folder in `usual_place`."""
+    return WeightsStore(usual_place())
 
 
 class WeightsStore:

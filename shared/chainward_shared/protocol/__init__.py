@@ -4,6 +4,7 @@ Every message is one pydantic model, carried as JSON, and at most the arrays tha
 in `ARRAYS` for a kind can't be packed, and is refused on arrival: no tensor of a privileged teacher has a name here.
 """
 
+from chainward_shared.bounds import FEWEST_SITES
 from chainward_shared.protocol.envelope import (
     MAX_BODY,
     PROTOCOL_VERSION,
@@ -26,12 +27,10 @@ from chainward_shared.protocol.joining import (
     SimulatedSite,
     SiteCard,
     SitePrivacy,
-    Split,
 )
 from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, RunPlanState, beyond
 from chainward_shared.protocol.scoring import EvaluateResult, EvaluateTask, StatisticsResult, StatisticsTask
 from chainward_shared.protocol.summing import (
-    FEWEST_SITES,
     MaskedSum,
     Offer,
     Round,
@@ -43,7 +42,9 @@ from chainward_shared.protocol.summing import (
     SumUnmasking,
     SumUnmaskTask,
 )
-from chainward_shared.protocol.training import LinkResult, LinkTask, StudentResult, StudentTask, TrainingLog
+from chainward_shared.protocol.training import LinkResult, LinkTask, StudentResult, StudentTask
+from chainward_shared.task import Split
+from chainward_shared.training_log import TrainingLog
 
 __all__ = [
     "FEWEST_SITES",

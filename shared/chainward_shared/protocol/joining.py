@@ -14,9 +14,7 @@ from chainward_shared.preparation import Preparation
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import PrivacyPolicy, Terms
 from chainward_shared.protocol.envelope import Body
-from chainward_shared.task import Task
-
-Split = Literal["train", "val", "test"]
+from chainward_shared.task import Split, Task
 
 
 class SimulatedSite(Body):

@@ -17,8 +17,9 @@ from chainward_shared.privacy.policy import MetricsRelease
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.private_sums import SumsForm
 from chainward_shared.protocol.envelope import Body
-from chainward_shared.protocol.joining import SimulatedSite, Split
+from chainward_shared.protocol.joining import SimulatedSite
 from chainward_shared.recipes import PrivacyRecipe
+from chainward_shared.task import Split
 
 
 class EvaluateTask(Body):

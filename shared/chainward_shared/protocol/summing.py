@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from chainward_shared.bounds import Sha256
+from chainward_shared.bounds import FEWEST_SITES, Sha256
 from chainward_shared.outside import MAX_SITES, Base64, BySite, Digest, HopKey, RunId, SiteId
 from chainward_shared.protocol.envelope import Body
 from chainward_shared.protocol.joining import SimulatedSite
@@ -15,10 +15,6 @@ from chainward_shared.protocol.scoring import StatisticsTask
 Sealed = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_=-]+$", max_length=2_048)]
 """Shares that one site alone can read."""
 Share = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})+$", max_length=1_024)]
-
-
-FEWEST_SITES = 3
-"""Of a sum over two, each of them could subtract itself."""
 
 
 class Round(BaseModel):

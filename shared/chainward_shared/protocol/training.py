@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from chainward_shared.bounds import Sha256
 from chainward_shared.hops import student_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import (
-    Count,
-    Digest,
-    Fraction,
-    HopKey,
-    Lines,
-    Loss,
-    PerEpoch,
-    RunId,
-    Seconds,
-    SiteId,
-    Word,
-)
-from chainward_shared.privacy.dp_sgd import DpSgd
+from chainward_shared.outside import Count, Digest, Fraction, HopKey, RunId, SiteId
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.protocol.envelope import Body
 from chainward_shared.protocol.joining import SimulatedSite
 from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
+from chainward_shared.training_log import TrainingLog
 
 
 class LinkTask(Body):
@@ -50,38 +38,6 @@ class LinkTask(Body):
     predecessor_digest: Sha256 | None = None
     seen_head: Head | None = None
     simulated: SimulatedSite | None = None
-
-
-class TrainingLog(BaseModel):
-    """How one training went; lists hold one value per epoch, `seconds` is the whole of it.
-
-    `images` counts labelled images times epochs; `unlabelled`: images without labels that were used beside them.
-    `attention`, `unlabelled_loss`, `privileged`: the mean of that term of the loss, unweighted; empty where it is not used.
-    `privacy`: the DP-SGD parameters of a private training, of which nothing else but `seconds` tells anything: the
-    lists are empty and `images` is the expected number. `notes`: what the site switched off, a line each.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: Count
-    steps: Count
-    images: Count
-    unlabelled: Count = 0
-    loss: PerEpoch[Loss]
-    temperature: PerEpoch[Loss] = Field(default_factory=list)
-    teacher_trust: PerEpoch[Loss] = Field(default_factory=list)
-    attention: PerEpoch[Loss] = Field(default_factory=list)
-    unlabelled_loss: PerEpoch[Loss] = Field(default_factory=list)
-    privileged: PerEpoch[Loss] = Field(default_factory=list)
-    seconds: Seconds
-    precision: Word
-    privacy: DpSgd | None = None
-    notes: Lines = Field(default_factory=list)
-
-    @property
-    def images_per_second(self) -> float:
-        """Images that went through training per second; 0 where no time was measured."""
-        return self.images / self.seconds if self.seconds > 0 else 0.0
 
 
 class LinkResult(Body):

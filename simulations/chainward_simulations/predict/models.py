@@ -20,7 +20,8 @@ from chainward_shared.errors import DataError, ModelError
 from chainward_shared.evaluation.operating import Calibration, OperatingPoint
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, build_model, skeleton
-from chainward_shared.preprocessing import Pixels, resized, scaling, to_float
+from chainward_shared.pixels import Pixels, scaling
+from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.weights import check_state, load_file
 from chainward_shared.words import first_line
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click import Context, HelpFormatter
 from rich.console import Console
+from typer.core import TyperCommand
 
 from chainward_shared.errors import StudyError
-from chainward_simulations.study.arms import ARMS
 from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
 
 if TYPE_CHECKING:
@@ -29,14 +30,23 @@ class Objective(StrEnum):
     MACRO_AUC = "macro-auc"
 
 
+class StudyCommand(TyperCommand):
+    """Lists the arms in its help: only there, since they include every baseline's file, and those import PyTorch."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Write the help, with the arms."""
+        from chainward_simulations.study.arms import ARMS
+
+        arms = "\n".join(f"  {arm.name:<28} {arm.about}" for arm in ARMS.values())
+        self.help = f"{self.help}\n\n\b\nArms:\n{arms}"
+        super().format_help(ctx, formatter)
+
+
 _HELP = """Train the methods side by side on the same images, labels and budget, over several seeds.
 
 Everything is trained in this one program, without Flower, with the code of a real run. Progress goes to stderr, the table
 to stdout; results.json, study.png and the predictions to the study's folder. Interrupted, the same command goes on.
-
-\b
-Arms:
-""" + "\n".join(f"  {arm.name:<28} {arm.about}" for arm in ARMS.values())
+"""
 
 
 Settings = Annotated[
