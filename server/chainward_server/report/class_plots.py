@@ -9,14 +9,16 @@ from chainward_server.report.plots import ALONE, CHAIN, STUDENT, as_svg, drawing
 from chainward_shared.evaluation.operating import THRESHOLDS
 
 _SIDE, _MOST_CURVES = 3.4, 8
+_MARGINS = {"left": 0.21, "right": 0.95, "top": 0.92, "bottom": 0.17}
+"""Of every square alike, so that their axes stand side by side; numbers of up to six characters have their place."""
 
 
 def reliability_plot(model: ModelByClass) -> Markup | None:
     """How often decisions are right, against their probability; before and after calibration. None without any."""
     if not model.found.as_given:
         return None
-    with drawing(f"reliability-{model.kind}", _SIDE, _SIDE) as figure:
-        axes = figure.subplots()
+    with drawing(f"reliability-{model.kind}", _SIDE, _SIDE, fitted=False) as figure:
+        axes = figure.subplots(gridspec_kw=_MARGINS)
         axes.plot([0, 1], [0, 1], color="#8a919c", linewidth=0.9, linestyle=(0, (2, 2)))
         colour = CHAIN if model.kind == "chain" else STUDENT
         for bins, label, style in (
@@ -50,8 +52,8 @@ def decision_plots(model: ModelByClass) -> list[Markup]:
     for number, (row, curve) in enumerate(rows):
         share = row.decided.cases / (row.decided.cases + row.decided.others)
         everyone = [share - (1 - share) * at / (1 - at) for at in THRESHOLDS]
-        with drawing(f"decision-{model.kind}-{number}", 2.7, _SIDE) as figure:
-            axes = figure.subplots()
+        with drawing(f"decision-{model.kind}-{number}", 2.7, _SIDE, fitted=False) as figure:
+            axes = figure.subplots(gridspec_kw=_MARGINS)
             axes.axhline(0, color="#8a919c", linewidth=1, label="act on none")
             axes.plot(THRESHOLDS, everyone, color="#8a919c", linewidth=1, linestyle=(0, (3, 2)), label="act on all")
             colour = CHAIN if model.kind == "chain" else STUDENT

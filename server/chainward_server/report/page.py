@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -131,6 +132,7 @@ def _pictures(model: class_rows.ModelByClass) -> list[Markup]:
     return ([] if reliability is None else [reliability]) + class_plots.decision_plots(model)
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("chainward_server.report", "."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Final
 
@@ -266,7 +267,8 @@ def _create(architecture: Architecture, device: str) -> nn.Module:
     import timm
 
     try:
-        with torch.device(device):
+        # a device as context costs a call of Python for every operation, which the CPU, the default, need not pay
+        with torch.device(device) if device != "cpu" else nullcontext():
             if architecture.multiplied:
                 return create_multiplied(architecture.name, **architecture.timm_kwargs())
             return timm.create_model(architecture.name, pretrained=False, **architecture.timm_kwargs())
