@@ -79,11 +79,6 @@ HOSTILE = (
 KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 # -- every field has bounds
 
 
@@ -317,7 +312,9 @@ def acting(where: str, text: str) -> list[str]:
 
 @pytest.mark.slow  # 20 s each
 @pytest.mark.parametrize("name", ["run.json", "metrics.json", "privacy.json"])
-def test_no_text_in_a_file_of_a_run_acts_where_people_are_shown_it(name, tmp_path):
+def test_no_text_in_a_file_of_a_run_acts_where_people_are_shown_it(name, tmp_path, request):
+    if name != "metrics.json":  # pictures are of nothing else
+        request.getfixturevalue("undrawn")
     folder = a_run(tmp_path)
     file = folder.path / name
     whole = json.loads(file.read_bytes())
@@ -348,7 +345,9 @@ def test_no_text_in_a_file_of_a_run_acts_where_people_are_shown_it(name, tmp_pat
         ("privacy.json", ("sites", "ash", None)),
     ],
 )
-def test_words_of_a_site_are_shown_and_do_nothing(name, where, text, tmp_path):
+def test_words_of_a_site_are_shown_and_do_nothing(name, where, text, tmp_path, request):
+    if name != "metrics.json":
+        request.getfixturevalue("undrawn")
     folder = a_run(tmp_path)
     file = folder.path / name
     file.write_text(json.dumps(with_text(json.loads(file.read_bytes()), where, text)))

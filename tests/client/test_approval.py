@@ -82,11 +82,6 @@ TASKS = {
 KINDS = pytest.mark.parametrize("kind", TASKS)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def hospital(tmp_path):
     """The site.yaml of a hospital whose data file is nowhere: opening it would fail in other words."""

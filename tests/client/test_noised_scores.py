@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -20,11 +19,6 @@ from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
 DELTA = 1e-4
 POLICY = PrivacyPolicy(epsilon=20.0, delta=DELTA, metrics="noised", metrics_epsilon=0.5, metrics_releases=3)
 RUN = (PlannedTraining(epochs=2, batch_size=40, times=2),)
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

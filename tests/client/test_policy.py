@@ -23,12 +23,6 @@ def charges(*mechanisms: Mechanism) -> list[Charge]:
     return [Charge(mechanism, "chain", f"hop-{number}", 1.0) for number, mechanism in enumerate(mechanisms)]
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """Syncing is what test_ledger_faults.py is about; here it only takes time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
     return new_ledger(tmp_path)

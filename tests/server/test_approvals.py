@@ -19,7 +19,6 @@ from chainward_shared.protocol.run_plan import RunPlan
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     monkeypatch.setattr(waiting_module, "POLL_SECONDS", 0.05)
 
 

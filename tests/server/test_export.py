@@ -56,11 +56,6 @@ FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "preproc
 LISTED = FILES - {"SHA256SUMS", "configs"} | {"configs/metadata.json", "configs/inference.json"}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 def scores(value: float | None, n: int = 40) -> Scores:
     return Scores(n=n, accuracy=value, balanced_accuracy=value, macro_auc=value, ece=value and value / 10)
 

@@ -19,11 +19,6 @@ from chainward_server.watch.snapshot import look
 LOAD = Load(37.0, 50.0, 10**12, ("of 2 cores", "disk: 1.0 TB free"), False)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def run(tmp_path):
     return ScriptedRun(tmp_path / "runs")

@@ -17,11 +17,6 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def short(settings, tmp_path):
     return settings | {

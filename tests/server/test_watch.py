@@ -27,11 +27,6 @@ from chainward_server.watch.snapshot import look
 from chainward_shared.errors import RunFolderError
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 def created(pid: int) -> float:
     return psutil.Process(pid).create_time()
 

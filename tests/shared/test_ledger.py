@@ -25,12 +25,6 @@ def training(steps: int) -> Mechanism:
     return Mechanism("dp-sgd", 1.0, 0.01, steps)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """Syncing is what test_ledger_faults.py is about; here it only takes time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def path(tmp_path) -> Path:
     return tmp_path / "privacy" / "ledger.jsonl"

@@ -23,8 +23,7 @@ WORK = {"run": "r", "phase": "link", "unit": "patient", "delta": 1e-5}
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def path(tmp_path):
     Ledger.create(tmp_path / "ledger.jsonl", "oak", KEY)
     return tmp_path / "ledger.jsonl"
 

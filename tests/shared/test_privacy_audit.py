@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +21,6 @@ from chainward_shared.privacy.signing import sign
 from chainward_shared.privacy.statements import Statement, sign_statement
 
 TERMS = Terms(epsilon=4.0, delta=1e-5, epsilon_per_run=3.0)
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
