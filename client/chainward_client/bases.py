@@ -12,7 +12,8 @@ from flwr.app import ArrayRecord
 from pydantic import ValidationError
 
 from chainward_client.site_config import SiteConfig, WeightsPolicy
-from chainward_shared.errors import PolicyRefusal, StoreError, WeightsError
+from chainward_shared.errors import PolicyRefusal, WeightsError
+from chainward_shared.files import written
 from chainward_shared.models import Architecture
 from chainward_shared.pretrained.base import PIECE_BYTES, base_of_file, load_base, most_bytes, save_base
 from chainward_shared.pretrained.store import WeightsStore
@@ -120,13 +121,11 @@ class Bases:
     def _append(self, part: Path, contents: bytes, received: int, task: BaseTask) -> int:
         if received + len(contents) > task.bytes:
             raise WeightsError(f"a piece of {len(contents)} bytes at {received}; the whole has {task.bytes}")
-        try:
+        with written(part):
             self.folder.mkdir(parents=True, exist_ok=True)
             part.touch(mode=0o600)
             with part.open("ab") as file:
                 file.write(contents)
-        except OSError as error:
-            raise StoreError(f"{part}: can't be written ({error.strerror}); free space or fix its rights") from error
         return received + len(contents)
 
     def _accept(self, part: Path, task: BaseTask) -> None:
@@ -145,11 +144,9 @@ class Bases:
     def _keep(self, base: StateDict, architecture: Architecture, metadata: dict[str, str]) -> None:
         assert architecture.start is not None
         path = self._path(architecture.start.digest)
-        try:
+        with written(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_base(base, path, {"name": architecture.start.name, **metadata})
-        except OSError as error:
-            raise StoreError(f"{path}: can't be written ({error.strerror}); free space or fix its rights") from error
         newest_first = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
         for old in newest_first[KEPT:]:
             old.unlink(missing_ok=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chainward_shared.errors import StoreError, WeightsError
+from chainward_shared.errors import WeightsError
+from chainward_shared.files import written
 from chainward_shared.weights import StateDict, digest, load_file, save_file
 
 logger = logging.getLogger("chainward.client")
@@ -92,13 +93,9 @@ class Checkpoint:
         if last or (self.seconds and started - self._written < max(self.seconds, self._cost / SHARE)):
             return
         meta = {"format": _FORMAT, "key": self.key, "epoch": epoch, "log": log, "reservation": self.reservation}
-        try:
+        with written(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, self.path, {"training": json.dumps(meta), "digest": digest(tensors)})
-        except OSError as error:
-            raise StoreError(
-                f"{self.path}: can't be written ({error.strerror}); free space or fix its rights"
-            ) from error
         self._written = time.monotonic()
         self._cost = self._written - started
 

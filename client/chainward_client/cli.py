@@ -45,7 +45,7 @@ def main() -> None:
     try:
         app()
     except ChainwardError as error:
-        errors.print(f"chainward-site: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.say(f"chainward-site: {error}", style="red")
         raise SystemExit(2) from None
 
 
@@ -69,21 +69,14 @@ def keys(site_yaml: Annotated[Path, typer.Argument(help="The site's site.yaml.")
     state = config.state_dir(site_yaml)
     ledger = create_site_ledger(state, config.site)
     site_key(state)
-    console.print(f"site         {config.site}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"ledger       {ledger.path}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"private key  {key_path(state)}  (keep it, and a copy, to yourself)", markup=False, soft_wrap=True)
-    console.print(
-        f"secret       {site_key_path(state)}  (deals patients to splits; the same)", markup=False, soft_wrap=True
-    )
-    console.print(f"public key   {public_key_path(key_path(state))}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"fingerprint  {fingerprint(ledger.public_key)}", markup=False, highlight=False, soft_wrap=True)
+    console.say(f"site         {config.site}")
+    console.say(f"ledger       {ledger.path}")
+    console.say(f"private key  {key_path(state)}  (keep it, and a copy, to yourself)")
+    console.say(f"secret       {site_key_path(state)}  (deals patients to splits; the same)")
+    console.say(f"public key   {public_key_path(key_path(state))}")
+    console.say(f"fingerprint  {fingerprint(ledger.public_key)}")
     partner = f"{config.site}: {fingerprint(public_text(identity(state)))}"
-    console.print(
-        f"for partners {partner}  (secure_sums.partners in their site.yaml)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.say(f"for partners {partner}  (secure_sums.partners in their site.yaml)")
 
 
 def _on_a_terminal() -> bool:
@@ -119,14 +112,9 @@ def init(
         raise DataError("--site is missing: the id under which the coordinator knows this hospital")
     made = initialise(folder, site, data)
     for path in made.written:
-        console.print(f"wrote        {path}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"fingerprint  {made.fingerprint}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"next: CHECKLIST.md says who knows which value; then `chainward-site check {made.site_yaml}`",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        console.say(f"wrote        {path}")
+    console.say(f"fingerprint  {made.fingerprint}")
+    console.say(f"next: CHECKLIST.md says who knows which value; then `chainward-site check {made.site_yaml}`")
 
 
 @app.command()
@@ -241,7 +229,7 @@ def audit(
     else:
         print_audit(audited, console)
         if html is not None:
-            console.print(f"report: {html.absolute()}", markup=False, highlight=False, soft_wrap=True)
+            console.say(f"report: {html.absolute()}")
     raise typer.Exit(audited.exit_code)
 
 

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chainward_client.private_files import for_the_owner_alone
 from chainward_shared.errors import LedgerError, PrivacyError
+from chainward_shared.files import written
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.signing import create_key, load_key
 
@@ -37,7 +38,7 @@ def create_site_ledger(state_dir: Path, site: str) -> Ledger:
     """
     path, secret = ledger_path(state_dir), key_path(state_dir)
     unfinished = path.with_name(".creating")  # a crash between key and ledger must not look like a lost ledger
-    try:
+    with written(path.parent, PrivacyError):
         if not secret.exists():
             if path.exists():
                 raise LedgerError(f"{secret}: missing, but there is a ledger that it signed; restore the key")
@@ -49,10 +50,6 @@ def create_site_ledger(state_dir: Path, site: str) -> Ledger:
         if b"\n" not in (path.read_bytes() if path.exists() else b""):  # not even its first entry
             Ledger.create(path, site, load_key(secret))
         unfinished.unlink()
-    except OSError as error:
-        raise PrivacyError(
-            f"{path.parent}: can't be written ({error.strerror}); free space or fix its rights"
-        ) from error
     return open_site_ledger(state_dir, site)[0]
 
 

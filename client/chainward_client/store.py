@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from chainward_client.checkpoint import Checkpoint
 from chainward_client.work_lock import WorkLock
 from chainward_shared.errors import StoreError, WeightsError
+from chainward_shared.files import written
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import Body, EvaluateTask, StatisticsTask, fingerprint
 from chainward_shared.weights import StateDict, digest, load_file, save_file
@@ -140,13 +141,9 @@ class SiteStore:
         return [(int(number[1]), path) for number, path in named if number]
 
     def _write(self, state: StateDict, path: Path, metadata: dict[str, str]) -> None:
-        try:
+        with written(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(state, path, metadata)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder}: can't be written ({error.strerror}); free space or fix its rights"
-            ) from error
 
     def _answer_path(self, task: Body) -> Path:
         return self.folder / f"{task.KIND}-{fingerprint(task)[:32]}.safetensors"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from chainward_shared.errors import StoreError
+from chainward_shared.files import written
 
 logger = logging.getLogger("chainward.client")
 
@@ -98,11 +99,9 @@ class WorkLock:
             time.sleep(POLL_SECONDS)
 
     def _open(self) -> int:
-        try:
+        with written(self.path, advice="fix its rights"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StoreError(f"{self.path}: can't be written ({error.strerror}); fix its rights") from error
 
     def _is(self, file: int) -> bool:
         """Whether the open file is still the one at the path: whoever held it before has removed it."""

@@ -54,18 +54,13 @@ app.add_typer(
 )
 
 
-def say(line: str) -> None:
-    """Print a line of plain text."""
-    console.print(line, soft_wrap=True)
-
-
 def main() -> None:
     """Run the command; an error that a person can act on is one line and exit code 2."""
     speak_plainly()
     try:
         app()
     except ChainwardError as error:
-        errors.print(f"chainward: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.say(f"chainward: {error}", style="red")
         raise SystemExit(2) from None
 
 
@@ -80,7 +75,7 @@ def runs(
         typer.echo(json.dumps([row.to_json() for row in found], indent=1))
         return
     if not found:
-        console.print(f"no runs in {directory}", markup=False)
+        console.say(f"no runs in {directory}")
         return
     run_id, started = Column("run", no_wrap=True), Column("started", no_wrap=True)
     headers = ("data", "status", "time", "sites", "privacy", "chain", "student")
@@ -96,7 +91,7 @@ def runs(
     console.print(table)
     for row in found:
         if row.reason:
-            console.print(f"{row.run}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
+            console.say(f"{row.run}: {row.reason}")
     console.print("chain, student: balanced accuracy on the pooled test images")
 
 
@@ -128,12 +123,12 @@ def watch_run(
     output: Output = "json" if as_json else "live" if console.is_terminal else "lines"
     try:
         path = find_run(run, directory, wait=wait)
-        with live_page(path, port, errors.print) if web else nullcontext():
+        with live_page(path, port, errors.say) if web else nullcontext():
             code = watch(
-                path, console, output, interval=interval, timeout=timeout, write=typer.echo if as_json else say
+                path, console, output, interval=interval, timeout=timeout, write=typer.echo if as_json else console.say
             )
     except KeyboardInterrupt:
-        errors.print("no longer watching; the run goes on without it", markup=False)
+        errors.say("no longer watching; the run goes on without it")
         code = 130
     raise typer.Exit(code)
 
@@ -166,19 +161,16 @@ def export(
     target = to or Path(f"{folder.state.run_id}-{chosen}")
     done = export_run(folder, target, model=chosen, onnx=onnx, onnx_input=onnx_input, force=force)
     for warning in done.warnings:
-        errors.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        errors.say(f"note: {warning}", style="yellow")
     if as_json:
         typer.echo(json.dumps(done.to_json(), indent=1))
         return
     for file in done.files:
-        errors.print(f"{bytes_size(file.bytes):>8}  {file.name}", markup=False, highlight=False)
+        errors.say(f"{bytes_size(file.bytes):>8}  {file.name}")
     if done.onnx:
-        errors.print(
+        errors.say(
             f"ONNX and PyTorch agree on {done.onnx.images} images: logits within {done.onnx.logits:.1e}, probabilities within "
-            f"{done.onnx.probabilities:.1e}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{done.onnx.probabilities:.1e}"
         )
     typer.echo(done.path)
 
@@ -226,17 +218,14 @@ def audit(
     else:
         print_audit(audited, console)
         if start is not None:
-            console.print(
+            console.say(
                 f"the run started from {start.name}, SHA-256 {start.sha256} ({start.source}; licence {start.licence}): whom "
-                "those weights were trained on is outside of what the sites account for",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                "those weights were trained on is outside of what the sites account for"
             )
         if not record.statements:
-            console.print("differential privacy was off in this run", markup=False)
+            console.say("differential privacy was off in this run")
         if html is not None:
-            console.print(f"report: {html.absolute()}", markup=False, highlight=False, soft_wrap=True)
+            console.say(f"report: {html.absolute()}")
     raise typer.Exit(audited.exit_code)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from chainward_shared.outside import visible, visible_lines
 
@@ -24,6 +25,10 @@ class PlainConsole(Console):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, **settings})
+
+    def say(self, text: str | Text, style: str | None = None) -> None:
+        """Print a line as it is, however long: who reads it wraps it."""
+        self.print(text, style=style, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Return the pieces of which a renderable consists, as Rich does, the text of each made visible."""

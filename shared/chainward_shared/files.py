@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from chainward_shared.errors import ChainwardError, StoreError
 
 
 def write_atomically(path: Path, contents: bytes, *, mode: int = 0o666) -> None:
@@ -31,6 +35,29 @@ def write_atomically(path: Path, contents: bytes, *, mode: int = 0o666) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def written(
+    path: Path, kind: type[ChainwardError] = StoreError, advice: str = "free space or fix its rights"
+) -> Iterator[None]:
+    """Turn what the system says of a full or locked disk, within the block, into one line.
+
+    Parameters
+    ----------
+    path : what is written, as the line names it
+    kind : of the error that is raised
+    advice : what to do, the end of the line
+
+    Raises
+    ------
+    ChainwardError
+        Of `kind`, in the place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path}: can't be written ({error.strerror or error}); {advice}") from error
 
 
 def write_all(descriptor: int, contents: bytes) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from chainward_shared.console import PlainConsole
 
 if TYPE_CHECKING:  # imported when something is measured, so that --help answers at once
     from chainward_simulations.benchmark.figures import Table
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # imported when something is measured, so that --help answers
 SIX_SITES = Path(__file__).resolve().parent.parent / "six_sites"
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-progress = Console(stderr=True, highlight=False)
+progress = PlainConsole(stderr=True)
 
 
 class Part(StrEnum):
@@ -128,7 +129,7 @@ def main(
         tables.append(_examine_models(backbones, measured))
     progress.print(f"measured in {time.monotonic() - started:.0f} s")
 
-    output = Console(highlight=False)
+    output = PlainConsole()
     output.width = max(output.width, 120)
     for table in tables:
         if markdown:
@@ -179,7 +180,7 @@ def _measure_runs(
         try:
             run = flower_run.measure_run(app, settings, with_reference=Part.RUN in parts, timeout=timeout)
         except flower_run.BenchmarkError as error:
-            progress.print(str(error), markup=False)
+            progress.say(str(error))
             raise typer.Exit(1) from error
         done.append(run)
     measured["runs"] = [run.to_json() for run in done]

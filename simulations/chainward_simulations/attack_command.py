@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from chainward_server.cli import DEFAULT_DIR, RunsDir, open_run
+from chainward_shared.console import PlainConsole
 
 if TYPE_CHECKING:
     from chainward_simulations.attack import Attacked
@@ -42,14 +42,11 @@ def attack(
         content = {"schema": 1, "run": folder.state.run_id, "privacy": folder.config.privacy.mode, "attacks": lines}
         typer.echo(json.dumps(content | {"false_positive_rates": rates}, indent=1, allow_nan=False))
         return
-    console = Console()
+    console = PlainConsole()
     console.print(_table(found, FALSE_POSITIVE_RATES))
-    console.print(
+    console.say(
         f"run {folder.state.run_id}, privacy {folder.config.privacy.mode}: AUC 0.5 is a coin; the last three columns are "
-        "shares of the members. By patient, intervals of 95 % by bootstrap over patients.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        "shares of the members. By patient, intervals of 95 % by bootstrap over patients."
     )
 
 

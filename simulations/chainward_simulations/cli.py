@@ -64,7 +64,7 @@ def stop(
     else:
         stopped = stop_leftovers(directory)
         for link in abandoned():
-            errors.print(f"{link.home}: a SuperLink that nobody looks after any more", markup=False, highlight=False)
+            errors.say(f"{link.home}: a SuperLink that nobody looks after any more")
             typer.echo(f"{link.stop()} processes ended")
         if not stopped:
             typer.echo(f"no run in {directory} was killed and left anything behind; `chainward stop RUN` stops one")

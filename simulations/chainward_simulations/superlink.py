@@ -18,6 +18,7 @@ import psutil
 from chainward_server.run_process import RunProcess
 from chainward_server.surroundings import FOLLOWED
 from chainward_shared.errors import ChainwardError
+from chainward_shared.files import written
 from chainward_simulations.flower import is_program, own_environment, processes_of, stop_processes
 
 SUPERLINKS = Path("~/.chainward/superlinks").expanduser()
@@ -51,14 +52,10 @@ class SuperLink:
         ChainwardError
             The folder can't be written, or it ended or did not answer within `START_SECONDS`.
         """
-        try:
+        with written(self.home, ChainwardError, "FLWR_HOME of the SuperLink"):
             self.home.mkdir(parents=True)
             self.own(os.getpid())
             log = self.log.open("wb")
-        except OSError as error:
-            raise ChainwardError(
-                f"{self.home}: can't be written ({error.strerror}); FLWR_HOME of the SuperLink"
-            ) from error
         port = self.environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
         control = self.environment["FLWR_LOCAL_CONTROL_API_PORT"]
         with log:

@@ -120,7 +120,7 @@ def test_no_text_acts_on_a_terminal_printed_in_a_table_or_live(text):
     console = PlainConsole(file=out, force_terminal=True, color_system=None, width=120)
     table = Table("a", "b", title=text[:500])
     table.add_row(text[:2000], Text(text[:2000]))
-    console.print(text, soft_wrap=True)
+    console.say(text)
     console.print(table)
     assert not [c for c in unseen(out.getvalue()) if c != "\n"]
     if "link=" in text:

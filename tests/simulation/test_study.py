@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from chainward_shared.config import RunConfig
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations.cli import app
 from chainward_simulations.runner import equal, open_sites, run_in_process, score
@@ -53,7 +53,7 @@ def study(base, tmp_path):
         request = StudyRequest(
             {**base, **(settings or {})}, arms.split(","), (), seeds, folder=tmp_path / "study", jobs=1, **more
         )
-        return run_study(request, Console(file=StringIO()))
+        return run_study(request, PlainConsole(file=StringIO()))
 
     return run
 
@@ -200,7 +200,7 @@ def test_a_study_does_not_go_on_with_another_manifest(small_consortium, tmp_path
 def test_an_arm_that_is_finished_with_another_definition_is_not_taken_for_it(base, tmp_path):
     def run(definition):
         request = StudyRequest(base, (), (definition,), (0,), folder=tmp_path / "study", jobs=1)
-        return run_study(request, Console(file=StringIO()))
+        return run_study(request, PlainConsole(file=StringIO()))
 
     run("mine=arm=union chain.learning-rate=0.002")
     with pytest.raises(StudyError, match="arm 'mine' is finished for seed 0 with another definition"):

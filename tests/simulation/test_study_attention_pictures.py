@@ -5,8 +5,8 @@ from __future__ import annotations
 from io import StringIO
 
 import pytest
-from rich.console import Console
 
+from chainward_shared.console import PlainConsole
 from chainward_simulations.study.study import StudyRequest, run_study
 
 
@@ -23,7 +23,7 @@ def study(tmp_path):
         }
         run_study(
             StudyRequest(base | settings, arms.split(","), (), (0,), folder=tmp_path / "study", jobs=1),
-            Console(file=StringIO()),
+            PlainConsole(file=StringIO()),
         )
         return tmp_path / "study" / "examples.png"
 

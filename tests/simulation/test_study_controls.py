@@ -8,11 +8,11 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training import features as features_module
+from chainward_shared.console import PlainConsole
 from chainward_shared.discriminant import HeadSums, discriminant
 from chainward_shared.models import Start as Pretrained
 from chainward_shared.models import build_model, resolve_architecture
@@ -216,7 +216,7 @@ def test_a_refitted_model_differs_in_its_head_only(base):
 def test_the_controls_of_a_critic_are_arms_and_an_interval_is_told_against_the_best_site(base, tmp_path):
     arms = "alone,thumbnails,linear-pixels,linear-probe,statistics,alone-statistics,fedavg-long,union-refit,scaffold"
     request = StudyRequest(base, arms.split(","), (), (0,), "statistics", folder=tmp_path / "study", jobs=1)
-    report = run_study(request, Console(file=StringIO()))
+    report = run_study(request, PlainConsole(file=StringIO()))
     assert not report.result.failures
     arms_of = {arm.name: arm for arm in report.result.arms}
     for name in ("thumbnails", "linear-pixels", "linear-probe", "statistics"):
@@ -235,7 +235,7 @@ def test_the_controls_of_a_critic_are_arms_and_an_interval_is_told_against_the_b
 
 def test_arms_are_not_ranked_where_a_class_has_too_few_test_images(base, tmp_path, monkeypatch):
     request = StudyRequest(base, ["alone-statistics", "statistics"], (), (0,), folder=tmp_path / "study", jobs=1)
-    result = run_study(request, Console(file=StringIO())).result
+    result = run_study(request, PlainConsole(file=StringIO())).result
     counted = result.rarest.cases
     shown = {}
     for fewest in (counted, counted + 1):

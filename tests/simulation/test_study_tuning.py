@@ -7,11 +7,11 @@ import json
 from io import StringIO
 
 import pytest
-from rich.console import Console
 
 from chainward_client.data.scale import Scale
 from chainward_client.data.site_data import PrivilegedSetup, SiteData
 from chainward_shared.config import RunConfig
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import StudyError
 from chainward_shared.preparation import Preparation
 from chainward_simulations import runner
@@ -44,7 +44,7 @@ def _open_anew():
 
 def search(base, folder, trials=2, objective="balanced-accuracy"):
     folder.mkdir(exist_ok=True)
-    return tune(base, trials, objective, folder, 1, 2, Console(file=StringIO()))
+    return tune(base, trials, objective, folder, 1, 2, PlainConsole(file=StringIO()))
 
 
 def with_test_split(sites, change):
@@ -146,9 +146,9 @@ def test_a_search_does_not_go_on_with_another_objective(base, tmp_path):
 @pytest.mark.slow
 def test_arms_are_trained_with_what_the_search_found(base, tmp_path):
     request = StudyRequest(base, ["chain"], (), [3], folder=tmp_path / "study", jobs=1, tune=2)
-    report = run_study(request, Console(file=StringIO()))
+    report = run_study(request, PlainConsole(file=StringIO()))
     (arm,) = report.result.arms
     with_found = StudyRequest({**base, **report.tuned.settings}, ["chain"], (), [3], folder=tmp_path / "other", jobs=1)
-    (same,) = run_study(with_found, Console(file=StringIO())).result.arms
+    (same,) = run_study(with_found, PlainConsole(file=StringIO())).result.arms
     assert arm.records[0].digest == same.records[0].digest
     assert arm.records[0].pooled == same.records[0].pooled

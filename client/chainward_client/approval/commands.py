@@ -54,9 +54,9 @@ def list_runs(
         typer.echo(json.dumps([_row(one, approvals) for one in runs], indent=1))
         return
     if config.runs != "ask":
-        console.print("runs are not asked about here: site.yaml has no `runs: ask`", markup=False, soft_wrap=True)
+        console.say("runs are not asked about here: site.yaml has no `runs: ask`")
     if not runs:
-        console.print("no run has asked to train here", markup=False)
+        console.say("no run has asked to train here")
         return
     table = Table("run", "asked (UTC)", "state", "by", "until", "plan", box=None, padding=(0, 1, 0, 0))
     for one in runs:
@@ -101,12 +101,8 @@ def watch(
         return
     page = SitePage(site_yaml)
     with LocalPage(f"Chainward · {page.config().site}", page.look, page.act, port=port) as served:
-        console.print(f"page: {served.address}", markup=False, highlight=False, soft_wrap=True)
-        console.print(
-            "only on this machine, and whoever has the address may decide: keep it to yourself. Ctrl-C ends it",
-            markup=False,
-            soft_wrap=True,
-        )
+        console.say(f"page: {served.address}")
+        console.say("only on this machine, and whoever has the address may decide: keep it to yourself. Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
@@ -125,7 +121,7 @@ def _decide(site_yaml: Path, run: str | None, plan: str | None, decision: Decisi
             raise typer.Exit(1)
     decided = approvals.decide(one.plan.digest, decision, getpass.getuser(), days=days)
     until = f" until {decided.expires:%Y-%m-%d %H:%M} UTC" if decided.expires else ""
-    console.print(f"run {one.plan.run_id}: {decision}{until}", markup=False, soft_wrap=True)
+    console.say(f"run {one.plan.run_id}: {decision}{until}")
 
 
 def show_plan(one: AskedRun, config: SiteConfig, site_yaml: Path, console: PlainConsole) -> None:
@@ -135,7 +131,7 @@ def show_plan(one: AskedRun, config: SiteConfig, site_yaml: Path, console: Plain
     for part in plan_in_words(one, config, site_yaml):
         console.print(Text(part.title, style="bold red" if part.warns else "bold"))
         for line in part.lines:
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            console.say(Text(f"  {line}"))
 
 
 def _meant(approvals: Approvals, run: str | None, plan: str | None, decision: Decision) -> AskedRun:

@@ -24,87 +24,32 @@ if TYPE_CHECKING:
 # The attributes of PS3.15 Table E.1-1 (Basic Application Level Confidentiality Profile) that name or number a person, a
 # visit, an order, a place or a day. Those that only describe a person (age, sex, weight) and UIDs are left out: every file
 # has them. Any other element that holds a person's name (VR PN) counts as well.
-IDENTIFYING = frozenset(
-    {
-        # the patient
-        "PatientName",
-        "PatientID",
-        "IssuerOfPatientID",
-        "OtherPatientIDs",
-        "OtherPatientIDsSequence",
-        "OtherPatientNames",
-        "PatientBirthName",
-        "PatientMotherBirthName",
-        "PatientBirthDate",
-        "PatientBirthTime",
-        "PatientDeathDateInAlternativeCalendar",
-        "PatientBirthDateInAlternativeCalendar",
-        "PatientAddress",
-        "PatientTelephoneNumbers",
-        "PatientTelecomInformation",
-        "PatientInsurancePlanCodeSequence",
-        "PatientReligiousPreference",
-        "PatientComments",
-        "PatientInstitutionResidence",
-        "AdditionalPatientHistory",
-        "EthnicGroup",
-        "Occupation",
-        "MilitaryRank",
-        "BranchOfService",
-        "CountryOfResidence",
-        "RegionOfResidence",
-        "MedicalRecordLocator",
-        "ResponsiblePerson",
-        "ResponsibleOrganization",
-        # visit, order, study
-        "AccessionNumber",
-        "StudyID",
-        "AdmissionID",
-        "AdmittingDate",
-        "CurrentPatientLocation",
-        "ServiceEpisodeID",
-        "FillerOrderNumberImagingServiceRequest",
-        "PlacerOrderNumberImagingServiceRequest",
-        "PerformedProcedureStepID",
-        "RequestedProcedureID",
-        "ScheduledProcedureStepID",
-        "StudyDate",
-        "SeriesDate",
-        "AcquisitionDate",
-        "AcquisitionDateTime",
-        "ContentDate",
-        "PerformedProcedureStepStartDate",
-        "ScheduledProcedureStepStartDate",
-        "DateOfSecondaryCapture",
-        # staff, place, machine
-        "ReferringPhysicianName",
-        "ReferringPhysicianAddress",
-        "ReferringPhysicianTelephoneNumbers",
-        "PhysiciansOfRecord",
-        "PerformingPhysicianName",
-        "OperatorsName",
-        "NameOfPhysiciansReadingStudy",
-        "RequestingPhysician",
-        "RequestingService",
-        "InstitutionName",
-        "InstitutionAddress",
-        "InstitutionalDepartmentName",
-        "InstitutionCodeSequence",
-        "StationName",
-        "DeviceSerialNumber",
-        "PerformedStationName",
-        "ScheduledStationName",
-        # free text
-        "ImageComments",
-        "StudyComments",
-        "VisitComments",
-        "RequestedProcedureComments",
-        "TextComments",
-        "TextString",
-    }
-)
+_PATIENT = """
+PatientName PatientID IssuerOfPatientID OtherPatientIDs OtherPatientIDsSequence OtherPatientNames PatientBirthName
+PatientMotherBirthName PatientBirthDate PatientBirthTime PatientDeathDateInAlternativeCalendar
+PatientBirthDateInAlternativeCalendar PatientAddress PatientTelephoneNumbers PatientTelecomInformation
+PatientInsurancePlanCodeSequence PatientReligiousPreference PatientComments PatientInstitutionResidence
+AdditionalPatientHistory EthnicGroup Occupation MilitaryRank BranchOfService CountryOfResidence RegionOfResidence
+MedicalRecordLocator ResponsiblePerson ResponsibleOrganization
+"""
+_STUDY = """
+AccessionNumber StudyID AdmissionID AdmittingDate CurrentPatientLocation ServiceEpisodeID
+FillerOrderNumberImagingServiceRequest PlacerOrderNumberImagingServiceRequest PerformedProcedureStepID
+RequestedProcedureID ScheduledProcedureStepID StudyDate SeriesDate AcquisitionDate AcquisitionDateTime ContentDate
+PerformedProcedureStepStartDate ScheduledProcedureStepStartDate DateOfSecondaryCapture
+"""
+_PLACE = """
+ReferringPhysicianName ReferringPhysicianAddress ReferringPhysicianTelephoneNumbers PhysiciansOfRecord
+PerformingPhysicianName OperatorsName NameOfPhysiciansReadingStudy RequestingPhysician RequestingService
+InstitutionName InstitutionAddress InstitutionalDepartmentName InstitutionCodeSequence StationName DeviceSerialNumber
+PerformedStationName ScheduledStationName
+"""
+_FREE_TEXT = """
+ImageComments StudyComments VisitComments RequestedProcedureComments TextComments TextString
+"""
+IDENTIFYING = frozenset((_PATIENT + _STUDY + _PLACE + _FREE_TEXT).split())
 
-_MODALITIES = (
+_MODALITIES = [
     "CR",
     "CT",
     "DX",
@@ -124,7 +69,7 @@ _MODALITIES = (
     "US",
     "XA",
     "XC",
-)
+]
 _MAX_DEPTH = 8
 _KEY = secrets.token_bytes(32)
 

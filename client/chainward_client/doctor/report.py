@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chainward_shared.console import PlainConsole
 from chainward_shared.outside import Shown
 
 Outcome = Literal["ok", "warning", "problem", "skipped"]
@@ -93,7 +93,7 @@ class Diagnosis:
         return {"site": self.site, "verdict": verdict, "checks": [asdict(check) for check in self.checks]}
 
 
-def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+def print_diagnosis(diagnosis: Diagnosis, console: PlainConsole) -> None:
     """Print a table of all checks, then the summary."""
     table = Table("check", "", "found", "what to do", show_lines=False)
     for check in diagnosis.checks:
@@ -101,4 +101,4 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         table.add_row(Text(check.name), Text(check.outcome, style=style), Text(check.found), Text(check.advice))
     console.print(table)
     style = "red" if diagnosis.exit_code else "green"
-    console.print(diagnosis.summary, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.say(diagnosis.summary, style=style)

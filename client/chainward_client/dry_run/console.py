@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from chainward_client.dry_run.run import DryRun
 from chainward_client.dry_run.sent import Sent
+from chainward_shared.console import PlainConsole
 
 
-def print_dry_run(run: DryRun, console: Console) -> None:
+def print_dry_run(run: DryRun, console: PlainConsole) -> None:
     """Print the messages, what was searched for and found, and the outcome."""
     for sent in run.sent:
         console.print(_fields(sent))
         if sent.arrays:
             console.print(_arrays(sent))
 
-    def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
     for note in run.notes:
-        line(note)
+        console.say(note)
     searched = ", ".join(f"{count:,} of kind {kind}" for kind, count in run.searched.items())
-    line(f"searched for: {searched or 'nothing; the site has no secret texts'}")
+    console.say(f"searched for: {searched or 'nothing; the site has no secret texts'}")
     for found in run.found:
-        line(f"MUST NOT LEAVE: {found.kind} {found.what}, in the answer to {found.asked}", "red")
+        console.say(f"MUST NOT LEAVE: {found.kind} {found.what}, in the answer to {found.asked}", "red")
     for attempt in run.sockets:
-        line(f"TRIED THE NETWORK: {attempt}", "red")
+        console.say(f"TRIED THE NETWORK: {attempt}", "red")
     for sent in run.sent:
         if sent.reason is not None:
-            line(f"refused: {sent.asked}: {sent.reason}", "red")
+            console.say(f"refused: {sent.asked}: {sent.reason}", "red")
     if not run.found:
-        line("none of it is in any message, and every array is one of the model's or a count")
+        console.say("none of it is in any message, and every array is one of the model's or a count")
     if not run.sockets:
-        line("no socket was opened (this process was guarded)")
+        console.say("no socket was opened (this process was guarded)")
     verdict = "a problem" if run.exit_code else "fine"
     how = "with differential privacy" if run.private else "without differential privacy"
-    line(
+    console.say(
         f"site {run.site}: {len(run.sent)} messages, {run.bytes:,} bytes, trained {how}: {verdict}",
         "red" if run.exit_code else "green",
     )

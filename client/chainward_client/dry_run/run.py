@@ -36,8 +36,9 @@ from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import sums_template
-from chainward_shared.errors import DataError, StoreError, WeightsError
+from chainward_shared.errors import DataError, WeightsError
 from chainward_shared.evaluation.classification import counts_from_arrays
+from chainward_shared.files import written
 from chainward_shared.models import skeleton
 from chainward_shared.models.heads import check_head
 from chainward_shared.models.start import travelling_template
@@ -184,11 +185,9 @@ def _throw_away(site_yaml: Path, config: SiteConfig, data: Path, own_state: Path
 
     It lies in the site's state folder where there is one: what privileged teachers leave is as private as the reports.
     """
-    parent = own_state if own_state.is_dir() else None
-    try:
+    parent = own_state if own_state.is_dir() else Path(tempfile.gettempdir())
+    with written(parent):
         folder = Path(tempfile.mkdtemp(prefix=".dry-run-", dir=parent))
-    except OSError as error:
-        raise StoreError(f"{parent}: can't be written ({error.strerror}); free space or fix its rights") from error
     try:
         content = yaml.safe_load(site_yaml.read_text(encoding="utf-8"))
         copy = folder / "site.yaml"

@@ -213,7 +213,7 @@ def live_page(path: Path, port: int, say: Callable[..., None], *, linger: float 
     title = f"Chainward · run {RunFolder.open(path).state.run_id}"
     load_of(path)  # a processor's load is counted from one look to the next
     with LocalPage(title, lambda form: live_look(path), port=port) as page:
-        say(f"page: {page.address} (on this machine only)", markup=False, highlight=False, soft_wrap=True)
+        say(f"page: {page.address} (on this machine only)")
         yield page
         with suppress(KeyboardInterrupt):
             time.sleep(LINGER if linger is None else linger)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from chainward_shared.console import PlainConsole
 from chainward_shared.pretrained.card import WeightsCard
 from chainward_shared.pretrained.download import PREFIX, fetched
 
@@ -89,12 +89,12 @@ def get(
 
 def list_(store: "WeightsStore", as_json: AsJson = False) -> None:
     """List what is in the store."""
-    cards, console = store.cards(), Console()
+    cards, console = store.cards(), PlainConsole()
     if as_json:
         typer.echo(json.dumps([card.model_dump(by_alias=True) for card in cards], indent=1))
         return
     if not cards:
-        console.print(f"no weights in {store.root}", markup=False, soft_wrap=True)
+        console.say(f"no weights in {store.root}")
         return
     table = Table("name", "SHA-256", "parameters", "classes", "licence", box=None, padding=(0, 2, 0, 0))
     for card in cards:
@@ -121,7 +121,7 @@ def remove(store: "WeightsStore", reference: Reference) -> None:
 
 
 def _print_line(line: str) -> None:
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    PlainConsole().say(line)
 
 
 def _print_card(card: WeightsCard) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import PrivacyError
+from chainward_shared.files import written
 from chainward_shared.privacy.empirical import Attack, Empirical
 from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.report import MISSING, epsilon_text, render_audit
 
 
-def print_audit(audit: Audit, console: Console) -> None:
+def print_audit(audit: Audit, console: PlainConsole) -> None:
     """Print what was spent as a table, how the training stood trial, then the findings, then the outcome."""
     if audit.sites:
         console.print(_spending(audit))
@@ -23,11 +24,11 @@ def print_audit(audit: Audit, console: Console) -> None:
     for finding in audit.findings:
         line = f"{finding.severity}: {finding.where}: {finding.what}"
         style = None if finding.severity == "note" else "red"
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        console.say(line, style=style)
     for site in audit.sites:
         if site.key is not None:
-            console.print(f"key of {site.site}: {site.key}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{audit.kind} {audit.subject}: {audit.verdict}", markup=False, highlight=False, soft_wrap=True)
+            console.say(f"key of {site.site}: {site.key}")
+    console.say(f"{audit.kind} {audit.subject}: {audit.verdict}")
 
 
 def _spending(audit: Audit) -> Table:
@@ -97,9 +98,5 @@ def write_page(audit: Audit, path: Path) -> None:
     PrivacyError
         The file can't be written.
     """
-    try:
+    with written(path, PrivacyError, "name a file in a folder you may write to"):
         path.write_text(render_audit(audit), encoding="utf-8")
-    except OSError as error:
-        raise PrivacyError(
-            f"{path}: can't be written ({error.strerror}); name a file in a folder you may write to"
-        ) from error

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from chainward_shared.errors import PrivacyError
-from chainward_shared.files import write_atomically
+from chainward_shared.files import write_atomically, written
 
 
 def canonical_json(content: Mapping[str, object]) -> bytes:
@@ -45,14 +45,10 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    try:
+    with written(path, PrivacyError, "free space or fix the folder's rights"):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(public_key_path(path), public, mode=0o644)
         write_atomically(path, pem, mode=0o600)  # last: where the private key is, the public one is too
-    except OSError as error:
-        raise PrivacyError(
-            f"{path}: can't be written ({error.strerror}); free space or fix the folder's rights"
-        ) from error
     return key
 
 

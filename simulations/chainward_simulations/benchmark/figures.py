@@ -65,7 +65,7 @@ class Table:
             table.add_row(*row)
         console.print(table)
         for note in self.notes:
-            console.print(note, highlight=False)
+            console.print(note)
         console.print()
 
     def markdown(self) -> str:

@@ -111,4 +111,4 @@ def _tell_of_all(done: Predictions, sha256: str) -> None:
 
 
 def _tell(line: str, style: str | None = None) -> None:
-    errors.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    errors.say(line, style=style)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from click import Context, HelpFormatter
-from rich.console import Console
 from typer.core import TyperCommand
 
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import StudyError
 from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
 
@@ -111,7 +111,7 @@ def study(
     # Not before it is needed: other commands of `chainward` start without waiting for it.
     from chainward_simulations.study.study import StudyRequest, run_study
 
-    progress = Console(stderr=True)
+    progress = PlainConsole(stderr=True)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
     base = base_settings(data, sites, label_fraction, typed(parse_assignments(settings or [], "--set"), "--set"))
@@ -123,12 +123,12 @@ def study(
     try:
         report = run_study(request, progress)
     except KeyboardInterrupt:
-        progress.print("interrupted; finished arms are kept, and the same command goes on from there", highlight=False)
+        progress.say("interrupted; finished arms are kept, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
     _show(report, json_file)
-    progress.print(f"study folder: {report.folder.path}", markup=False, highlight=False, soft_wrap=True)
+    progress.say(f"study folder: {report.folder.path}")
     if report.result.failures:
         arm_name, seed, reason = report.result.failures[0]
         more = f" (and {len(report.result.failures) - 1} more)" if len(report.result.failures) > 1 else ""
@@ -148,15 +148,15 @@ def _show(report: StudyReport, json_file: str | None) -> None:
     if json_file == "-":
         typer.echo(json.dumps(as_json(result, folder), indent=1))
         return
-    screen = Console()
+    screen = PlainConsole()
     if not screen.is_terminal:
         screen.width = _WIDE  # a file has no edge to wrap at
     if report.tuned is not None:
-        screen.print(tuning_note(report.tuned), markup=False, highlight=False, soft_wrap=True)
+        screen.say(tuning_note(report.tuned))
     if result.arms:
         screen.print(study_table(result))
     for line in notes(result):
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        screen.say(line)
     if json_file is not None:
         write_results(Path(json_file), result, folder)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from chainward_shared.console import PlainConsole
 from chainward_shared.progress import Progress
 from chainward_simulations.study.workers import Event, Finished, Step, Tried
 
@@ -19,7 +19,7 @@ class StudyProgress:
     images : all work, as `Unit.images` counts it
     """
 
-    def __init__(self, console: Console, count: int, images: float, *, what: str = "arms") -> None:
+    def __init__(self, console: PlainConsole, count: int, images: float, *, what: str = "arms") -> None:
         self.console, self.count, self.what = console, count, what
         self.finished, self.work = 0, Progress(images)
         self.bar = Bar(
@@ -60,11 +60,9 @@ class StudyProgress:
         else:
             words = f"{event.arm} seed {event.seed} failed: {event.reason}"
             if event.details:
-                self.console.print(event.details, markup=False, highlight=False, soft_wrap=True)
+                self.console.say(event.details)
         left = "" if self.finished == self.count else f"; {self.work.expected_end()}"
-        self.console.print(
-            f"{self.finished} of {self.count}: {words}{left}", markup=False, highlight=False, soft_wrap=True
-        )
+        self.console.say(f"{self.finished} of {self.count}: {words}{left}")
 
 
 def _shown(value: float | None) -> str:

@@ -18,7 +18,7 @@ from chainward_client.data.description import load_description
 from chainward_shared import __version__
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.errors import StudyError, WeightsError
-from chainward_shared.files import write_atomically
+from chainward_shared.files import write_atomically, written
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import load_file, save_file
@@ -180,12 +180,8 @@ class StudyFolder:
             The disk is full or can't be written.
         """
         self.state.updated = _now()
-        try:
+        with written(self.path / _FILE, StudyError, "finished arms before it are kept"):
             write_atomically(self.path / _FILE, self.state.model_dump_json(by_alias=True, indent=1).encode())
-        except OSError as error:
-            raise StudyError(
-                f"{self.path / _FILE}: can't be written ({error.strerror}); finished arms before it are kept"
-            ) from error
 
 
 def read_study(path: Path) -> StudyState:

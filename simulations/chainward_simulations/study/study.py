@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from chainward_server.measure import summarize_model
 from chainward_shared.config import ConfigScalar, RunConfig
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import StudyError, nearest
-from chainward_shared.files import write_atomically
+from chainward_shared.files import write_atomically, written
 from chainward_shared.models import build_model
 from chainward_simulations.simulated_sites import simulated_site_ids
 from chainward_simulations.study.attention_pictures import attention_pictures
@@ -56,7 +56,7 @@ class StudyRequest:
     objective: Objective = "balanced-accuracy"
 
 
-def run_study(request: StudyRequest, console: Console) -> StudyReport:
+def run_study(request: StudyRequest, console: PlainConsole) -> StudyReport:
     """Train what is not finished yet and return the results.
 
     Parameters
@@ -143,14 +143,19 @@ def check_data(config: RunConfig) -> int:
 
 
 def train_missing(
-    folder: StudyFolder, planned: Sequence[PlannedArm], seeds: Sequence[int], jobs: int, sites: int, console: Console
+    folder: StudyFolder,
+    planned: Sequence[PlannedArm],
+    seeds: Sequence[int],
+    jobs: int,
+    sites: int,
+    console: PlainConsole,
 ) -> list[tuple[str, int, str]]:
     """Train the arms that are not finished, note each as it is, and return what failed: arm, seed and why."""
     todo = [arm.of_seed(seed) for seed in seeds for arm in planned]
     check_definitions(folder, {(arm.name, arm.config.seed): arm.digest() for arm in todo})
     finished = [arm for arm in todo if folder.record_of(arm.name, arm.config.seed)]
     if finished:
-        console.print(f"{len(finished)} of {len(todo)} arms were finished before", highlight=False)
+        console.say(f"{len(finished)} of {len(todo)} arms were finished before")
     todo = [arm for arm in todo if arm not in finished]
     for arm in list(todo):
         twin = next((one for one in folder.state.records if one.digest == arm.digest()), None)
@@ -229,7 +234,5 @@ def write_or_say(path: Path, contents: Callable[[], bytes]) -> None:
     StudyError
         One line, if it can't be written.
     """
-    try:
+    with written(path, StudyError, "free space, or name another --out"):
         write_atomically(path, contents())
-    except OSError as error:
-        raise StudyError(f"{path}: can't be written ({error.strerror or error})") from error

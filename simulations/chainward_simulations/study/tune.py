@@ -13,12 +13,12 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
 
 from chainward_client.data.site_data import SiteData
 from chainward_shared.config import ConfigScalar, RunConfig
+from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ChainwardError, StudyError
-from chainward_shared.files import write_atomically
+from chainward_shared.files import write_atomically, written
 from chainward_shared.seeds import derive_seed
 from chainward_simulations import runner
 from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
@@ -120,7 +120,7 @@ def tune(
     folder: Path,
     jobs: int,
     sites: int,
-    console: Console,
+    console: PlainConsole,
 ) -> Tuned:
     """Search the chain's settings until there are `trials` finished trials, those of an earlier search counted.
 
@@ -188,7 +188,7 @@ def _search(
     folder: Path,
     jobs: int,
     sites: int,
-    console: Console,
+    console: PlainConsole,
 ) -> None:
     images = chain_work(_planned(base, {}), sites).images
     values: dict[int, Tried] = {}
@@ -253,7 +253,5 @@ def _write_summary(file: Path, tuned: Tuned, finished: list[FrozenTrial]) -> Non
             for trial in finished
         ],
     }
-    try:
+    with written(file, StudyError, "free space, or name another --out"):
         write_atomically(file, (json.dumps(summary, indent=1) + "\n").encode())
-    except OSError as error:
-        raise StudyError(f"{file}: can't be written ({error.strerror})") from error
