@@ -21,10 +21,11 @@ from chainward_shared.evaluation.operating import (
     tallies_at,
     tallies_decided,
 )
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
 from chainward_shared.pixels import scaling
-from chainward_shared.weights import StateDict
+from chainward_shared.weights import StateDict, digest
 
 logger = logging.getLogger("chainward")
 
@@ -43,7 +44,18 @@ def judged(run: Run, name: str, architecture: Architecture, state: StateDict) ->
         logger.warning("the %s has no calibration and no operating points: %s", name, error)
         found = none_of(len(run.results.data.classes), str(error))
     run.results.by_class[name] = found
-    return model_record(run.checkpoints.run_id, name, architecture, run.results.data, found)
+    record = model_record(run.checkpoints.run_id, name, architecture, run.results.data, found)
+    return record.model_copy(update={"familiarity": _familiarity(run, state) if name == "chain" else None})
+
+
+def _familiarity(run: Run, state: StateDict) -> Familiarity | None:
+    """Return what a statistics round has told of the embeddings of the very model that the chain leaves; None without such."""
+    key = run.results.released or next((head.key for head in reversed(run.results.heads)), None)
+    if key is None or not run.checkpoints.has_model(key):
+        return None
+    if digest(run.checkpoints.load_model(key, run.template)) != digest(state):
+        return None
+    return Familiarity.from_metadata(run.checkpoints.metadata_of(key))
 
 
 def by_class(counted: Mapping[Split, Counted], classes: int) -> ByClass:

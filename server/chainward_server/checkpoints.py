@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 from chainward_server.results import Results
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
 from chainward_shared.task import Task
@@ -39,9 +41,12 @@ class Checkpoints(Protocol):
         architecture: Architecture,
         classes: list[str],
         task: Task,
-        record: ModelRecord | None = None,
+        record: ModelRecord | Familiarity | None = None,
     ) -> None:
-        """Keep a model; it counts once `commit` has been called."""
+        """Keep a model; it counts once `commit` has been called. `record`: what goes along with it."""
+
+    def metadata_of(self, name: str) -> Mapping[str, str]:
+        """Return what is kept beside the weights of the model called `name`."""
 
     def drop_model(self, name: str) -> None:
         """Forget a model that is not needed any more."""
@@ -64,6 +69,7 @@ class InMemory:
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
         self.models: dict[str, StateDict] = {}
+        self._metadata: dict[str, Mapping[str, str]] = {}
         self._finished: set[str] = set()
         self._started = time.monotonic()
 
@@ -91,10 +97,15 @@ class InMemory:
         architecture: Architecture,
         classes: list[str],
         task: Task,
-        record: ModelRecord | None = None,
+        record: ModelRecord | Familiarity | None = None,
     ) -> None:
         """Keep a model."""
         self.models[name] = state
+        self._metadata[name] = {} if record is None else record.to_metadata()
+
+    def metadata_of(self, name: str) -> Mapping[str, str]:
+        """Return what is kept beside the weights of the model called `name`."""
+        return self._metadata[name]
 
     def drop_model(self, name: str) -> None:
         """Forget a model, if it is there."""

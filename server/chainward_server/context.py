@@ -21,6 +21,7 @@ from chainward_server.scoring import Counted, Split, count_everywhere, localise_
 from chainward_server.sites import Sites
 from chainward_shared.config import RunConfig
 from chainward_shared.data_notes import notes_on_all
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.hops import alone_key
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, skeleton
@@ -71,9 +72,9 @@ class Run:
         return site_order(self.sites.ids, self.sites.sizes, self.config.chain, self.config.seed)
 
     def save_model(
-        self, name: str, state: StateDict, architecture: Architecture, record: ModelRecord | None = None
+        self, name: str, state: StateDict, architecture: Architecture, record: ModelRecord | Familiarity | None = None
     ) -> None:
-        """Keep a model; it counts once its piece of work is committed. `record`: of a final one."""
+        """Keep a model; it counts once its piece of work is committed. `record`: what its file says of it."""
         data = self.results.data
         self.checkpoints.save_model(name, state, architecture, data.classes, data.task, record)
 

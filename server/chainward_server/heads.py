@@ -22,6 +22,8 @@ from chainward_server.secure_heads import added_up, is_secure
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.discriminant import Head, HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
+from chainward_shared.familiarity import Familiarity
+from chainward_shared.hops import head_key
 from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.protocol import StatisticsResult, StatisticsTask
 from chainward_shared.settings import ClassBalance
@@ -66,14 +68,18 @@ def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
     check_head(run.architecture)
     if run.checkpoints.is_finished(key) and run.checkpoints.has_model(key):
         return run.checkpoints.load_model(key, run.template)
+    familiarity = None
     if run.privacy.on:
         record, head = private_head(run, key, state, prior_strength=_strength(run))
     else:
         record, sums = _asked(run, key, state)
-        head = _solved(run, key, sums)
+        together = _together(run, key, sums)
+        head = _solved(run, key, together)
+        if _may_be_released(run, key):
+            familiarity = Familiarity.of_sums(together.train, together.validation)
     record.shrinkage, record.temperature = head.shrinkage, head.temperature
     model = rounded(with_head(state, run.architecture, head), run.config.federation.transfer)
-    run.save_model(key, model, run.architecture)
+    run.save_model(key, model, run.architecture, familiarity)
     if run.score_all:
         record.metrics = link_metrics(run.score(run.architecture, model, ["val", "test"]))
     run.results.heads.append(record)
@@ -196,17 +202,25 @@ def _implausible(sums: Mapping[str, _Sums]) -> dict[str, str]:
     }
 
 
-def _solved(run: Run, key: str, sums: Mapping[str, _Sums]) -> Head:
-    card = run.sites.any_card
-    none = HeadSums.none(len(card.classes), check_head(run.architecture))
-    train = sum((of.train for of in sums.values()), none)
-    validation = sum((of.validation for of in sums.values()), none)
+def _may_be_released(run: Run, key: str) -> bool:
+    """Return whether the model of a statistics round may be the one that the chain leaves."""
+    config = run.config.chain
+    return key == head_key(None) or config.release == "best" or config.refit == "links"
+
+
+def _together(run: Run, key: str, sums: Mapping[str, _Sums]) -> _Sums:
+    """Return the sums of all sites together."""
     if not sums:
         raise ChainwardError(
             f"statistics round '{key}': no site took part in it (the log says why); set chain.head = 'trained', or resume the "
             "run when they can"
         )
-    multilabel = card.task == "multilabel"
-    if not multilabel and int((train.counts > 0).sum()) < 2:
+    none = HeadSums.none(len(run.sites.any_card.classes), check_head(run.architecture))
+    return _Sums(sum((of.train for of in sums.values()), none), sum((of.validation for of in sums.values()), none))
+
+
+def _solved(run: Run, key: str, sums: _Sums) -> Head:
+    multilabel = run.sites.any_card.task == "multilabel"
+    if not multilabel and int((sums.train.counts > 0).sum()) < 2:
         raise ChainwardError(f"statistics round '{key}': all images of the sites that answered are of one class")
-    return discriminant(train, validation, multilabel=multilabel, prior_strength=_strength(run))
+    return discriminant(sums.train, sums.validation, multilabel=multilabel, prior_strength=_strength(run))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from chainward_shared import __version__
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
 from chainward_shared.pixels import preprocessing_metadata
@@ -18,7 +19,7 @@ _CARD = "chainward.weights_card"
 
 
 def model_metadata(
-    architecture: Architecture, classes: list[str], task: Task, record: ModelRecord | None
+    architecture: Architecture, classes: list[str], task: Task, record: ModelRecord | Familiarity | None
 ) -> dict[str, str]:
     """Return what a model's file says of it."""
     return {

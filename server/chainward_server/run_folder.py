@@ -23,9 +23,10 @@ from chainward_server.mending import Mending, mending
 from chainward_server.results import Results
 from chainward_server.resuming import as_setting, reconciled
 from chainward_server.run_process import RunProcess
-from chainward_server.run_state import Phase, RunState, Status
+from chainward_server.run_state import Phase, RunState, Status, iso
 from chainward_shared.config import OutputConfig, RunConfig
 from chainward_shared.errors import RunFolderError, WeightsError, nearest
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.files import write_atomically
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.privacy.record import PrivacyRecord
@@ -62,7 +63,7 @@ class RunFolder:
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         path = Path(config.output.dir).expanduser().absolute() / run_id
-        folder = cls(path, RunState(run_id=run_id, started=_iso(now), updated=_iso(now)), config)
+        folder = cls(path, RunState(run_id=run_id, started=iso(now), updated=iso(now)), config)
         try:
             (path / "models").mkdir(parents=True)
         except OSError as error:
@@ -207,12 +208,11 @@ class RunFolder:
         architecture: Architecture,
         classes: list[str],
         task: Task,
-        record: ModelRecord | None = None,
+        record: ModelRecord | Familiarity | None = None,
     ) -> None:
-        """Write a model file; it counts once `commit` has been called.
+        """Write a model file, with `record` in it; it counts once `commit` has been called.
 
         Of a model that starts from pretrained weights only what was trained, but for the chain's, which is the run's result.
-        `record`: of a final model; it goes along in the file.
 
         Raises
         ------
@@ -286,6 +286,12 @@ class RunFolder:
         check_state(state, template)
         return state
 
+    def metadata_of(self, name: str) -> Mapping[str, str]:
+        """Return what a model's file holds beside weights."""
+        from chainward_shared.weights import load_file
+
+        return load_file(self.model_path(name), self.state.models[name])[1]
+
     def drop_model(self, name: str) -> None:
         """Remove a model file that is not needed any more; first from `run.json`, which must not list what is gone."""
         if name in self.state.models:
@@ -311,7 +317,7 @@ class RunFolder:
 
     def await_approval(self, waiting: Mapping[str, float]) -> None:
         """Note the sites where a person has not approved the run yet, and since when (seconds since 1970)."""
-        self.state.waiting = {site: _iso(datetime.fromtimestamp(since, UTC)) for site, since in waiting.items()}
+        self.state.waiting = {site: iso(datetime.fromtimestamp(since, UTC)) for site, since in waiting.items()}
         self._write_state()
 
     def enter(self, phase: Phase) -> None:
@@ -337,7 +343,7 @@ class RunFolder:
         """
         self.state.phase, self.state.status = "done", "incomplete" if missing else "finished"
         self.state.reason, self.state.waiting = "; ".join(missing) or None, {}
-        self.state.updated = ended = _iso(datetime.now(UTC))
+        self.state.updated = ended = iso(datetime.now(UTC))
         path = report(self)
         self.state.resumable = bool(missing)
         self._write_state(ended)
@@ -371,7 +377,7 @@ class RunFolder:
         return self.path / name
 
     def _write_state(self, at: str | None = None) -> None:
-        self.state.updated = at or _iso(datetime.now(UTC))
+        self.state.updated = at or iso(datetime.now(UTC))
         self._write("run.json", self.state.model_dump_json(by_alias=True, indent=1).encode())
 
     def _write(self, name: str, contents: bytes) -> None:
@@ -391,7 +397,3 @@ class RunFolder:
                 load_file(self.model_path(name), sha256)
             except WeightsError as error:
                 raise RunFolderError(f"{error}; start anew, or restore the run folder") from error
-
-
-def _iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")

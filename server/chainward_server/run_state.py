@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -60,3 +61,8 @@ def keys_of_earlier_runs(run: Path) -> dict[str, str]:
             with suppress(OSError, ValidationError):
                 keys |= RunState.model_validate_json(path.read_bytes()).keys
     return keys
+
+
+def iso(moment: datetime) -> str:
+    """Return a time as `run.json` holds it, to the second."""
+    return moment.isoformat(timespec="seconds")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainward_shared.errors import ModelError
 from chainward_shared.evaluation.operating import Calibration, OperatingPoint
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.outside import BySite, Count, Figure, Name, PerClass, RunId, Word
 from chainward_shared.preparation import Preparation
 from chainward_shared.task import Task
@@ -33,6 +34,7 @@ class ModelRecord(BaseModel):
     mean, std : by channel, or one for all: the network sees ``(pixel / 255 - mean) / std``
     synthetic : whether it was trained on generated images
     calibration, points : chosen on the sites' validation images; `points` in the order of the classes
+    familiarity : by which an image unlike the training images is noticed; None where no statistics round told it
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,7 @@ class ModelRecord(BaseModel):
     synthetic: bool
     calibration: Calibration
     points: PerClass[OperatingPoint]
+    familiarity: Familiarity | None = None
 
     @model_validator(mode="after")
     def _one_point_for_each_class(self) -> ModelRecord:
@@ -63,6 +66,12 @@ class ModelRecord(BaseModel):
         """Return how all sites prepared their images; None where they differ, or none has said."""
         found = set(self.preparations.values())
         return found.pop() if len(found) == 1 else None
+
+    def in_short(self) -> dict[str, Any]:
+        """Return the record as plain JSON values, without the arrays of `familiarity`."""
+        content: dict[str, Any] = self.model_dump(mode="json", exclude={"familiarity"})
+        known = self.familiarity
+        return content | {"familiarity": known and known.model_dump(include={"size", "train", "validation"})}
 
     def to_metadata(self) -> dict[str, str]:
         """Return the record as metadata of a safetensors or ONNX file."""

@@ -28,7 +28,7 @@ from chainward_server.cli import app
 from chainward_server.export import export_run
 from chainward_server.export import onnx_model as onnx_module
 from chainward_server.export.card import plain
-from chainward_server.export.onnx_model import compare, onnx_bytes
+from chainward_server.export.onnx_model import Answering, compare, onnx_bytes
 from chainward_server.results import (
     AloneRecord,
     DataSummary,
@@ -156,25 +156,28 @@ def test_timm_and_onnx_answer_alike_for_any_batch(make_run, tmp_path, backbone, 
         assert np.abs(probabilities - powers / powers.sum(axis=1, keepdims=True)).max() < 1e-6
 
 
-def test_a_student_that_timm_has_no_name_for_is_rebuilt_by_the_lines_of_its_card(make_run, tmp_path, monkeypatch):
-    done = export_run(make_run("test_efficientnet"), tmp_path / "out", model="student", onnx=False)
-    assert {file.name for file in done.path.iterdir()} == FILES - {
-        "config.json",
-        "model.onnx",
-        "preprocessing.py",
-        "configs",
-    }
+def test_a_student_that_timm_has_no_name_for_has_all_files_and_is_rebuilt_by_the_lines_of_its_card(
+    make_run, tmp_path, monkeypatch
+):
+    folder = with_fits(make_run("test_efficientnet"), "crop", "crop")
+    done = export_run(folder, tmp_path / "out", model="student", onnx=False)
+    assert {file.name for file in done.path.iterdir()} == FILES - {"model.onnx"}
     lines = (done.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(done.path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "preprocessing", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    photograph(50, 90).save("image.png")
     made: dict = {}
-    exec(lines, made)
+    exec(lines.replace("PATH/OF/THIS/FOLDER", str(done.path)), made)
     expected = build_model(
         compact_architecture(resolve_architecture("test_efficientnet", num_classes=3, in_chans=1, image_size=32)),
         seed=1,
-    )
-    images = torch.randn(2, 1, 32, 32)
+    ).eval()
+    image = by_the_sites_own_code(photograph(50, 90), "crop")
     with torch.inference_mode():
-        assert torch.equal(made["model"](images), expected.eval()(images))
+        assert torch.equal(made["probabilities"], expected(image).softmax(dim=1))
+    with pytest.raises(RuntimeError, match=r"use network\(\) in preprocessing"):
+        loaded_by_timm(done.path)
 
 
 @pytest.mark.slow
@@ -236,9 +239,9 @@ def test_an_onnx_graph_that_computes_something_else_is_refused():
     assert check.logits < 1e-5
     assert set(check.batches) >= {1, 3}
     with pytest.raises(ExportError, match=r"ONNX contradicts PyTorch on a batch of 1: logits differ by up to 0\.001"):
-        compare(contents, other.eval(), architecture, "single", "pixels", opset=check.opset)
+        compare(contents, Answering(other.eval(), "single", "pixels"), architecture, opset=check.opset)
     with pytest.raises(ExportError, match="probabilities"):
-        compare(contents, model.eval(), architecture, "multilabel", "pixels", opset=check.opset)
+        compare(contents, Answering(model.eval(), "multilabel", "pixels"), architecture, opset=check.opset)
 
 
 @pytest.mark.slow
@@ -249,7 +252,7 @@ def test_a_graph_whose_batch_is_fixed_is_refused():
     proto = onnx.load_from_string(contents)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     with pytest.raises(ExportError, match="onnxruntime can't run the ONNX file"):
-        compare(proto.SerializeToString(), model, architecture, "single", "pixels", opset=check.opset)
+        compare(proto.SerializeToString(), Answering(model, "single", "pixels"), architecture, opset=check.opset)
 
 
 # --- from an image of any shape ---
@@ -317,9 +320,11 @@ def test_timms_own_transform_is_refused_where_it_would_prepare_images_otherwise(
         export_run(RunFolder.open(folder.path), tmp_path / "image", model="chain", onnx_input="image")
 
 
-def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("backbone", "name"), [("test_convnext", "chain"), ("test_efficientnet", "student")])
+def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch, backbone, name):
     bundle = pytest.importorskip("monai.bundle")
-    done = export_run(with_fits(make_run(models=("chain",)), "pad", "pad"), tmp_path / "out", model="chain", onnx=False)
+    folder = make_run(backbone, models=(name,))
+    done = export_run(with_fits(folder, "pad", "pad"), tmp_path / "out", model=name, onnx=False)
     (tmp_path / "images").mkdir()
     for number, shape in enumerate([(50, 90), (91, 40)]):
         photograph(*shape).save(tmp_path / "images" / f"{number}.png")
@@ -333,7 +338,7 @@ def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch):
         output=str(tmp_path / "answers.csv"),
     )
     rows = list(csv.DictReader((tmp_path / "answers.csv").open()))
-    model = loaded_by_timm(done.path)
+    model = loaded_by_timm(done.path) if name == "chain" else module_of(done.path).network()
     for number, row in enumerate(rows):
         image = by_the_sites_own_code(Image.open(tmp_path / "images" / f"{number}.png"), "pad")
         with torch.inference_mode():

@@ -24,9 +24,9 @@ from chainward_shared.model_record import ModelRecord
 from chainward_shared.preparation import Preparation
 from chainward_shared.weights import load_file
 from chainward_simulations.cli import app
-from chainward_simulations.predict.answers import Predictions, answers
+from chainward_simulations.predict.answers import Abstain, Predictions, answers
 from chainward_simulations.predict.inputs import Decoder, Problem, open_inputs
-from chainward_simulations.predict.models import open_model
+from chainward_simulations.predict.models import Outputs, open_model
 from chainward_simulations.predict.run import Overrides, predict
 
 CLASSES = ["a", "b", "c"]
@@ -45,6 +45,7 @@ def run(small_consortium, tmp_path_factory) -> RunFolder:
             "output.dir": str(tmp_path_factory.mktemp("runs")),
             "chain.backbone": "test_convnext",
             "chain.epochs": 4,
+            "chain.head": "statistics",
             "chain.compare-alone": False,
             "student.rounds": 1,
             "student.epochs": 1,
@@ -76,7 +77,7 @@ def opened(run: RunFolder, name="chain"):
 
 def predicted(predictor, *places: Path, **more) -> Predictions:
     found = open_inputs(list(places), predictor.record, Overrides().preparation(predictor.record), **more)
-    return predict(predictor, found, abstain_below=0.0)
+    return predict(predictor, found, abstain=Abstain(below=0.0))
 
 
 def invoke(*words: object):
@@ -120,8 +121,46 @@ def test_run_export_weights_and_onnx_say_the_same_of_pictures_and_dicom_of_the_s
             assert np.allclose([one.probabilities for one in done.answers], given, atol=1e-5)
             assert [one.classes for one in done.answers] == [one.classes for one in from_run.answers]
             assert [one.found for one in done.answers] == [one.found for one in from_run.answers]
+            far = np.array([one.unfamiliarity for one in done.answers])
+            assert far == pytest.approx(np.array([one.unfamiliarity for one in from_run.answers]), rel=1e-3)
     assert opened(run).sha256 == open_model(exported, Path).sha256
     assert opened(run).record == open_model(exported / "model.onnx", Path).record
+
+
+def test_a_model_with_statistics_of_embeddings_abstains_from_images_of_another_kind(
+    run, test_images, small_consortium, tmp_path
+):
+    pydicom = pytest.importorskip("pydicom")
+    (tmp_path / "in").mkdir()
+    stripes = (np.indices((32, 32)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    as_dicom(stripes, tmp_path / "in" / "stripes.dcm")
+    for name in test_images:
+        (tmp_path / "in" / name).write_bytes((small_consortium.parent / "images" / name).read_bytes())
+    words = "--model", "chain", "--abstain-below", "0"
+    out = invoke(run.path, tmp_path / "in", *words, "--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv")
+    assert out.exit_code == 0, out.output
+    found = {one["image"]: one for one in json.loads((tmp_path / "o.json").read_text())["images"]}
+    assert "unlike the training images" in found["stripes.dcm"]["abstains"]
+    assert found["stripes.dcm"]["unfamiliarity"] > 3
+    kept = [found[name]["abstains"] is None for name in test_images]
+    assert np.mean(kept) > 0.85
+    rows = {row["image"]: row for row in csv.DictReader((tmp_path / "o.csv").open())}
+    assert float(rows["stripes.dcm"]["unfamiliarity"]) > 3 and "unlike" in rows["stripes.dcm"]["abstains"]
+    at_ease = invoke(run.path, tmp_path / "in", *words, "--abstain-beyond", "1e9")
+    assert all(not row["abstains"] for row in csv.DictReader(io.StringIO(at_ease.stdout)))
+    pytest.importorskip("highdicom")
+    out = invoke(run.path, tmp_path / "in" / "stripes.dcm", *words, "--sr", tmp_path / "sr")
+    assert out.exit_code == 0, out.output
+    report = pydicom.dcmread(next((tmp_path / "sr").iterdir()))
+    assert "unlike the training images" in str(report) and "as far as usual" in str(report)
+
+
+def test_a_model_without_statistics_of_embeddings_says_that_only_its_probability_can_abstain(run, exported, tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "x.png")
+    out = invoke(run.path, tmp_path / "x.png", "--model", "student")
+    assert "carries no statistics of embeddings" in out.stderr
+    assert "unfamiliarity" not in out.stdout
+    assert "carries no statistics" not in invoke(exported, tmp_path / "x.png").stderr
 
 
 def test_operating_points_give_on_test_images_what_the_run_counted_there(run, small_consortium):
@@ -225,20 +264,22 @@ def record(**changes) -> ModelRecord:
 
 def test_an_answer_has_probabilities_before_and_after_calibration_and_abstains_below_a_bound():
     logits = np.array([[2.0, 0.0, -1.0], [0.1, 0.0, 0.0]])
-    sure, unsure = answers(["x", "y"], logits, record(), 0.5)
+    sure, unsure = answers(["x", "y"], Outputs(logits), record(), Abstain())
     assert sum(sure.probabilities) == pytest.approx(1)
     log_odds = np.log(sure.probabilities[0] / (1 - sure.probabilities[0]))
     assert sure.calibrated[0] == pytest.approx(1 / (1 + np.exp(-log_odds / 2)))
     assert sure.found == (True, True, None)
     assert (sure.classes, sure.abstains) == (("a",), None)
     assert unsure.classes == ("a",) and "below 0.5" in unsure.abstains
-    plain = answers(["x"], logits[:1], record(calibration=Calibration(missing="few")), 0.95)
+    plain = answers(["x"], Outputs(logits[:1]), record(calibration=Calibration(missing="few")), Abstain(below=0.95))
     assert plain[0].calibrated is None and "0.84 is below 0.95" in plain[0].abstains
 
 
 def test_several_findings_or_none_are_answered_each_for_itself():
     logits = np.array([[3.0, 2.0, -9.0], [-3.0, -4.0, -5.0]])
-    both, none = answers(["x", "y"], logits, record(task="multilabel", calibration=Calibration(missing="few")), 0.5)
+    both, none = answers(
+        ["x", "y"], Outputs(logits), record(task="multilabel", calibration=Calibration(missing="few")), Abstain()
+    )
     assert both.classes == ("a", "b") and none.classes == ()
     assert both.probabilities[0] == pytest.approx(1 / (1 + np.exp(-3)))
 
@@ -288,7 +329,7 @@ def test_what_is_no_model_or_no_image_is_refused_in_one_line(run, exported, tmp_
 
 
 def test_a_cell_from_outside_is_no_formula_of_a_spreadsheet():
-    done = Predictions(None, answers(["=cmd()|x"], np.zeros((1, 3)), record(), 0.0), [Problem("y", "z")])
+    done = Predictions(None, answers(["=cmd()|x"], Outputs(np.zeros((1, 3))), record(), Abstain()), [Problem("y", "z")])
     done.predictor = type("P", (), {"record": record(), "sha256": "ab"})()
     assert "'=cmd()|x" in done.csv()
 

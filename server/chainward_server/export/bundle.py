@@ -12,7 +12,7 @@ CONFIGS = ("configs/metadata.json", "configs/inference.json")
 
 
 def bundle_files(record: ModelRecord, architecture: str) -> dict[str, str]:
-    """Return the two files that make an export a bundle, by name. No code runs but `preprocessing.py` and timm."""
+    """Return the two files that make an export a bundle, by name. No code runs but `preprocessing.py`, and timm by it."""
     return {
         name: json.dumps(content, indent=1) + "\n"
         for name, content in zip(CONFIGS, (_metadata(record, architecture), _inference()), strict=True)
@@ -65,7 +65,7 @@ def _metadata(record: ModelRecord, architecture: str) -> dict[str, Any]:
 
 def _inference() -> dict[str, Any]:
     return {
-        "imports": ["$import pathlib", "$import timm", "$import torch", "$import preprocessing"],
+        "imports": ["$import pathlib", "$import preprocessing"],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output": "$@bundle_root + '/answers.csv'",
@@ -84,6 +84,6 @@ def _inference() -> dict[str, Any]:
             "shuffle": False,
             "num_workers": 0,
         },
-        "network_def": "$timm.create_model('local-dir:' + @bundle_root, pretrained=True)",
+        "network_def": "$preprocessing.network()",
         "run": ["$preprocessing.write_answers(@network_def, @dataloader, @output)"],
     }

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from chainward_shared.errors import ExportError
+from chainward_shared.familiarity import Familiarity
 from chainward_shared.models import Architecture
+from chainward_shared.models.taps import Taps
 from chainward_shared.preparation import Fit
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.task import Task
@@ -35,6 +37,9 @@ BATCHES = (1, 3, 3, 8)
 TOLERANCE = 1e-4
 """Largest difference that is taken: of a logit relative to the largest logit of the batch (at least 1), and of a probability.
 Both sides compute in float32 but add in another order; a wrong graph is off by far more."""
+
+FAR_TOLERANCE = 1e-2
+"""Largest relative difference of distances: squares of what is left when nearly all of an embedding is explained."""
 
 MAX_BYTES = 2_000_000_000
 """A single ONNX file is one protobuf message, which can't be larger than 2 GiB."""
@@ -63,16 +68,46 @@ class OnnxCheck:
     runtime: str
 
 
-class WithProbabilities(nn.Module):
-    """A classifier from images (n, c, h, w) to logits and probabilities (n, classes); softmax, or multi-label sigmoid."""
+class Answering(nn.Module):
+    """A classifier from images (n, c, h, w) to what `answer_names` say.
 
-    def __init__(self, model: nn.Module, task: Task, takes: OnnxInput) -> None:
+    Logits and probabilities (n, classes), softmax or multi-label sigmoid, and where statistics of embeddings are known, how far
+    each image is from the training images (n,), as `Familiarity.distances` has it.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    along: Tensor
+    beside: Tensor
+
+    def __init__(self, model: nn.Module, task: Task, takes: OnnxInput, familiarity: Familiarity | None = None) -> None:
         super().__init__()
         self.model, self.task, self.takes = model, task, takes
+        arrays = {} if familiarity is None else familiarity.arrays
+        for name, array in arrays.items():
+            self.register_buffer(name, torch.from_numpy(array).float())
+        self.usual = None if familiarity is None else familiarity.usual
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(scaled_for(self.model, images) if self.takes == "pixels" else images)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the answers."""
+        given = scaled_for(self.model, images) if self.takes == "pixels" else images
+        if self.usual is None:
+            return self._decided(self.model(given))
+        with Taps(self.model, embedding=True) as taps:
+            logits = self.model(given)
+            away = taps.embedding - self.mean
+        places = away @ self.axes.T
+        left = away - places @ self.axes
+        squared = places.square() @ (1 / self.along) + left.square() @ (1 / self.beside)
+        return *self._decided(logits), squared / self.usual
+
+    def _decided(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return logits, torch.sigmoid(logits) if self.task == "multilabel" else torch.softmax(logits, dim=1)
+
+
+def answer_names(familiarity: Familiarity | None) -> list[str]:
+    """Return what the outputs of a graph are called."""
+    return ["logits", "probabilities"] + ([] if familiarity is None else ["unfamiliarity"])
 
 
 def require_onnx() -> None:
@@ -96,18 +131,20 @@ def onnx_bytes(
     metadata: Mapping[str, str],
     takes: OnnxInput = "pixels",
     square: tuple[int, Fit] | None = None,
+    familiarity: Familiarity | None = None,
 ) -> tuple[bytes, OnnxCheck]:
     """Return the ONNX file of a model, and how its answers compare with the model's.
 
     One input, ``pixels`` or ``images`` as `takes` says, of shape (batch, channels, size, size), any batch size, or ``image``,
-    (1, channels, height, width); two outputs, ``logits`` and ``probabilities``, of shape (batch, classes). The file holds no file
-    names or stack traces of this machine.
+    (1, channels, height, width); two outputs, ``logits`` and ``probabilities``, of shape (batch, classes), and with `familiarity`
+    a third, ``unfamiliarity``, (batch,). The file holds no file names or stack traces of this machine.
 
     Parameters
     ----------
     model : on the CPU, with its weights; its training mode is left as it is found
     metadata : written into the file as ``metadata_props``
     square : of an ``image``: the side of the square that it becomes first, and how
+    familiarity : what is known of the embeddings of training images; None: nothing
 
     Raises
     ------
@@ -125,8 +162,9 @@ def onnx_bytes(
     model.eval()
     try:
         inner: OnnxInput = "pixels" if takes == "image" else takes
-        proto = _traced(model, architecture, task, inner)
-        check = compare(proto.SerializeToString(), model, architecture, task, inner, opset=_opset(proto))
+        answering = Answering(model, task, inner, familiarity).eval()
+        proto = _traced(answering, architecture, answer_names(familiarity))
+        check = compare(proto.SerializeToString(), answering, architecture, opset=_opset(proto))
         if takes == "image":
             assert square is not None
             proto = _with_square(proto, architecture, square)
@@ -138,9 +176,7 @@ def onnx_bytes(
     return contents, check
 
 
-def compare(
-    contents: bytes, model: nn.Module, architecture: Architecture, task: Task, takes: OnnxInput, *, opset: int
-) -> OnnxCheck:
+def compare(contents: bytes, answering: Answering, architecture: Architecture, *, opset: int) -> OnnxCheck:
     """Return how an ONNX file's answers compare with the model's, on the batches of `BATCHES`.
 
     Raises
@@ -155,11 +191,10 @@ def compare(
         session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
         (name,) = (given.name for given in session.get_inputs())
         for pixels in check_images(architecture, BATCHES):
-            given = pixels if takes == "pixels" else scaled_for(model, pixels)
-            logits, probabilities = (torch.from_numpy(out) for out in session.run(None, {name: given.numpy()}))
+            given = pixels if answering.takes == "pixels" else scaled_for(answering.model, pixels)
+            logits, probabilities, *far = (torch.from_numpy(out) for out in session.run(None, {name: given.numpy()}))
             with torch.no_grad():
-                expected = model(scaled_for(model, pixels))
-            likely = expected.sigmoid() if task == "multilabel" else expected.softmax(dim=1)
+                expected, likely, *expected_far = answering(given)
             if logits.shape != expected.shape or probabilities.shape != expected.shape:
                 raise ExportError(
                     f"ONNX answers {tuple(logits.shape)} for {len(pixels)} images, PyTorch {tuple(expected.shape)}"
@@ -172,6 +207,11 @@ def compare(
                     f"ONNX contradicts PyTorch on a batch of {len(pixels)}: logits differ by up to {off:.2g} (at most "
                     f"{allowed:.2g}), probabilities by {apart:.2g} (at most {TOLERANCE:g}); nothing was exported"
                 )
+            for one, other in zip(far, expected_far, strict=True):
+                if not torch.allclose(one, other, rtol=FAR_TOLERANCE, atol=FAR_TOLERANCE):
+                    raise ExportError(
+                        "ONNX contradicts PyTorch in how far images are from those of training; nothing was exported"
+                    )
             logits_off, probabilities_off = max(logits_off, off), max(probabilities_off, apart)
     except ExportError:
         raise
@@ -196,21 +236,21 @@ def check_images(architecture: Architecture, batches: Sequence[int]) -> Iterator
         yield images
 
 
-def _traced(model: nn.Module, architecture: Architecture, task: Task, takes: OnnxInput) -> ModelProto:
+def _traced(answering: Answering, architecture: Architecture, names: list[str]) -> ModelProto:
     import onnx
 
-    wrapped = WithProbabilities(model, task, takes).eval()
     example = next(check_images(architecture, [2]))
+    whole = answering.takes == "pixels"
     try:
         with _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
-                wrapped,
-                (example if takes == "pixels" else scaled_for(model, example),),
+                answering,
+                (example if whole else scaled_for(answering.model, example),),
                 dynamo=True,
                 verbose=False,
                 external_data=False,
-                input_names=["pixels" if takes == "pixels" else "images"],
-                output_names=["logits", "probabilities"],
+                input_names=["pixels" if whole else "images"],
+                output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             )
         proto: ModelProto = program.model_proto

@@ -1,16 +1,18 @@
-"""How images become what this model sees, and how its answers are written; needs Pillow, NumPy and PyTorch, not Chainward.
+"""This folder's model, how images become what it sees, and how its answers are written.
 
-    import timm, preprocessing
-    model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
+    import preprocessing
+    model = preprocessing.network()
     logits = model(preprocessing.prepare("image.png")[None])
 
-Everything that decides it is read from `config.json` beside this file.
+It needs timm, safetensors, Pillow, NumPy and PyTorch, not Chainward. Everything that decides it is read from `config.json` and
+`model.safetensors` beside this file.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,23 @@ from torch.nn import functional
 
 FOLDER = Path(__file__).resolve().parent
 RECORD: dict[str, Any] = json.loads((FOLDER / "config.json").read_text())["chainward"]
+
+
+def network() -> torch.nn.Module:
+    """Return the model with its weights, in evaluation mode: by timm's name, or of a size that timm has no name for."""
+    import timm
+    from safetensors import safe_open
+
+    with safe_open(FOLDER / "model.safetensors", "pt") as file:
+        built, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    place = built.get("timm.function", "timm:create_model").replace(":", ".").split(".")
+    if place[0] != "timm":
+        raise ValueError(f"model.safetensors names a function outside timm ({place[0]}): not a file of Chainward")
+    make: Any = reduce(getattr, place[1:], timm)
+    named = [built["timm.model"]] if "timm.model" in built else []
+    model: torch.nn.Module = make(*named, **json.loads(built["timm.kwargs"]))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def prepare(image: str | Path | Image.Image, fit: str | None = None) -> torch.Tensor:
@@ -42,7 +61,7 @@ def prepare(image: str | Path | Image.Image, fit: str | None = None) -> torch.Te
     if upright.mode == "P":
         upright = upright.convert("RGB")
     array = np.asarray(square(upright.convert("L" if grey else "RGB"), RECORD["size"], fit or _fit()))
-    pixels = torch.from_numpy(array[None] if grey else array.transpose(2, 0, 1).copy())[None]
+    pixels = torch.from_numpy(np.array(array[None] if grey else array.transpose(2, 0, 1)))[None]
     size = RECORD["network_size"]
     if size != RECORD["size"]:
         larger = functional.interpolate(

@@ -22,6 +22,7 @@ from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.errors import ExportError
+from chainward_shared.familiarity import FAMILIAR_WITHIN
 from chainward_shared.files import write_atomically
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, build_model, skeleton
@@ -36,6 +37,7 @@ ModelName = Literal["student", "chain"]
 
 CARD, CONFIG, WEIGHTS, ONNX, SUMS = "README.md", "config.json", "model.safetensors", "model.onnx", "SHA256SUMS"
 CODE = "preprocessing.py"
+_FAR = f"squared distance from the training images, 1: mean of validation images; above {FAMILIAR_WITHIN:g}: of another kind"
 EXPORT_FILES = (CARD, CONFIG, WEIGHTS, ONNX, CODE, SUMS, "configs")
 
 
@@ -110,8 +112,8 @@ def export_run(
         check = None
         if onnx:
             facts = _onnx_metadata(folder, record, architecture, metadata, onnx_input, sha256)
-            square = _square(record, onnx_input)
-            contents, check = onnx_bytes(classifier, architecture, record.task, facts, onnx_input, square)
+            square, known = _square(record, onnx_input), record.familiarity
+            contents, check = onnx_bytes(classifier, architecture, record.task, facts, onnx_input, square, known)
             write_atomically(staging / ONNX, contents)
         files = _write_texts(staging, classifier, architecture, record)
         card = model_card(
@@ -147,10 +149,8 @@ def _write_texts(
     staging: Path, classifier: nn.Module, architecture: Architecture, record: ModelRecord
 ) -> list[CardFile]:
     """Write all that is text but the card, and return these files and those that are there already."""
-    texts: dict[str, str] = {}
-    if not architecture.multiplied:  # timm has no name for those, by which the other files would load them
-        texts = {CONFIG: timm_config(classifier, architecture, record), CODE: _code()}
-        texts |= bundle_files(record, architecture.name)
+    texts = {CONFIG: timm_config(classifier, architecture, record), CODE: _code()}
+    texts |= bundle_files(record, architecture.name)
     for file, text in texts.items():
         (staging / file).parent.mkdir(exist_ok=True)
         write_atomically(staging / file, text.encode())
@@ -231,7 +231,8 @@ def _onnx_metadata(
         **preprocessing_metadata(architecture.pixels),
         **record.to_metadata(),
         "chainward.input": given,
-        "chainward.outputs": f"logits, probabilities ({activation}): float32 [batch, {architecture.num_classes}]",
+        "chainward.outputs": f"logits, probabilities ({activation}): float32 [batch, {architecture.num_classes}]"
+        + ("" if record.familiarity is None else f"; unfamiliarity: float32 [batch], {_FAR}"),
         "chainward.channels": str(architecture.in_chans),
         "chainward.image_size": str(architecture.image_size),
         "chainward.classes": json.dumps(record.classes),

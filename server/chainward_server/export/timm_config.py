@@ -18,6 +18,7 @@ CROP_MODES = {"crop": "center", "stretch": "squash"}
 def timm_config(model: nn.Module, architecture: Architecture, record: ModelRecord) -> str:
     """Return the config.json with which ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the weights.
 
+    A model of a size that timm has no name for is refused by `timm.create_model` in words that name what loads it.
     ``timm.data.create_transform`` prepares images as the sites did, or, where it has no words for that, is refused: a KeyError
     that names `preprocessing.py`, which has.
     """
@@ -25,7 +26,7 @@ def timm_config(model: nn.Module, architecture: Architecture, record: ModelRecor
     mean, std = scaling(architecture.pixels)
     arguments = {key: value for key, value in architecture.timm_kwargs().items() if key != "num_classes"}
     config = {
-        "architecture": architecture.name,
+        "architecture": _name(architecture),
         "num_classes": architecture.num_classes,
         "num_features": int(getattr(model, "num_features", 0)),
         "label_names": record.classes,
@@ -39,9 +40,15 @@ def timm_config(model: nn.Module, architecture: Architecture, record: ModelRecor
             "mean": mean if isinstance(mean, list) else [mean] * channels,
             "std": std if isinstance(std, list) else [std] * channels,
         },
-        "chainward": record.model_dump(mode="json"),
+        "chainward": record.in_short(),
     }
     return json.dumps(config, indent=1) + "\n"
+
+
+def _name(architecture: Architecture) -> str:
+    if not architecture.multiplied:
+        return architecture.name
+    return f"{architecture.name} of another width or depth, which timm has no name for: use network() in preprocessing"
 
 
 def _way_to_a_square(record: ModelRecord) -> dict[str, Any]:

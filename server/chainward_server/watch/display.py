@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from chainward_server.report.formats import duration, score
 from chainward_server.results import LinkRecord
+from chainward_server.run_state import iso
 from chainward_server.watch.estimate import expected_end
 from chainward_server.watch.snapshot import Snapshot, before, validation
 from chainward_shared.words import listed
@@ -126,7 +126,7 @@ def as_json(run: Snapshot, event: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "event": event,
-        "time": _iso(run.time),
+        "time": iso(run.time),
         "run": run.run,
         "path": str(run.path),
         "status": run.status,
@@ -146,9 +146,9 @@ def as_json(run: Snapshot, event: str) -> dict[str, Any]:
         "student_rounds": len(run.rounds),
         "incidents": [{"what": what.what, "status": what.status, "reason": what.reason} for what in run.incidents],
         "elapsed": round(run.elapsed, 1),
-        "expected_end": end and _iso(end),
+        "expected_end": end and iso(end),
         "silent": round(run.silent, 1),
-        "waiting_for_approval": {site: _iso(since) for site, since in run.waiting.items()},
+        "waiting_for_approval": {site: iso(since) for site, since in run.waiting.items()},
         "final": {name: scores.model_dump() for name, scores in run.final.items()},
     }
 
@@ -181,7 +181,3 @@ def picture(run: Snapshot) -> RenderableType:
         why = f". {incident.reason}" if incident.reason else ""
         parts.append(Text(f"{incident.what}: {incident.status}{why}", style="red"))
     return Group(*parts)
-
-
-def _iso(time: datetime) -> str:
-    return time.isoformat(timespec="seconds")

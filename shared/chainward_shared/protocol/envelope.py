@@ -14,7 +14,7 @@ from chainward_shared.errors import ProtocolError
 from chainward_shared.outside import Line
 from chainward_shared.words import first_problem
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_BODY = 2**23
 """Characters of a message's body: a thousand times what a usual one has. Arrays are not among them."""

@@ -15,11 +15,12 @@ import numpy as np
 from chainward_shared import __version__
 from chainward_shared.evaluation.classification import DECISION
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.familiarity import FAMILIAR_WITHIN
 from chainward_shared.files import write_atomically
 from chainward_shared.model_record import ModelRecord, at_points, calibrated, class_log_odds
 from chainward_shared.outside import visible
 from chainward_simulations.predict.inputs import Problem
-from chainward_simulations.predict.models import Predictor
+from chainward_simulations.predict.models import Outputs, Predictor
 
 USE = "research only; not a medical device"
 
@@ -34,7 +35,8 @@ class Answer:
     probabilities : as the model gives them, and as the run scored them
     calibrated : each class for itself, after the temperature; None where the model has none
     found : whether each class is found at its operating point; None where it has none
-    abstains : why the answer is not to be used; None where there is no reason
+    unfamiliarity : how far it is from the training images, 1 the mean of validation images; None where the model can't tell
+    reasons : why the answer is not to be used, no longer than a code's meaning in DICOM each; none where it may be
     """
 
     image: str
@@ -42,7 +44,13 @@ class Answer:
     probabilities: tuple[float, ...]
     calibrated: tuple[float, ...] | None
     found: tuple[bool | None, ...]
-    abstains: str | None
+    unfamiliarity: float | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def abstains(self) -> str | None:
+        """Return why the answer is not to be used; None where there is no reason."""
+        return "; ".join(self.reasons) or None
 
     def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -55,19 +63,48 @@ class Answer:
             }
             for k, name in enumerate(classes)
         ]
-        return {"image": self.image, "predicted": list(self.classes), "abstains": self.abstains, "classes": by_class}
+        return {
+            "image": self.image,
+            "predicted": list(self.classes),
+            "abstains": self.abstains,
+            "unfamiliarity": self.unfamiliarity,
+            "classes": by_class,
+        }
 
 
-def answers(names: Sequence[str], logits: np.ndarray, record: ModelRecord, abstain_below: float) -> list[Answer]:
+@dataclass(frozen=True)
+class Abstain:
+    """When a model abstains.
+
+    Attributes
+    ----------
+    below : where the probability of what it decides is lower; multi-label: of any of its decisions. The calibrated one where
+        there is one
+    beyond : where an image is further from the training images, in times the mean of validation images
+    """
+
+    below: float = 0.5
+    beyond: float = FAMILIAR_WITHIN
+
+    def reasons(self, certainty: float, unfamiliarity: float | None) -> tuple[str, ...]:
+        """Return why it does, if it does."""
+        found = []
+        if certainty < self.below:
+            found.append(f"probability {certainty:.2f} is below {self.below:g}")
+        if unfamiliarity is not None and unfamiliarity > self.beyond:
+            times = f"{unfamiliarity:.1f}" if unfamiliarity < 1000 else "over 1000"
+            found.append(f"unlike the training images: {times} times as far as usual")
+        return tuple(found)
+
+
+def answers(names: Sequence[str], outputs: Outputs, record: ModelRecord, abstain: Abstain) -> list[Answer]:
     """Return the answers to some images.
 
     Parameters
     ----------
     names : what the images are called
-    logits : float64 (n, classes)
-    abstain_below : the model abstains where the probability of what it decides is lower; multi-label: of any of its decisions.
-        The calibrated one where there is one
     """
+    logits, far = outputs.logits, outputs.unfamiliarity
     log_odds = class_log_odds(logits, record.task)
     given = probabilities(logits, record)
     after = calibrated(log_odds, record.calibration)
@@ -85,9 +122,8 @@ def answers(names: Sequence[str], logits: np.ndarray, record: ModelRecord, absta
             probabilities=tuple(given[i].tolist()),
             calibrated=None if after is None else tuple(after[i].tolist()),
             found=tuple(found),
-            abstains=f"probability {certainty[i]:.2f} is below {abstain_below:g}"
-            if certainty[i] < abstain_below
-            else None,
+            unfamiliarity=None if far is None else float(far[i]),
+            reasons=abstain.reasons(float(certainty[i]), None if far is None else float(far[i])),
         )
         for i, (name, found) in enumerate(zip(names, at_points(log_odds, record.points), strict=True))
     ]
@@ -127,6 +163,7 @@ class Predictions:
                 "image",
                 "predicted",
                 "abstains",
+                *(["unfamiliarity"] if record.familiarity is not None else []),
                 *(f"probability:{name}" for name in names),
                 *(f"calibrated:{name}" for name in names if record.calibration.temperature is not None),
                 *(f"found:{name}" for name in names),
@@ -138,6 +175,7 @@ class Predictions:
             after = [] if one.calibrated is None else [f"{value:.6f}" for value in one.calibrated]
             given = [f"{value:.6f}" for value in one.probabilities]
             words = [_cell(one.image), _cell("; ".join(one.classes)), one.abstains or ""]
+            words += [] if one.unfamiliarity is None else [f"{one.unfamiliarity:.2f}"]
             writer.writerow([*words, *given, *after, *found, self.predictor.sha256])
         return text.getvalue()
 
@@ -148,7 +186,7 @@ class Predictions:
             "schema": 1,
             "chainward": __version__,
             "use": USE,
-            "model": {"sha256": self.predictor.sha256, **record.model_dump(mode="json")},
+            "model": {"sha256": self.predictor.sha256, **record.in_short()},
             "images": [one.to_json(record.classes) for one in self.answers],
             "unusable": [{"image": problem.name, "reason": visible(problem.reason)} for problem in self.problems],
             "scores": None if self.scores is None else self.scores.model_dump(),

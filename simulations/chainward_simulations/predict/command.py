@@ -40,6 +40,14 @@ HeatMaps = Annotated[
 AbstainBelow = Annotated[
     float, typer.Option(min=0, max=1, help="Abstain where the probability of the answer is lower.")
 ]
+AbstainBeyond = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Abstain where an image is further from the training images, in times what is usual; only models with heads from "
+        "statistics can tell.",
+    ),
+]
 Split = Annotated[
     Literal["train", "val", "test"] | None, typer.Option(help="Of a data.yaml with splits: only these images.")
 ]
@@ -62,6 +70,7 @@ def predict(
     sr: StructuredReports = None,
     heatmap: HeatMaps = None,
     abstain_below: AbstainBelow = 0.5,
+    abstain_beyond: AbstainBeyond = 3.0,
     split: Split = None,
     column: Annotated[str | None, typer.Option(help="Column of a CSV list with the files' names.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the files that a CSV list names.")] = None,
@@ -71,7 +80,7 @@ def predict(
 ) -> None:
     """Apply a model to images, prepared as for its training. 0: all predicted, 1: some images could not be used, 2: bad input."""
     from chainward_server.watch import find_run
-    from chainward_simulations.predict.answers import write
+    from chainward_simulations.predict.answers import Abstain, write
     from chainward_simulations.predict.inputs import Problem, open_inputs
     from chainward_simulations.predict.models import open_model
     from chainward_simulations.predict.run import Overrides, check_writable
@@ -84,7 +93,8 @@ def predict(
     found = open_inputs(inputs, predictor.record, preparation, column=column, images=images, split=split)
     unwritten: list[Problem] = []
     with writers(predictor, sr, heatmap, unwritten) as each:
-        done = predict_all(predictor, found, abstain_below=abstain_below, each=each, console=errors)
+        abstain = Abstain(abstain_below, abstain_beyond)
+        done = predict_all(predictor, found, abstain=abstain, each=each, console=errors)
     if to_csv is not None:
         write(to_csv, done.csv())
     if to_json is not None:
@@ -93,18 +103,19 @@ def predict(
         typer.echo(done.csv(), nl=False)
     for problem in [*done.problems, *unwritten]:
         _tell(f"{problem.name}: {problem.reason}", "yellow")
-    _tell_of_all(done, predictor.sha256)
+    _tell_of_all(done)
     raise typer.Exit(1 if done.problems or unwritten else 0)
 
 
-def _tell_of_all(done: Predictions, sha256: str) -> None:
+def _tell_of_all(done: Predictions) -> None:
     from chainward_simulations.predict.answers import USE
 
     abstained = sum(answer.abstains is not None for answer in done.answers)
     passed = f", {len(done.problems)} passed over" if done.problems else ""
-    _tell(
-        f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {sha256[:12]}; {USE}"
-    )
+    model = done.predictor.sha256[:12]
+    _tell(f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {model}; {USE}")
+    if done.predictor.record.familiarity is None:
+        _tell("the model carries no statistics of embeddings, so only its probability can make it abstain")
     if done.scores is not None:
         balanced = score(done.scores.balanced_accuracy)
         _tell(f"against the data file's labels: balanced accuracy {balanced}, n = {done.scores.n}")

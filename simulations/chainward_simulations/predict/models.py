@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from chainward_shared.errors import DataError, ModelError
 from chainward_shared.evaluation.operating import Calibration, OperatingPoint
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.models.taps import Taps, embedding_size
 from chainward_shared.pixels import Pixels, scaling
 from chainward_shared.preprocessing import resized, to_float
 from chainward_shared.weights import check_state, load_file
@@ -30,6 +32,20 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a model gives of n images.
+
+    Attributes
+    ----------
+    logits : float64 (n, classes)
+    unfamiliarity : as of `Familiarity.distances`, (n,); None of a model that carries no such statistics
+    """
+
+    logits: np.ndarray
+    unfamiliarity: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Predictor:
     """A model, and all that is needed to go from an image to its answer.
 
@@ -37,13 +53,13 @@ class Predictor:
     ----------
     record : what the file says of the model
     sha256 : of the file
-    logits : returns float64 (n, classes) of uint8 images (n, channels, size, size)
+    outputs : of uint8 images (n, channels, size, size)
     network : the network itself, on the CPU; None of an ONNX file
     """
 
     record: ModelRecord
     sha256: str
-    logits: Callable[[torch.Tensor], np.ndarray]
+    outputs: Callable[[torch.Tensor], Outputs]
     network: nn.Module | None
 
 
@@ -103,12 +119,23 @@ def _predictor(
     network = build_model(architecture, seed=0).eval()
     network.load_state_dict(dict(state))
 
-    def logits(images: torch.Tensor) -> np.ndarray:
-        threads = torch.get_num_threads()
-        found = torch.cat([part.double().cpu() for part in passes(network, images, threads, architecture.image_size)])
-        return found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST).numpy()
+    known = record.familiarity
+    if known is not None and known.size != embedding_size(network):
+        raise ModelError(
+            f"the file's statistics are of embeddings of {known.size} numbers, not of this model's: damaged"
+        )
 
-    return Predictor(record, sha256, logits, network)
+    def outputs(images: torch.Tensor) -> Outputs:
+        threads, logits, far = torch.get_num_threads(), [], []
+        with nullcontext() if known is None else Taps(network, embedding=True) as taps:
+            for part in passes(network, images, threads, architecture.image_size):
+                logits.append(part.double().cpu())
+                if known is not None and taps is not None:
+                    far.append(known.distances(taps.embedding.cpu().numpy()))
+        found = torch.cat(logits).nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST).numpy()
+        return Outputs(found, np.concatenate(far) if far else None)
+
+    return Predictor(record, sha256, outputs, network)
 
 
 def _of_onnx(path: Path) -> Predictor:
@@ -133,16 +160,18 @@ def _of_onnx(path: Path) -> Predictor:
         std=tuple(record.std * (record.channels // len(record.std))),
     )
 
-    def logits(images: torch.Tensor) -> np.ndarray:
-        if given == "image":  # it takes one at a time, of any shape, and a square stays as it is
-            rows = [session.run(None, {given: image[None].numpy()})[0] for image in images]
-            return np.concatenate(rows).astype(np.float64)
-        images = resized(images, record.network_size)
-        values = (images if given == "pixels" else to_float(images, pixels)).numpy()
-        found: np.ndarray = session.run(None, {given: values})[0].astype(np.float64)
-        return found
+    names = [name for name in ("logits", "unfamiliarity") if name in {one.name for one in session.get_outputs()}]
 
-    return Predictor(record, hashlib.sha256(contents).hexdigest(), logits, None)
+    def outputs(images: torch.Tensor) -> Outputs:
+        if given == "image":  # it takes one at a time, of any shape, and a square stays as it is
+            batches = [image[None] for image in images]
+        else:
+            images = resized(images, record.network_size)
+            batches = [images if given == "pixels" else to_float(images, pixels)]
+        found = [session.run(names, {given: batch.numpy()}) for batch in batches]
+        return Outputs(*(np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True)))
+
+    return Predictor(record, hashlib.sha256(contents).hexdigest(), outputs, None)
 
 
 def _listed_digest(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from chainward_shared.errors import DataError
 from chainward_shared.evaluation.classification import evaluate
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.preparation import Fit, Preparation
-from chainward_simulations.predict.answers import Answer, Predictions, answers, probabilities
+from chainward_simulations.predict.answers import Abstain, Answer, Predictions, answers, probabilities
 from chainward_simulations.predict.inputs import Batch, Inputs
 from chainward_simulations.predict.models import Predictor
 
@@ -62,7 +62,7 @@ def predict(
     predictor: Predictor,
     inputs: Inputs,
     *,
-    abstain_below: float,
+    abstain: Abstain,
     each: EachBatch = lambda batch, found, logits: None,
     console: Console | None = None,
 ) -> Predictions:
@@ -70,7 +70,7 @@ def predict(
 
     Parameters
     ----------
-    abstain_below : see `answers`
+    abstain : when the model does
     console : where progress is shown; None: nowhere
     """
     done, record = Predictions(predictor), predictor.record
@@ -79,12 +79,12 @@ def predict(
         done.problems += batch.problems
         if not batch.names:
             continue
-        logits = predictor.logits(batch.images)
-        found = answers(batch.names, logits, record, abstain_below)
+        outputs = predictor.outputs(batch.images)
+        found = answers(batch.names, outputs, record, abstain)
         done.answers += found
-        each(batch, found, logits)
+        each(batch, found, outputs.logits)
         if batch.truths is not None:
-            all_logits.append(logits)
+            all_logits.append(outputs.logits)
             truths.append(batch.truths)
     if truths:
         done.scores = evaluate(probabilities(np.concatenate(all_logits), record), np.concatenate(truths))

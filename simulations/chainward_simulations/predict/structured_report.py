@@ -142,10 +142,10 @@ def _group(header: Dataset, answer: Answer, predictor: Predictor, algorithm: Any
         sr.QualitativeEvaluation(_code("PREDICTED", "Predicted"), _code(f"C{record.classes.index(name) + 1}", name))
         for name in answer.classes
     ] or [sr.QualitativeEvaluation(_code("PREDICTED", "Predicted"), _code("NONE", "No finding"))]
-    if answer.abstains is not None:
-        predicted.append(
-            sr.QualitativeEvaluation(_code("ABSTAINS", "The model abstains"), _code("REASON", answer.abstains))
-        )
+    predicted += [
+        sr.QualitativeEvaluation(_code("ABSTAINS", "The model abstains"), _code(f"REASON{number}", reason))
+        for number, reason in enumerate(answer.reasons, start=1)
+    ]
     predicted += [
         sr.QualitativeEvaluation(
             _code(f"O{k + 1}", f"Found at operating point: {name}"), _code(*(("YES", "Yes") if there else ("NO", "No")))
