@@ -19,8 +19,8 @@ from chainward_client.approval.commands import approval_commands
 from chainward_client.site_config import load_site_config
 from chainward_client.site_key import identity, site_key, site_key_path
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path
-from chainward_shared.console import PlainConsole, speak_plainly
-from chainward_shared.errors import ChainwardError, DataError, PrivacyError
+from chainward_shared.console import PlainConsole, run_command
+from chainward_shared.errors import DataError, PrivacyError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.privacy.audit import audit_ledger
 from chainward_shared.privacy.console import print_audit, write_page
@@ -41,12 +41,7 @@ errors = PlainConsole(stderr=True)
 
 def main() -> None:
     """Run the command; an error that a person can act on is one line and exit code 2."""
-    speak_plainly()
-    try:
-        app()
-    except ChainwardError as error:
-        errors.say(f"chainward-site: {error}", style="red")
-        raise SystemExit(2) from None
+    run_command(app, "chainward-site")
 
 
 def _weights_of(site_yaml: Path) -> WeightsStore:

@@ -24,8 +24,8 @@ from chainward_server.watch.watching import Output
 from chainward_server.watch.web import live_page
 from chainward_shared.config import ConfigScalar, OutputConfig, RunConfig
 from chainward_shared.config.docs import configuration_markdown, flower_app_config
-from chainward_shared.console import PlainConsole, speak_plainly
-from chainward_shared.errors import ChainwardError, ConfigError
+from chainward_shared.console import PlainConsole, run_command
+from chainward_shared.errors import ConfigError
 from chainward_shared.pretrained.commands import weights_commands
 from chainward_shared.pretrained.place import usual_place
 from chainward_shared.privacy.audit import audit_statements
@@ -56,12 +56,7 @@ app.add_typer(
 
 def main() -> None:
     """Run the command; an error that a person can act on is one line and exit code 2."""
-    speak_plainly()
-    try:
-        app()
-    except ChainwardError as error:
-        errors.say(f"chainward: {error}", style="red")
-        raise SystemExit(2) from None
+    run_command(app, "chainward")
 
 
 @app.command()

@@ -10,13 +10,14 @@ import io
 import logging
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from chainward_shared.errors import ChainwardError
 from chainward_shared.outside import visible, visible_lines
 
 
@@ -37,6 +38,16 @@ class PlainConsole(Console):
                 yield segment
             else:
                 yield segment._replace(text="\n".join(map(visible, segment.text.split("\n"))))
+
+
+def run_command(app: Callable[[], object], name: str) -> None:
+    """Run a command of a terminal; an error that a person can act on is one line and exit code 2."""
+    speak_plainly()
+    try:
+        app()
+    except ChainwardError as error:
+        PlainConsole(stderr=True).say(f"{name}: {error}", style="red")
+        raise SystemExit(2) from None
 
 
 class VisibleRecord(logging.LogRecord):

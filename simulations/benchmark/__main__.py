@@ -127,7 +127,7 @@ def main(
         tables.append(_measure_features(backbones, images, epochs, quick, threads, measured))
     if Part.MODELS in parts:
         tables.append(_examine_models(backbones, measured))
-    progress.print(f"measured in {time.monotonic() - started:.0f} s")
+    progress.say(f"measured in {time.monotonic() - started:.0f} s")
 
     output = PlainConsole()
     output.width = max(output.width, 120)
@@ -143,7 +143,7 @@ def main(
 def _measure_training(workload: TrainingWorkload, measured: dict[str, object]) -> Table:
     from chainward_simulations.benchmark import training
 
-    throughputs = training.measure_throughput(workload, progress.print)
+    throughputs = training.measure_throughput(workload, progress.say)
     measured["training"] = [throughput.to_json() for throughput in throughputs]
     return training.throughput_table(throughputs, workload)
 
@@ -151,15 +151,11 @@ def _measure_training(workload: TrainingWorkload, measured: dict[str, object]) -
 def _measure_private(
     backbones: tuple[Backbone, ...], repeats: int | None, quick: bool, threads: int, measured: dict[str, object]
 ) -> Table:
-    try:
-        from chainward_simulations.benchmark import private
-    except ModuleNotFoundError as error:
-        progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
-        raise typer.Exit(1) from error
+    from chainward_simulations.benchmark import private
 
     workload = private.PrivateStepWorkload.quick() if quick else private.PrivateStepWorkload()
     workload = private.with_choices(workload, backbones, repeats, threads)
-    costs = private.measure_private_steps(workload, progress.print)
+    costs = private.measure_private_steps(workload, progress.say)
     measured["private"] = [cost.to_json() for cost in costs]
     return private.private_table(costs, workload)
 
@@ -167,16 +163,12 @@ def _measure_private(
 def _measure_runs(
     parts: set[Part], app: Path, quick: bool, runs: int, threads: int, timeout: float, measured: dict[str, object]
 ) -> list[Table]:
-    try:
-        from chainward_simulations.benchmark import flower_run
-    except ModuleNotFoundError as error:
-        progress.print(f"{error.name} is missing; install it with: pip install 'chainward\\[dev]'")
-        raise typer.Exit(1) from error
+    from chainward_simulations.benchmark import flower_run
 
     settings = {**(flower_run.QUICK_CONFIG if quick else {}), "federation.threads": threads}
     done: list[FlowerRun] = []
     for number in range(1, runs + 1):
-        progress.print(f"flwr run {app.name}: {number} of {runs}")
+        progress.say(f"flwr run {app.name}: {number} of {runs}")
         try:
             run = flower_run.measure_run(app, settings, with_reference=Part.RUN in parts, timeout=timeout)
         except flower_run.BenchmarkError as error:
@@ -193,7 +185,7 @@ def _measure_runs(
 def _measure_secure_sums(quick: bool, measured: dict[str, object]) -> Table:
     from chainward_simulations.benchmark import secure_sums
 
-    costs = secure_sums.measure_secure_sums(progress.print, ((4, 1),) if quick else secure_sums.SIZES)
+    costs = secure_sums.measure_secure_sums(progress.say, ((4, 1),) if quick else secure_sums.SIZES)
     measured["secure-sums"] = [asdict(cost) for cost in costs]
     return secure_sums.secure_sums_table(costs)
 
@@ -201,7 +193,7 @@ def _measure_secure_sums(quick: bool, measured: dict[str, object]) -> Table:
 def _measure_images(count: int, measured: dict[str, object]) -> Table:
     from chainward_simulations.benchmark import images
 
-    openings, stored = images.measure_images(count, progress.print)
+    openings, stored = images.measure_images(count, progress.say)
     measured["images"] = {"images": count, "store": stored, "openings": [one.to_json() for one in openings]}
     return images.images_table(openings, stored, count)
 
@@ -220,7 +212,7 @@ def _measure_features(
     given = {"backbone": backbones[0].name if backbones else None, "images": images, "epochs": epochs}
     chosen = {name: value for name, value in given.items() if value is not None}
     workload = replace(workload, threads=threads, **chosen)  # type: ignore[arg-type]
-    links = features.measure_features(workload, progress.print)
+    links = features.measure_features(workload, progress.say)
     measured["features"] = [link.to_json() for link in links]
     return features.features_table(links, workload)
 
@@ -228,7 +220,7 @@ def _measure_features(
 def _examine_models(backbones: tuple[Backbone, ...], measured: dict[str, object]) -> Table:
     from chainward_simulations.benchmark import backbones as models
 
-    found = models.examine(tuple(one.name for one in backbones) or models.COMMON, progress.print)
+    found = models.examine(tuple(one.name for one in backbones) or models.COMMON, progress.say)
     measured["models"] = [{"name": one.name, "parameters": one.parameters, **one.answers} for one in found]
     return models.backbones_table(found)
 
@@ -248,7 +240,7 @@ def _measure_peers(
         os.environ["CHAINWARD_PEERS_BACKBONE"] = backbones[0].name if backbones else "test_convnext"
     from chainward_simulations.benchmark.peers import measure
 
-    costs, left_out = measure.measure_peers(repeats or (1 if quick else 2), timeout, progress.print)
+    costs, left_out = measure.measure_peers(repeats or (1 if quick else 2), timeout, progress.say)
     measured["peers"] = measure.to_json(costs)
     return measure.peers_table(costs, left_out)
 

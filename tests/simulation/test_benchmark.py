@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from chainward_shared.models import build_model
+from chainward_simulations import flower
+from chainward_simulations.benchmark import memory, private
 from chainward_simulations.benchmark.backbones import backbones_table, examine
 from chainward_simulations.benchmark.features import FeaturesWorkload, features_table, measure_features
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
@@ -61,7 +63,6 @@ def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
 
 @pytest.mark.slow
 def test_a_private_step_is_measured_and_costs_more_than_a_plain_one(monkeypatch):
-    private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
     monkeypatch.setattr(private, "peak_bytes", lambda architecture, kind, batch: 1)  # a new process each takes seconds
     workload = replace(private.PrivateStepWorkload.quick(), batch=16)
     cost, student = private.measure_private_steps(workload)
@@ -77,14 +78,12 @@ def test_a_private_step_is_measured_and_costs_more_than_a_plain_one(monkeypatch)
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_fresh_process_and_grows_with_the_batch():
-    private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
     (architecture, _) = private.PrivateStepWorkload.quick().models().values()
     few, many = (private.peak_bytes(architecture, "plain", batch) for batch in (4, 256))
     assert many - few > 20 * 2**20
 
 
 def test_the_chosen_threads_are_measured_beside_one():
-    private = pytest.importorskip("chainward_simulations.benchmark.private", reason="needs psutil")
     workload = private.PrivateStepWorkload()
     assert private.with_choices(workload, (), None, 2) == workload
     assert private.with_choices(workload, (), 3, 8) == replace(workload, repeats=3, threads=(1, 8))
@@ -104,8 +103,6 @@ def test_a_table_in_markdown_has_its_figures_on_the_right():
 
 @pytest.mark.slow
 def test_a_run_is_known_by_its_flwr_home_and_its_processes_are_stopped(tmp_path):
-    memory = pytest.importorskip("chainward_simulations.benchmark.memory", reason="needs psutil")
-    flower = pytest.importorskip("chainward_simulations.flower", reason="needs psutil")
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     command = [sys.executable, "-c", child]
     mine = subprocess.Popen(command, env=os.environ | {"FLWR_HOME": str(tmp_path)})

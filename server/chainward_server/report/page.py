@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from chainward_server.report import class_plots, class_rows, formats, plots, tables, verdict
 from chainward_server.report import privacy as privacy_page
 from chainward_server.results import Results, largest_influence
 from chainward_shared.evaluation.operating import MIN_CASES
+from chainward_shared.local_page.page import environment
 from chainward_shared.privacy.record import PrivacyRecord
 
 _FILTERS = (
@@ -55,7 +54,7 @@ def render_report(
     started, finished : ISO 8601 times
     examples : base64 of a PNG with test images and where the models look in them
     """
-    page = _environment().get_template("template.html.jinja")
+    page = environment("chainward_server.report", *_FILTERS).get_template("template.html.jinja")
     return page.render(
         results=results,
         status=status,
@@ -130,16 +129,3 @@ def _by_class(results: Results) -> dict[str, object]:
 def _pictures(model: class_rows.ModelByClass) -> list[Markup]:
     reliability = class_plots.reliability_plot(model)
     return ([] if reliability is None else [reliability]) + class_plots.decision_plots(model)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("chainward_server.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update({function.__name__: function for function in _FILTERS})
-    return environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -16,6 +17,7 @@ class Look:
     ended: bool = False
 
 
+@cache
 def environment(package: str, *filters: Callable[..., object]) -> Environment:
     """Return a template environment that escapes, with the templates of `package` and those that all pages share."""
     loaders: list[BaseLoader] = [PackageLoader(package, "."), PackageLoader("chainward_shared.local_page", ".")]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from chainward_shared.local_page.page import environment
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.findings import Audit, SiteAudit, Spent
 from chainward_shared.words import listed
@@ -24,16 +23,10 @@ class Outside:
 
 def render_audit(audit: Audit) -> str:
     """Return the page."""
-    environment = Environment(
-        loader=PackageLoader("chainward_shared.privacy", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(epsilon=epsilon_text, mechanism=mechanism_text, count=count_text, surest=surest_text)
+    templates = environment("chainward_shared.privacy")
+    templates.filters.update(epsilon=epsilon_text, mechanism=mechanism_text, count=count_text, surest=surest_text)
     private = [site for site in audit.sites if site.private]
-    return environment.get_template("audit.html.jinja").render(
+    return templates.get_template("audit.html.jinja").render(
         audit=audit,
         private=private,
         others=[site.site for site in audit.sites if not site.private],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,20 +13,13 @@ from typer.core import TyperCommand
 
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import StudyError
-from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
+from chainward_simulations.study.settings import Goal, base_settings, parse_assignments, parse_seeds, typed
 
 if TYPE_CHECKING:
     from chainward_simulations.study.study import StudyReport
 
 INTERRUPTED = 130
 _WIDE = 200
-
-
-class Objective(StrEnum):
-    """What a search maximises."""
-
-    BALANCED_ACCURACY = "balanced-accuracy"
-    MACRO_AUC = "macro-auc"
 
 
 class StudyCommand(TyperCommand):
@@ -104,8 +96,8 @@ def study(
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at the same time. 0: one per core.")] = 0,
     tune: Tune = 0,
     objective: Annotated[
-        Objective, typer.Option(help="What --tune maximises on the validation images.")
-    ] = Objective.BALANCED_ACCURACY,
+        Goal, typer.Option(help="What --tune maximises on the validation images.")
+    ] = "balanced-accuracy",
     resume: Resume = None,
 ) -> None:
     # Not before it is needed: other commands of `chainward` start without waiting for it.
@@ -116,9 +108,7 @@ def study(
         _check_writable(Path(json_file))
     base = base_settings(data, sites, label_fraction, typed(parse_assignments(settings or [], "--set"), "--set"))
     names = [name.strip() for name in arms.split(",") if name.strip()]
-    request = StudyRequest(
-        base, names, arm or [], parse_seeds(seeds), reference, out, jobs, resume, tune, objective.value
-    )
+    request = StudyRequest(base, names, arm or [], parse_seeds(seeds), reference, out, jobs, resume, tune, objective)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         report = run_study(request, progress)

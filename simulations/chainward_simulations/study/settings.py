@@ -5,9 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from chainward_shared.config import ConfigScalar, options
 from chainward_shared.errors import ConfigError, StudyError, nearest
+
+Goal = Literal["balanced-accuracy", "macro-auc"]
+"""What a search for settings maximises."""
 
 PHANTOM = "phantom"
 NOT_A_SETTING = (

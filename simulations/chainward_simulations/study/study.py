@@ -22,8 +22,9 @@ from chainward_simulations.study.picture import study_picture
 from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.results import StudyResult, as_json, collect
+from chainward_simulations.study.settings import Goal
 from chainward_simulations.study.store import StudyFolder, check_definitions, default_folder, study_settings
-from chainward_simulations.study.tune import Objective, Tuned, tune
+from chainward_simulations.study.tune import Tuned, tune
 from chainward_simulations.study.workers import Event, Failed, Finished, Workers, make_units, renamed
 
 
@@ -53,7 +54,7 @@ class StudyRequest:
     jobs: int = 0
     resume: bool | None = None
     tune: int = 0
-    objective: Objective = "balanced-accuracy"
+    objective: Goal = "balanced-accuracy"
 
 
 def run_study(request: StudyRequest, console: PlainConsole) -> StudyReport:

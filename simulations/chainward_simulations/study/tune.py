@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import optuna
 from optuna.storages import JournalStorage
@@ -23,10 +22,10 @@ from chainward_shared.seeds import derive_seed
 from chainward_simulations import runner
 from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
 from chainward_simulations.study.progress import StudyProgress
+from chainward_simulations.study.settings import Goal
 from chainward_simulations.study.training import chain_work
 from chainward_simulations.study.workers import Event, Report, Step, Tried, Workers, open_sites
 
-Objective = Literal["balanced-accuracy", "macro-auc"]
 SEED = 0
 _NAME = "chain"
 _JOURNAL, _SUMMARY = "tuning.log", "tuning.json"
@@ -66,7 +65,7 @@ class Tuned:
     value: float
     before: float | None
     trials: int
-    objective: Objective
+    objective: Goal
 
     def as_set(self) -> str:
         """Return the settings as they are typed after ``--set``."""
@@ -79,7 +78,7 @@ class TrialUnit:
 
     number: int
     planned: PlannedArm
-    objective: Objective
+    objective: Goal
 
     def run(self, folder: Path, report: Report) -> None:
         """Train and score; a chain that can't be trained (its loss is not finite, say) has no value."""
@@ -116,7 +115,7 @@ def without_test(sites: Mapping[str, SiteData]) -> dict[str, SiteData]:
 def tune(
     base: Mapping[str, ConfigScalar],
     trials: int,
-    objective: Objective,
+    objective: Goal,
     folder: Path,
     jobs: int,
     sites: int,
@@ -153,7 +152,7 @@ def tune(
     return tuned
 
 
-def _open_study(file: Path, objective: Objective) -> optuna.Study:
+def _open_study(file: Path, objective: Goal) -> optuna.Study:
     damaged = f"{file}: the file of the search for settings is damaged"
     advice = "start anew with --fresh or name another --out"
     try:
@@ -183,7 +182,7 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 def _search(
     study: optuna.Study,
     base: Mapping[str, ConfigScalar],
-    objective: Objective,
+    objective: Goal,
     missing: int,
     folder: Path,
     jobs: int,
