@@ -34,7 +34,6 @@ def run_alone(run: Run) -> None:
                 AloneRecord(site=link.site, status="done", seconds=link.seconds, metrics=link.metrics)
             )
             run.checkpoints.commit(run.results, alone_key(link.site))
-            run.progress.add(run.alone_work(link.site))
 
     for site, answer in run.sites.train_links({site: _alone_work(run, site) for site in missing}):
         _record_alone(run, site, answer)
@@ -54,7 +53,6 @@ def _alone_work(run: Run, site: str) -> Work[LinkTask]:
 
 
 def _record_alone(run: Run, site: str, answer: Trained[LinkResult] | Failure) -> None:
-    run.progress.add(run.alone_work(site))
     metrics, reason = None, answer.reason if isinstance(answer, Failure) else None
     if not isinstance(answer, Failure):
         try:
@@ -82,5 +80,5 @@ def _record_alone(run: Run, site: str, answer: Trained[LinkResult] | Failure) ->
             "%s alone: validation balanced accuracy %s; %s",
             site,
             shown(metrics.validation.balanced_accuracy),
-            run.progress.expected_end(),
+            run.expected_end("alone"),
         )

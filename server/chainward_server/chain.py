@@ -272,7 +272,6 @@ def _record(run: Run, hop: Hop, outcome: Attempted[LinkResult], strand: Strand, 
         reason=outcome.failure.reason if outcome.failure else None,
         unreached=outcome.unreached,
     )
-    run.progress.add(run.link_work(hop.site))
     if outcome.answer is None:
         _go_on_without(run, record, number)
         return
@@ -358,7 +357,7 @@ def _tell(run: Run, record: LinkRecord, number: str, strand: Strand) -> None:
         scores,
         record.seconds,
         f", attempt {record.attempts}" if record.attempts > 1 else "",
-        run.progress.expected_end(),
+        run.expected_end("chain"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
 from chainward_server.checkpoints import Checkpoints
 from chainward_server.privacy import RunPrivacy
@@ -16,17 +17,17 @@ from chainward_server.results import (
     SiteScores,
     SiteSummary,
 )
-from chainward_server.schedule import ALONE_WORK, LINK_WORK, STUDENT_WORK, site_order
+from chainward_server.schedule import site_order
 from chainward_server.scoring import Counted, Split, count_everywhere, localise_everywhere
 from chainward_server.sites import Sites
+from chainward_server.standing import Standing, expected_end
 from chainward_shared.config import RunConfig
 from chainward_shared.data_notes import notes_on_all
 from chainward_shared.familiarity import Familiarity
-from chainward_shared.hops import alone_key
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.start import initial_model
-from chainward_shared.progress import Progress
+from chainward_shared.progress import end_in_words
 from chainward_shared.protocol import SiteCard
 from chainward_shared.weights import StateDict, digest
 
@@ -53,14 +54,12 @@ class Run:
     privacy: RunPrivacy
     base: StateDict | None = None
     score_all: bool = True
-    progress: Progress = field(init=False)
     template: StateDict = field(init=False)
     _validation: dict[str, SiteScores] = field(init=False, default_factory=dict)
     _last: tuple[str, dict[Split, Counted]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.template = skeleton(self.architecture).state_dict()
-        self.progress = Progress(self.work_left())
 
     def initial(self) -> StateDict:
         """Return the large model as it is before the first link."""
@@ -141,33 +140,21 @@ class Run:
             self._validation[key] = self.score(self.architecture, model, ["val"])["val"]
         return self._validation[key]
 
-    def link_work(self, site: str) -> float:
-        """Return the cost of one link at `site`, in images times epochs, relative to training without a teacher."""
-        return LINK_WORK * self.config.chain.epochs * self.sites.cards[site].train
-
-    def alone_work(self, site: str) -> float:
-        """Return the cost of training `site` alone, in the unit of `link_work`."""
-        return ALONE_WORK * self.config.chain.epochs * self.config.chain.laps * self.sites.cards[site].train
-
-    def student_work(self, site: str) -> float:
-        """Return the cost of one student round at `site`, in the unit of `link_work`."""
-        return STUDENT_WORK * self.config.student.epochs * self.sites.cards[site].train
-
-    def work_left(self) -> float:
-        """Return the work that is still to be done, in the unit of `link_work`."""
-        config, sites = self.config, self.sites.ids
-        work = config.chain.laps * config.chain.strands * sum(map(self.link_work, sites))
-        work -= sum(self.link_work(link.site) for link in self.results.links)
-        if config.chain.compare_alone:
-            work += sum(
-                self.alone_work(site)
-                for site in sites
-                if not self.checkpoints.is_finished(alone_key(site)) and not self.privacy.is_private(site)
-            )
-        if config.student.rounds:
-            rounds = config.student.rounds + config.student.finetune_rounds - len(self.results.student_rounds)
-            work += rounds * sum(map(self.student_work, sites))
-        return max(0.0, work)
+    def expected_end(self, phase: str) -> str:
+        """Return when the run is expected to end, now that it is in `phase`, in words."""
+        now = datetime.now(UTC)
+        standing = Standing(
+            config=self.config,
+            phase=phase,
+            results=self.results,
+            private=frozenset(filter(self.privacy.is_private, self.sites.ids)),
+            one_machine=self.sites.simulated,
+            started=now - timedelta(seconds=self.checkpoints.age),
+            updated=now,
+            time=now,
+        )
+        end = expected_end(standing)
+        return end_in_words(None if end is None else (end - now).total_seconds())
 
 
 def data_summary(cards: Sequence[SiteCard], source: str, notes: Sequence[str] | None = None) -> DataSummary:

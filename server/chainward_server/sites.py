@@ -127,6 +127,11 @@ class Sites(ABC):
         self.cards = dict(cards)
 
     @property
+    @abstractmethod
+    def simulated(self) -> bool:
+        """Whether the sites are simulated, all on one machine."""
+
+    @property
     def ids(self) -> list[str]:
         """Ids of the sites, in the order in which they were given."""
         return list(self.cards)

@@ -148,8 +148,6 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
         if outcome.answer is None
     }
     _check_quorum(run, begun.number, len(answers), failed)
-    for site in run.sites.ids:
-        run.progress.add(run.student_work(site))
     for reason in failed.values():
         logger.warning("student round %d goes on without a site: %s", begun.number, reason)
     average, parts = _average(run, begun, {site: answer.model for site, answer in answers.items()})
@@ -271,5 +269,5 @@ def _tell(run: Run, record: StudentRound, total: int) -> None:
         scores,
         record.seconds,
         kept,
-        run.progress.expected_end(),
+        run.expected_end("students"),
     )

@@ -1,4 +1,4 @@
-"""How far a piece of work is, and when it is expected to end: for the run, the study and a training alike."""
+"""How far a piece of work is, and when it is expected to end: for a study and a training."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ class Progress:
 
     def expected_end(self) -> str:
         """Return e.g. ``"expected end 14:07:30, in 2 min"``, in local time."""
-        left = self.seconds_left
-        if left is None:
-            return "expected end unknown"
-        end = datetime.now().astimezone() + timedelta(seconds=left)
-        return f"expected end {end:%H:%M:%S}, in {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'}"
+        return end_in_words(self.seconds_left)
+
+
+def end_in_words(left: float | None) -> str:
+    """Return e.g. ``"expected end 14:07:30, in 2 min"``, in local time, for the seconds that are left."""
+    if left is None:
+        return "expected end unknown"
+    end = datetime.now().astimezone() + timedelta(seconds=left)
+    return f"expected end {end:%H:%M:%S}, in {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'}"

@@ -78,6 +78,10 @@ class InProcessSites(Sites):
         declared = {site: private.units(data[site]) for site, private in self.private.items()}
         self._features = {site: features or Features(None, declared=declared.get(site)) for site in data}
 
+    @property
+    def simulated(self) -> bool:
+        return True
+
     def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
         self._base = base
         return dict.fromkeys(self.ids, 0)

@@ -20,9 +20,9 @@ from chainward_server import run_folder
 from chainward_server.cli import app
 from chainward_server.run_folder import RunFolder
 from chainward_server.run_process import RunProcess
+from chainward_server.standing import expected_end, remaining_pieces
 from chainward_server.watch import find_run, watch, watching
 from chainward_server.watch.display import as_json, headline, news, picture, silence
-from chainward_server.watch.estimate import expected_end, remaining_pieces
 from chainward_server.watch.snapshot import look
 from chainward_shared.errors import RunFolderError
 
@@ -221,7 +221,7 @@ def test_a_report_names_the_end_that_the_run_folder_names_however_long_it_took_t
         said.append(folder.state.updated)
         return folder.write_text("report.html", "<!doctype html>")
 
-    monkeypatch.setattr(run_folder, "_iso", a_second_later)
+    monkeypatch.setattr(run_folder, "iso", a_second_later)
     run.folder.finish([], report)
     assert [RunFolder.open(run.path).state.updated] == said
 

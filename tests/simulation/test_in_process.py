@@ -111,6 +111,14 @@ def test_a_defect_is_not_taken_for_a_failure_of_a_site(chain_only, monkeypatch):
         records_of(chain_only)
 
 
+def test_a_run_says_after_each_hop_when_it_is_expected_to_end(chain_only, caplog):
+    caplog.set_level("INFO", "chainward")
+    records_of(chain_only)
+    ends = [message.partition("; expected end ")[2] for message in caplog.messages if message.startswith("hop ")]
+    assert len(ends) == 4 and "unknown" not in ends
+    assert ends[-1].endswith("in 0 s"), "nothing is left to do"
+
+
 def test_a_site_that_is_asked_the_same_again_gives_the_same_answer_without_training(chain_only):
     config = RunConfig.from_flat(chain_only)
     steps = []

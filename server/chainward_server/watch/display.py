@@ -11,7 +11,7 @@ from rich.text import Text
 from chainward_server.report.formats import duration, score
 from chainward_server.results import LinkRecord
 from chainward_server.run_state import iso
-from chainward_server.watch.estimate import expected_end
+from chainward_server.standing import expected_end
 from chainward_server.watch.snapshot import Snapshot, before, validation
 from chainward_shared.words import listed
 

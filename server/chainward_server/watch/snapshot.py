@@ -9,11 +9,10 @@ from pathlib import Path
 
 from chainward_server.report import tables
 from chainward_server.report.tables import Incident
-from chainward_server.results import AloneRecord, LinkRecord, Results, StudentRound
+from chainward_server.results import LinkRecord, StudentRound
 from chainward_server.run_folder import RunFolder
-from chainward_server.schedule import Hop, schedule, site_order
+from chainward_server.standing import Standing
 from chainward_server.stop import is_orphan
-from chainward_shared.config import RunConfig
 from chainward_shared.errors import StatementError
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.privacy.record import read_privacy_record
@@ -42,15 +41,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Standing):
     """A run at one moment.
 
     Attributes
     ----------
-    time : when it was looked at
-    ended : whether nothing more will come: it failed, or finished and wrote its report
-    results : what it has measured; None before the first finished piece of work
-    private : the sites that have signed for private training; they don't train alone
     status : as in `run.json`; "gone": it says running, and its process on this machine has ended
     how_to_resume : the option that resumes it; None where that can't help
     note : what a person should know of a run that is at work
@@ -61,15 +56,7 @@ class Snapshot:
     path: Path
     run: str
     status: str
-    phase: str
     reason: str | None
-    started: datetime
-    updated: datetime
-    time: datetime
-    ended: bool
-    config: RunConfig
-    results: Results | None
-    private: frozenset[str] = frozenset()
     how_to_resume: str | None = None
     note: str | None = None
     waiting: Mapping[str, datetime] = field(default_factory=dict)
@@ -86,21 +73,6 @@ class Snapshot:
         return 0.0 if self.ended else max(0.0, (self.time - self.updated).total_seconds())
 
     @property
-    def links(self) -> list[LinkRecord]:
-        """The finished hops, in the order in which they were written down."""
-        return self.results.links if self.results else []
-
-    @property
-    def alone(self) -> list[AloneRecord]:
-        """The sites that have trained alone."""
-        return self.results.alone if self.results else []
-
-    @property
-    def rounds(self) -> list[StudentRound]:
-        """The finished rounds of the students."""
-        return self.results.student_rounds if self.results else []
-
-    @property
     def incidents(self) -> list[Incident]:
         """All that was retried, skipped, refused or failed so far, with the reasons."""
         return tables.incidents(self.results) if self.results else []
@@ -112,31 +84,11 @@ class Snapshot:
         return {name: scores.pooled for name, scores in final.items() if scores.pooled and scores.pooled.n}
 
     @property
-    def total_rounds(self) -> int:
-        """How many student rounds there will be."""
-        student = self.config.student
-        return student.rounds + student.finetune_rounds if student.rounds else 0
-
-    @property
     def sites(self) -> int | None:
         """How many sites take part; None while that is not known."""
         if self.results:
             return len(self.results.data.sites)
         return len(self.config.expected_sites) or self.config.federation.num_sites or None
-
-    @property
-    def turns(self) -> list[list[Hop]] | None:
-        """The chain as it is planned; None while the sites, or their order, are not known.
-
-        Also None once a hop was at another site than planned: then the schedule says nothing of what comes.
-        """
-        chain = self.config.chain
-        if self.results is None or chain.order == "weakest-next":
-            return None
-        sizes = {site.site: site.train or 0 for site in self.results.data.sites}
-        turns = schedule(site_order(list(sizes), sizes, chain, self.config.seed), chain.laps, chain.strands)
-        sites = {hop.key: hop.site for turn in turns for hop in turn}
-        return turns if all(sites.get(link.key) == link.site for link in self.links) else None
 
     @property
     def place(self) -> Place | None:
@@ -191,6 +143,7 @@ def look(path: Path, now: datetime | None = None) -> Snapshot:
         config=folder.config,
         results=results,
         private=frozenset(epsilon),
+        one_machine=(path / "simulated-sites").is_dir(),
         how_to_resume=folder.how_to_resume,
         note=None if gone or state.status != "running" else _orphaned(folder),
         waiting={site: moment(since, time) for site, since in state.waiting.items()} if running else {},

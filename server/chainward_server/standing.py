@@ -1,19 +1,82 @@
-"""When a run is expected to end, from the pieces of work that it has finished."""
+"""How far a run is, and when it is expected to end: for the run itself and for whoever watches it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import fmean
 
-from chainward_server.schedule import ALONE_WORK, LINK_WORK, STUDENT_WORK, Hop
-from chainward_server.watch.snapshot import Snapshot
+from chainward_server.results import AloneRecord, LinkRecord, Results, StudentRound
+from chainward_server.schedule import ALONE_WORK, LINK_WORK, STUDENT_WORK, Hop, schedule, site_order
+from chainward_shared.config import RunConfig
 
 SLOWEST_PACE = 2.0
 """Most that the time between the pieces (scoring, handing over) is taken to add, as a factor; the time for which a stopped run
 lay still counts there too, and must not decide."""
 
 
-def expected_end(run: Snapshot) -> datetime | None:
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a run is at one moment.
+
+    Attributes
+    ----------
+    phase : as in `run.json`
+    results : what it has measured; None before the first finished piece of work
+    private : the sites that train privately; they don't train alone
+    one_machine : its hospitals are simulated on one machine, others all work at once
+    started, updated : when it began, and when it last wrote something down
+    time : when it was looked at
+    ended : whether nothing more will come: it failed, or finished and wrote its report
+    """
+
+    config: RunConfig
+    phase: str
+    results: Results | None
+    private: frozenset[str] = frozenset()
+    one_machine: bool
+    started: datetime
+    updated: datetime
+    time: datetime
+    ended: bool = False
+
+    @property
+    def links(self) -> list[LinkRecord]:
+        """The finished hops, in the order in which they were written down."""
+        return self.results.links if self.results else []
+
+    @property
+    def alone(self) -> list[AloneRecord]:
+        """The sites that have trained alone."""
+        return self.results.alone if self.results else []
+
+    @property
+    def rounds(self) -> list[StudentRound]:
+        """The finished rounds of the students."""
+        return self.results.student_rounds if self.results else []
+
+    @property
+    def total_rounds(self) -> int:
+        """How many student rounds there will be."""
+        student = self.config.student
+        return student.rounds + student.finetune_rounds if student.rounds else 0
+
+    @property
+    def turns(self) -> list[list[Hop]] | None:
+        """The chain as it is planned; None while the sites, or their order, are not known.
+
+        Also None once a hop was at another site than planned: then the schedule says nothing of what comes.
+        """
+        chain = self.config.chain
+        if self.results is None or chain.order == "weakest-next":
+            return None
+        sizes = {site.site: site.train or 0 for site in self.results.data.sites}
+        turns = schedule(site_order(list(sizes), sizes, chain, self.config.seed), chain.laps, chain.strands)
+        sites = {hop.key: hop.site for turn in turns for hop in turn}
+        return turns if all(sites.get(link.key) == link.site for link in self.links) else None
+
+
+def expected_end(run: Standing) -> datetime | None:
     """Return when the run is expected to end; None before the first finished hop, and after the end.
 
     A hop is expected to take as long per image as those before it, a hospital alone and a student round in proportion until
@@ -27,7 +90,7 @@ def expected_end(run: Snapshot) -> datetime | None:
     return max(as_expected, run.time + timedelta(seconds=pace * sum(pieces[1:])))
 
 
-def remaining_pieces(run: Snapshot) -> list[float] | None:
+def remaining_pieces(run: Standing) -> list[float] | None:
     """Return the seconds that each piece of work still to come is expected to take, the one under way first.
 
     Hops of one turn run at the same time and are one piece, and so are all hospitals alone. None before the first hop.
@@ -42,8 +105,7 @@ def remaining_pieces(run: Snapshot) -> list[float] | None:
         return None
     config = run.config
     per_image = spent / images / (LINK_WORK * config.chain.epochs)  # of one epoch without a teacher
-    # simulated hospitals share one machine, others all work at once
-    together = sum if (run.path / "simulated-sites").is_dir() else max
+    together = sum if run.one_machine else max
     pieces = []
     if run.phase in ("rendezvous", "chain"):
         pieces += [per_image * LINK_WORK * config.chain.epochs * images for images in _turns_left(run, work)]
@@ -64,7 +126,7 @@ def remaining_pieces(run: Snapshot) -> list[float] | None:
     return pieces
 
 
-def _turns_left(run: Snapshot, work: dict[str, float]) -> list[float]:
+def _turns_left(run: Standing, work: dict[str, float]) -> list[float]:
     """Return the images of each turn that is left, those of the largest site where several sites train at once."""
     chain, mean = run.config.chain, fmean(work.values())
     done = {link.key for link in run.links}
@@ -75,7 +137,7 @@ def _turns_left(run: Snapshot, work: dict[str, float]) -> list[float]:
     return [max(work.get(hop.site, mean) for hop in turn) for turn in left if turn]
 
 
-def _pace(run: Snapshot) -> float:
+def _pace(run: Standing) -> float:
     """Return how much longer the run has taken than its pieces of work, between 1 and `SLOWEST_PACE`."""
     turns: dict[tuple[int, int], float] = {}
     for link in run.links:
