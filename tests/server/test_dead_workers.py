@@ -16,13 +16,19 @@ from chainward_server.app import fail_if_incomplete
 from chainward_server.run_folder import RunFolder
 from chainward_server.watch.snapshot import look
 from chainward_shared.errors import ChainwardError
-from chainward_shared.protocol import EvaluateTask, LinkTask, StudentTask, kind_of, unpack
+from chainward_shared.protocol import EvaluateTask, LinkTask, StatisticsTask, StudentTask, kind_of, unpack
 
 RAYS_WORDS = (
     "<class 'ray.exceptions.OutOfMemoryError'>:<'Task was killed due to the node running low on memory.\nTop 10 memory users:\n"
     "PID MEM(GB) COMMAND\n10 1.0 psql --password=secret'>"
 )
-TRAINED = {"train.link": LinkTask, "train.student": StudentTask, "evaluate": EvaluateTask}
+TASKS = {
+    "train.link": LinkTask,
+    "train.student": StudentTask,
+    "evaluate": EvaluateTask,
+    "evaluate.statistics": StatisticsTask,
+}
+PHASES = ["chain", "alone", "students", "scoring"]
 SITES = ["ash", "birch", "cedar", "dogwood"]
 
 
@@ -38,18 +44,28 @@ def quick(settings):
     return settings | {"chain.epochs": 1, "student.rounds": 1, "student.finetune-rounds": 0, "chain.retries": 0}
 
 
+@pytest.fixture
+def with_statistics(quick):
+    return quick | {"chain.head": "statistics", "student.rounds": 0, "chain.compare-alone": False}
+
+
 def dying(phase, sites, times):
     """Let the worker die that does the work of `phase` at one of `sites`, the first `times` times at each."""
     left = dict.fromkeys(sites, times)
 
     def interfere(message, answer):
         name = message.metadata.message_type
-        expected = TRAINED.get(name)
+        expected = TASKS.get(name)
         if expected is None or kind_of(message.content) != expected.KIND:
             return answer()
         task, _ = unpack(message.content, expected)
         alone = isinstance(task, LinkTask) and task.trained_alone
-        of = {"train.link": "alone" if alone else "chain", "train.student": "students", "evaluate": "scoring"}[name]
+        of = {
+            "train.link": "alone" if alone else "chain",
+            "train.student": "students",
+            "evaluate": "scoring",
+            "evaluate.statistics": "statistics",
+        }[name]
         site = SITES[task.simulated.index]
         if of == phase and left.get(site, 0) > 0:
             left[site] -= 1
@@ -88,7 +104,7 @@ def files(folder):
     return "".join((folder.path / name).read_text() for name in ("run.json", "metrics.json", "report.html"))
 
 
-@pytest.mark.parametrize("phase", ["chain", "alone", "students", "scoring"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_worker_that_dies_and_is_replaced_costs_nothing(phase, quick, coordinated, loopback, undisturbed, caplog):
     folder, _ = coordinated(quick, loopback(2, dying(phase, ["birch"], 2)))
     assert folder.state.status == "finished"
@@ -97,7 +113,7 @@ def test_a_worker_that_dies_and_is_replaced_costs_nothing(phase, quick, coordina
     assert "psql" not in caplog.text + files(folder)
 
 
-@pytest.mark.parametrize("phase", ["chain", "alone", "students", "scoring"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_work_that_is_lost_for_want_of_a_worker_makes_the_run_incomplete_everywhere(
     phase, quick, coordinated, loopback, caplog
 ):
@@ -113,7 +129,8 @@ def test_work_that_is_lost_for_want_of_a_worker_makes_the_run_incomplete_everywh
 
 
 @pytest.mark.parametrize(
-    ("phase", "lost"), [("chain", ["cedar", "dogwood"]), ("alone", ["birch"]), ("students", ["birch"])]
+    ("phase", "lost"),
+    [("chain", ["cedar", "dogwood"]), ("alone", ["birch"]), ("students", ["birch"])],
 )
 def test_a_resumed_run_ends_with_the_models_of_an_undisturbed_one(
     phase, lost, quick, coordinated, loopback, undisturbed
@@ -155,3 +172,20 @@ def test_a_chain_in_which_no_worker_lived_fails_and_can_be_resumed(quick, coordi
     assert RunFolder.open(stopped).how_to_resume is not None
     resumed, _ = coordinated(chain_only | {"output.resume": stopped.name})
     assert resumed.state.status == "finished"
+
+
+def test_a_statistics_round_in_which_a_worker_dies_is_whole_or_made_up_for(
+    with_statistics, coordinated, loopback, caplog
+):
+    folder, results = coordinated(with_statistics, loopback(2, dying("statistics", ["birch"], 1)))
+    assert folder.state.status == "finished"
+    assert [len(head.sites) for head in results.heads] == [4, 4]
+    there = with_statistics | {"output.dir": str(folder.path.parent / "other")}
+    lost, results = coordinated(there, loopback(2, dying("statistics", ["birch"], 99)))
+    assert lost.state.status == look(lost.path).status == "incomplete"
+    assert "not reached, and to be made up for: head" in lost.state.reason
+    assert "This run is incomplete" in (lost.path / "report.html").read_text()
+    assert "psql" not in caplog.text + files(lost)
+    resumed, results = coordinated(there | {"output.resume": lost.path.name})
+    assert resumed.state.status == "finished", resumed.state.reason
+    assert len(results.heads[-1].sites) == 4
