@@ -44,6 +44,7 @@ from chainward_shared.weights import StateDict
 logger = logging.getLogger("chainward")
 
 NotesOnData = Callable[[Path, Sequence[str]], list[str]]
+WriteReport = Callable[[RunFolder], Path]
 
 app = ServerApp()
 
@@ -54,13 +55,16 @@ def main(grid: Grid, context: Context) -> None:
     fail_if_incomplete(run_app(grid, context))
 
 
-def run_app(grid: Grid, context: Context, notes_on_data: NotesOnData | None = None) -> RunFolder:
+def run_app(
+    grid: Grid, context: Context, notes_on_data: NotesOnData | None = None, report: WriteReport = write_report
+) -> RunFolder:
     """Run the consortium that the run configuration describes, or what is left of it, and return its run folder.
 
     Parameters
     ----------
     notes_on_data : for simulated sites alone: returns what makes scores on their data too good, out of the folder of their
         state, and their ids
+    report : writes the report of a run that came to its end, and returns its path
 
     Raises
     ------
@@ -74,7 +78,7 @@ def run_app(grid: Grid, context: Context, notes_on_data: NotesOnData | None = No
         folder = RunFolder.resume(config) if config.output.resume else RunFolder.create(config)
         folder.begin(RunProcess.current(context.run_id))
         tell_surroundings(folder)
-        coordinate(grid, folder, notes_on_data)
+        coordinate(grid, folder, notes_on_data, report)
     except ChainwardError as error:
         logger.error("the run stops: %s", error)
         one_line_for(error)
@@ -98,19 +102,20 @@ def fail_if_incomplete(folder: RunFolder) -> None:
     raise error
 
 
-def coordinate(grid: Grid, folder: RunFolder, notes_on_data: NotesOnData | None = None) -> Results:
+def coordinate(
+    grid: Grid, folder: RunFolder, notes_on_data: NotesOnData | None = None, report: WriteReport = write_report
+) -> Results:
     """Run the phases of the run that `folder` holds, or what is left of them, and return what was measured.
 
     Parameters
     ----------
-    notes_on_data : as of `run_app`
+    notes_on_data, report : as of `run_app`
 
     Raises
     ------
     ChainwardError
         The run can't go on; the run folder says why and the run can be resumed.
     """
-    config = folder.config
     logger.info(
         "chainward %s (flwr %s, torch %s, timm %s), run folder %s",
         __version__,
@@ -123,7 +128,7 @@ def coordinate(grid: Grid, folder: RunFolder, notes_on_data: NotesOnData | None 
     try:
         results = folder.load_results()
         with Tracking(folder):
-            _run_phases(grid, config, folder, results, notes_on_data)
+            _run_phases(grid, folder, results, notes_on_data, report)
     except BaseException as error:
         reason = str(error) if isinstance(error, ChainwardError) else f"{type(error).__name__}: {error}"
         _note_failure(folder, reason, resumable=not isinstance(error, ConfigError | ModelError | StartAnewError))
@@ -134,8 +139,13 @@ def coordinate(grid: Grid, folder: RunFolder, notes_on_data: NotesOnData | None 
 
 
 def _run_phases(
-    grid: Grid, config: RunConfig, folder: RunFolder, results: Results | None, notes_on_data: NotesOnData | None
+    grid: Grid,
+    folder: RunFolder,
+    results: Results | None,
+    notes_on_data: NotesOnData | None,
+    report: WriteReport,
 ) -> None:
+    config = folder.config
     timings = dict(results.timings) if results else {}
     states = folder.path / "simulated-sites"
     with _timed("rendezvous", folder, timings):
@@ -173,7 +183,7 @@ def _run_phases(
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
         folder.commit(results)
         missing = shortfalls(results, config, frozenset(filter(run.privacy.is_private, run.sites.ids)))
-        path = folder.finish(missing, write_report)
+        path = folder.finish(missing, report)
     if missing:
         logger.warning("the run is INCOMPLETE: %s", "; ".join(missing))
     _tell_outcome(results)
