@@ -60,7 +60,8 @@ class ArithmeticSettings(Settings):
     """How numbers are computed, and how they travel."""
 
     precision: Precision = Field(
-        "auto", description="Arithmetic of training: auto takes bf16 where the hardware computes it, fp32 elsewhere"
+        "auto",
+        description="Arithmetic of training: auto takes bf16 where the hardware has instructions for it, fp32 elsewhere",
     )
     threads: Threads = Field(
         2, description="CPU threads of a training. Results are repeatable only for the same number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from itertools import chain
 
@@ -249,6 +250,28 @@ def test_precision_is_taken_as_asked_and_auto_is_one_of_the_two():
     assert resolve_precision("fp32", cpu) == "fp32"
     assert resolve_precision("bf16", cpu) == "bf16"
     assert resolve_precision("auto", cpu) in {"fp32", "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512_bf16", "amx", "precision"),
+    [
+        ("x86_64", True, True, False, "bf16"),
+        ("AMD64", True, False, True, "bf16"),
+        ("x86_64", True, False, False, "fp32"),  # AVX-512 alone: oneDNN emulates bf16, and is slower than fp32
+        ("x86_64", False, False, False, "fp32"),
+        ("aarch64", True, False, False, "bf16"),
+        ("aarch64", False, False, False, "fp32"),
+    ],
+)
+def test_auto_takes_bf16_only_where_the_processor_has_instructions_for_it(
+    monkeypatch, machine, onednn, avx512_bf16, amx, precision
+):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_precision("auto", torch.device("cpu")) == precision
 
 
 def test_bf16_trains_to_fp32_weights_near_those_of_fp32(architecture):
