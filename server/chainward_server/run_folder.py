@@ -27,7 +27,7 @@ from chainward_server.run_state import Phase, RunState, Status, iso
 from chainward_shared.config import OutputConfig, RunConfig
 from chainward_shared.errors import RunFolderError, WeightsError, nearest
 from chainward_shared.familiarity import Familiarity
-from chainward_shared.files import write_atomically
+from chainward_shared.files import write_atomically, written
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.task import Task
@@ -64,12 +64,8 @@ class RunFolder:
         run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         path = Path(config.output.dir).expanduser().absolute() / run_id
         folder = cls(path, RunState(run_id=run_id, started=iso(now), updated=iso(now)), config)
-        try:
+        with written(f"output.dir = {config.output.dir!r}", RunFolderError, "name a folder you may write to"):
             (path / "models").mkdir(parents=True)
-        except OSError as error:
-            raise RunFolderError(
-                f"output.dir = {config.output.dir!r}: can't be written ({error.strerror}); name a folder you may write to"
-            ) from error
         settings = tomli_w.dumps(config.tables()).encode()
         folder._write("config.toml", settings)
         folder.state.config = hashlib.sha256(settings).hexdigest()
@@ -229,12 +225,8 @@ class RunFolder:
         from chainward_shared.weights import save_file
 
         path = self.model_path(name)
-        try:
+        with written(path, RunFolderError, f"free space, then resume run {self.state.run_id}"):
             self.state.models[name] = save_file(state, path, metadata)
-        except OSError as error:
-            raise RunFolderError(
-                f"{path}: can't be written ({error.strerror}); free space, then resume run {self.state.run_id}"
-            ) from error
 
     def save_base(self, begun: Beginning) -> None:
         """Write the pretrained weights that the run starts from, once.
@@ -381,13 +373,9 @@ class RunFolder:
         self._write("run.json", self.state.model_dump_json(by_alias=True, indent=1).encode())
 
     def _write(self, name: str, contents: bytes) -> None:
-        try:
+        advice = f"free space or fix its rights, then resume run {self.state.run_id}"
+        with written(self.path / name, RunFolderError, advice):
             write_atomically(self.path / name, contents)
-        except OSError as error:
-            raise RunFolderError(
-                f"{self.path / name}: can't be written ({error.strerror}); free space or fix its rights, "
-                f"then resume run {self.state.run_id}"
-            ) from error
 
     def _check_models(self) -> None:
         from chainward_shared.weights import load_file

@@ -39,13 +39,13 @@ def write_atomically(path: Path, contents: bytes, *, mode: int = 0o666) -> None:
 
 @contextmanager
 def written(
-    path: Path, kind: type[ChainwardError] = StoreError, advice: str = "free space or fix its rights"
+    path: Path | str, kind: type[ChainwardError] = StoreError, advice: str = "free space or fix its rights"
 ) -> Iterator[None]:
     """Turn what the system says of a full or locked disk, within the block, into one line.
 
     Parameters
     ----------
-    path : what is written, as the line names it
+    path : what is written, as the line names it, a file or the setting that names one
     kind : of the error that is raised
     advice : what to do, the end of the line
 
