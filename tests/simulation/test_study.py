@@ -20,7 +20,7 @@ from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations.cli import app
 from chainward_simulations.runner import equal, open_sites, run_in_process, score
 from chainward_simulations.study import training
-from chainward_simulations.study.planned_arms import plan_arms
+from chainward_simulations.study.configured_arms import configure_arms
 from chainward_simulations.study.predictions import load_predictions
 from chainward_simulations.study.store import load_chain, save_chain
 from chainward_simulations.study.study import StudyRequest, run_study
@@ -64,13 +64,13 @@ def trained(monkeypatch) -> list[str]:
     seen: list[str] = []
     from chainward_simulations.study import workers
 
-    def arm(planned, *rest):
-        seen.append(f"{planned.name} {planned.config.seed}")
-        return train_arm(planned, *rest)
+    def arm(configured, *rest):
+        seen.append(f"{configured.name} {configured.config.seed}")
+        return train_arm(configured, *rest)
 
-    def chain(planned, *rest):
-        seen.append(f"chain of {planned.name} {planned.config.seed}")
-        return train_chain(planned, *rest)
+    def chain(configured, *rest):
+        seen.append(f"chain of {configured.name} {configured.config.seed}")
+        return train_chain(configured, *rest)
 
     monkeypatch.setattr(workers, "train_arm", arm)
     monkeypatch.setattr(workers, "train_chain", chain)
@@ -97,7 +97,7 @@ def test_the_chain_of_a_study_is_the_chain_of_a_run(study, base, tmp_path):
 
 @pytest.mark.slow
 def test_one_lap_of_cyclic_transfer_is_a_chain_without_teachers_to_the_bit(base):
-    cyclic, without = plan_arms(["cyclic", "chain-no-distillation"], [], base, 0)
+    cyclic, without = configure_arms(["cyclic", "chain-no-distillation"], [], base, 0)
     sites = open_sites(cyclic.config)
 
     bench = Bench(sites, train_chain, print)
@@ -149,10 +149,10 @@ def test_an_interrupted_study_goes_on_without_losing_a_finished_arm(study, train
     measured = training.measure_arm
     from chainward_simulations.study import workers
 
-    def interrupted(planned, *rest):
-        if planned.name == "union":
+    def interrupted(configured, *rest):
+        if configured.name == "union":
             raise KeyboardInterrupt
-        return measured(planned, *rest)
+        return measured(configured, *rest)
 
     monkeypatch.setattr(workers, "measure_arm", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -257,8 +257,8 @@ def test_a_full_disk_is_one_line_and_finished_arms_are_kept(study, monkeypatch, 
 
 
 def test_a_chain_is_kept_to_the_bit_with_its_strands(base, tmp_path):
-    (planned,) = plan_arms(["chain-strands-average"], [], base, 0)
-    outcome = train_chain(planned, Bench(open_sites(planned.config), train_chain, print))
+    (configured,) = configure_arms(["chain-strands-average"], [], base, 0)
+    outcome = train_chain(configured, Bench(open_sites(configured.config), train_chain, print))
     save_chain(outcome, tmp_path / "chain.safetensors")
     again = load_chain(tmp_path / "chain.safetensors")
     assert equal(again.chain, outcome.chain)
@@ -282,7 +282,7 @@ def test_the_order_of_the_arms_changes_no_figure(study, base, tmp_path):
 
 
 def test_units_are_ordered_by_seed_and_the_longest_first(base):
-    arms = plan_arms(["alone", "chain", "student", "alone-long"], [], base, 0)
+    arms = configure_arms(["alone", "chain", "student", "alone-long"], [], base, 0)
     units = make_units([arm.of_seed(seed) for seed in (5, 2) for arm in arms])
     named = [(unit.seed, [arm.name for arm in unit.arms]) for unit in units]
     assert named[:3] == [(5, ["alone-long"]), (5, ["chain", "student"]), (5, ["alone"])]

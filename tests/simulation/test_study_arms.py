@@ -7,26 +7,26 @@ import pytest
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
 from chainward_simulations.study.arms import ARMS
-from chainward_simulations.study.planned_arms import plan_arms
+from chainward_simulations.study.configured_arms import configure_arms
 from chainward_simulations.study.settings import base_settings, parse_assignments, parse_seeds, typed
 
 BASE = {"data.source": "phantom", "federation.threads": 1, "chain.epochs": 12}
 
 
-def planned(name: str, base: dict | None = None, definitions: tuple[str, ...] = ()):
-    (arm,) = plan_arms([name], definitions, {**BASE, **(base or {})}, 0)
+def configured(name: str, base: dict | None = None, definitions: tuple[str, ...] = ()):
+    (arm,) = configure_arms([name], definitions, {**BASE, **(base or {})}, 0)
     return arm
 
 
 def changed(name: str, base: dict | None = None) -> dict:
     """The keys in which an arm's configuration differs from the study's settings."""
     given = RunConfig.from_flat({**BASE, **(base or {})}).to_flat()
-    return {key: value for key, value in planned(name, base).config.to_flat().items() if value != given[key]}
+    return {key: value for key, value in configured(name, base).config.to_flat().items() if value != given[key]}
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_every_arm_that_is_listed_can_be_planned_and_says_what_it_is(name):
-    arm = planned(name, {"chain.label-fraction": 0.5})
+def test_every_arm_that_is_listed_can_be_configured_and_says_what_it_is(name):
+    arm = configured(name, {"chain.label-fraction": 0.5})
     assert arm.arm.about
     assert len(arm.arm.about) < 90
 
@@ -57,16 +57,16 @@ def test_an_arm_differs_from_the_settings_in_what_it_says(name, expected):
 
 def test_all_arms_have_the_same_budget_of_epochs():
     for name in ("chain", "chain-laps-2", "chain-laps-4", "cyclic", "cyclic-3", "union", "alone", "fedavg"):
-        config = planned(name).config
+        config = configured(name).config
         assert config.chain.epochs * config.chain.laps == 12
-        assert planned(name).plain_recipe.epochs == 12
+        assert configured(name).plain_recipe.epochs == 12
 
 
 @pytest.mark.parametrize(
     ("epochs", "rounds"), [(12, 4), (8, 4), (10, 5), (15, 5), (6, 3), (7, 7), (2, 2), (1, 1), (9, 3)]
 )
 def test_fedavg_has_about_four_rounds_that_share_the_epochs_evenly(epochs, rounds):
-    assert planned("fedavg", {"chain.epochs": epochs}).rounds == rounds
+    assert configured("fedavg", {"chain.epochs": epochs}).rounds == rounds
 
 
 @pytest.mark.parametrize(
@@ -84,27 +84,27 @@ def test_fedavg_has_about_four_rounds_that_share_the_epochs_evenly(epochs, round
     ],
 )
 def test_arms_that_are_the_same_training_are_known_to_be(one, other, same):
-    assert (planned(one).digest() == planned(other).digest()) is same
+    assert (configured(one).digest() == configured(other).digest()) is same
 
 
 def test_what_a_baseline_does_not_use_does_not_make_it_another_training():
     for name in ("alone", "union", "fedavg", "cyclic-3"):
         unused = {"chain.temperature": 7.0, "student.width": 0.4, "chain.cycle": "laps"}
-        assert planned(name).digest() == planned(name, unused).digest()
-        assert planned(name).digest() != planned(name, {"chain.learning-rate": 0.002}).digest()
-        assert planned(name).digest() != planned(name).of_seed(1).digest()
+        assert configured(name).digest() == configured(name, unused).digest()
+        assert configured(name).digest() != configured(name, {"chain.learning-rate": 0.002}).digest()
+        assert configured(name).digest() != configured(name).of_seed(1).digest()
 
 
 def test_students_share_their_chain_and_not_with_another():
-    shared = planned("chain").digest()
+    shared = configured("chain").digest()
     for name in ("student", "student-random", "student-from-large"):
-        assert planned(name).chain_digest() == shared
-    assert planned("student", {"chain.temperature": 7.0}).chain_digest() != shared
+        assert configured(name).chain_digest() == shared
+    assert configured("student", {"chain.temperature": 7.0}).chain_digest() != shared
 
 
 def test_an_arm_of_ones_own_starts_from_another_and_says_so():
     definition = "strong=arm=fedprox mu=0.5 rounds=6 chain.learning-rate=0.002"
-    arm = planned("strong", definitions=(definition,))
+    arm = configured("strong", definitions=(definition,))
     assert (arm.arm.trainer, arm.arm.mu, arm.rounds) == ("federated", 0.5, 6)
     assert arm.config.chain.learning_rate == 0.002
     assert arm.arm.about == "fedprox with rounds=6 mu=0.5 chain.learning-rate=0.002"
@@ -134,7 +134,7 @@ def test_an_arm_of_ones_own_starts_from_another_and_says_so():
 )
 def test_what_can_not_be_is_refused_in_one_line(names, definitions, base, said):
     with pytest.raises(ChainwardError) as refused:
-        plan_arms(names, definitions, {**BASE, **base}, 0)
+        configure_arms(names, definitions, {**BASE, **base}, 0)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -19,10 +19,10 @@ from chainward_shared.models import build_model, resolve_architecture
 from chainward_simulations.runner import equal, open_sites
 from chainward_simulations.study import results as results_module
 from chainward_simulations.study.baselines import train_cyclic, train_federated
+from chainward_simulations.study.configured_arms import configure_arms
 from chainward_simulations.study.further.scaffold import train_scaffold
 from chainward_simulations.study.further.union import train_union
 from chainward_simulations.study.kept_features import ImageFeatures
-from chainward_simulations.study.planned_arms import plan_arms
 from chainward_simulations.study.start import Start, refitted, start_of
 from chainward_simulations.study.study import StudyRequest, run_study
 from chainward_simulations.study.table import notes, study_table
@@ -195,17 +195,17 @@ def base(small_consortium):
 
 
 def test_every_arm_of_a_study_starts_with_the_head_that_the_chain_starts_with(base):
-    chain, union = plan_arms(["chain", "union"], [], {**base, "chain.head": "statistics"}, 0)
+    chain, union = configure_arms(["chain", "union"], [], {**base, "chain.head": "statistics"}, 0)
     sites = open_sites(chain.config)
     start = start_of(union.config, sites, None)
     assert start.state is not None and equal(start.state, start_of(chain.config, sites, None).state)
-    (plain,) = plan_arms(["union"], [], base, 0)
+    (plain,) = configure_arms(["union"], [], base, 0)
     assert start_of(plain.config, sites, None).state is None
     assert plain.digest() != union.digest()
 
 
 def test_a_refitted_model_differs_in_its_head_only(base):
-    (union,) = plan_arms(["union-refit"], [], base, 0)
+    (union,) = configure_arms(["union-refit"], [], base, 0)
     sites = open_sites(union.config)
     model = dict(build_model(start_of(union.config, sites, None).architecture, seed=3).state_dict())
     found = refitted(union.config, sites, model, None)

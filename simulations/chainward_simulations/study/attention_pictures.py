@@ -8,20 +8,20 @@ from chainward_shared.errors import DataError
 from chainward_shared.models import Architecture
 from chainward_shared.weights import StateDict
 from chainward_simulations.examples import example_figure
-from chainward_simulations.study.planned_arms import PlannedArm
+from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.store import StudyFolder, chain_file, load_chain
 from chainward_simulations.study.workers import open_sites
 
 
 def attention_pictures(
-    folder: StudyFolder, planned: Sequence[PlannedArm], seed: int, reference: str | None
+    folder: StudyFolder, configured: Sequence[ConfiguredArm], seed: int, reference: str | None
 ) -> bytes | None:
     """Return test images with their regions, and where the chain looks without and with privileged teachers, as PNG.
 
     Compared are, of `seed`, the first chain without privileged teachers (the reference arm if it is one) and the first
     with. None where the study lacks one of them, or no test image has a region.
     """
-    chains = [arm for arm in planned if arm.arm.trainer == "chain" and folder.record_of(arm.name, seed)]
+    chains = [arm for arm in configured if arm.arm.trainer == "chain" and folder.record_of(arm.name, seed)]
     chains.sort(key=lambda arm: arm.name != reference)
     without = next((arm for arm in chains if arm.config.privileged.mode == "off"), None)
     guided = next((arm for arm in chains if arm.config.privileged.mode != "off"), None)
@@ -37,6 +37,6 @@ def attention_pictures(
         return None
 
 
-def _model(folder: StudyFolder, arm: PlannedArm) -> tuple[Architecture, StateDict] | None:
+def _model(folder: StudyFolder, arm: ConfiguredArm) -> tuple[Architecture, StateDict] | None:
     outcome = load_chain(chain_file(folder.path, arm.chain_digest(), arm.config.seed))
     return None if outcome is None else (outcome.architecture, outcome.chain)

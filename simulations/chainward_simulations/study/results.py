@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chainward_shared.errors import StudyError
-from chainward_simulations.study.planned_arms import PlannedArm
+from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.predictions import Predictions, load_predictions
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.statistics import COMPARED, Difference, Metric, PairedBootstrap, Spread, spread
@@ -89,7 +89,7 @@ class StudyResult:
 
 def collect(
     folder: StudyFolder,
-    planned: Sequence[PlannedArm],
+    configured: Sequence[ConfiguredArm],
     seeds: Sequence[int],
     reference: str | None,
     failures: Sequence[tuple[str, int, str]],
@@ -102,7 +102,8 @@ def collect(
         A file of predictions is damaged.
     """
     records = {
-        arm.name: tuple(r for seed in seeds if (r := folder.record_of(arm.name, seed)) is not None) for arm in planned
+        arm.name: tuple(r for seed in seeds if (r := folder.record_of(arm.name, seed)) is not None)
+        for arm in configured
     }
     finished = [its for its in records.values() if its]
     rarest = min(
@@ -128,7 +129,7 @@ def collect(
                 over_best.get(arm.name, {}),
                 folder.state.latency_ms,
             )
-            for index, arm in enumerate(planned)
+            for index, arm in enumerate(configured)
             if records[arm.name]
         ),
         reference,
@@ -178,7 +179,7 @@ def _differences(
 
 
 def _arm_result(
-    arm: PlannedArm,
+    arm: ConfiguredArm,
     before: Sequence[str],
     records: Mapping[str, tuple[ArmRecord, ...]],
     differences: Mapping[Metric, Difference],

@@ -18,8 +18,8 @@ from chainward_shared.files import write_atomically, written
 from chainward_shared.models import build_model
 from chainward_simulations.simulated_sites import simulated_site_ids
 from chainward_simulations.study.attention_pictures import attention_pictures
+from chainward_simulations.study.configured_arms import ConfiguredArm, configure_arms
 from chainward_simulations.study.picture import study_picture
-from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.results import StudyResult, as_json, collect
 from chainward_simulations.study.settings import Goal
@@ -70,8 +70,8 @@ def run_study(request: StudyRequest, console: PlainConsole) -> StudyReport:
         One line: what is wrong with the request, the data or the folder. Finished arms are kept.
     """
     base = request.base
-    planned = plan_arms(request.arms, request.definitions, base, request.seeds[0], may_be_none=request.tune > 0)
-    reference = reference_of(request.reference, [arm.name for arm in planned])
+    configured = configure_arms(request.arms, request.definitions, base, request.seeds[0], may_be_none=request.tune > 0)
+    reference = reference_of(request.reference, [arm.name for arm in configured])
     config = RunConfig.from_flat({**base, "seed": request.seeds[0]})
     sites = check_data(config)
     settings = study_settings(config)
@@ -84,15 +84,15 @@ def run_study(request: StudyRequest, console: PlainConsole) -> StudyReport:
             tuned = tune(base, request.tune, request.objective, folder.path, jobs, sites, console)
             folder.state.tuned = tuned.settings
             folder.save()
-            if planned:
+            if configured:
                 base = {**base, **tuned.settings}
-                planned = plan_arms(request.arms, request.definitions, base, request.seeds[0])
-        failures = train_missing(folder, planned, request.seeds, jobs, sites, console)
+                configured = configure_arms(request.arms, request.definitions, base, request.seeds[0])
+        failures = train_missing(folder, configured, request.seeds, jobs, sites, console)
         measure_latency(folder)
-        result = collect(folder, planned, request.seeds, reference, failures)
-        if planned:
+        result = collect(folder, configured, request.seeds, reference, failures)
+        if configured:
             write_outputs(folder, result, config)
-            picture = attention_pictures(folder, planned, request.seeds[0], reference)
+            picture = attention_pictures(folder, configured, request.seeds[0], reference)
             if picture is not None:
                 write_or_say(folder.path / "examples.png", lambda: picture)
     finally:
@@ -145,14 +145,14 @@ def check_data(config: RunConfig) -> int:
 
 def train_missing(
     folder: StudyFolder,
-    planned: Sequence[PlannedArm],
+    configured: Sequence[ConfiguredArm],
     seeds: Sequence[int],
     jobs: int,
     sites: int,
     console: PlainConsole,
 ) -> list[tuple[str, int, str]]:
     """Train the arms that are not finished, note each as it is, and return what failed: arm, seed and why."""
-    todo = [arm.of_seed(seed) for seed in seeds for arm in planned]
+    todo = [arm.of_seed(seed) for seed in seeds for arm in configured]
     check_definitions(folder, {(arm.name, arm.config.seed): arm.digest() for arm in todo})
     finished = [arm for arm in todo if folder.record_of(arm.name, arm.config.seed)]
     if finished:

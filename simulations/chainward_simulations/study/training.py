@@ -22,15 +22,15 @@ from chainward_simulations.data_notes import data_notes
 from chainward_simulations.runner import Outcome
 from chainward_simulations.study import baselines
 from chainward_simulations.study.arms import WITHOUT_TRAINING
+from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.further import further_baselines
-from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.predictions import Predictions, predict_all, predict_pictures, save_predictions
 from chainward_simulations.study.records import ArmRecord, BestSite, mean_scores
 from chainward_simulations.study.start import Start, refitted, start_of
 from chainward_simulations.study.without_training import PictureModel, linear_probe, picture_model, size_of
 
 OnStep = Callable[[str], None]
-ChainOf = Callable[[PlannedArm, "Bench"], Outcome]
+ChainOf = Callable[[ConfiguredArm, "Bench"], Outcome]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Bench:
     features: Features | None = None
 
 
-def train_chain(planned: PlannedArm, bench: Bench) -> Outcome:
+def train_chain(configured: ConfiguredArm, bench: Bench) -> Outcome:
     """Return what the chain of an arm comes to, without students and sites alone."""
     return runner.run_in_process(
-        planned.chain_config,
+        configured.chain_config,
         bench.sites,
         bench.on_step,
         state_dir=bench.state_dir,
@@ -81,87 +81,87 @@ def train_chain(planned: PlannedArm, bench: Bench) -> Outcome:
     )
 
 
-def train_arm(planned: PlannedArm, bench: Bench) -> Trained:
+def train_arm(configured: ConfiguredArm, bench: Bench) -> Trained:
     """Train the models of an arm."""
-    trained = _TRAINERS.get(planned.arm.trainer, _further)(planned, bench)
-    if not planned.arm.refit:
+    trained = _TRAINERS.get(configured.arm.trainer, _further)(configured, bench)
+    if not configured.arm.refit:
         return trained
     ((name, state),) = trained.models.items()
     assert not isinstance(state, PictureModel)
-    return replace(trained, models={name: refitted(planned.config, bench.sites, state, bench.features)})
+    return replace(trained, models={name: refitted(configured.config, bench.sites, state, bench.features)})
 
 
-def _chain(planned: PlannedArm, bench: Bench) -> Trained:
-    outcome = bench.chain_of(planned, bench)
+def _chain(configured: ConfiguredArm, bench: Bench) -> Trained:
+    outcome = bench.chain_of(configured, bench)
     return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
 
 
-def _student(planned: PlannedArm, bench: Bench) -> Trained:
+def _student(configured: ConfiguredArm, bench: Bench) -> Trained:
     outcome = runner.add_students(
-        planned.config, bench.sites, bench.chain_of(planned, bench), bench.on_step, state_dir=bench.state_dir
+        configured.config, bench.sites, bench.chain_of(configured, bench), bench.on_step, state_dir=bench.state_dir
     )
     assert outcome.student is not None
     assert outcome.student_architecture is not None
     return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
 
 
-def _alone(planned: PlannedArm, bench: Bench) -> Trained:
-    recipe, sites, start = planned.plain_recipe, bench.sites, _start(planned, bench, statistics=False)
-    steps = baselines.chain_steps(sites, recipe) if planned.arm.trainer == "alone-long" else None
-    with runner.private_sites(planned.config, sites) as private:
+def _alone(configured: ConfiguredArm, bench: Bench) -> Trained:
+    recipe, sites, start = configured.plain_recipe, bench.sites, _start(configured, bench, statistics=False)
+    steps = baselines.chain_steps(sites, recipe) if configured.arm.trainer == "alone-long" else None
+    with runner.private_sites(configured.config, sites) as private:
         models, logs = baselines.train_alone(sites, start, recipe, bench.on_step, steps=steps, private=private)
     return Trained(start.architecture, models, logs, shared=False)
 
 
-def _cyclic(planned: PlannedArm, bench: Bench) -> Trained:
-    config, start = planned.config, _start(planned, bench)
+def _cyclic(configured: ConfiguredArm, bench: Bench) -> Trained:
+    config, start = configured.config, _start(configured, bench)
     sizes = {site: len(data.splits["train"]) for site, data in bench.sites.items()}
     order = site_order(list(bench.sites), sizes, config.chain, config.seed)
-    laps = planned.arm.laps
-    state, logs = baselines.train_cyclic(bench.sites, order, start, planned.plain_recipe, laps, bench.on_step)
+    laps = configured.arm.laps
+    state, logs = baselines.train_cyclic(bench.sites, order, start, configured.plain_recipe, laps, bench.on_step)
     return Trained(start.architecture, {"cyclic": state}, logs)
 
 
-def _federated(planned: PlannedArm, bench: Bench) -> Trained:
-    start, mu = _start(planned, bench), planned.arm.mu if planned.arm.mu > 0 else None
+def _federated(configured: ConfiguredArm, bench: Bench) -> Trained:
+    start, mu = _start(configured, bench), configured.arm.mu if configured.arm.mu > 0 else None
     state, logs = baselines.train_federated(
-        bench.sites, start, planned.plain_recipe, planned.rounds, bench.on_step, mu=mu
+        bench.sites, start, configured.plain_recipe, configured.rounds, bench.on_step, mu=mu
     )
     return Trained(start.architecture, {"federated": state}, logs)
 
 
-def _further(planned: PlannedArm, bench: Bench) -> Trained:
-    start, trainer = _start(planned, bench), planned.arm.trainer
-    state, logs = further_baselines()[trainer].train(bench.sites, start, planned.plain_recipe, bench.on_step)
+def _further(configured: ConfiguredArm, bench: Bench) -> Trained:
+    start, trainer = _start(configured, bench), configured.arm.trainer
+    state, logs = further_baselines()[trainer].train(bench.sites, start, configured.plain_recipe, bench.on_step)
     return Trained(start.architecture, {trainer: state}, logs)
 
 
-def _statistics(planned: PlannedArm, bench: Bench) -> Trained:
+def _statistics(configured: ConfiguredArm, bench: Bench) -> Trained:
     """The start, with nothing trained: its head is that of all sites, or each site's own."""
-    if planned.arm.trainer == "statistics":
-        start = _start(planned, bench, statistics=True)
+    if configured.arm.trainer == "statistics":
+        start = _start(configured, bench, statistics=True)
         models = {"statistics": start.state or {}}
         return Trained(start.architecture, models, [])
     starts = {
-        site: start_of(planned.config, {site: data}, bench.features, statistics=True)
+        site: start_of(configured.config, {site: data}, bench.features, statistics=True)
         for site, data in bench.sites.items()
     }
     architecture = next(iter(starts.values())).architecture
     return Trained(architecture, {site: start.state or {} for site, start in starts.items()}, [], shared=False)
 
 
-def _probe(planned: PlannedArm, bench: Bench) -> Trained:
-    start = _start(planned, bench, statistics=False)
-    state = linear_probe(start, bench.sites, planned.plain_recipe)
+def _probe(configured: ConfiguredArm, bench: Bench) -> Trained:
+    start = _start(configured, bench, statistics=False)
+    state = linear_probe(start, bench.sites, configured.plain_recipe)
     return Trained(start.architecture, {"linear-probe": state}, [])
 
 
-def _pictures(planned: PlannedArm, bench: Bench) -> Trained:
-    name, recipe = planned.arm.trainer, planned.plain_recipe
+def _pictures(configured: ConfiguredArm, bench: Bench) -> Trained:
+    name, recipe = configured.arm.trainer, configured.plain_recipe
     return Trained(None, {name: picture_model(name, bench.sites, recipe)}, [])
 
 
-_TRAINERS: Mapping[str, Callable[[PlannedArm, Bench], Trained]] = {
+_TRAINERS: Mapping[str, Callable[[ConfiguredArm, Bench], Trained]] = {
     "chain": _chain,
     "student": _student,
     "alone": _alone,
@@ -176,11 +176,11 @@ _TRAINERS: Mapping[str, Callable[[PlannedArm, Bench], Trained]] = {
 }
 
 
-def _start(planned: PlannedArm, bench: Bench, *, statistics: bool | None = None) -> Start:
-    return start_of(planned.config, bench.sites, bench.features, statistics=statistics)
+def _start(configured: ConfiguredArm, bench: Bench, *, statistics: bool | None = None) -> Start:
+    return start_of(configured.config, bench.sites, bench.features, statistics=statistics)
 
 
-def measure_arm(planned: PlannedArm, trained: Trained, bench: Bench, folder: Path) -> ArmRecord:
+def measure_arm(configured: ConfiguredArm, trained: Trained, bench: Bench, folder: Path) -> ArmRecord:
     """Score an arm's models on the test and validation images, and keep the predictions in the study folder.
 
     Raises
@@ -188,20 +188,20 @@ def measure_arm(planned: PlannedArm, trained: Trained, bench: Bench, folder: Pat
     OSError
         The predictions can't be written.
     """
-    config = planned.config
-    test, validation = (_predicted(planned, trained, bench, split) for split in ("test", "val"))
-    name = f"{planned.name}-seed-{config.seed}.safetensors"
+    config = configured.config
+    test, validation = (_predicted(configured, trained, bench, split) for split in ("test", "val"))
+    name = f"{configured.name}-seed-{config.seed}.safetensors"
     save_predictions(test, folder / "predictions" / name)
     pooled = test.pooled()
     images = sum(log.images for log in trained.logs)
     state = next(iter(trained.models.values()))
     of_model = size_of(state) if isinstance(state, PictureModel) else _size_of(trained, state)
     return ArmRecord(
-        arm=planned.name,
+        arm=configured.name,
         seed=config.seed,
-        digest=planned.digest(),
-        about=planned.arm.about,
-        overrides=dict(planned.arm.overrides),
+        digest=configured.digest(),
+        about=configured.arm.about,
+        overrides=dict(configured.arm.overrides),
         pooled=mean_scores(pooled),
         sites={site: mean_scores(test.of_site(index)) for index, site in enumerate(test.sites)},
         validation=mean_scores(validation.pooled()),
@@ -223,7 +223,7 @@ def measure_arm(planned: PlannedArm, trained: Trained, bench: Bench, folder: Pat
     )
 
 
-def _predicted(planned: PlannedArm, trained: Trained, bench: Bench, split: Literal["val", "test"]) -> Predictions:
+def _predicted(configured: ConfiguredArm, trained: Trained, bench: Bench, split: Literal["val", "test"]) -> Predictions:
     if trained.architecture is None:
         pictures = {name: model for name, model in trained.models.items() if isinstance(model, PictureModel)}
         return predict_pictures(pictures, bench.sites, split)
@@ -232,7 +232,7 @@ def _predicted(planned: PlannedArm, trained: Trained, bench: Bench, split: Liter
         trained.architecture,
         bench.sites,
         split,
-        planned.config.federation.threads,
+        configured.config.federation.threads,
         regions=split == "test",
         features=bench.features,
     )
@@ -258,19 +258,19 @@ class Work:
         return self.images / self.trainings if self.trainings else 0.0
 
 
-def chain_work(planned: PlannedArm, sites: int) -> Work:
+def chain_work(configured: ConfiguredArm, sites: int) -> Work:
     """Return what the chain of an arm takes."""
-    chain = planned.config.chain
+    chain = configured.config.chain
     with_teacher = 1.4 if chain.distillation_weight > 0 or chain.attention_weight > 0 else 1.0
     trainings = chain.laps * chain.strands * sites
     return Work(chain.epochs * trainings * with_teacher, trainings)
 
 
-def expected_work(planned: PlannedArm, sites: int) -> Work:
+def expected_work(configured: ConfiguredArm, sites: int) -> Work:
     """Return what an arm takes itself: a student without its chain. Only progress depends on it."""
-    config, trainer = planned.config, planned.arm.trainer
+    config, trainer = configured.config, configured.arm.trainer
     if trainer == "chain":
-        return chain_work(planned, sites)
+        return chain_work(configured, sites)
     if trainer == "student":
         trainings = (config.student.rounds + config.student.finetune_rounds) * sites
         return Work(0.5 * trainings * config.student.epochs, trainings)  # a student is smaller
@@ -279,6 +279,11 @@ def expected_work(planned: PlannedArm, sites: int) -> Work:
         return Work(images * sites, sites)
     if trainer in WITHOUT_TRAINING:
         return Work(0.1 * images, 1)  # the time goes into images, and into what of it features know already
-    rounds = config.chain.epochs if trainer == "scaffold" else planned.rounds
-    counts = {"federated": rounds * sites, "scaffold": rounds * sites, "cyclic": planned.arm.laps * sites, "union": 1}
+    rounds = config.chain.epochs if trainer == "scaffold" else configured.rounds
+    counts = {
+        "federated": rounds * sites,
+        "scaffold": rounds * sites,
+        "cyclic": configured.arm.laps * sites,
+        "union": 1,
+    }
     return Work(images, counts.get(trainer, sites))

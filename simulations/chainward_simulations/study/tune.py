@@ -20,7 +20,7 @@ from chainward_shared.errors import ChainwardError, StudyError
 from chainward_shared.files import write_atomically, written
 from chainward_shared.seeds import derive_seed
 from chainward_simulations import runner
-from chainward_simulations.study.planned_arms import PlannedArm, plan_arms
+from chainward_simulations.study.configured_arms import ConfiguredArm, configure_arms
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.settings import Goal
 from chainward_simulations.study.training import chain_work
@@ -77,14 +77,14 @@ class TrialUnit:
     """One trial: a chain with some settings, trained and scored on validation images by a worker."""
 
     number: int
-    planned: PlannedArm
+    configured: ConfiguredArm
     objective: Goal
 
     def run(self, folder: Path, report: Report) -> None:
         """Train and score; a chain that can't be trained (its loss is not finite, say) has no value."""
-        config = self.planned.config
+        config = self.configured.config
         sites = without_test(open_sites(config))
-        work = chain_work(self.planned, len(sites))
+        work = chain_work(self.configured, len(sites))
 
         def on_step(what: str) -> None:
             report(Step(f"trial {self.number + 1}", config.seed, what, work.per_training))
@@ -92,7 +92,7 @@ class TrialUnit:
         try:
             with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
                 outcome = runner.run_in_process(
-                    self.planned.chain_config, sites, on_step, state_dir=Path(state_dir), students=False
+                    self.configured.chain_config, sites, on_step, state_dir=Path(state_dir), students=False
                 )
             _, pooled = runner.score(outcome.chain, outcome.architecture, sites, config, "val")
         except ChainwardError as error:
@@ -189,7 +189,7 @@ def _search(
     sites: int,
     console: PlainConsole,
 ) -> None:
-    images = chain_work(_planned(base, {}), sites).images
+    images = chain_work(_configured(base, {}), sites).images
     values: dict[int, Tried] = {}
     with StudyProgress(console, missing, missing * images, what="trials") as progress:
 
@@ -209,7 +209,7 @@ def _search(
                 for trial in asked:
                     for key, limits in SPACE.items():
                         trial.suggest_float(key, limits.low, limits.high, log=limits.log)
-                    units.append(TrialUnit(trial.number, _planned(base, _settings(trial)), objective))
+                    units.append(TrialUnit(trial.number, _configured(base, _settings(trial)), objective))
                 workers.run(units)
                 for trial in asked:
                     tried = values[trial.number]
@@ -221,9 +221,9 @@ def _search(
                 missing -= len(asked)
 
 
-def _planned(base: Mapping[str, ConfigScalar], settings: Mapping[str, ConfigScalar]) -> PlannedArm:
-    (planned,) = plan_arms(["chain"], [], {**base, **settings}, SEED)
-    return planned
+def _configured(base: Mapping[str, ConfigScalar], settings: Mapping[str, ConfigScalar]) -> ConfiguredArm:
+    (configured,) = configure_arms(["chain"], [], {**base, **settings}, SEED)
+    return configured
 
 
 def _within_space(flat: Mapping[str, ConfigScalar]) -> dict[str, float]:

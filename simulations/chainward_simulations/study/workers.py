@@ -21,8 +21,8 @@ from chainward_shared.config import DataConfig, FederationConfig, RunConfig
 from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations import runner
 from chainward_simulations.runner import Outcome
+from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.kept_features import ImageFeatures
-from chainward_simulations.study.planned_arms import PlannedArm
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.store import FEATURES, chain_file, load_chain, save_chain
 from chainward_simulations.study.training import (
@@ -40,7 +40,7 @@ class Unit:
     """Arms of one seed that one worker trains one after the other: those that share a training."""
 
     seed: int
-    arms: tuple[PlannedArm, ...]
+    arms: tuple[ConfiguredArm, ...]
 
     def images(self, sites: int) -> float:
         """Return roughly how much work it is, in units of one site's training images."""
@@ -109,20 +109,20 @@ class Runnable(Protocol):
         """Do it; `folder` is the study's, `report` takes what happens."""
 
 
-def make_units(todo: Sequence[PlannedArm]) -> list[Unit]:
+def make_units(todo: Sequence[ConfiguredArm]) -> list[Unit]:
     """Return the units of all arms to train, each with its seed: by seed, and within one the largest first.
 
     Arms that train the same, and arms whose students share a chain, are one unit.
     """
-    groups: dict[tuple[int, str], list[PlannedArm]] = {}
-    for planned in todo:
-        shared = planned.chain_digest() if planned.arm.trainer == "student" else planned.digest()
-        groups.setdefault((planned.config.seed, shared), []).append(planned)
+    groups: dict[tuple[int, str], list[ConfiguredArm]] = {}
+    for configured in todo:
+        shared = configured.chain_digest() if configured.arm.trainer == "student" else configured.digest()
+        groups.setdefault((configured.config.seed, shared), []).append(configured)
     units = [
         Unit(seed, tuple(sorted(arms, key=lambda one: one.arm.trainer == "student")))
         for (seed, _), arms in groups.items()
     ]
-    seeds = list(dict.fromkeys(planned.config.seed for planned in todo))
+    seeds = list(dict.fromkeys(configured.config.seed for configured in todo))
     return sorted(units, key=lambda unit: (seeds.index(unit.seed), -unit.images(6)))
 
 
@@ -131,57 +131,59 @@ def _run_arms(unit: Unit, folder: Path, state_dir: Path, report: Report) -> None
     features = ImageFeatures(folder / FEATURES)
     chains: dict[str, Outcome] = {}
     done: dict[str, ArmRecord] = {}
-    for planned in unit.arms:
+    for configured in unit.arms:
 
-        def on_step(what: str, planned: PlannedArm = planned) -> None:
-            work = expected_work(planned, len(sites))
-            report(Step(planned.name, unit.seed, what, work.per_training))
+        def on_step(what: str, configured: ConfiguredArm = configured) -> None:
+            work = expected_work(configured, len(sites))
+            report(Step(configured.name, unit.seed, what, work.per_training))
 
-        digest = planned.digest()
+        digest = configured.digest()
         if digest in done:
-            report(Finished(renamed(done[digest], planned)))
+            report(Finished(renamed(done[digest], configured)))
             continue
         try:
             bench = Bench(sites, partial(_chain_of, chains, folder, report), on_step, state_dir, features)
-            record = measure_arm(planned, train_arm(planned, bench), bench, folder)
+            record = measure_arm(configured, train_arm(configured, bench), bench, folder)
         except OSError as error:
             raise StudyError(
                 f"{folder}: can't be written ({error.strerror or error}); finished arms are kept, "
                 "the same command goes on from there"
             ) from error
         except ChainwardError as error:
-            report(Failed(planned.name, unit.seed, str(error)))
+            report(Failed(configured.name, unit.seed, str(error)))
         except Exception as error:  # a defect in one arm must not cost the others a night
             details = traceback.format_exc()
-            report(Failed(planned.name, unit.seed, f"{type(error).__name__}: {error}", details))
+            report(Failed(configured.name, unit.seed, f"{type(error).__name__}: {error}", details))
         else:
             done[digest] = record
             report(Finished(record))
 
 
-def _chain_of(chains: dict[str, Outcome], folder: Path, report: Report, planned: PlannedArm, bench: Bench) -> Outcome:
+def _chain_of(
+    chains: dict[str, Outcome], folder: Path, report: Report, configured: ConfiguredArm, bench: Bench
+) -> Outcome:
     """Return the chain of an arm: the one of this unit, the one in the study folder, or one trained now."""
-    key, seed = planned.chain_digest(), planned.config.seed
+    key, seed = configured.chain_digest(), configured.config.seed
     if key in chains:
         return chains[key]
-    work = chain_work(planned, len(bench.sites))
+    work = chain_work(configured, len(bench.sites))
 
     def on_step(what: str) -> None:
-        report(Step(planned.name, seed, what, work.per_training))
+        report(Step(configured.name, seed, what, work.per_training))
 
     stored = load_chain(chain_file(folder, key, seed))
     if stored is not None:
-        report(Step(planned.name, seed, "chain trained before", work.images))
+        report(Step(configured.name, seed, "chain trained before", work.images))
         chains[key] = stored
         return stored
-    chains[key] = train_chain(planned, replace(bench, on_step=on_step))
+    chains[key] = train_chain(configured, replace(bench, on_step=on_step))
     save_chain(chains[key], chain_file(folder, key, seed))
     return chains[key]
 
 
-def renamed(record: ArmRecord, planned: PlannedArm) -> ArmRecord:
+def renamed(record: ArmRecord, configured: ConfiguredArm) -> ArmRecord:
     """Return the record of another arm that is the same training."""
-    own = {"arm": planned.name, "about": planned.arm.about, "overrides": dict(planned.arm.overrides)}
+    own = {"arm": configured.name, "about": configured.arm.about, "overrides": dict(configured.arm.overrides)}
     return record.model_copy(update=own)
 
 

@@ -33,7 +33,7 @@ _CYCLIC: Mapping[str, ConfigScalar] = {
 
 
 @dataclass(frozen=True)
-class PlannedArm:
+class ConfiguredArm:
     """An arm with its whole configuration, checked; `config` has the first seed until `of_seed` sets another.
 
     Attributes
@@ -50,7 +50,7 @@ class PlannedArm:
         """The arm's name."""
         return self.arm.name
 
-    def of_seed(self, seed: int) -> PlannedArm:
+    def of_seed(self, seed: int) -> ConfiguredArm:
         """Return the same arm for another seed."""
         return replace(self, config=self.config.model_copy(update={"seed": seed}))
 
@@ -127,14 +127,14 @@ def _digest(deciding: object) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plan_arms(
+def configure_arms(
     names: Sequence[str],
     definitions: Sequence[str],
     base: Mapping[str, ConfigScalar],
     seed: int,
     *,
     may_be_none: bool = False,
-) -> list[PlannedArm]:
+) -> list[ConfiguredArm]:
     """Return the arms of a study, checked, in the order they were named; arms that were defined follow.
 
     Parameters
@@ -161,10 +161,10 @@ def plan_arms(
     if not wanted and not may_be_none:
         raise StudyError("no arms: name some with --arms alone,chain or define one with --arm")
     RunConfig.from_flat({**base, "seed": seed})  # what is wrong with the settings is not an arm's fault
-    return [_planned(custom[name] if name in custom else find_arm(name), base, seed) for name in wanted]
+    return [_configured(custom[name] if name in custom else find_arm(name), base, seed) for name in wanted]
 
 
-def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedArm:
+def _configured(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> ConfiguredArm:
     known = RunConfig().to_flat()
     if missing := next((key for key in arm.overrides if key not in known), None):
         raise StudyError(f"arm '{arm.name}': this version has no setting {missing}; leave the arm out")
@@ -197,7 +197,7 @@ def _planned(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> PlannedAr
             f"arm '{arm.name}' can't be trained privately; arms that can: alone, chain..., student..., or set privacy.mode=off"
         )
     rounds = _rounds(arm, config.chain.epochs * config.chain.laps) if arm.trainer == "federated" else 0
-    return PlannedArm(arm, config, rounds)
+    return ConfiguredArm(arm, config, rounds)
 
 
 def _rounds(arm: Arm, epochs: int) -> int:
