@@ -29,6 +29,7 @@ from chainward_server.run_process import RunProcess
 from chainward_server.run_state import Phase, keys_of_earlier_runs
 from chainward_server.scoring import shown
 from chainward_server.surroundings import tell as tell_surroundings
+from chainward_server.threads import settle_threads
 from chainward_server.tracking import Tracking, check_trackers
 from chainward_shared import __version__
 from chainward_shared.config import RunConfig
@@ -158,12 +159,10 @@ def _run_phases(
             run_id=folder.state.run_id,
         )
         folder.bind(sites.keys)
-        card = sites.any_card
-        begun = folder.beginning() or begin(
-            config, classes=len(card.classes), channels=card.channels, image_size=card.image_size
-        )
+        begun = folder.beginning() or _begin(config, sites)
         found = run_architectures(config, begun.architecture)
         models = dict(zip(("chain", "student"), found, strict=False))
+        config = settle_threads(folder, models["chain"])
         _check_privacy(config, sites, found)
         notes = notes_on_data(states, sites.ids) if notes_on_data else None
         data = data_summary(list(sites.cards.values()), _source(sites, config), notes)
@@ -206,6 +205,11 @@ def _evaluate(
         looks = run.localise(models[name], state)
         if looks is not None:
             results.localization[name] = looks
+
+
+def _begin(config: RunConfig, sites: FlowerSites) -> Beginning:
+    card = sites.any_card
+    return begin(config, classes=len(card.classes), channels=card.channels, image_size=card.image_size)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class Run:
             state,
             splits,
             run_id=self.checkpoints.run_id,
-            threads=self.config.federation.threads,
+            threads=self.config.federation.cpu_threads,
             asked=asked,
         )
         if {*splits} == {"val", "test"} and asked is None:
@@ -118,7 +118,7 @@ class Run:
             architecture,
             state,
             run_id=self.checkpoints.run_id,
-            threads=self.config.federation.threads,
+            threads=self.config.federation.cpu_threads,
         )
 
     def link(self, key: str | None) -> LinkRecord | None:

@@ -251,8 +251,8 @@ class _Asked(Generic[B]):
 
     def _tell_who_is_away(self, sites: list[str], now: float) -> None:
         """Say now and then which sites are waited for."""
-        if sites and now - self._told > TELL_SECONDS:
-            left = max(self.patience - (now - self._since[site]) for site in sites)
+        left = max((self.patience - (now - self._since[site]) for site in sites), default=0.0)
+        if left >= 1 and now - self._told > TELL_SECONDS:
             logger.warning("waiting up to %.0f s for %s to be connected", left, ", ".join(sites))
             self._told = now
 

@@ -128,7 +128,7 @@ def _task(run: Run, key: str, state: StateDict, weights: Tensor | None) -> Stati
         label_fraction=run.config.chain.label_fraction,
         seed=run.config.seed,
         class_weights=() if weights is None else tuple(weights.tolist()),
-        threads=run.config.federation.threads,
+        threads=run.config.federation.cpu_threads,
         digest=digest(state),
     )
 

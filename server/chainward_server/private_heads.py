@@ -121,7 +121,7 @@ def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame
         architecture=run.architecture,
         label_fraction=run.config.chain.label_fraction,
         seed=run.config.seed,
-        threads=run.config.federation.threads,
+        threads=run.config.federation.cpu_threads,
         digest=digest(state),
         privacy=recipe,
         form=form,

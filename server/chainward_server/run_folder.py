@@ -130,7 +130,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it"
             )
-        return cls(path, state, config)
+        return cls(path, state, config.with_threads(config.federation.threads or state.threads or 0))
 
     def _mend(self) -> None:
         """Take out what is to be done again because a site was not reached."""

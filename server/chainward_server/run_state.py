@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,7 @@ class RunState(BaseModel):
     process : the process that coordinates it; None in runs of earlier versions
     resumable : whether resuming may help a run that has ended; None while it goes on
     waiting : sites where a person has not approved the run yet, and since when
+    threads : of a training, where the configuration leaves the number open; None before it is settled
     keys : public keys of deployed sites, as they were when the run began: nobody else is taken for one of them
     """
 
@@ -50,6 +51,7 @@ class RunState(BaseModel):
     process: RunProcess | None = None
     resumable: bool | None = None
     waiting: BySite[Moment] = Field(default_factory=dict)
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
     keys: BySite[Digest] = Field(default_factory=dict)
 
 

@@ -45,6 +45,10 @@ PrivacyUnit = Literal["patient", "image"]
 Transfer = Literal["half", "full"]
 
 
+USUAL_THREADS = 2
+"""Of a training, where nothing is said, but for the smallest models."""
+
+
 class Settings(BaseModel):
     """Base of the groups: immutable, without unknown fields, without NaN and infinity."""
 
@@ -71,6 +75,21 @@ class ArithmeticSettings(Settings):
         description="How models travel. half: every tensor that float16 holds to 11 significant bits is rounded to it before "
         "the model is stored, scored and sent; full: as they are, in twice the bytes",
     )
+
+
+class RunArithmetic(ArithmeticSettings):
+    """The same of a whole run, which may leave the number of threads open."""
+
+    threads: Annotated[int, Field(ge=0, le=256)] = Field(
+        0,
+        description="CPU threads of a training. 0: by the size of the model, and kept in run.json. Results are repeatable only "
+        "for the same number",
+    )
+
+    @property
+    def cpu_threads(self) -> int:
+        """The threads of a training; the usual number where the run has not settled it."""
+        return self.threads or USUAL_THREADS
 
 
 class AugmentationSettings(Settings):

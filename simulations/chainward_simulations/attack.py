@@ -81,7 +81,7 @@ def attack_run(
     }
     trained_on = {str(patient) for data in sites.values() for patient in data.splits["train"].patients}
     outsiders = {site: _outside(data, trained_on) for site, data in sites.items()}
-    threads, found = config.federation.threads, []
+    threads, found = config.federation.cpu_threads, []
     for name, (architecture, state) in models.items():
         model = _model(architecture, state)
         inside = {
@@ -191,7 +191,7 @@ def _against(
     def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> np.ndarray:
         of = np.stack(
             [
-                case_losses(one, cases, config.federation.threads, image_size=architecture.image_size)
+                case_losses(one, cases, config.federation.cpu_threads, image_size=architecture.image_size)
                 for one in references
             ]
         ).reshape(len(references), len(cases))

@@ -175,7 +175,7 @@ def score(
     """Return a model's scores at every site and pooled over them."""
     here = InProcessSites(sites)
     privacy = RunPrivacy(on=False, run_id=RUN, cards=here.cards)
-    threads = config.federation.threads
+    threads = config.federation.cpu_threads
     found = score_everywhere(here, privacy, architecture, state, [split], run_id=RUN, threads=threads)[split]
     return found.sites, found.pooled
 

@@ -47,7 +47,7 @@ def localise(state, architecture, sites, config):
     """Return each image's scores over all sites, and their means."""
     model = build_model(architecture, seed=0)
     model.load_state_dict(state)
-    threads, size = config.federation.threads, architecture.image_size
+    threads, size = config.federation.cpu_threads, architecture.image_size
     values = LocalisationValues.joined(
         localisation_values(model, data.splits["test"], threads, image_size=size) for data in sites.values()
     )

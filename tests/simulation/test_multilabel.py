@@ -112,7 +112,7 @@ def test_a_whole_run_is_the_plain_runners_bit_for_bit_and_its_scores_are_scikit_
 
     model = build_model(outcome.architecture, seed=0)
     model.load_state_dict(outcome.chain)
-    threads = config.federation.threads
+    threads = config.federation.cpu_threads
     tests = [site.splits["test"] for site in sites.values()]
     decided = np.concatenate([class_probabilities(model, cases, 3, threads) for cases in tests]) >= 0.5
     truth = np.concatenate([cases.labels.numpy() for cases in tests])
@@ -164,7 +164,7 @@ def test_the_chain_learns_findings_that_its_last_hospital_has_never_seen(finding
     model = build_model(outcome.architecture, seed=0)
     model.load_state_dict(outcome.chain)
     test = sites["ash"].splits["test"]
-    bars = class_probabilities(model, test, 3, config.federation.threads)[:, 2]
+    bars = class_probabilities(model, test, 3, config.federation.cpu_threads)[:, 2]
     truth = test.labels[:, 2].numpy() > 0.5
     assert bars[truth].mean() > bars[~truth].mean() + 0.1
 

@@ -65,7 +65,7 @@ def questions(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[Question]
         architecture=large,
         splits=["val", "test"],
         localisation=site.data.splits["test"].privileged.masks is not None,
-        threads=plan.federation.threads,
+        threads=plan.federation.cpu_threads,
         digest=digest(state),
     )
     yield "evaluate", score, {"model": sent}
@@ -102,7 +102,7 @@ def _statistics_question(plan: RunConfig, large: Architecture, large_digest: str
         architecture=large,
         label_fraction=plan.chain.label_fraction,
         seed=plan.seed,
-        threads=plan.federation.threads,
+        threads=plan.federation.cpu_threads,
         digest=large_digest,
     )
     return "evaluate.statistics", task, {"model": sent}

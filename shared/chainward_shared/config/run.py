@@ -107,6 +107,13 @@ class RunConfig(Table):
         """The ids in ``federation.sites``, in order."""
         return ids_in(self.federation.sites)
 
+    def with_threads(self, threads: int) -> RunConfig:
+        """Return the configuration with this number of CPU threads."""
+        return self.model_copy(update={"federation": self.federation.model_copy(update={"threads": threads})})
+
+    def _arithmetic(self) -> dict[str, Any]:
+        return values_of(self.federation, ArithmeticSettings) | {"threads": self.federation.cpu_threads}
+
     def link_recipe(self, *, laps: int = 1) -> LinkRecipe:
         """Return how one link is trained; `laps` > 1 gives the budget of several laps (for a site alone)."""
         link = values_of(self.chain, LinkSettings)
@@ -117,7 +124,7 @@ class RunConfig(Table):
             seed=self.seed,
             privileged=self.privileged.recipe_for("links"),
             privacy=self.privacy_recipe(),
-            **values_of(self.federation, ArithmeticSettings),
+            **self._arithmetic(),
             **values_of(self.data, AugmentationSettings),
             **link,
         )
@@ -134,7 +141,7 @@ class RunConfig(Table):
             stage=stage,
             privileged=None if finetune else self.privileged.recipe_for("students"),
             privacy=self.privacy_recipe(),
-            **values_of(self.federation, ArithmeticSettings),
+            **self._arithmetic(),
             **values_of(self.data, AugmentationSettings),
             **values_of(self.chain, LabelSettings),
             **student,

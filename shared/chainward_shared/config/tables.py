@@ -11,7 +11,6 @@ from chainward_shared.errors import ConfigError
 from chainward_shared.privacy.policy import MetricsRelease, PrivacyPolicy
 from chainward_shared.recipes import PrivilegedRecipe
 from chainward_shared.settings import (
-    ArithmeticSettings,
     AugmentationSettings,
     ChannelSelection,
     HeadSelection,
@@ -19,6 +18,7 @@ from chainward_shared.settings import (
     LinkSettings,
     PrivacySettings,
     PrivilegedSettings,
+    RunArithmetic,
     Settings,
     StudentSettings,
     values_of,
@@ -51,7 +51,7 @@ class Table(Settings):
     model_config = ConfigDict(alias_generator=kebab, populate_by_name=True)
 
 
-class FederationConfig(Table, ArithmeticSettings):
+class FederationConfig(Table, RunArithmetic):
     """Who takes part, and how long the coordinator waits."""
 
     sites: str = Field(

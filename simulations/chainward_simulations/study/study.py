@@ -75,7 +75,7 @@ def run_study(request: StudyRequest, console: PlainConsole) -> StudyReport:
     config = RunConfig.from_flat({**base, "seed": request.seeds[0]})
     sites = check_data(config)
     settings = study_settings(config)
-    jobs = request.jobs or default_jobs(config.federation.threads)
+    jobs = request.jobs or default_jobs(config.federation.cpu_threads)
     folder = StudyFolder.open(request.folder or default_folder(settings), settings, resume=request.resume)
     try:
         folder.save()

@@ -232,7 +232,7 @@ def _predicted(configured: ConfiguredArm, trained: Trained, bench: Bench, split:
         trained.architecture,
         bench.sites,
         split,
-        configured.config.federation.threads,
+        configured.config.federation.cpu_threads,
         regions=split == "test",
         features=bench.features,
     )
