@@ -5,7 +5,8 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from chainward_server.report.class_rows import ModelByClass
-from chainward_server.report.plots import ALONE, CHAIN, STUDENT, as_svg, drawing, short
+from chainward_server.report.colours import ALONE, CHAIN, STUDENT
+from chainward_server.report.plots import as_svg, drawing, short
 from chainward_shared.evaluation.operating import THRESHOLDS
 
 _SIDE, _MOST_CURVES = 3.4, 8

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from markupsafe import Markup
 
-from chainward_server.report import class_plots, class_rows, formats, plots, tables, verdict
+from chainward_server.report import class_plots, class_rows, colours, formats, plots, tables, verdict
 from chainward_server.report import privacy as privacy_page
 from chainward_server.results import Results, largest_influence
 from chainward_shared.evaluation.operating import MIN_CASES
@@ -103,7 +103,7 @@ def _chains(results: Results) -> dict[str, object]:
         "strands": chains,
         "laps": max((link.lap for links in chains for link in links), default=1),
         "heat": tables.heat_map(results),
-        "scale": [plots.shade(step / 8) for step in range(9)],
+        "scale": [colours.shade(step / 8) for step in range(9)],
         "upright_heads": len(sites) > 7 or max(map(len, sites), default=0) > 14,
         "curve_plot": plots.curve_plot(chains, alone, tables.alone_summary(results, "macro_auc")),
     }

@@ -1,4 +1,4 @@
-"""Pictures of the report: matplotlib drawings as inline SVG, and the colours that the whole page shares."""
+"""Pictures of the report: matplotlib drawings as inline SVG."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from chainward_server.report.colours import ALONE, CHAIN, STRAND_COLOURS, STRAND_MARKERS, STUDENT
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from chainward_server.report.tables import Alone, ChainLink, ComparisonRow
-
-# told apart with every common colour blindness, and in greyscale
-ALONE, CHAIN, STUDENT = "#9aa1ab", "#1f4e8c", "#e0a100"
-STRAND_COLOURS = ("#1f4e8c", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#6b4c9a")
-STRAND_MARKERS = "osD^vP"
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -46,21 +43,6 @@ STYLE: dict[Any, Any] = {
 }
 _WIDTH = 10.5
 """Inches; the page shows a picture at its full width, so this sets the size of the letters."""
-
-
-def shade(fraction: float) -> str:
-    """Colour of a heat map's cell, for 0 (lowest) to 1 (highest)."""
-    from matplotlib import colormaps  # half a second of processor time, which only a report takes
-    from matplotlib.colors import to_hex
-
-    return to_hex(colormaps["cividis"](min(max(fraction, 0.0), 1.0)))
-
-
-def ink_on(background: str) -> str:
-    """Black or white, whichever contrasts more with a colour ``#rrggbb`` (relative luminance, WCAG 2.1)."""
-    parts = (part / 255 for part in bytes.fromhex(background.removeprefix("#")))
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return "#fff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#111"
 
 
 def comparison_plot(rows: Sequence[ComparisonRow], chance: float | None) -> Markup | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
-from chainward_server.report.plots import ink_on, shade
+from chainward_server.report.colours import ink_on, shade
 from chainward_server.results import LinkRecord, Results, SiteScores
 from chainward_shared.evaluation.localisation import LocalisationScores
 from chainward_shared.evaluation.scores import Scores

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from chainward_server.run_folder import RunFolder
 from chainward_server.tracking.figures import Figure
-from chainward_server.tracking.tracking import local_folder
 
 EXPERIMENT = "chainward"
 TAG = "chainward.run"
@@ -30,10 +29,11 @@ class MLflow:
 
     Parameters
     ----------
-    folder : of the run; `output.track_to` of its configuration is a server's address or a folder
+    folder : of the run; `output.track_to` of its configuration may be a server's address
+    local : where to write on this machine, where it is none
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, local: Path) -> None:
         for name, value in _QUIETLY.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
@@ -41,7 +41,6 @@ class MLflow:
         where = folder.config.output.track_to
         artefacts = None
         if not re.match(r"https?://", where):
-            local = local_folder(folder.config)
             local.mkdir(parents=True, exist_ok=True)
             where, artefacts = f"sqlite:///{local / 'mlflow.db'}", (local / "mlflow-artefacts").as_uri()
         self._client = MlflowClient(tracking_uri=where)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from chainward_server.run_folder import RunFolder
 from chainward_server.tracking.figures import Figure
-from chainward_server.tracking.tracking import local_folder
 
 
 class TensorBoard:
@@ -15,13 +14,14 @@ class TensorBoard:
 
     Parameters
     ----------
-    folder : of the run; its configuration says where the event files go
+    folder : of the run
+    local : where to write
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, local: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = local_folder(folder.config) / "tensorboard" / folder.state.run_id
+        path = local / "tensorboard" / folder.state.run_id
         self.known = any(path.glob("events.*"))
         self._writer = SummaryWriter(str(path))
 

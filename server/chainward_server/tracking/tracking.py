@@ -73,10 +73,10 @@ def _opened(name: str, folder: RunFolder) -> Tracker:
     if name == "mlflow":
         from chainward_server.tracking.mlflow import MLflow
 
-        return MLflow(folder)
+        return MLflow(folder, local_folder(folder.config))
     from chainward_server.tracking.tensorboard import TensorBoard
 
-    return TensorBoard(folder)
+    return TensorBoard(folder, local_folder(folder.config))
 
 
 @dataclass
