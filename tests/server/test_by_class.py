@@ -183,6 +183,8 @@ def test_data_are_named_by_their_folder_too_since_most_files_are_called_alike(so
     assert named(source) == name
 
 
-@pytest.mark.parametrize(("value", "shown"), [(None, "–"), (0.25, "0.250"), (0.00001, "1.0e-05"), (0.99999, "1−1e-05")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "–"), (0.25, "0.250"), (0.00001, "0.000010"), (0.99999, "0.999990")]
+)
 def test_a_threshold_is_told_apart_from_never_and_always(value, shown):
     assert threshold(value) == shown

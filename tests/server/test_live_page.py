@@ -42,6 +42,17 @@ def test_it_says_where_the_run_is_what_was_reached_and_when_it_will_end(run):
     assert "1 · ash 1 min 40 s · 0.500 2 · birch at work 3 · cedar to come" in text
 
 
+def test_what_a_run_has_not_is_not_shown_and_hops_that_are_done_are_not_said_to_be_trained(run):
+    run.enter("chain", 0)
+    for number, site in enumerate(("ash", "birch", "cedar")):
+        run.hop(site, 10 + number, took=5.0, value=0.5)
+    text = words(run, 40)
+    assert "All hops of the chain are done; its model is being completed." in text
+    assert "being trained" not in text
+    assert "ε in this run" not in text, "privacy is off"
+    assert ("hospitals alone" in text) == look(run.path).config.chain.compare_alone
+
+
 def test_it_says_who_is_away_and_why(run):
     run.enter("chain", 0)
     run.hop("ash", 10, took=5.0, status="skipped", reason="site 'ash' is not connected", unreached=True)
@@ -93,6 +104,18 @@ def test_the_curve_has_a_point_for_every_scored_model_inside_its_frame(run):
     heights = [point.y for point in curve.points]
     assert heights[1] < heights[3] < heights[2] < heights[0], "higher scores are further up"
     assert curve.path("chain").count(",") == 3
+
+
+def test_the_curve_cuts_a_name_only_where_there_is_no_room(run):
+    run.enter("chain", 0)
+    for number, site in enumerate(("ash", "birch", "cedar")):
+        run.hop(site, 10 + number, took=5.0, value=0.5)
+    shot = look(run.path)
+    for link in shot.links:
+        link.site = "university hospital"
+    names = [[point.name for point in curve_of(shot, width).points if point.name] for width in (1000, 360)]
+    assert set(names[0]) == {"university hospital"}
+    assert all(name.endswith("…") for name in names[1])
 
 
 def test_watch_web_prints_an_address_that_answers_and_ends_with_the_run(run, monkeypatch):

@@ -95,7 +95,7 @@ def test_features_that_were_half_written_are_computed_again_and_not_mixed_up(tmp
     images = SITES["oak"].splits["train"].images
     right = kept(tmp_path / "whole", images)
     kept(tmp_path / "f", images[:10])
-    (rows,), (ids,) = (list((tmp_path / "f").glob(f"*.{kind}")) for kind in ("f16", "ids"))
+    (rows,), (ids,) = (list((tmp_path / "f").glob(f"*.{kind}")) for kind in ("f32", "ids"))
     size = rows.stat().st_size // 10
     for file, unit in ((rows, size), (ids, 32)):
         if lost == "part of both" or lost == {rows: "rows", ids: "ids"}[file]:

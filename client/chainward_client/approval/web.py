@@ -171,7 +171,7 @@ def _verdict(waiting: int, working: Entry | None) -> str:
     if waiting:
         return (
             "A run waits for a decision here." if waiting == 1 else f"{waiting} runs wait for a decision here."
-        ) + " Nothing of it is trained before."
+        ) + " Nothing is trained before that."
     if working is not None:
         return f"At work on {_WHAT.get(working.kind, working.kind)} for run {working.run}."
     return "Nothing is being asked of this hospital right now."

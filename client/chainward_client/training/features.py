@@ -31,7 +31,7 @@ logger = logging.getLogger("chainward.client")
 Compute = Callable[[Tensor], Tensor]
 """From at most `BLOCK` images to their features, (n, views, ...)."""
 
-_LARGEST = torch.finfo(torch.float16).max
+ENDINGS = {torch.float16: ".f16", torch.float32: ".f32"}
 
 BLOCK = 64
 """Images that go through the trunk together, and are written together."""
@@ -66,19 +66,22 @@ class Features:
 
         Returns
         -------
-        float16 (n, views, ...): see `chainward_client.training.augmentation.fixed_view`
+        (n, views, ...), see `chainward_client.training.augmentation.fixed_view`: float16, but with "none" float32, as scores are
+        to be those of the model that others get
         """
         if not len(images) or (trunk := trunk_of(model)) is None:
             return None
         architecture = architecture_of(model)
         assert architecture is not None and architecture.start is not None
         views, pixels, size = number_of_views(augmentation), pixels_of(model), architecture.image_size
+        kind = torch.float32 if augmentation == "none" else torch.float16
+        largest = torch.finfo(kind).max
 
         def compute(some: Tensor) -> Tensor:
             block = resized(some, size).to(best_device())
             seen = [trunk(fixed_view(block, augmentation, view, pixels)) for view in range(views)]
             found = torch.stack(seen, dim=1).cpu()
-            return found if self.declared is None else found.clamp(-_LARGEST, _LARGEST)
+            return found if self.declared is None else found.clamp(-largest, largest)
 
         device = best_device()
         training = model.training
@@ -86,11 +89,11 @@ class Features:
         try:
             with training_environment(threads, seed=0), torch.inference_mode():
                 shape = (len(images), *compute(images[:1]).shape[1:])
-                if self._are_too_many(shape):
+                if self._are_too_many(shape, kind):
                     return None
                 what = f"{architecture.model_dump_json()} {augmentation} {torch.__version__}"
                 what += "" if self.declared is None else " saturated"
-                found = self._get(what, images, shape, compute)
+                found = self._get(what, images, shape, kind, compute)
         finally:
             model.to("cpu").train(training)
         if self.declared is None and not bool(found.isfinite().all()):
@@ -98,9 +101,9 @@ class Features:
             return None
         return found, trunk
 
-    def _are_too_many(self, shape: tuple[int, ...]) -> bool:
+    def _are_too_many(self, shape: tuple[int, ...], kind: torch.dtype) -> bool:
         images = shape[0] if self.declared is None else self.declared
-        size = 2 * images * math.prod(shape[1:])
+        size = kind.itemsize * images * math.prod(shape[1:])
         if size > self.limit:
             logger.info(
                 "features of %d images and %d views would take %.1f GB, the site allows %.1f: computed anew each time",
@@ -111,38 +114,38 @@ class Features:
             )
         return size > self.limit
 
-    def _get(self, what: str, images: Tensor, shape: tuple[int, ...], compute: Compute) -> Tensor:
-        """Return the features of all images, float16 of this shape; `what`: all that decides them but the images."""
+    def _get(self, what: str, images: Tensor, shape: tuple[int, ...], kind: torch.dtype, compute: Compute) -> Tensor:
+        """Return the features of all images, of this shape and kind; `what`: all that decides them but the images."""
         digest = hashlib.sha256(what.encode())
         for part in images.split(4096):
             digest.update(part.contiguous().numpy())
         key = digest.hexdigest()
         if self.folder is None:
             if key not in self._held:
-                self._held[key] = torch.cat([compute(some).half() for some in images.split(BLOCK)])
+                self._held[key] = torch.cat([compute(some).to(kind) for some in images.split(BLOCK)])
             found = self._held[key]
         else:
-            path = self.folder / f"{key}.f16"
-            whole = 2 * math.prod(shape)
+            path = self.folder / f"{key}{ENDINGS[kind]}"
+            whole = kind.itemsize * math.prod(shape)
             if not path.exists() or path.stat().st_size != whole:
-                self._write(path, images, shape, compute)
+                self._write(path, images, shape, kind, compute)
                 self._make_room(path)
             os.utime(path)
-            found = mapped(path, np.float16, shape)
+            found = mapped(path, number_type(kind), shape)
         return found
 
-    def _write(self, path: Path, images: Tensor, shape: tuple[int, ...], compute: Compute) -> None:
+    def _write(self, path: Path, images: Tensor, shape: tuple[int, ...], kind: torch.dtype, compute: Compute) -> None:
         """Compute and write what is missing; an earlier try that was interrupted is gone on from its last whole block."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = path.with_suffix(".part")
         part.touch(mode=0o600)
-        of_block = 2 * BLOCK * math.prod(shape[1:])
+        of_block = kind.itemsize * BLOCK * math.prod(shape[1:])
         done = part.stat().st_size // of_block
         with part.open("r+b") as file, Making("features", shape[0], done * BLOCK) as making:
             file.truncate(done * of_block)
             file.seek(0, os.SEEK_END)
             for start in range(done * BLOCK, shape[0], BLOCK):
-                file.write(compute(images[start : start + BLOCK]).half().contiguous().numpy().tobytes())
+                file.write(compute(images[start : start + BLOCK]).to(kind).contiguous().numpy().tobytes())
                 making.done(min(start + BLOCK, shape[0]))
             file.flush()
             os.fsync(file.fileno())
@@ -150,11 +153,8 @@ class Features:
 
     def _make_room(self, newest: Path) -> None:
         """Remove what was used longest ago until the rest is within the limit."""
-        files = (
-            sorted(self.folder.glob("*.f16"), key=lambda file: file.stat().st_mtime, reverse=True)
-            if self.folder
-            else []
-        )
+        kept = [file for file in self.folder.iterdir() if file.suffix in ENDINGS.values()] if self.folder else []
+        files = sorted(kept, key=lambda file: file.stat().st_mtime, reverse=True)
         total = newest.stat().st_size
         for file in files:
             if file != newest:
@@ -163,9 +163,14 @@ class Features:
                     file.unlink(missing_ok=True)
 
 
+def number_type(kind: torch.dtype) -> type[np.floating]:
+    """Return NumPy's name of what features are kept as."""
+    return np.float32 if kind == torch.float32 else np.float16
+
+
 def is_features(images: Tensor) -> bool:
     """Tell whether a tensor holds features, (n, views, ...), in the place of images."""
-    return images.dtype == torch.float16
+    return images.dtype in ENDINGS
 
 
 def one_view(features: Tensor, generator: torch.Generator) -> Tensor:

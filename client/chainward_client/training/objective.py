@@ -20,7 +20,7 @@ class Batch:
 
     Attributes
     ----------
-    images, labels : the labelled images, uint8 (n, c, h, w), or their features, float16 (n, views, ...), and their labels
+    images, labels : the labelled images, uint8 (n, c, h, w), or their features, (n, views, ...), and their labels
     rows : int64 (n,), which of the training's cases they are
     unlabelled : images without a label that go with them, uint8 (m, c, h, w); None where there are none
     pixels : how the model's pixels are scaled

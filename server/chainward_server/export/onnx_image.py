@@ -75,13 +75,14 @@ def with_preparation(model: ModelProto, *, channels: int, size: int, network_siz
         image = graph.add("Resize", single, "", "", sizes, coordinate_transformation_mode="half_pixel", **_LINEAR)
         image = graph.add("Round", image)
     output = graph.cast(image, TensorProto.UINT8)
+    used = {name for node in graph.nodes for name in node.input}
     prepared = helper.make_model(
         helper.make_graph(
             graph.nodes,
             "prepare",
             [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, channels, "height", "width"])],
             [helper.make_tensor_value_info(output, TensorProto.UINT8, [1, channels, network_size, network_size])],
-            graph.constants,
+            [one for one in graph.constants if one.name in used],
         ),
         opset_imports=list(model.opset_import),
         ir_version=model.ir_version,

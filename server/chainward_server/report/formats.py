@@ -46,9 +46,11 @@ def threshold(value: float | None) -> str:
     """A probability from which on something is done: with as many decimals as tell it from 0 and from 1."""
     if value is None:
         return MISSING
-    if value < 0.0005 or value > 0.9995:
-        return f"{value:.1e}" if value < 0.5 else f"1{MINUS}{1 - value:.0e}"
-    return f"{value:.3f}"
+    distance = min(value, 1 - value)
+    if distance < 1e-6:
+        return "below 0.000001" if value < 0.5 else "above 0.999999"
+    tells = 1 - int(f"{distance:.1e}".partition("e")[2])  # decimals up to the second digit that is none of 0 or 9
+    return f"{value:.{tells}f}" if distance < 0.0005 else f"{value:.3f}"
 
 
 def change(value: float | None) -> str:

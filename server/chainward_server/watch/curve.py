@@ -10,6 +10,8 @@ from chainward_server.watch.snapshot import Snapshot, validation
 HEIGHT = 230
 LEFT, RIGHT, TOP, BOTTOM = 42, 52, 22, 34
 MOST_LABELS = 8
+LETTER = 9
+"""Units of the width that a letter takes, about."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ def curve_of(run: Snapshot, width: int) -> Curve | None:
 
     step = (width - LEFT - RIGHT) / max(1, len(found) - 1)
     every = max(1, math.ceil(len(found) / (MOST_LABELS if width > 500 else 3)))
+    letters = max(12, int(step * every / LETTER))
     points = []
     for index, (value, name, kind) in enumerate(found):
         told = index % every == 0 or index == len(found) - 1
-        shown = name if len(name) <= 12 else name[:11] + "…"
+        shown = name if len(name) <= letters else name[: letters - 1] + "…"
         points.append(
             Point(
                 round(LEFT + index * step, 1),

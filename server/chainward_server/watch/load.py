@@ -35,7 +35,7 @@ def load_of(run: Path) -> Load:
     processor, memory, disk = psutil.cpu_percent(), psutil.virtual_memory(), psutil.disk_usage(str(run))
     cores = psutil.cpu_count() or 1
     words = (
-        f"of {cores} {'core' if cores == 1 else 'cores'}",
+        f"of {cores} {'core' if cores == 1 else 'cores'} busy",
         f"memory: {bytes_size(memory.available)} free of {bytes_size(memory.total)}",
         f"disk: {bytes_size(disk.free)} free",
     )

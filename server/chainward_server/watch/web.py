@@ -80,6 +80,8 @@ def render_live(run: Snapshot, load: Load) -> str:
             hops_left_out=max(0, len(hops) - MOST_HOPS),
             hops_done=done,
             progress=_progress(run, done, len(hops)),
+            planned=_planned(run),
+            private=run.config.privacy.mode != "off",
             sites=sites_of(run),
             accuracy=_accuracy(run),
             epsilon=max(run.epsilon.values(), default=None),
@@ -108,6 +110,8 @@ def verdict(run: Snapshot) -> str:
     }
     if place is None:
         return phases.get(run.phase, f"{run.phase}.")
+    if run.phase == "chain" and run.turns and not place.sites:
+        return "All hops of the chain are done; its model is being completed."
     what = f"{place.what.capitalize()} {place.number}" + (f" of {place.total}" if place.total else "")
     if place.sites and all(site in run.waiting for site in place.sites):
         return f"{what} waits until somebody at {listed(place.sites)} has approved the run."
@@ -179,6 +183,16 @@ def _progress(run: Snapshot, done: int, total: int) -> tuple[int, int] | None:
     return min(whole, done + min(alone, len(run.alone)) + len(run.rounds)), whole
 
 
+def _planned(run: Snapshot) -> list[str]:
+    """Return the kinds of work that `_progress` counts."""
+    kinds = {
+        "hops": run.config.chain.laps,
+        "hospitals alone": run.config.chain.compare_alone,
+        "student rounds": run.total_rounds,
+    }
+    return [kind for kind, there in kinds.items() if there]
+
+
 def _accuracy(run: Snapshot) -> tuple[str, str, str] | None:
     """Return title, figure and detail of the newest score: of the final model where there is one."""
     if run.final:
@@ -192,7 +206,7 @@ def _accuracy(run: Snapshot) -> tuple[str, str, str] | None:
     if not scored or (value := validation(scored[-1][0])) is None:
         return None
     first = next((validation(link) for link in run.links if validation(link) is not None), None)
-    change = "" if first is None or len(scored) < 2 else f"; first link {formats.score(first)}"
+    change = "" if first is None or len(scored) < 2 else f"; {formats.score(first)} after the first hop"
     return "Balanced accuracy", formats.score(value), f"validation, {scored[-1][1]}{change}"
 
 

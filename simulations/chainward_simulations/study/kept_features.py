@@ -12,7 +12,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from chainward_client.kept_files import Making
-from chainward_client.training.features import BLOCK, Compute, Features
+from chainward_client.training.features import BLOCK, ENDINGS, Compute, Features, number_type
 
 _ID_BYTES = 32
 
@@ -21,7 +21,8 @@ class ImageFeatures(Features):
     """Features in a study's folder, one row for each image and trunk.
 
     A seed changes which images are labelled and who gets which case, but neither the images nor a trunk.
-    A trunk's rows are in ``DIGEST.f16``, the SHA-256 of their images in the same order in ``DIGEST.ids``; processes take turns.
+    A trunk's rows are in ``DIGEST.f16`` or ``.f32``, the SHA-256 of their images in the same order in ``DIGEST.ids``; processes
+    take turns.
 
     Parameters
     ----------
@@ -33,11 +34,11 @@ class ImageFeatures(Features):
         super().__init__(folder, limit)
         self.files = folder
 
-    def _get(self, what: str, images: Tensor, shape: tuple[int, ...], compute: Compute) -> Tensor:
+    def _get(self, what: str, images: Tensor, shape: tuple[int, ...], kind: torch.dtype, compute: Compute) -> Tensor:
         ids = [hashlib.sha256(image.contiguous().numpy()).digest() for image in images]
         self.files.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self.files / f"{hashlib.sha256(what.encode()).hexdigest()}.f16"
-        size = 2 * math.prod(shape[1:])
+        path = self.files / f"{hashlib.sha256(what.encode()).hexdigest()}{ENDINGS[kind]}"
+        size = kind.itemsize * math.prod(shape[1:])
         with FileLock(f"{path}.lock", mode=0o600):
             known = _known(path.with_suffix(".ids"), path, size)
             missing = [row for row, one in enumerate(ids) if one not in known]
@@ -45,11 +46,11 @@ class ImageFeatures(Features):
             with Making("features", len(missing)) as making:
                 for start in range(0, len(missing), BLOCK):
                     chosen = missing[start : start + BLOCK]
-                    _append(path, compute(images[chosen]).half().contiguous().numpy().tobytes(), size * len(known))
+                    _append(path, compute(images[chosen]).to(kind).contiguous().numpy().tobytes(), size * len(known))
                     _append(path.with_suffix(".ids"), b"".join(ids[row] for row in chosen), _ID_BYTES * len(known))
                     known |= {ids[row]: len(known) + place for place, row in enumerate(chosen)}
                     making.done(start + len(chosen))
-        rows = np.memmap(path, dtype=np.float16, mode="r", shape=(len(known), *shape[1:]))
+        rows = np.memmap(path, dtype=number_type(kind), mode="r", shape=(len(known), *shape[1:]))
         return torch.from_numpy(rows[[known[one] for one in ids]])
 
 
