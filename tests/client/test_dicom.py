@@ -82,6 +82,32 @@ def test_files_are_found_by_name_with_or_without_ending_and_folder(dicom: Write,
     assert grey(read(tmp_path, ["image,dx", "a,ill", "study/b,ill", "IM0001,healthy", "1.2.3,ill"])) == [10, 20, 30, 40]
 
 
+def test_siemens_endings_are_known_and_the_shadows_of_macos_are_not_taken_for_files(
+    dicom: Write, tmp_path: Path
+) -> None:
+    save(tmp_path / "a.IMA", dicom(filled(10), PatientID="P1", SOPInstanceUID="1.2.1"))
+    save(tmp_path / "b.dcm", dicom(filled(20), PatientID="P2", SOPInstanceUID="1.2.2"))
+    for name in ("._a.IMA", "._b.dcm", ".DS_Store"):
+        save(tmp_path / name, b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
+    assert grey(read(tmp_path, ["image,dx", "a,ill", "b,healthy"])) == [10, 20]
+    assert grey(read(tmp_path, ["image,dx", "1.2.1,ill", "b.dcm,healthy"])) == [10, 20]
+
+
+def test_the_length_of_the_pixels_may_be_off_by_its_padding_and_no_more(dicom: Write, tmp_path: Path) -> None:
+    pixels = np.full((3, 3), 7, np.uint8)  # 9 bytes: one of padding
+
+    def holding(data: bytes) -> bytes:
+        return dicom(pixels, change=lambda dataset: setattr(dataset, "PixelData", data))
+
+    for index, data in enumerate((pixels.tobytes() + b"\0", pixels.tobytes() + b"\0\0\0")):
+        save(tmp_path / f"long{index}.dcm", holding(data))
+        assert grey(read(tmp_path, ["image,dx", f"long{index},ill"])) == [7]
+    save(tmp_path / "bare.dcm", holding(pixels.tobytes() + b"\0")[:-1])
+    assert grey(read(tmp_path, ["image,dx", "bare,ill"])) == [7]
+    save(tmp_path / "short.dcm", holding(pixels.tobytes()[:8]))
+    assert "truncated: 8 bytes of pixels, expected 9" in refusal(tmp_path, ["image,dx", "short,ill"])
+
+
 def test_files_may_be_in_a_zip(dicom: Write, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for index in range(2):
