@@ -40,7 +40,8 @@ def draw_examples(folder: RunFolder, *, without: RunFolder | None = None, count:
     else:
         _check_same_data(folder, without)
         models = {"without teachers": _model(without, "chain"), "with teachers": _model(folder, "chain")}
-    picture = example_figure(models, open_sites(folder.config), count=count, seed=folder.config.seed)
+    sites = open_sites(folder.config, tests_only=True)
+    picture = example_figure(models, sites, count=count, seed=folder.config.seed)
     write_atomically(folder.path / EXAMPLES, picture)
 
 

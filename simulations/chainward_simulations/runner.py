@@ -60,13 +60,18 @@ class Outcome:
     logs: dict[str, TrainingLog] = field(default_factory=dict)
 
 
-def open_sites(config: RunConfig) -> dict[str, SiteData]:
-    """Return the data of all simulated sites of a configuration, in the order of the chain's first lap."""
+def open_sites(config: RunConfig, *, tests_only: bool = False) -> dict[str, SiteData]:
+    """Return the data of all simulated sites of a configuration, in the order of the chain's first lap.
+
+    `tests_only`: as of `simulated_site`.
+    """
     count = 0 if config.expected_sites else config.federation.num_sites
     source, skew = config.data.source, config.data.label_skew
     available = simulated_site_ids(source, num_sites=count, label_skew=skew)
     return {
-        site: simulated_site(source, available.index(site), num_sites=count, label_skew=skew, seed=config.seed)
+        site: simulated_site(
+            source, available.index(site), num_sites=count, label_skew=skew, seed=config.seed, tests_only=tests_only
+        )
         for site in config.expected_sites or available
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chainward_client.data.site_data import SiteData
+from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.data.sources import Table, number_of, read_table, site_data
 from chainward_client.data.splits import split_by_patient
 from chainward_client.privileged.checks import with_privileged_notes
@@ -45,7 +45,9 @@ def simulated_site_ids(source: str, *, num_sites: int, label_skew: float) -> tup
     return tuple(_natural_sites(source, _source_table(source), num_sites))
 
 
-def simulated_site(source: str, index: int, *, num_sites: int, label_skew: float, seed: int) -> SiteData:
+def simulated_site(
+    source: str, index: int, *, num_sites: int, label_skew: float, seed: int, tests_only: bool = False
+) -> SiteData:
     """Return the data of one site of a simulation; only that site's images are decoded.
 
     Parameters
@@ -53,6 +55,7 @@ def simulated_site(source: str, index: int, *, num_sites: int, label_skew: float
     index : position in `simulated_site_ids` of the same settings
     source, num_sites, label_skew : as in `simulated_site_ids`
     seed : decides the partition, the splits where the file has none, and the phantoms
+    tests_only : for who looks at test images alone: no other phantoms are made, and reports and tables are not examined
 
     Raises
     ------
@@ -63,8 +66,10 @@ def simulated_site(source: str, index: int, *, num_sites: int, label_skew: float
     if not 0 <= index < len(ids):
         raise DataError(f"There is no site {index}: this simulation has {len(ids)} sites, 0 to {len(ids) - 1}")
     if source == PHANTOM:
-        return with_privileged_notes(phantom_site(seed, index))
-    return with_privileged_notes(_site_of_file(source, index, ids, label_skew, seed))
+        data = phantom_site(seed, index, splits=("test",) if tests_only else SPLITS)
+    else:
+        data = _site_of_file(source, index, ids, label_skew, seed)
+    return data if tests_only else with_privileged_notes(data)
 
 
 def _site_of_file(source: str, index: int, ids: tuple[str, ...], label_skew: float, seed: int) -> SiteData:

@@ -59,6 +59,15 @@ def test_a_phantom_site_is_synthetic_and_carries_its_id() -> None:
 # natural sites
 
 
+def test_a_site_opened_for_its_tests_alone_has_the_same_and_makes_no_other_phantoms() -> None:
+    whole = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3)
+    tests = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3, tests_only=True)
+    assert torch.equal(tests.splits["test"].images, whole.splits["test"].images)
+    assert torch.equal(tests.splits["test"].labels, whole.splits["test"].labels)
+    assert tests.splits["test"].privileged.table == whole.splits["test"].privileged.table
+    assert [len(tests.splits[split]) for split in ("train", "val")] == [0, 0]
+
+
 def test_natural_sites_are_those_of_the_column_with_their_own_rows(tmp_path: Path) -> None:
     source = two_sites(tmp_path)
     assert simulated_site_ids(source, num_sites=0, label_skew=0) == ("north", "south")

@@ -6,6 +6,7 @@ case depend only on the seed, the site and the index of the case: more cases lea
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,7 +100,9 @@ def phantom_cases(seed: int, index: int, count: int) -> list[PhantomCase]:
     return cases[:count]
 
 
-def phantom_site(seed: int, index: int, image_size: int = 64, channels: int = 1) -> SiteData:
+def phantom_site(
+    seed: int, index: int, image_size: int = 64, channels: int = 1, splits: Collection[str] = SPLITS
+) -> SiteData:
     """Return the phantoms of one hospital, the same whatever the number of sites.
 
     Parameters
@@ -108,6 +111,7 @@ def phantom_site(seed: int, index: int, image_size: int = 64, channels: int = 1)
     index : 0-based position of the site, up to 63
     image_size : height and width in pixels, 32 to 256
     channels : the grey image is repeated over these
+    splits : those whose images are made; the others have none
 
     Returns
     -------
@@ -130,7 +134,9 @@ def phantom_site(seed: int, index: int, image_size: int = 64, channels: int = 1)
         site=f"site-{index + 1}",
         classes=PHANTOM_CLASSES,
         splits={
-            split: _collect(seed, index, [case for case in cases if case.split == split], image_size, channels)
+            split: _collect(
+                seed, index, [case for case in cases if case.split == split in splits], image_size, channels
+            )
             for split in SPLITS
         },
         synthetic=True,
