@@ -25,6 +25,7 @@ from chainward_shared.preparation import Preparation
 from chainward_shared.weights import load_file
 from chainward_simulations.cli import app
 from chainward_simulations.predict.answers import Abstain, Predictions, answers
+from chainward_simulations.predict.heatmaps import LINE, captioned
 from chainward_simulations.predict.inputs import Decoder, Problem, open_inputs
 from chainward_simulations.predict.models import Outputs, open_model
 from chainward_simulations.predict.run import Overrides, predict
@@ -387,6 +388,18 @@ def test_heat_maps_are_pictures_or_secondary_captures_that_name_the_model(run, e
     assert colourful > 40, "a map lies over the grey image"
     refused = invoke(exported / "model.onnx", tmp_path / "in", "--heatmap", tmp_path / "maps").exception
     assert "needs a model's weights" in str(refused)
+
+
+def test_what_stands_below_a_heat_map_is_never_cut_off():
+    lines = [
+        "bright: where the model looks for a class with a long name",
+        "don't use it: " + "; ".join(["unlike the training images"] * 6),
+    ]
+    picture = captioned(Image.new("RGB", (512, 512)), lines)
+    below = np.asarray(picture)[512:].max(axis=2) > 100
+    assert below.any() and not below[:, -4:].any() and not below[-3:].any(), "no letter at the edges"
+    assert picture.height > 512 + 3 * LINE, "a line that is too long goes on in the next"
+    assert picture.width == 512
 
 
 def test_models_of_earlier_runs_predict_once_somebody_says_how_images_became_square(run, tmp_path):

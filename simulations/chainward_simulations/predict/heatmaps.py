@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from chainward_shared.errors import DataError, ModelError
 from chainward_shared.evaluation.attention_maps import attention_maps, check_mappable
+from chainward_shared.outside import visible
 from chainward_shared.preprocessing import resized, scaled_for
 from chainward_simulations.predict.answers import USE, Answer
 from chainward_simulations.predict.dicom_headers import MANUFACTURER, header_of, require_highdicom
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 STRONGEST = 0.6
 """Opacity of the map where attention is strongest."""
-SIDE, LINE = 512, 15
-"""Pixels: the least side of a picture, and the height of a line below it."""
+SIDE, LETTERS, LINE = 512, 15, 20
+"""Pixels: the least side of a picture, the size of the letters below it, and the height of a line of them."""
 
 
 class HeatMaps:
@@ -80,8 +81,9 @@ class HeatMaps:
 
     def _lines(self, answer: Answer, name: str) -> list[str]:
         best = max(answer.probabilities)
-        words = f"looks for {name} ({best:.2f})" + (f"; abstains: {answer.abstains}" if answer.abstains else "")
-        return [words, f"model {self._predictor.sha256[:16]}; {USE}"]
+        lines = [f"bright: where the model looks for {visible(name)}, probability {best:.2f}"]
+        lines += [f"don't use it: {answer.abstains}"] if answer.abstains else []
+        return [*lines, f"model {self._predictor.sha256[:16]}; {USE}"]
 
     def _save(self, picture: Image.Image, answer: Answer, header: Dataset | None) -> None:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(answer.image).stem)[:60].strip("._") or "image"
@@ -108,13 +110,27 @@ def overlay(image: torch.Tensor, map_: np.ndarray) -> Image.Image:
 
 
 def captioned(picture: Image.Image, lines: list[str]) -> Image.Image:
-    """Return a picture with lines of text below it."""
-    whole = Image.new("RGB", (picture.width, picture.height + LINE * len(lines) + 4))
+    """Return a picture with lines of text below it, those that are too wide broken at their words."""
+    font = ImageFont.load_default(size=LETTERS)
+    rows = [row for line in lines for row in _broken(line, font, picture.width - 8)]
+    whole = Image.new("RGB", (picture.width, picture.height + LINE * len(rows) + 6))
     whole.paste(picture)
     draw = ImageDraw.Draw(whole)
-    for number, line in enumerate(lines):
-        draw.text((4, picture.height + 2 + LINE * number), line, fill=(230, 230, 230))
+    for number, row in enumerate(rows):
+        draw.text((4, picture.height + 2 + LINE * number), row, fill=(240, 240, 240), font=font)
     return whole
+
+
+def _broken(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Return a line as rows that are no wider than `width` pixels, but for single words that are."""
+    rows: list[str] = []
+    for word in line.split():
+        longer = f"{rows[-1]} {word}" if rows else word
+        if rows and font.getlength(longer) <= width:
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    return rows
 
 
 def save_capture(picture: Image.Image, header: Dataset, path: Path, sha256: str, number: int) -> None:
