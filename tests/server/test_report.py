@@ -502,8 +502,8 @@ def test_missing_scores_are_en_dashes_not_zeros_or_none() -> None:
     parsed = Page(render(finished_run(final={"chain": final})))
     assert parsed.of_class("figure")[0] == "–"
     by_hospital = parsed.text.split("Hospital by hospital")[1]
-    assert re.search(r" vienna_dias 79 – 0\.449 – – ", by_hospital)
-    assert re.search(r" All hospitals 435 – 0\.426 – – ", by_hospital)
+    assert re.search(r" vienna_dias 79 – 0\.449 – 0\.", by_hospital), "of what was not trained there is no column"
+    assert re.search(r" All hospitals 435 – 0\.426 – 0\.", by_hospital)
     assert "None" not in parsed.text
     assert "nan" not in parsed.text.split()
     assert "Without test images its balanced accuracy is unknown." in parsed.text
@@ -610,3 +610,10 @@ def test_one_model_may_be_all_that_was_localised():
 def test_without_regions_nothing_is_said_about_where_models_look(name):
     results, status, reason = EVERY_RUN[name]
     assert "models look" not in render(results, status, reason)
+
+
+def test_where_no_hospital_trained_alone_no_column_is_left_for_it() -> None:
+    text = Page(render(finished_run(alone=[]))).text
+    comparison = text.split("Hospital by hospital")[1].split("Class by class")[0]
+    assert " alone chain student " not in comparison and " chain student " in comparison
+    assert "on its own images" not in text.split("Hospital by hospital")[0]

@@ -116,7 +116,11 @@ def _comparison(results: Results) -> dict[str, object]:
         replace(row, interval=class_rows.interval_of(results, "chain", site))
         for row, site in zip(tables.comparison_rows(results), sites, strict=True)
     ]
-    return {"comparison": rows, "comparison_plot": plots.comparison_plot(rows, tables.chance(results))}
+    scored = [
+        place for place in range(3) if any(row.scores[name][place] is not None for row in rows for name in row.scores)
+    ]
+    plot = plots.comparison_plot(rows, tables.chance(results))
+    return {"comparison": rows, "compared": scored, "comparison_plot": plot}
 
 
 def _by_class(results: Results) -> dict[str, object]:
