@@ -9,6 +9,8 @@ from pathlib import Path
 
 from chainward_shared.errors import ChainwardError, StoreError
 
+ADVICE = "free space or fix its rights"
+
 
 def write_atomically(path: Path, contents: bytes, *, mode: int = 0o666) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
@@ -38,9 +40,7 @@ def write_atomically(path: Path, contents: bytes, *, mode: int = 0o666) -> None:
 
 
 @contextmanager
-def written(
-    path: Path | str, kind: type[ChainwardError] = StoreError, advice: str = "free space or fix its rights"
-) -> Iterator[None]:
+def written(path: Path | str, kind: type[ChainwardError] = StoreError, advice: str = ADVICE) -> Iterator[None]:
     """Turn what the system says of a full or locked disk, within the block, into one line.
 
     Parameters

@@ -65,12 +65,12 @@ def stop(
         stopped = stop_leftovers(directory)
         for link in abandoned():
             errors.say(f"{link.home}: a SuperLink that nobody looks after any more")
-            typer.echo(f"{link.stop()} processes ended")
+            typer.echo(_ended(link.stop()))
         if not stopped:
             typer.echo(f"no run in {directory} was killed and left anything behind; `chainward stop RUN` stops one")
     for one in stopped:
         what = "stopped" if one.was_running else "was gone already"
-        typer.echo(f"run {one.run} {what}; {one.ended} processes ended")
+        typer.echo(f"run {one.run} {what}; {_ended(one.ended)}")
         if how := open_run(str(one.path), directory).how_to_resume:
             typer.echo(f"to go on from the last finished piece of work: {how}")
 
@@ -91,6 +91,10 @@ def examples(
     folder = open_run(run, directory)
     draw_examples(folder, without=open_run(without, directory) if without else None, count=count)
     typer.echo(write_report(folder))
+
+
+def _ended(processes: int) -> str:
+    return f"{processes} process{'' if processes == 1 else 'es'} ended"
 
 
 __all__ = ["app", "main"]

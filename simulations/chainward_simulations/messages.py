@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from chainward_shared import errors
+from chainward_shared.files import ADVICE
 
 COLLECTED = frozenset({"ImageProblem", "ValueError", "unreadable", "_unreadable", "_wrong_mode", "_refusal", "_report"})
 """What the code calls with a message, beside the errors of `chainward_shared.errors`: validators, and what collects problems."""
@@ -110,6 +111,9 @@ def _of_call(node: ast.Call) -> str:
     if name in CHECKS and isinstance(node.func, ast.Name) and len(parts) == 3:
         found = ": ".join(parts[:2])
         return f"{found} ({parts[2]})" if parts[2].strip("… ") else found
+    if name == "written":  # `chainward_shared.files`, which says the first half
+        advice = [*node.args[2:], *(word.value for word in node.keywords if word.arg == "advice")]
+        return f"…: can't be written (…); {_text(advice[0]) if advice else ADVICE}"
     if name not in _RAISED:
         return ""
     said = parts[1] if name in ("_report", "_refusal") and len(parts) > 1 else parts[-1]
