@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import declared_units
+from chainward_client.privileged.encoder import encoder_digest
+from chainward_shared.errors import DataError
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import SiteCard, SitePrivacy
+
+logger = logging.getLogger("chainward.client")
 
 
 def site_card(
@@ -43,4 +49,16 @@ def site_card(
         privacy=privacy,
         secure_sums=secure_sums,
         approval=asks,
+        encoder=_encoder(data),
     )
+
+
+def _encoder(data: SiteData) -> str | None:
+    """Return the digest of the site's language encoder; None where it has none that can be used: who trains with it says why."""
+    if data.privileged.encoder is None:
+        return None
+    try:
+        return encoder_digest(data.privileged.encoder)
+    except DataError as error:
+        logger.warning("%s", error)
+        return None

@@ -59,6 +59,7 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     (r"site-card/privacy\.head.*", "how many entries the ledger has, and a hash of the last: it can't be turned back"),
     (r"site-card/privacy", "that the site has no policy"),
     (r"site-card/approval", "whether a person here approves every run; no data"),
+    (r"site-card/encoder", "SHA-256 of the language encoder that reads reports here: of published files; no data"),
     (r"site-card/secure_sums", "whether sums leave in secure sums alone; no data"),
     (r"run-plan-state/(approval|plan)", "whether a person here has approved the run; no data"),
     (r"sum-keys/offer.*", "public keys for one secure sum, and their signature; no data"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +11,10 @@ from torch import nn
 from chainward_client.data.site_data import Cases
 from chainward_client.precision import best_device, training_environment
 from chainward_client.training.features import Features
+from chainward_client.training.passes import BATCH, passes
 from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.evaluation.localisation import LocalisationValues, score_maps
 from chainward_shared.preprocessing import resized, scaled_for
-
-BATCH = 256
 
 _LARGEST = torch.finfo(torch.float32).max
 """What an infinite logit counts as: no finite one of a model is larger."""
@@ -40,31 +38,6 @@ def predict(
     found = torch.cat([logits.double().cpu() for logits in passes(model, images, threads, image_size, features)])
     found = found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
     return (found.sigmoid() if multilabel else found.softmax(dim=1)).numpy()
-
-
-def passes(
-    model: nn.Module, images: torch.Tensor, threads: int, image_size: int = 0, features: Features | None = None
-) -> Iterator[torch.Tensor]:
-    """Yield the logits of uint8 `images`, at most `BATCH` of them at once, computed in fp32; parameters as of `predict`.
-
-    Between one and the next, what `Taps` have kept is of the same images.
-    """
-    size = image_size or images.shape[-1]
-    device = best_device()
-    kept = None if features is None else features.of(model, images, "none", threads)
-    seen, called = (images, model) if kept is None else (kept[0], kept[1].rest)
-    model.to(device).eval()
-
-    def logits(batch: torch.Tensor) -> torch.Tensor:
-        if kept is not None:
-            return called(batch[:, 0].to(device).float())  # type: ignore[no-any-return]
-        return called(scaled_for(model, resized(batch, size).to(device)))  # type: ignore[no-any-return]
-
-    for batch in seen.split(BATCH):
-        with training_environment(threads, seed=0), torch.inference_mode():
-            found = logits(batch)
-        yield found
-    model.to("cpu")
 
 
 def class_probabilities(

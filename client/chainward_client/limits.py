@@ -77,7 +77,7 @@ def check_enough(images: int, rarest: int, limits: SiteLimits) -> None:
         if found < least:
             raise PolicyRefusal(
                 f"the hospital has too few {of} for the sums over their embeddings to leave it: it wants at least {least} "
-                f"(limits.{limit} in its site.yaml); go on without it, or set chain.head = 'trained'"
+                f"(limits.{limit} in its site.yaml); go on without it, or set chain.head and student.head to 'trained'"
             )
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.evaluation import passes
 from chainward_client.limits import check_enough
 from chainward_client.private_site import PrivateWork
 from chainward_client.site_config import SiteLimits
 from chainward_client.statistics import rarest
 from chainward_client.training.features import Features
 from chainward_client.training.link import labelled_cases
+from chainward_client.training.passes import passes
 from chainward_shared.models import build_model
 from chainward_shared.models.heads import check_head
 from chainward_shared.models.taps import Taps

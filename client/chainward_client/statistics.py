@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.evaluation import BATCH, passes
 from chainward_client.limits import check_enough, enough
 from chainward_client.site_config import SiteLimits
 from chainward_client.training.features import Features
 from chainward_client.training.link import labelled_cases
+from chainward_client.training.passes import BATCH, passes
 from chainward_shared.discriminant import HeadSums
 from chainward_shared.errors import ProtocolError
 from chainward_shared.models import build_model

@@ -17,7 +17,7 @@ from chainward_server.schedule import Hop, schedule
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
-from chainward_shared.hops import head_key, link_head_key
+from chainward_shared.hops import head_key, link_head_key, student_head_key
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
@@ -129,7 +129,8 @@ def _released(run: Run, outcome: ChainOutcome) -> ChainOutcome:
         results.released = head_key(None)
         outcome = replace(outcome, model=with_statistics_head(run, results.released, outcome.model), test=None)
     if config.release == "best":
-        keys = [link.key for link in results.links if link.succeeded] + [head.key for head in results.heads]
+        keys = [link.key for link in results.links if link.succeeded]
+        keys += [head.key for head in results.heads if head.key != student_head_key()]
         kept = [key for key in keys if run.checkpoints.has_model(key)]
         results.released = best_model({key: run.validation(key).pooled for key in kept})
         outcome = replace(outcome, model=run.checkpoints.load_model(results.released, run.template), test=None)

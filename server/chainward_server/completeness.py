@@ -6,7 +6,7 @@ import math
 
 from chainward_server.results import HeadRecord, Results
 from chainward_shared.config import RunConfig
-from chainward_shared.hops import head_key, link_head_key
+from chainward_shared.hops import head_key, link_head_key, student_head_key
 
 
 def shortfalls(results: Results, config: RunConfig, private: frozenset[str] = frozenset()) -> list[str]:
@@ -38,6 +38,7 @@ def unreached_work(results: Results) -> list[str]:
     missing += [record.key for record in results.alone if record.unreached]
     head = last_head(results)
     missing += [head.key] if head is not None and head.unreached else []
+    missing += [head.key for head in results.heads if head.unreached and head.key == student_head_key()]
     return missing + [round_.key for round_ in results.student_rounds if round_.unreached]
 
 

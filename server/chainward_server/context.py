@@ -181,6 +181,7 @@ def data_summary(cards: Sequence[SiteCard], source: str, notes: Sequence[str] | 
                 class_counts=card.class_counts,
                 notes=card.notes,
                 preparation=card.preparation,
+                encoder=card.encoder,
             )
             for card in cards
         ],

@@ -24,6 +24,7 @@ from chainward_shared.discriminant import Head, HeadSums, class_weights, discrim
 from chainward_shared.errors import ChainwardError
 from chainward_shared.familiarity import Familiarity
 from chainward_shared.hops import head_key
+from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.protocol import StatisticsResult, StatisticsTask
 from chainward_shared.settings import ClassBalance
@@ -52,11 +53,15 @@ class _Sums:
         return math.sqrt(float(self.train.second_moments.trace()) / (self.train.counted or 1.0))
 
 
-def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
+def with_statistics_head(run: Run, key: str, state: StateDict, architecture: Architecture | None = None) -> StateDict:
     """Return a model with the head that follows from the sums of all sites that answer over its embeddings.
 
     The round called `key` is asked for once: a finished one is taken as it is. Sums are used and forgotten; none of a single site
     is written down.
+
+    Parameters
+    ----------
+    architecture : of the model; None: the chain's
 
     Raises
     ------
@@ -65,23 +70,24 @@ def with_statistics_head(run: Run, key: str, state: StateDict) -> StateDict:
     ChainwardError
         No site answered, or the images of those that did are all of one class.
     """
-    check_head(run.architecture)
+    architecture = architecture or run.architecture
+    size = check_head(architecture)
     if run.checkpoints.is_finished(key) and run.checkpoints.has_model(key):
-        return run.checkpoints.load_model(key, run.template)
+        return run.checkpoints.load_model(key, skeleton(architecture).state_dict())
     familiarity = None
     if run.privacy.on:
         record, head = private_head(run, key, state, prior_strength=_strength(run))
     else:
-        record, sums = _asked(run, key, state)
-        together = _together(run, key, sums)
+        record, sums = _asked(run, key, state, architecture)
+        together = _together(run, key, sums, size)
         head = _solved(run, key, together)
         if _may_be_released(run, key):
             familiarity = Familiarity.of_sums(together.train, together.validation)
     record.shrinkage, record.temperature = head.shrinkage, head.temperature
-    model = rounded(with_head(state, run.architecture, head), run.config.federation.transfer)
-    run.save_model(key, model, run.architecture, familiarity)
+    model = rounded(with_head(state, architecture, head), run.config.federation.transfer)
+    run.save_model(key, model, architecture, familiarity)
     if run.score_all:
-        record.metrics = link_metrics(run.score(run.architecture, model, ["val", "test"]))
+        record.metrics = link_metrics(run.score(architecture, model, ["val", "test"]))
     run.results.heads.append(record)
     run.checkpoints.commit(run.results, key)
     logger.info(
@@ -120,11 +126,11 @@ def _class_weights(run: Run) -> Tensor | None:
     return class_weights(counts, strength).clamp(min=LEAST_WEIGHT)
 
 
-def _task(run: Run, key: str, state: StateDict, weights: Tensor | None) -> StatisticsTask:
+def _task(run: Run, key: str, state: StateDict, weights: Tensor | None, architecture: Architecture) -> StatisticsTask:
     return StatisticsTask(
         run_id=run.checkpoints.run_id,
         hop=key,
-        architecture=run.architecture,
+        architecture=architecture,
         label_fraction=run.config.chain.label_fraction,
         seed=run.config.seed,
         class_weights=() if weights is None else tuple(weights.tolist()),
@@ -137,10 +143,10 @@ def _sums_in(model: StateDict, weights: Tensor | None) -> _Sums:
     return _Sums(HeadSums.from_state(model, "train", weights), HeadSums.from_state(model, "val"))
 
 
-def _asked(run: Run, key: str, state: StateDict) -> tuple[HeadRecord, dict[str, _Sums]]:
+def _asked(run: Run, key: str, state: StateDict, architecture: Architecture) -> tuple[HeadRecord, dict[str, _Sums]]:
     """Ask all sites, and return what came of it and the sums that can be used, in the order of the sites."""
     weights = _class_weights(run)
-    task = _task(run, key, state, weights)
+    task = _task(run, key, state, weights, architecture)
     if is_secure(run):
         record, together = added_up(run, task, state)
         return record, {"all of them": _sums_in(together, weights)}
@@ -208,14 +214,14 @@ def _may_be_released(run: Run, key: str) -> bool:
     return key == head_key(None) or config.release == "best" or config.refit == "links"
 
 
-def _together(run: Run, key: str, sums: Mapping[str, _Sums]) -> _Sums:
+def _together(run: Run, key: str, sums: Mapping[str, _Sums], size: int) -> _Sums:
     """Return the sums of all sites together."""
     if not sums:
         raise ChainwardError(
-            f"statistics round '{key}': no site took part in it (the log says why); set chain.head = 'trained', or resume the "
-            "run when they can"
+            f"statistics round '{key}': no site took part in it (the log says why); set chain.head and student.head to "
+            "'trained', or resume the run when they can"
         )
-    none = HeadSums.none(len(run.sites.any_card.classes), check_head(run.architecture))
+    none = HeadSums.none(len(run.sites.any_card.classes), size)
     return _Sums(sum((of.train for of in sums.values()), none), sum((of.validation for of in sums.values()), none))
 
 

@@ -3,7 +3,7 @@
 A hop after which nothing else was trained is done again in its own place. One that others have followed is made up for at
 the end of the chain, by a further hop at its site. Then the last head from statistics is computed anew; so is one that nothing
 was trained from since, where a site was not reached for it. Students that came out of a chain that changes, or a round of which
-a site was not reached, are trained anew.
+a site was not reached, are trained anew, and so is their own head from statistics.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from chainward_server.completeness import last_head, made_up_for
 from chainward_server.results import Results
-from chainward_shared.hops import head_key
+from chainward_shared.hops import head_key, student_head_key
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ def mending(results: Results, *, private: bool) -> Mending:
     changes = len(links) < len(results.links) or bool(make_up) or bool(missed)
     if changes:
         again |= missed | {head.key for head in results.heads if head.key == head_key(None)}
-    if changes or any(round_.unreached for round_ in rounds):
+    anew = changes or any(round_.unreached for round_ in rounds)
+    if anew:
         again |= {round_.key for round_ in rounds}
+    of_student = {head.key: bool(head.unreached) for head in results.heads if head.key == student_head_key()}
+    if anew or any(of_student.values()):
+        again |= set(of_student)
     return Mending(frozenset(again), make_up)

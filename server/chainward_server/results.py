@@ -99,7 +99,8 @@ class SiteLocalisation(Record):
 class SiteSummary(Record):
     """What a site said of its data when it joined. `class_counts`: per split, in the order of the classes; multi-label: the
     images with each finding. A site with a privacy policy that withholds them: `train` is what it declares, the others
-    None, and there are no counts. `preparation`: how its images become what a model sees; None in runs of earlier builds."""
+    None, and there are no counts. `preparation`: how its images become what a model sees; None in runs of earlier builds.
+    `encoder`: digest of the language encoder that reads its reports."""
 
     site: SiteId
     train: Count
@@ -108,6 +109,7 @@ class SiteSummary(Record):
     class_counts: dict[Split, PerClass[Count]] = Field(default_factory=dict, max_length=3)
     notes: Lines = Field(default_factory=list)
     preparation: Preparation | None = None
+    encoder: Digest | None = None
 
 
 class DataSummary(Record):

@@ -74,7 +74,7 @@ def _summed(run: Run, task: StatisticsTask, state: StateDict) -> tuple[Summed, d
             return summed, failed | dict(summed.failed)
     raise ChainwardError(
         f"statistics round '{task.hop}': there was no secure sum (the log says why); resume the run when the sites are there, or "
-        "set chain.head = 'trained'"
+        "set chain.head and student.head to 'trained'"
     )
 
 

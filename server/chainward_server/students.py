@@ -14,12 +14,13 @@ from chainward_server.attempts import attempted
 from chainward_server.chain import ChainOutcome
 from chainward_server.claims import check_training
 from chainward_server.context import Run
+from chainward_server.heads import with_statistics_head
 from chainward_server.results import Influence, StudentRound
 from chainward_server.scoring import shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
-from chainward_shared.hops import student_key
+from chainward_shared.hops import student_head_key, student_key
 from chainward_shared.models import (
     Architecture,
     Selection,
@@ -86,7 +87,7 @@ class _Round:
 
 
 def run_students(run: Run, chain: ChainOutcome) -> StateDict:
-    """Run all rounds and return the aggregated student.
+    """Run all rounds and return the aggregated student, with its head from statistics where that is asked.
 
     A round goes on without the sites that failed, and says so. Where ``student.large-weight`` is above 0 the student also
     learns from the chain's model, or, with ``chain.merge = "ensemble"``, from the last model of every strand.
@@ -123,6 +124,8 @@ def run_students(run: Run, chain: ChainOutcome) -> StateDict:
         run.checkpoints.commit(run.results, key)
         run.checkpoints.drop_model(student_key(number - 1))
         _tell(run, record, total)
+    if config.head == "statistics":
+        student = with_statistics_head(run, student_head_key(), student, architecture)
     return student
 
 

@@ -27,6 +27,11 @@ def link_head_key(link: str) -> str:
     return f"head-{link}"
 
 
+def student_head_key() -> str:
+    """Return the name of the statistics round over the student."""
+    return "head-student"
+
+
 def student_key(number: int) -> str:
     """Return the name of a round of the students, the first of which is 1."""
     return f"student-round-{number}"

@@ -212,6 +212,11 @@ class PrivilegedSettings(Settings):
     blank_label_words: bool = Field(
         False, description="Blank the class names, and the words that a site lists, in reports before they are read"
     )
+    image: bool = Field(
+        False,
+        description="The teachers see the image too, through the pretrained weights as they are: they answer the same question "
+        "as the model, better informed. Needs chain.start-from, and guides links only",
+    )
 
 
 class PrivacySettings(Settings):

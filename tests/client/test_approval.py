@@ -55,7 +55,8 @@ CONFIG = RunConfig.from_flat(
         "federation.contact": "Dr Ash, \x1b[31mtelephone 1\u202e",
     }
 )
-PLAN = run_plan(CONFIG, "run-1", [MODEL, SMALL]).model_copy(update={"statistics": True})
+SUMMED = {"statistics": True, "student_statistics": True}
+PLAN = run_plan(CONFIG, "run-1", [MODEL, SMALL]).model_copy(update=SUMMED)
 LINK = LinkTask(run_id="run-1", hop="h", strand=0, lap=0, architecture=MODEL, recipe=PLAN.link)
 ALONE = LINK.model_copy(update={"hop": "alone", "trained_alone": True, "recipe": PLAN.alone})
 STUDENT = StudentTask(run_id="run-1", round=1, architecture=SMALL, recipe=PLAN.students[0], student_digest=DIGEST)
@@ -261,7 +262,13 @@ def test_every_field_of_a_task_that_decides_what_is_trained_is_in_the_plan():
     assert beyond(ALONE.model_copy(update={"recipe": PLAN.link}), PLAN)
     assert beyond(ALONE, PLAN.model_copy(update={"alone": None}))
     assert beyond(STUDENT, PLAN.model_copy(update={"student": None}))
-    assert beyond(SUMS, PLAN.model_copy(update={"statistics": False}))
+    of_student = SUMS.model_copy(update={"architecture": SMALL})
+    for task, without in ((SUMS, "statistics"), (of_student, "student_statistics")):
+        other = {"statistics", "student_statistics"} - {without}
+        assert "architecture: " in str(beyond(task, PLAN.model_copy(update={without: False, other.pop(): True})))
+        assert "embeddings are not in the plan" in str(
+            beyond(task, PLAN.model_copy(update={"statistics": False, "student_statistics": False}))
+        )
     assert beyond(PRIVATE_SUMS.model_copy(update={"privacy": PrivacyRecipe(epsilon=2.0)}), PRIVATE_PLAN)
     assert not beyond(PRIVATE_SUMS, PRIVATE_PLAN)
     assert not any(beyond(task, PLAN) for task, _ in TASKS.values())

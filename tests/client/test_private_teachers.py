@@ -28,10 +28,11 @@ from chainward_client.privileged.targets import privileged_targets
 from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher_privately
 from chainward_client.training import link as link_module
 from chainward_client.training.link import train_link
+from chainward_client.training.start_images import StartImages
 from chainward_client.training.student import train_student
 from chainward_shared.distillation.losses import classification_loss
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, SpentError
-from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.models import Start, build_model, resolve_architecture
 from chainward_shared.models.ghost import ROOM
 from chainward_shared.privacy import dp_sgd as dp_sgd_module
 from chainward_shared.privacy.accounting import spent
@@ -459,7 +460,7 @@ def test_what_the_link_would_refuse_is_refused_before_its_teachers_spend(phantom
 
 
 def test_a_link_refuses_teachers_that_were_trained_without_privacy(phantoms, work, tmp_path, monkeypatch):
-    def without_privacy(*arguments: Any, work: PrivateWork) -> PrivilegedTargets | None:
+    def without_privacy(*arguments: Any, work: PrivateWork, image: None) -> PrivilegedTargets | None:
         return privileged_targets(*arguments)
 
     monkeypatch.setattr(link_module, "privileged_targets", without_privacy)
@@ -534,6 +535,27 @@ def test_what_is_said_of_a_case_comes_from_its_own_record_and_the_weights(phanto
     for name in TENSORS:
         torch.testing.assert_close(getattr(before, name)[0], getattr(after, name)[0])
         assert not torch.equal(getattr(before, name)[1:], getattr(after, name)[1:]) or name == "taught"
+
+
+def test_a_private_teacher_that_sees_the_image_pays_as_another_and_is_kept_by_the_images(phantoms, work, tmp_path):
+    train = phantoms.splits["train"]
+    recipe = recipe_with(use="table", image=True)
+    plain = resolve_architecture("test_vit", num_classes=5, in_chans=1, image_size=32, pretrained=True)
+    start = Start(name="test_vit", file="0" * 64, digest="1" * 64, part="head")
+    base = {name: tensor for name, tensor in build_model(plain, 3).state_dict().items() if not name.startswith("head.")}
+    images = StartImages(plain.model_copy(update={"start": start}), base, train.images, 1)
+
+    def of(image: StartImages) -> PrivilegedTargets:
+        found = privileged_targets(phantoms, train, recipe.privileged, recipe, tmp_path, work=work, image=image)
+        assert found is not None and found.private
+        return found
+
+    first = of(images)
+    assert phases(work) == ["teacher-table"]
+    assert torch.equal(of(images).logits, first.logits)
+    assert phases(work) == ["teacher-table"]
+    assert not torch.equal(of(replace(images, images=train.images.flip(0))).logits, first.logits)
+    assert phases(work) == ["teacher-table"] * 2
 
 
 def test_labels_are_counted_nowhere_and_declared_shares_are_used(phantoms, tmp_path, monkeypatch):

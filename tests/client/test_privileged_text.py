@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from chainward_client.privileged.text import blanked, encoded, hashed_ngrams, mean_over_tokens, text_vectors
+from chainward_client.card import site_card
+from chainward_client.doctor.data import check_privileged
+from chainward_client.privileged import encoder as module
+from chainward_client.privileged.encoder import check_encoder, encoded, encoder_digest, mean_over_tokens
+from chainward_client.privileged.text import blanked, hashed_ngrams, text_vectors
 from chainward_shared.errors import DataError
+from chainward_simulations.phantoms.cases import phantom_site
 
 REPORTS = [
     "Consolidation in the right lower zone.",
@@ -204,6 +211,93 @@ def test_a_model_that_is_no_encoder_is_refused(encoder):
 def test_damaged_weights_are_refused(encoder):
     (encoder / "model.safetensors").write_bytes(b"damaged")
     assert "can't be read" in refusal(encoder)
+
+
+def test_a_folder_without_tokenizer_is_refused_by_its_files_alone(encoder):
+    check_encoder(encoder)
+    for name in module.TOKENIZERS:
+        (encoder / name).unlink(missing_ok=True)
+    assert "has no tokenizer (none of tokenizer.json" in refusal(encoder)
+    with pytest.raises(DataError, match="has no tokenizer"):
+        check_encoder(encoder)
+
+
+@pytest.mark.parametrize("content", ["[]", "no JSON", "{"])
+def test_a_configuration_that_is_none_is_refused(encoder, content):
+    (encoder / "config.json").write_text(content)
+    assert "expected a Hugging Face encoder" in refusal(encoder)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(encoder):
+    assert "is no folder" in refusal(encoder / "config.json")
+
+
+def test_weights_that_are_too_large_are_refused_before_they_are_read(encoder, monkeypatch):
+    size = (encoder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(module, "LARGEST", size - 1)
+    assert "of weights, at most" in refusal(encoder)
+
+
+def test_a_configuration_that_asks_for_far_more_than_the_file_holds_is_refused_before_it_is_built(encoder):
+    config = json.loads((encoder / "config.json").read_text()) | {"hidden_size": 32_768, "num_attention_heads": 64}
+    (encoder / "config.json").write_text(json.dumps(config))
+    assert "GB of weights, at most 2 GB" in refusal(encoder)
+
+
+def test_weights_of_which_some_would_stay_random_are_refused(encoder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(encoder / "model.safetensors")
+    lost = next(name for name in weights if "encoder.layer.1" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, encoder / "model.safetensors")
+    assert "would stay random" in refusal(encoder)
+
+
+def test_weights_without_the_pooler_are_enough(encoder):
+    from safetensors.torch import load_file, save_file
+
+    before = encoded(["heart normal"], encoder)
+    weights = load_file(encoder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, encoder / "model.safetensors", metadata={"format": "pt"})
+    assert np.array_equal(encoded(["heart normal"], encoder), before)
+
+
+def test_the_digest_is_of_all_that_decides_what_the_encoder_says_and_of_nothing_else(encoder, tmp_path):
+    digest = encoder_digest(encoder)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(encoder, copy)
+    (copy / "README.md").write_text("of no account")
+    assert encoder_digest(copy) == digest
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
+        path = copy / name
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert encoder_digest(copy) != digest, name
+        path.write_bytes(content)
+    assert encoder_digest(copy) == digest
+
+
+def with_encoder(folder: Path):
+    data = phantom_site(0, 5, image_size=32)
+    return replace(data, privileged=replace(data.privileged, encoder=folder))
+
+
+def test_the_sites_card_states_the_digest_and_never_the_folder(encoder):
+    card = site_card(with_encoder(encoder), None, None)
+    assert card.encoder == encoder_digest(encoder)
+    assert str(encoder) not in card.model_dump_json()
+    assert site_card(phantom_site(0, 5, image_size=32), None, None).encoder is None
+
+
+def test_a_folder_that_cant_be_used_keeps_no_site_from_joining_and_the_doctor_says_what_is_wrong(encoder):
+    (encoder / "config.json").unlink()
+    card = site_card(with_encoder(encoder), None, None)
+    assert card.encoder is None
+    assert str(encoder) not in card.model_dump_json()
+    (check,) = [check for check in check_privileged(with_encoder(encoder)) if check.name == "language encoder"]
+    assert check.outcome == "problem" and "has no config.json" in check.found
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(tmp_path, monkeypatch):

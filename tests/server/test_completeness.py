@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainward_server.completeness import shortfalls
+from chainward_server.completeness import shortfalls, unreached_work
 from chainward_server.mending import mending
 from chainward_server.results import (
     AloneRecord,
@@ -185,3 +185,14 @@ def test_the_head_after_the_last_link_is_computed_anew_and_none_that_a_link_foll
     again = mending(found, private=False).again
     assert keys[1] in again and keys[0] not in again
     assert "student-round-1" in again, "it came out of a chain that changes"
+
+
+def test_the_students_head_is_computed_anew_where_a_site_was_not_reached_for_it_or_a_round():
+    found = results()
+    found.heads = [head("head-student", SITES[:5], SITES[5:])]
+    assert "head-student" in unreached_work(found)
+    assert mending(found, private=False).again == {"head-student"}
+    found.heads = [head("head-student")]
+    assert "head-student" not in mending(found, private=False).again
+    found.student_rounds[0].unreached = [SITES[5]]
+    assert "head-student" in mending(found, private=False).again

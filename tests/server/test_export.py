@@ -64,7 +64,7 @@ def everywhere(value: float, sites=("ash", "birch")) -> SiteScores:
     return SiteScores(sites={site: scores(value, 20) for site in sites}, pooled=scores(value))
 
 
-def results_of(folder: RunFolder, *, task="single", synthetic=False, sites=("ash", "birch")) -> Results:
+def results_of(folder: RunFolder, *, task="single", synthetic=False, sites=("ash", "birch"), encoders=None) -> Results:
     """What a run of two sites measured; nothing was trained for it."""
     data = DataSummary(
         source="data.yaml",
@@ -74,7 +74,14 @@ def results_of(folder: RunFolder, *, task="single", synthetic=False, sites=("ash
         image_size=32,
         channels=1,
         sites=[
-            SiteSummary(site=site, train=90, val=20, test=20, class_counts={"train": [50, 30, 10], "test": [10, 6, 4]})
+            SiteSummary(
+                site=site,
+                train=90,
+                val=20,
+                test=20,
+                class_counts={"train": [50, 30, 10], "test": [10, 6, 4]},
+                encoder=(encoders or {}).get(site),
+            )
             for site in sites
         ],
     )
@@ -105,8 +112,17 @@ def results_of(folder: RunFolder, *, task="single", synthetic=False, sites=("ash
 def make_run(tmp_path):
     """Make the folder of a run whose models have the weights with which they were built."""
 
-    def make(backbone="test_convnext", *, task="single", models=("chain", "student"), status="finished", **more):
-        folder = RunFolder.create(RunConfig.from_flat({"output.dir": str(tmp_path / "runs"), "seed": 3}))
+    def make(
+        backbone="test_convnext",
+        *,
+        task="single",
+        models=("chain", "student"),
+        status="finished",
+        settings=None,
+        **more,
+    ):
+        flat = {"output.dir": str(tmp_path / "runs"), "seed": 3, **(settings or {})}
+        folder = RunFolder.create(RunConfig.from_flat(flat))
         large = resolve_architecture(
             backbone, num_classes=3, in_chans=1, image_size=32, patch_size=8 if "vit" in backbone else 0
         )
@@ -493,6 +509,15 @@ def test_synthetic_data_is_said_first(make_run, tmp_path):
     assert card.index("**Synthetic data.**") < card.index("## Intended use")
     assert "synthetic-data" in yaml.safe_load(card.split("---")[1])["tags"]
     assert "Synthetic" not in card_of(make_run(), tmp_path / "real")
+
+
+def test_the_card_names_the_language_encoders_that_read_reports_by_their_digest(make_run, tmp_path):
+    encoders = {"ash": "ab" * 32}
+    card = card_of(make_run(settings={"privileged.mode": "text"}, encoders=encoders), tmp_path / "out")
+    assert f"Reports of ash are read by a frozen language encoder, SHA-256 of its files `{'ab' * 32}`" in card
+    assert "Reports of birch" not in card
+    blind = card_of(make_run(settings={"privileged.mode": "table"}, encoders=encoders), tmp_path / "blind")
+    assert "ab" * 32 not in blind, "nobody has read a report in that run"
 
 
 def test_a_card_without_privacy_says_that_nothing_is_guaranteed(make_run, tmp_path):

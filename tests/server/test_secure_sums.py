@@ -184,7 +184,10 @@ def test_a_run_with_secure_sums_ends_with_the_head_of_plain_ones(settings, coord
         "chain.head": "statistics",
         "chain.epochs": 1,
         "chain.compare-alone": False,
-        "student.rounds": 0,
+        "student.rounds": 1,
+        "student.epochs": 1,
+        "student.finetune-rounds": 0,
+        "student.head": "statistics",
         "federation.transfer": "full",
     }
 
@@ -196,4 +199,4 @@ def test_a_run_with_secure_sums_ends_with_the_head_of_plain_ones(settings, coord
     expected, _ = heads()
     found, results = heads(**{"federation.secure-sums": "on"})
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
-    assert [(head.secure, head.sites, head.images) for head in results.heads] == [(True, SITES, 99)] * 2
+    assert [(head.secure, head.sites, head.images) for head in results.heads] == [(True, SITES, 99)] * 3

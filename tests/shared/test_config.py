@@ -164,6 +164,20 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed_and_the_default(key,
             {"privileged.mode": "all", "privileged.logit-weight": 0.0, "privileged.embedding-weight": 0.0},
             ["privileged.mode = 'all'", "privileged.embedding-weight = 0"],
         ),
+        ({"privileged.image": True}, ["privileged.image = true", "privileged.mode = 'off'"]),
+        (
+            {"privileged.image": True, "privileged.mode": "text", "privileged.target": "links"},
+            ["privileged.image = true", "chain.start-from = ''"],
+        ),
+        (
+            {"privileged.image": True, "privileged.mode": "text", "chain.start-from": "vit"},
+            ["privileged.image = true", "privileged.target = 'both'"],
+        ),
+        ({"student.head": "statistics", "student.rounds": 0}, ["student.head = 'statistics'", "student.rounds = 0"]),
+        (
+            {"student.head": "statistics", "privacy.mode": "dp-sgd"},
+            ["student.head = 'statistics'", "privacy.mode = 'dp-sgd'"],
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused_and_named(flat, words):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from chainward_client.evaluation import BATCH
+from chainward_client.training.passes import BATCH
 from chainward_server import chain as chain_module
 from chainward_server.chain import run_chain
 from chainward_server.heads import FURTHEST
@@ -21,9 +21,10 @@ from chainward_server.sites import Failure, Work
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
-from chainward_shared.hops import head_key
+from chainward_shared.hops import head_key, student_head_key, student_key
 from chainward_shared.models import build_model, skeleton
-from chainward_shared.preprocessing import scaled_for
+from chainward_shared.models.of_run import student_architecture
+from chainward_shared.preprocessing import resized, scaled_for
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.record import read_privacy_record
@@ -52,9 +53,9 @@ def trained(flat, **changes):
     return run, outcome
 
 
-def pooled_head(run, state, sites, strength=1.0):
+def pooled_head(run, state, sites, strength=1.0, architecture=None):
     """Return the head of the images of `sites`, laid together, embedded one by one."""
-    model = build_model(run.architecture).eval()
+    model = build_model(architecture or run.architecture).eval()
     model.load_state_dict(state)
     seen = []
     model.get_classifier().register_forward_pre_hook(lambda _, given: seen.append(given[0].double()))
@@ -68,7 +69,7 @@ def pooled_head(run, state, sites, strength=1.0):
         seen.clear()
         with torch.no_grad():
             for batch in images.split(BATCH):
-                model(scaled_for(model, batch))
+                model(scaled_for(model, resized(batch, architecture.image_size if architecture else batch.shape[-1])))
         return HeadSums.of(torch.cat(seen), labels, run.architecture.num_classes, weights if split == "train" else None)
 
     return discriminant(sums("train"), sums("val"), prior_strength=strength)
@@ -278,7 +279,25 @@ def architecture_of(config):
         return run.architecture
 
 
-@pytest.mark.parametrize("changes", [{}, {"chain.laps": 2, "chain.refit": "laps", "student.rounds": 1}])
+def test_a_student_ends_with_the_head_of_all_images_in_one_place_over_its_own_features(refitted):
+    given = {"chain.head": "trained", "student.rounds": 1, "student.finetune-rounds": 0, "student.epochs": 1}
+    config = RunConfig.from_flat(refitted | given | {"student.head": "statistics", "student.image-size": 48})
+    with in_process(config, open_sites(config)) as (run, _):
+        student = run_method(run).student
+    small = student_architecture(config.student, run.architecture)
+    sites = list(run.sites.data.values())
+    assert same_head(student, pooled_head(run, student, sites, architecture=small))
+    trained_to = run.checkpoints.load_model(student_key(1), skeleton(small).state_dict())
+    trunk = [name for name in student if not name.startswith("head.fc")]
+    assert all(torch.equal(student[name], trained_to[name]) for name in trunk), "only the head is another one"
+    assert not np.array_equal(head_of(student)[0], head_of(trained_to)[0])
+    assert [head.key for head in run.results.heads] == [student_head_key()]
+    assert run.results.released is None, "it is no model along the chain"
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"chain.laps": 2, "chain.refit": "laps", "student.rounds": 1, "student.head": "statistics"}]
+)
 def test_over_flower_the_models_are_those_of_one_process(refitted, coordinated, loopback, changes):
     flat = refitted | {"federation.transfer": "half"} | changes
     grid = loopback(2)
@@ -288,6 +307,9 @@ def test_over_flower_the_models_are_those_of_one_process(refitted, coordinated, 
     assert equal(folder.load_model("chain", template), outcome.chain)
     for key, state in outcome.links.items():
         assert equal(folder.load_model(key, template), state), key
+    if outcome.student is not None:
+        small = skeleton(outcome.student_architecture).state_dict()
+        assert equal(folder.load_model("student", small), outcome.student)
     assert results.released == "head"
     assert all(head.bytes_up > 0 and head.metrics for head in results.heads)
     page = write_report(folder).read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ def changed(name: str, base: dict | None = None) -> dict:
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_that_is_listed_can_be_configured_and_says_what_it_is(name):
-    arm = configured(name, {"chain.label-fraction": 0.5})
+    arm = configured(name, {"chain.label-fraction": 0.5, "chain.start-from": "weights"})
     assert arm.arm.about
     assert len(arm.arm.about) < 90
 

@@ -72,10 +72,12 @@ def _trainings(plan: RunPlan) -> list[str]:
     if plan.student is not None and plan.students:
         stages = "; ".join(f"{_STAGE[one.stage]}: {_recipe(one)}" for one in plan.students)
         lines.append(f"a compact student, {plan.rounds} rounds: {_model(plan.student)}; {stages}")
-    if plan.statistics:
-        lines.append(
-            f"the classifier comes from sums over the embeddings of this hospital's images in {_model(plan.model)}"
-        )
+    for whose, model, summed in (
+        ("the classifier", plan.model, plan.statistics),
+        ("the student's classifier", plan.student, plan.student_statistics),
+    ):
+        if summed and model is not None:
+            lines.append(f"{whose} comes from sums over the embeddings of this hospital's images in {_model(model)}")
     if any(recipe.privileged is not None for recipe in (plan.link, *plan.students)):
         lines.append("teachers that read this hospital's reports or tables are trained here, and stay here")
     return lines
@@ -167,7 +169,7 @@ def _leaves(plan: RunPlan, config: SiteConfig) -> list[str]:
     tells = PRIVATE_WEIGHTS if private else PLAIN_WEIGHTS
     models = "the weights of the chain's model" + (" and of the student" if plan.student is not None else "")
     lines = [f"{models}, after every training; {tells}"]
-    if plan.statistics:
+    if plan.statistics or plan.student_statistics:
         if config.privacy is not None:
             lines.append("no sums over embeddings: this site has a privacy policy, and refuses them")
         else:

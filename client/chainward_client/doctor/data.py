@@ -26,6 +26,7 @@ from chainward_client.data.unusable import ImageProblem, UnusableFiles
 from chainward_client.doctor.machine import size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.privileged.checks import with_privileged_notes
+from chainward_client.privileged.encoder import encoder_digest
 from chainward_client.site_key import site_key_to_look_with
 from chainward_shared.data_notes import COPIES, NO_PATIENTS
 from chainward_shared.errors import DataError, StoreError
@@ -260,7 +261,19 @@ def check_privileged(data: SiteData) -> list[Check]:
         parts.append(f"table columns {listed(list(data.privileged.columns))}")
     if not parts:
         return [skipped("privileged columns", "none is declared; the site takes part without privileged teachers")]
-    return [ok("privileged columns", f"{'; '.join(parts)}. They never leave")]
+    checks = [ok("privileged columns", f"{'; '.join(parts)}. They never leave")]
+    if data.privileged.encoder is not None:
+        checks.append(_check_encoder(data.privileged.encoder))
+    return checks
+
+
+def _check_encoder(folder: Path) -> Check:
+    try:
+        return ok("language encoder", f"{folder}, SHA-256 {encoder_digest(folder)}")
+    except DataError as error:
+        return problem(
+            "language encoder", str(error), "correct privileged.encoder in the data file; docs/data.md explains it"
+        )
 
 
 def _notes(data: SiteData) -> list[Check]:

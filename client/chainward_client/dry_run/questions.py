@@ -12,7 +12,7 @@ from chainward_client.doctor.privacy import beginning
 from chainward_client.private_site import declared_units
 from chainward_client.site import OpenSite
 from chainward_shared.config import RunConfig
-from chainward_shared.hops import head_key
+from chainward_shared.hops import head_key, student_head_key
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.start import initial_model, travelling
@@ -59,7 +59,10 @@ def questions(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[Question]
     if small:
         yield _student_question(plan, small[0], large, digest(state), sent)
     if plan.chain.head == "statistics":
-        yield _statistics_question(plan, large, digest(state), sent)
+        yield _statistics_question(plan, head_key(None), large, digest(state), sent)
+    if small and plan.student.head == "statistics":
+        student = _fresh(small[0], plan.seed, plan)
+        yield _statistics_question(plan, student_head_key(), small[0], digest(student), to_arrays(student))
     score = EvaluateTask(
         run_id=RUN,
         architecture=large,
@@ -95,15 +98,17 @@ def _student_question(
     return "train.student", task, arrays | ({"large_0": sent} if taught else {})
 
 
-def _statistics_question(plan: RunConfig, large: Architecture, large_digest: str, sent: ArrayRecord) -> Question:
+def _statistics_question(
+    plan: RunConfig, key: str, architecture: Architecture, asked: str, sent: ArrayRecord
+) -> Question:
     task = StatisticsTask(
         run_id=RUN,
-        hop=head_key(None),
-        architecture=large,
+        hop=key,
+        architecture=architecture,
         label_fraction=plan.chain.label_fraction,
         seed=plan.seed,
         threads=plan.federation.cpu_threads,
-        digest=large_digest,
+        digest=asked,
     )
     return "evaluate.statistics", task, {"model": sent}
 

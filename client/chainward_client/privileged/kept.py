@@ -12,6 +12,8 @@ from pathlib import Path
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.private_site import Prepared
+from chainward_client.privileged.encoder import encoder_digest
+from chainward_client.privileged.image import SeenImages
 from chainward_client.privileged.results import PrivilegedTargets, TeacherReport
 from chainward_shared.errors import WeightsError
 from chainward_shared.privacy.dp_sgd import DpSgd
@@ -37,12 +39,13 @@ def key_of_private(
     prepared: Prepared[TrainingRecipe],
     dp_sgd: DpSgd,
     run: str,
+    image: SeenImages | None = None,
 ) -> str:
     """Return the SHA-256 over everything that decides what one private teacher says, but for the noise; and the run."""
     hidden = {"text": {"table": None}, "table": {"texts": None}}[name]
     own = replace(cases, privileged=replace(cases.privileged, **hidden))
     private = {"run": run, "plan": dp_sgd.model_dump(), "counts": prepared.counts.tolist(), "of": name}
-    return key_of(data, own, recipe.model_copy(update={"use": name}), prepared.recipe, private)
+    return key_of(data, own, recipe.model_copy(update={"use": name}), prepared.recipe, private, image)
 
 
 def key_of(
@@ -51,6 +54,7 @@ def key_of(
     recipe: PrivilegedRecipe,
     training: TrainingRecipe,
     private: Mapping[str, object] | None = None,
+    image: SeenImages | None = None,
 ) -> str:
     """Return the SHA-256 over everything that decides the targets."""
     setup, privileged = data.privileged, cases.privileged
@@ -60,7 +64,7 @@ def key_of(
         "site": data.site,
         "classes": data.classes,
         # the weights in the student's loss decide nothing here
-        "recipe": recipe.model_dump(exclude={"logit_weight", "embedding_weight", "temperature"}),
+        "recipe": recipe.model_dump(exclude={"logit_weight", "embedding_weight", "temperature", "image"}),
         "training": [training.seed, training.threads, training.class_balance, training.prior_strength],
         "labels": [list(cases.labels.shape), cases.labels.tolist()],
         "patients": cases.patients.tolist(),
@@ -68,10 +72,12 @@ def key_of(
         "table": {name: privileged.table[name] for name in setup.columns} if privileged.table is not None else None,
         "columns": {name: declared.model_dump() for name, declared in setup.columns.items()},
         "label words": setup.label_words,
-        "encoder": None if setup.encoder is None else _stamps(setup.encoder),
+        "encoder": None if setup.encoder is None else encoder_digest(setup.encoder),
     }
     if private is not None:
         decides["private"] = private
+    if image is not None:
+        decides["image"] = image.key
     return hashlib.sha256(json.dumps(decides, ensure_ascii=True).encode()).hexdigest()
 
 
@@ -80,11 +86,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    files = sorted(path for path in folder.glob("*") if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def path_of(cache: Path, key: str, *, private: bool = False) -> Path:

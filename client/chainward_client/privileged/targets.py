@@ -17,7 +17,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,14 @@ from chainward_client.policy import check_run
 from chainward_client.precision import training_environment
 from chainward_client.private_site import Prepared, PrivateWork
 from chainward_client.privileged.checks import MIN_CASES
+from chainward_client.privileged.image import Read, SeenImages, beside
 from chainward_client.privileged.kept import key_of, key_of_private, load, path_of, save
 from chainward_client.privileged.results import PrivilegedTargets, TeacherReport
 from chainward_client.privileged.table import table_vectors
 from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
 from chainward_shared.distillation.losses import class_counts
+from chainward_shared.errors import ModelError
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.recipes import PRIVILEGED_BATCH, PrivilegedRecipe, TrainingRecipe
@@ -54,6 +56,7 @@ def privileged_targets(
     cache: Path | None,
     *,
     work: PrivateWork | None = None,
+    image: SeenImages | None = None,
 ) -> PrivilegedTargets | None:
     """Return what the site's privileged teachers say of `cases`, or None where the site has no such teacher.
 
@@ -66,24 +69,30 @@ def privileged_targets(
     cache : the site's state folder; the teachers' answers are kept there and found again. None: trained anew
     work : what private teachers spend through; None: teachers without privacy. Private answers are found again within one
         run, at no cost; another run trains anew, so that what a run is said to spend holds all that its models come from
+    image : the images of `cases` through the start, for a recipe whose teachers see them
 
     Raises
     ------
     DataError
         The site's encoder can't be used.
+    ModelError
+        The teachers are to see images, and the model starts from no pretrained weights.
     PrivacyError
         The site's policy has no privileged teachers, or the budget or the ledger don't allow one. What a teacher that was
         trained before has spent stays spent, and its answers are kept.
     """
+    image = _seen(recipe, image)
     if work is not None:
-        return _private_targets(data, cases, recipe, training, cache, work)
-    key = key_of(data, cases, recipe, training)
+        return _private_targets(data, cases, recipe, training, cache, work, image)
+    key = key_of(data, cases, recipe, training, image=image)
     if cache is not None and (kept := load(path_of(cache, key), key, cases, data)) is not None:
         return kept
     started = time.monotonic()
     parts = {
         name: _modality(name, vectors, available, data, cases, recipe, training)
-        for name, (vectors, available) in ((name, read()) for name, read in _readers(data, cases, recipe).items())
+        for name, (vectors, available) in (
+            (name, read()) for name, read in _readers(data, cases, recipe, image).items()
+        )
         if _enough(name, available, data, cases)
     }
     if not parts:
@@ -116,13 +125,20 @@ class _Answers:
     report: TeacherReport
 
 
-_Read = Callable[[], tuple[np.ndarray, np.ndarray]]
-"""Returns the vectors of a modality, float32 (n, d), and which cases have it, bool (n,)."""
+def _seen(recipe: PrivilegedRecipe, image: SeenImages | None) -> SeenImages | None:
+    """Return the images where the recipe's teachers see them."""
+    if recipe.image and image is None:
+        raise ModelError(
+            "privileged.image: teachers see an image through the pretrained weights that a link starts from, found none here; "
+            "set chain.start-from, or privileged.image=false"
+        )
+    return image if recipe.image else None
 
 
-def _readers(data: SiteData, cases: Cases, recipe: PrivilegedRecipe) -> dict[str, _Read]:
-    """Return how each modality is read that the recipe asks for and the site declares to have."""
-    found: dict[str, _Read] = {}
+def _readers(data: SiteData, cases: Cases, recipe: PrivilegedRecipe, image: SeenImages | None) -> dict[str, Read]:
+    """Return how each modality is read that the recipe asks for and the site declares to have, beside the image where there
+    is one."""
+    found: dict[str, Read] = {}
     setup, privileged = data.privileged, cases.privileged
     if recipe.use in ("text", "all") and privileged.texts is not None:
         blank = (*data.classes, *setup.label_words) if recipe.blank_label_words else ()
@@ -131,6 +147,8 @@ def _readers(data: SiteData, cases: Cases, recipe: PrivilegedRecipe) -> dict[str
         )
     if recipe.use in ("table", "all") and privileged.table is not None and setup.columns:
         found["table"] = partial(table_vectors, privileged.table, setup.columns)
+    if image is not None:
+        return {name: partial(beside, image, read) for name, read in found.items()}
     return found
 
 
@@ -141,25 +159,27 @@ def _private_targets(
     training: TrainingRecipe,
     cache: Path | None,
     work: PrivateWork,
+    image: SeenImages | None,
 ) -> PrivilegedTargets | None:
     check_run(work.site.policy, private=True, privileged=True)
     prepared = work.prepared(training, data)
     parts = [
-        _private_modality(name, read, data, cases, recipe, prepared, cache, work)
-        for name, read in _readers(data, cases, recipe).items()
+        _private_modality(name, read, data, cases, recipe, prepared, cache, work, image)
+        for name, read in _readers(data, cases, recipe, image).items()
     ]
     return _merged(parts, cases.labels.ndim == 2, private=True) if parts else None
 
 
 def _private_modality(
     name: str,
-    read: _Read,
+    read: Read,
     data: SiteData,
     cases: Cases,
     recipe: PrivilegedRecipe,
     prepared: Prepared[TrainingRecipe],
     cache: Path | None,
     work: PrivateWork,
+    image: SeenImages | None,
 ) -> _Answers:
     """Find what the private teacher of one modality says, or train it, pay for it, and keep it.
 
@@ -167,7 +187,7 @@ def _private_modality(
     """
     phase, training = f"teacher-{name}", prepared.recipe
     dp_sgd = work.dp_sgd(training, data, epochs=recipe.epochs, batch_size=PRIVILEGED_BATCH)
-    key = key_of_private(name, data, cases, recipe, prepared, dp_sgd, work.run)
+    key = key_of_private(name, data, cases, recipe, prepared, dp_sgd, work.run, image)
     path = None if cache is None else path_of(cache, key, private=True)
     if path is not None and _paid(work, phase, dp_sgd):
         kept = load(path, key, cases, data, private=True)
@@ -267,7 +287,7 @@ def _modality(
     with training_environment(training.threads, seed=0):
         for index, held_out in enumerate(dealt):
             rest = np.setdiff1d(np.arange(len(rows)), held_out)
-            seen = _seen(labels[rest], classes)
+            seen = _told_apart(labels[rest], classes)
             teacher = train_teacher(inputs[rest], labels[rest], classes, recipe, training, *purpose, "fold", index)
             with torch.no_grad():
                 logits[rows[held_out]] = torch.where(seen, teacher(inputs[held_out]), 0.0)
@@ -280,7 +300,7 @@ def _modality(
     return _Answers(name, logits, taught, embeddings, torch.from_numpy(available), report)
 
 
-def _seen(labels: Tensor, classes: int) -> Tensor:
+def _told_apart(labels: Tensor, classes: int) -> Tensor:
     """Return the classes that a teacher of these labels learns to tell, bool (classes,)."""
     counts = class_counts(labels, classes)
     return counts > 0 if counts.ndim == 1 else (counts > 0).all(dim=1)

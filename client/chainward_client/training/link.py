@@ -18,11 +18,13 @@ from chainward_client.data.splits import keep_label_fraction, labelled_by_key
 from chainward_client.precision import best_device
 from chainward_client.private_site import Prepared, PrivateWork, R
 from chainward_client.private_training import PrivateTraining, keeps_labels
+from chainward_client.privileged.image import SeenImages
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.features import Features
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
 from chainward_client.training.privileged import PrivilegedTerm
+from chainward_client.training.start_images import StartImages
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import (
     class_counts,
@@ -183,6 +185,7 @@ def privileged_term(
     state_dir: Path | None,
     *names: str | int,
     work: PrivateWork | None = None,
+    image: SeenImages | None = None,
 ) -> PrivilegedTerm | None:
     """Return the privileged teachers' part of a training on `cases`; None without teachers at this site.
 
@@ -191,10 +194,11 @@ def privileged_term(
     state_dir : folder in which the site keeps its teachers; None: trained anew
     names : name the training, for the projector's initial weights
     work : the teachers train privately, and this is what they spend through; None: they don't
+    image : the images of `cases` through the start, for teachers that see them
     """
     if recipe.privileged is None:
         return None
-    targets = privileged_targets(data, cases, recipe.privileged, recipe, state_dir, work=work)
+    targets = privileged_targets(data, cases, recipe.privileged, recipe, state_dir, work=work, image=image)
     if targets is None:
         return None
     seed = derive_seed(recipe.seed, *names, "projector")
@@ -313,14 +317,14 @@ def train_link(
             model.load_state_dict(predecessor)
         if recipe.unlabelled_weight > 0:
             others = unlabelled_cases(data, recipe, private=private)
+    image = None if base is None else StartImages(architecture, base, cases.images, recipe.threads, features)
     if features is not None and recipe.attention_weight == 0:
         cases, others, trunk = _through_trunk(features, model, cases, others, recipe)
     names = ("alone" if alone else "link", data.site, "strand", strand, "lap", lap)
-    guide = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
+    guide = privileged_term(data, cases, recipe, model, state_dir, *names, work=work, image=image)
     objective = LinkObjective(recipe, model, _called(teacher, trunk), prepared.counts, guide)
     part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
-    phase = "alone" if alone else "link"
-    with spending(work, prepared, data, guide, checkpoint, phase=phase, unlabelled=others) as privately:
+    with spending(work, prepared, data, guide, checkpoint, phase=names[0], unlabelled=others) as privately:
         log = train(
             model,
             cases,

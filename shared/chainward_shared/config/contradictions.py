@@ -104,10 +104,29 @@ def _chain_contradictions(config: RunConfig) -> Iterator[str]:
         )
     yield from _strand_contradictions(config)
     yield from _head_contradictions(config)
+    yield from _image_contradictions(config)
     if privileged.mode != "off" and privileged.logit_weight == 0 and privileged.embedding_weight == 0:
         yield (
             f"privileged.mode = '{privileged.mode}' contradicts privileged.logit-weight = 0 and "
             "privileged.embedding-weight = 0: nothing would be learnt from the teachers; set one of them, or mode off"
+        )
+
+
+def _image_contradictions(config: RunConfig) -> Iterator[str]:
+    privileged = config.privileged
+    if not privileged.image:
+        return
+    if privileged.mode == "off":
+        yield "privileged.image = true contradicts privileged.mode = 'off': there are no teachers that could see it; set mode"
+    elif not config.chain.start_from:
+        yield (
+            "privileged.image = true contradicts chain.start-from = '': random weights see nothing in an image; set "
+            "chain.start-from, or privileged.image=false"
+        )
+    elif privileged.target != "links":
+        yield (
+            f"privileged.image = true contradicts privileged.target = '{privileged.target}': students don't carry the start "
+            "through which teachers see; set privileged.target='links'"
         )
 
 
@@ -172,6 +191,11 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
             f"federation.secure-sums = 'on' contradicts privacy.mode = '{config.privacy.mode}': private sums are not added up in "
             "secret; set federation.secure-sums='off'"
         )
+    if config.student.head == "statistics" and config.privacy.mode != "off":
+        yield (
+            f"student.head = 'statistics' contradicts privacy.mode = '{config.privacy.mode}': the sums over a student's "
+            "embeddings have no noise; set student.head='trained'"
+        )
     if chain.laps == 0:
         yield from _contradictions_without_links(config)
     if chain.refit == "laps" and chain.laps == 1:
@@ -230,6 +254,8 @@ def _student_contradictions(student: StudentConfig) -> Iterator[str]:
             f"student.model = {student.model!r} contradicts student.width = {student.width} and student.depth = "
             f"{student.depth}: a named model has a size of its own; set either"
         )
+    if student.rounds == 0 and student.head != default.head:
+        yield f"student.head = {student.head!r} contradicts student.rounds = 0, which trains no student; drop one of the two"
     if student.rounds == 0 and student.finetune_rounds > default.finetune_rounds:
         yield (
             f"student.finetune-rounds = {student.finetune_rounds} contradicts student.rounds = 0, which trains no student"

@@ -287,6 +287,11 @@ class StudentConfig(Table, StudentSettings):
         "first",
         description="first: the first layers (of each stage); spread: evenly over the depth, first and last included",
     )
+    head: ChainHead = Field(
+        "trained",
+        description="Where the student's classifier comes from. trained: from its rounds; statistics: at the end in closed form "
+        "from the sums of all sites over the student's own embeddings",
+    )
     finetune_rounds: int = Field(
         1, ge=0, le=10_000, description="Rounds of fine-tuning without a teacher after the self-distillation"
     )

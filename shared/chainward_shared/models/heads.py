@@ -49,6 +49,6 @@ def _names(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
     if len(names) != 2 or not names[0].endswith(".bias") or not names[1].endswith(".weight"):
         raise ModelError(
             f"the classifier of '{architecture.name}' is {', '.join(names)}; statistics need one layer with a weight "
-            "and a bias: set chain.head='trained', or choose another backbone"
+            "and a bias: set chain.head and student.head to 'trained', or choose another backbone"
         )
     return names[1], names[0]

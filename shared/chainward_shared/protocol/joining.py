@@ -101,7 +101,8 @@ class SiteCard(Body):
     images with each finding. `preparation`: the settings of its data file by which images become what a model sees. A site with
     a privacy policy (`privacy`) whose metrics are not "exact" declares the units of its training data in `train`, and nothing
     of the rest: None, no counts, no notes. `secure_sums`: it gives sums in secure sums alone. `approval`: whether a person
-    there approves every run."""
+    there approves every run. `encoder`: digest of the language encoder that reads its reports, where it has one; of files that
+    somebody published, nothing of its data."""
 
     KIND: ClassVar[str] = "site-card"
 
@@ -120,6 +121,7 @@ class SiteCard(Body):
     privacy: SitePrivacy | None = None
     secure_sums: bool = False
     approval: bool = False
+    encoder: Sha256 | None = None
 
 
 class BaseTask(Body):

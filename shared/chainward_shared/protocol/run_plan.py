@@ -33,7 +33,8 @@ class RunPlan(Body):
     laps, strands : a link is trained here once for each of both
     alone : how the site is trained without the others, for the comparison; None: it is not
     student, students, rounds : the compact model and how it is trained, in all its rounds; None and empty: it is not
-    statistics : whether the classifier comes from sums over the sites' embeddings
+    statistics, student_statistics : whether the classifier of the model, and of the student, comes from sums over the sites'
+        embeddings
     """
 
     KIND: ClassVar[str] = "run-plan"
@@ -49,6 +50,7 @@ class RunPlan(Body):
     students: Annotated[list[StudentRecipe], Field(max_length=2)] = Field(default_factory=list)
     rounds: Annotated[int, Field(ge=0, le=20_000)] = 0
     statistics: bool = False
+    student_statistics: bool = False
 
     @property
     def digest(self) -> str:
@@ -85,14 +87,17 @@ def _differences(task: PlannedTask, plan: RunPlan) -> Iterator[str]:
     elif isinstance(task, StudentTask):
         yield from _student(task, plan)
     elif isinstance(task, StatisticsTask):
-        if not plan.statistics:
+        summed = ((plan.model, plan.statistics), (plan.student, plan.student_statistics))
+        planned = [model for model, asked in summed if asked and model is not None]
+        if not planned:
             yield "sums over embeddings are not in the plan"
+        elif task.architecture not in planned:
+            yield from _model("architecture", task.architecture, planned[0])
         for name in ("label_fraction", "seed"):
             if getattr(task, name) != getattr(plan.link, name):
                 yield f"{name} of the sums is not that of the plan"
         if task.privacy not in (None, plan.link.privacy):
             yield "privacy of the sums is not that of the plan"
-        yield from _model("architecture", task.architecture, plan.model)
     elif isinstance(task, BaseTask):
         yield from _model("architecture", task.architecture, plan.model)
     elif task.architecture not in (plan.model, plan.student):

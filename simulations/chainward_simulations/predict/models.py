@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from chainward_client.evaluation import passes
+from chainward_client.training.passes import passes
 from chainward_server.by_class import model_record
 from chainward_server.export import chosen_model
 from chainward_server.run_folder import RunFolder

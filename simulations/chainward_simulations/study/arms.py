@@ -132,9 +132,20 @@ _TABLE = (
         privileged__mode="all",
         privileged__blank_label_words=True,
     ),
+    _chain(
+        "chain-privileged-image",
+        "teachers that see the image too, through the pretrained start",
+        privileged__mode="all",
+        privileged__image=True,
+        privileged__target="links",
+    ),
     _student("student", "the compact student of the chain's model, as the settings say"),
     _student("student-random", "from random weights instead of a selection", student__start="random"),
     _student("student-single", "auxiliary teacher from the same selection as the student", student__start="single"),
+    _student(
+        "student-of-start", "selected out of the pretrained start, not the chain's model", student__source="start"
+    ),
+    _student("student-refitted", "its classifier from the sites' sums at the end", student__head="statistics"),
     _student("student-frozen", "auxiliary teacher stays as it was selected", student__auxiliary="frozen"),
     _student(
         "student-plain",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.evaluation import passes
 from chainward_client.training.link import labelled_cases
+from chainward_client.training.passes import passes
 from chainward_server.heads import balance_strength
 from chainward_shared.discriminant import UNSEEN, Head, HeadSums, discriminant
 from chainward_shared.evaluation.classification import evaluate
