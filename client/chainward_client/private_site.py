@@ -224,6 +224,7 @@ class PrivateWork:
             unlabelled_patients=unlabelled_patients,
             declared_prior=declared_prior,
             private_teachers=private_teachers,
+            views=asked.views if recipe.augmentation != "none" and not phase.startswith("teacher") else 1,
             average_decay=asked.average_decay,
             entropy=self.site.entropy,
         )

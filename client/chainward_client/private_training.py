@@ -90,6 +90,7 @@ class PrivateTraining:
     declared_prior : the objective's class counts are declared, not counted (`declared_counts`)
     private_teachers : the privileged teachers were trained privately and their cost is on the same ledger
     together : examples computed at once; 0, the default: as many as fit into memory. Changes no result
+    views : of each example in a step, each augmented for itself; its gradient is their mean, clipped as one; default 1
     average_decay : of the weights' moving average, which the training yields; 0, the default: the last weights
     entropy : the operating system, unless a test wants to repeat itself
     """
@@ -102,10 +103,11 @@ class PrivateTraining:
         declared_prior: bool = False,
         private_teachers: bool = False,
         together: int = 0,
+        views: int = 1,
         average_decay: float = 0.0,
         entropy: Entropy | None = None,
     ) -> None:
-        self.dp_sgd, self.together, self.average_decay = dp_sgd, together, average_decay
+        self.dp_sgd, self.together, self.views, self.average_decay = dp_sgd, together, views, average_decay
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
@@ -174,7 +176,7 @@ class PrivateTraining:
                 "the optimiser's parameters are not those with per-example gradients; that is a fault here"
             )
         if not self.together:
-            self.together = self._ghost.most_together()
+            self.together = max(1, self._ghost.most_together() // self.views)
         beside = np.array([], dtype=str) if self.unlabelled_patients is None else self.unlabelled_patients
         self._units = units_of(np.concatenate([patients, beside]), self.dp_sgd.unit)
         self._sums = []
@@ -199,12 +201,13 @@ class PrivateTraining:
         return iter(rows.split(self.together) if len(rows) else ())
 
     def accumulate(self, losses: Tensor) -> None:
-        """Add the clipped gradient of each example's loss, (n,), to the step's sum."""
+        """Add the clipped gradient of each example's loss to the step's sum; losses (n views,), those of an example's views after
+        one another."""
         assert self._ghost is not None
         for parameter in self._parameters:
             parameter.grad = None  # the noisy one of the step before
-        losses.sum().backward()
-        clipped = self._ghost.clipped_sum(len(losses), self.dp_sgd.clip)
+        (losses.sum() / self.views).backward()
+        clipped = self._ghost.clipped_sum(len(losses) // self.views, self.dp_sgd.clip, self.views)
         if not self._sums:
             self._sums = clipped
             return
@@ -235,7 +238,8 @@ class PrivateTraining:
 
         Parameters
         ----------
-        losses : the loss of each example of some rows, (n,); a row without a loss of its own has 0
+        losses : the loss of each example of some rows, (n,); a row without a loss of its own has 0. Of several views of an
+            example it gets the row as many times
         """
         for rows in self.parts(self.sample()):
             self._add(losses, rows)
@@ -244,7 +248,7 @@ class PrivateTraining:
     def _add(self, losses: Callable[[Tensor], Tensor], rows: Tensor) -> None:
         assert self._ghost is not None
         try:
-            self.accumulate(losses(rows))
+            self.accumulate(losses(rows.repeat_interleave(self.views)))
         except ChainwardError:  # of the model or the recipe, whatever the images
             raise
         except _OF_ONE_RECORD as error:

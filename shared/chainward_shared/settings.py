@@ -233,6 +233,11 @@ class PrivacySettings(Settings):
         description="Patients (or images) expected in a step of a private training, instead of chain.batch-size and "
         "student.batch-size. 0: those",
     )
+    views: Annotated[int, Field(ge=1, le=32)] = Field(
+        1,
+        description="Augmented views of each image in a private step, whose mean gradient is clipped (augmentation "
+        "multiplicity). Costs no privacy, but so many times the work",
+    )
     average_decay: Decay = Field(
         0.9999,
         description="Decay of the moving average of the weights over the private steps, which is what a private training yields; "

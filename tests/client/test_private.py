@@ -133,6 +133,43 @@ def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_ov
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-12])
+def test_of_several_views_of_an_image_the_mean_gradient_is_clipped(name, magnitude):
+    """Also where gradients are so small that rows are measured in units of their own."""
+    options = {"patch_size": 8} if name == "test_vit" else {}
+    found = resolve_architecture(name, num_classes=3, in_chans=1, image_size=32, **options)
+    model, cases, views = build_model(found, 1).train(), cases_of(4), 3
+    labels = cases.labels.repeat_interleave(views)
+    seen = torch.stack([cases.images.float().roll(shift, 3) / 255 for shift in range(views)], dim=1).flatten(0, 1)
+
+    def losses(rows):
+        logits = model(seen[rows])
+        return magnitude * nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+
+    parameters, clip = list(model.parameters()), 0.7 * magnitude
+    expected = [torch.zeros_like(p) for p in parameters]
+    for image in range(4):
+        gradients = torch.autograd.grad(losses(torch.arange(views * image, views * (image + 1))).mean(), parameters)
+        length = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        for total, gradient in zip(expected, gradients, strict=True):
+            total += gradient * min(1.0, ROOM * clip / length)
+    private = PrivateTraining(DP_SGD.model_copy(update={"clip": clip, "noise_multiplier": 0.0}), views=views)
+    private.start(model, [], parameters, cases.patients)
+    calls = []
+
+    def of_rows(rows):
+        calls.append(rows.tolist())
+        places = torch.tensor([views * row + calls[-1][:i].count(row) for i, row in enumerate(calls[-1])])
+        return losses(places)
+
+    private.sample = lambda: torch.arange(4)
+    private.step(of_rows)
+    assert calls == [[row for row in range(4) for _ in range(views)]]
+    for parameter, reference in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad / magnitude, reference / magnitude / 6.0, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_attention_transfer_is_in_the_clipped_gradient_of_each_image(name):
     """It leaves the model in its middle, where gradients taken at the model's output miss it."""
     patch_size = 8 if name == "test_vit" else 0

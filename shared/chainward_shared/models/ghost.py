@@ -32,7 +32,7 @@ from chainward_shared.models.gradient_formulas import (
     group_norm,
     of_any_layer,
 )
-from chainward_shared.models.per_example import Gradients, Held
+from chainward_shared.models.per_example import Gradients, Held, of_views
 
 GRADIENT_BYTES = 2**29
 """Gradients of single examples in memory at once, about; decides how many examples are computed together."""
@@ -88,7 +88,7 @@ class GhostClipping:
         values = sum(p.numel() for layer in self.slow for p in layer.parameters() if p.requires_grad)
         return max(1, min(MOST_TOGETHER, GRADIENT_BYTES // max(1, 4 * values)))
 
-    def clipped_sum(self, examples: int, clip: float) -> list[Tensor]:
+    def clipped_sum(self, examples: int, clip: float, views: int = 1) -> list[Tensor]:
         """Return the sum of the gradients of the last backward pass, each clipped, in units of `clip`, and forget them.
 
         The length of an example's gradient is that over all of `parameters` together. What an example adds has a length of
@@ -100,6 +100,7 @@ class GhostClipping:
         examples : number of losses that were added up before the backward pass; a parameter that only the first of them
             reached (a projector, which sees no image without label) has zeros for the rest
         clip : above 0
+        views : rows of each example, one after another; its gradient is that of the sum of their losses
 
         Returns
         -------
@@ -111,7 +112,7 @@ class GhostClipping:
             A parameter was used in a way that is not seen here, or there are more gradients than examples.
         """
         parameters = self.parameters
-        found = [self._gradients_of(parameter, examples) for parameter in parameters]
+        found = [self._gradients_of(parameter, examples, views) for parameter in parameters]
         self.forget()
         with torch.no_grad(), _full_precision():
             lengths = torch.zeros(len(parameters), examples, dtype=torch.float64, device=parameters[0].device)
@@ -267,13 +268,13 @@ class GhostClipping:
     def _keep(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         self._found.setdefault(parameter, []).append(Held(gradient.detach().unsqueeze(1).clone()))
 
-    def _gradients_of(self, parameter: nn.Parameter, examples: int) -> Gradients | None:
+    def _gradients_of(self, parameter: nn.Parameter, examples: int, views: int) -> Gradients | None:
         if parameter.grad is not None:
             raise ModelError(
                 f"a parameter of shape {tuple(parameter.shape)} is used outside of its layer, where the gradients of "
                 "single images are not seen: the backbone can't be trained privately"
             )
-        found = self._found.get(parameter, [])
+        found = [of_views(gradients, views) for gradients in self._found.get(parameter, [])]
         if any(gradients.examples > examples for gradients in found):
             raise ModelError(
                 f"a layer has {max(g.examples for g in found)} gradients of {examples} examples: what it reads does not "

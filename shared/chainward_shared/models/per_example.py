@@ -102,6 +102,18 @@ class OfTokens:
             backprops = backprops * factors[:, None, None]
         return backprops.reshape(-1, backprops.shape[2]).T @ tokens.reshape(-1, tokens.shape[2])
 
+    def of_views(self, views: int) -> OfTokens | None:
+        """Return the gradients of examples that have so many rows each, as of that many times the tokens; None where they are
+        cheaper as such, or their factors were divided row by row."""
+        tokens, backprops = self.tokens, self.backprops
+        places, inputs, outputs = tokens.values.shape[1], tokens.values.shape[2], backprops.values.shape[2]
+        divided = (tokens.divided_by != 1).any() | (backprops.divided_by != 1).any()
+        if bool(divided) or not ghost_is_cheaper(views * places, inputs, outputs):
+            return None
+        return OfTokens(
+            tokens.values.reshape(-1, views * places, inputs), backprops.values.reshape(-1, views * places, outputs)
+        )
+
     def of_each(self) -> Tensor:
         """Return them all."""
         divided = torch.bmm(self.backprops.values.transpose(1, 2), self.tokens.values)
@@ -162,6 +174,16 @@ class OfConvolution:
                 y, x = i * layer.dilation[0], j * layer.dilation[1]
                 total += pixels[:, y : y + rows, x : x + columns, y : y + rows, x : x + columns]
         return total.reshape(n, rows * columns, rows * columns)
+
+
+def of_views(gradients: Gradients, views: int) -> Gradients:
+    """Return the gradients of examples of which each has `views` rows after one another: the sum of theirs."""
+    if views == 1:
+        return gradients
+    if isinstance(gradients, OfTokens) and (found := gradients.of_views(views)) is not None:
+        return found
+    each = gradients.of_each()
+    return Held(each.reshape(-1, views, *each.shape[1:]).sum(dim=1))
 
 
 def weight_gradient(layer: nn.Conv2d, images: Tensor, padding: tuple[int, int], backprops: Tensor) -> Tensor:
