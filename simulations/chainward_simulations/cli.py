@@ -62,11 +62,11 @@ def stop(
     if run is not None:
         stopped = [stop_run(find_run(run, directory))]
     else:
-        stopped = stop_leftovers(directory)
-        for link in abandoned():
+        stopped, links = stop_leftovers(directory), abandoned()
+        for link in links:
             errors.say(f"{link.home}: a SuperLink that nobody looks after any more")
             typer.echo(_ended(link.stop()))
-        if not stopped:
+        if not (stopped or links):
             typer.echo(f"no run in {directory} was killed and left anything behind; `chainward stop RUN` stops one")
     for one in stopped:
         what = "stopped" if one.was_running else "was gone already"

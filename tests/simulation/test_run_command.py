@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from chainward_shared.errors import ConfigError
+from chainward_simulations import superlink
 from chainward_simulations.cli import app
 from chainward_simulations.flower import without_proxy
 from chainward_simulations.run_command import app_and_settings
@@ -73,3 +74,15 @@ def test_this_machine_is_never_looked_for_behind_a_proxy(named):
     assert environment["NO_PROXY"] == environment["no_proxy"]
     assert {"127.0.0.1", "localhost"} <= set(hosts) and len(hosts) == len(set(hosts))
     assert {name.strip() for name in named.split(",") if name.strip()} <= set(hosts)
+
+
+def test_a_superlink_that_was_left_behind_is_something_that_was_left_behind(tmp_path, monkeypatch):
+    home = tmp_path / "superlink"
+    home.mkdir()
+    monkeypatch.setattr(superlink, "abandoned", lambda: [superlink.SuperLink(home)])
+    stopped = CliRunner().invoke(app, ["stop", "--dir", str(tmp_path / "runs")])
+    assert "0 processes ended" in stopped.output
+    assert "left anything behind" not in stopped.output
+    assert not home.exists()
+    monkeypatch.setattr(superlink, "abandoned", list)
+    assert "left anything behind" in CliRunner().invoke(app, ["stop", "--dir", str(tmp_path / "runs")]).output
