@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from chainward_client.data.site_data import SPLITS, SiteData
+from chainward_client.data.site_data import SiteData
 from chainward_client.data.sources import Table, number_of, read_table, site_data
 from chainward_client.data.splits import split_by_patient
 from chainward_client.privileged.checks import with_privileged_notes
@@ -66,10 +67,15 @@ def simulated_site(
     if not 0 <= index < len(ids):
         raise DataError(f"There is no site {index}: this simulation has {len(ids)} sites, 0 to {len(ids) - 1}")
     if source == PHANTOM:
-        data = phantom_site(seed, index, splits=("test",) if tests_only else SPLITS)
-    else:
-        data = _site_of_file(source, index, ids, label_skew, seed)
+        return phantom_site(seed, index, splits=("test",)) if tests_only else _phantoms(seed, index)
+    data = _site_of_file(source, index, ids, label_skew, seed)
     return data if tests_only else with_privileged_notes(data)
+
+
+@lru_cache(maxsize=8)
+def _phantoms(seed: int, index: int) -> SiteData:
+    """Return the phantoms of a site; a process draws them once, whoever asks: a second for each site, which nothing changes."""
+    return with_privileged_notes(phantom_site(seed, index))
 
 
 def _site_of_file(source: str, index: int, ids: tuple[str, ...], label_skew: float, seed: int) -> SiteData:

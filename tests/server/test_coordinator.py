@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chainward_client.evaluation import predict
-from chainward_server import run_folder as run_folder_module
 from chainward_server.app import coordinate
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
+from chainward_shared import weights as weights_module
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, ConfigError, RunFolderError
 from chainward_shared.evaluation.classification import evaluate
@@ -527,7 +527,7 @@ def test_a_finished_run_has_nothing_to_resume(finished_chain):
 def test_a_full_disk_while_checkpointing_leaves_nothing_half_written_and_the_run_can_go_on(
     chain_only, coordinated, loopback, finished_chain, monkeypatch
 ):
-    real = run_folder_module.save_file
+    real = weights_module.save_file
     calls = [0]
 
     def full(state, path, metadata):
@@ -536,7 +536,7 @@ def test_a_full_disk_while_checkpointing_leaves_nothing_half_written_and_the_run
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(state, path, metadata)
 
-    monkeypatch.setattr(run_folder_module, "save_file", full)
+    monkeypatch.setattr(weights_module, "save_file", full)
     folder = RunFolder.create(RunConfig.from_flat(chain_only))
     with pytest.raises(RunFolderError, match=r"No space left on device.*resume run"):
         coordinate(loopback(2), folder)

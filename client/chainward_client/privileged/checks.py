@@ -41,9 +41,10 @@ def privileged_notes(data: SiteData) -> tuple[str, ...]:
     notes: list[str] = []
     if len(cases) and cases.privileged.texts is not None:
         notes += _text_notes(cases.privileged.texts, data, cases)
-    if len(cases) and cases.privileged.table is not None:
+    if len(cases) and cases.privileged.table is not None and data.privileged.columns:
+        dealt = folds(cases.labels, cases.patients, seed=0) if len(cases) >= MIN_CASES else []
         for name in data.privileged.columns:
-            notes += _column_notes(name, cases.privileged.table[name], data, cases)
+            notes += _column_notes(name, cases.privileged.table[name], data, dealt)
     return tuple(" ".join(note.split()) for note in notes)  # names may hold line breaks
 
 
@@ -88,14 +89,14 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _column_notes(name: str, values: Sequence[Value], data: SiteData, cases: Cases) -> list[str]:
+def _column_notes(name: str, values: Sequence[Value], data: SiteData, dealt: Sequence[np.ndarray]) -> list[str]:
     there = [value for value in values if value is not None]
     column = f"privileged column '{name}'"
     if not there:
         return [f"{column}: missing in all {len(values)} training cases"]
     if len(set(there)) == 1:
         return [f"{column}: the same value in all {len(there)} training cases that have one"]
-    found = _best_guess(column_vectors(values, data.privileged.columns[name]), data, cases)
+    found = _best_guess(column_vectors(values, data.privileged.columns[name]), data, dealt)
     if found is None:
         return []
     accuracy, chance, what = found
@@ -107,17 +108,18 @@ def _column_notes(name: str, values: Sequence[Value], data: SiteData, cases: Cas
     ]
 
 
-def _best_guess(vectors: np.ndarray, data: SiteData, cases: Cases) -> tuple[float, float, str] | None:
-    """Return balanced accuracy and chance of what a decision tree guesses best from a column, and what that is."""
-    if len(cases) < MIN_CASES:
-        return None
-    dealt = folds(cases.labels, cases.patients, seed=0)
+def _best_guess(vectors: np.ndarray, data: SiteData, dealt: Sequence[np.ndarray]) -> tuple[float, float, str] | None:
+    """Return balanced accuracy and chance of what a decision tree guesses best from a column, and what that is.
+
+    `dealt`: the rows of each fold of the training cases; with less than two nothing is guessed.
+    """
     if len(dealt) < 2:
         return None
-    if cases.labels.ndim == 1:
-        labels = cases.labels.numpy()
+    given = data.splits["train"].labels
+    if given.ndim == 1:
+        labels = given.numpy()
         return _accuracy(vectors, labels, dealt), 1 / len(np.unique(labels)), "the class"
-    asked = (cases.labels > 0.5).numpy()
+    asked = (given > 0.5).numpy()
     guesses = [
         (_accuracy(vectors, asked[:, index], dealt), 0.5, f"the finding '{finding}'")
         for index, finding in enumerate(data.classes)
