@@ -67,7 +67,12 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
         r"sum-shares/shares.*",
         "shares of secrets that were made for one secure sum, each readable by a partner alone; no data",
     ),
-    (r"masked-sum/sum", "sums over the images with masks on them: noise, without what all the other hospitals send"),
+    (
+        r"masked-sum/sum",
+        "sums over the images, an update of the student or counts of predictions, with masks on them: noise, without what all "
+        "the other hospitals send",
+    ),
+    (r"masked-sum/noise", "how much noise is on the sums of a private run; no data"),
     (r"sum-unmasking/(seeds|keys).*", "shares of other hospitals' masks of one secure sum; no data"),
     (r"statistics-result/noise", "how much noise is on the sums of a private run; no data"),
     (

@@ -28,6 +28,10 @@ from chainward_shared.protocol import (
     Refusal,
     StatisticsTask,
     StudentTask,
+    SumKeysTask,
+    SumSharesTask,
+    SumTask,
+    SumUnmaskTask,
     kind_of,
     unpack,
 )
@@ -39,8 +43,21 @@ MOST_BYTES = 2_000_000
 """Of the file; then the older half of it goes."""
 
 _WORK: Mapping[str, type[Body]] = {
-    kind.KIND: kind for kind in (LinkTask, StudentTask, EvaluateTask, StatisticsTask, BaseTask)
+    kind.KIND: kind
+    for kind in (
+        LinkTask,
+        StudentTask,
+        EvaluateTask,
+        StatisticsTask,
+        BaseTask,
+        SumTask,
+        SumKeysTask,
+        SumSharesTask,
+        SumUnmaskTask,
+    )
 }
+_BRIEF = (BaseTask, SumKeysTask, SumSharesTask, SumUnmaskTask)
+"""Requests without work of their own, of which only the answer is written down."""
 """The requests that are written down; who is there, what is described and whether somebody is at work is asked all the time."""
 
 
@@ -100,14 +117,15 @@ class Journal:
     def _note(self, asked: RecordDict, outcome: str, **facts: Any) -> None:
         try:
             kind = _WORK.get(kind_of(asked))
-            if kind is None or not self.path.parent.is_dir() or (kind is BaseTask and outcome == "begun"):
+            if kind is None or not self.path.parent.is_dir() or (kind in _BRIEF and outcome == "begun"):
                 return
             task, _ = unpack(asked, kind)
+            named = task.round if isinstance(task, SumKeysTask | SumSharesTask | SumUnmaskTask) else task
             entry = Entry(
                 time=datetime.now(UTC),
                 kind=task.KIND,
-                run=getattr(task, "run_id", ""),
-                hop=getattr(task, "hop", None),
+                run=getattr(named, "run_id", ""),
+                hop=getattr(named, "hop", None),
                 outcome=outcome,
                 **facts,
             )

@@ -22,6 +22,7 @@ from chainward_shared.errors import SpentError
 from chainward_shared.evaluation.classification import (
     COUNT_FIELDS,
     PredictionCounts,
+    counts_from_state,
     counts_to_arrays,
     counts_to_state,
     evaluate,
@@ -35,7 +36,6 @@ from chainward_shared.protocol import (
     EvaluateTask,
     pack,
 )
-from chainward_shared.weights import to_full_arrays
 
 Counts = dict[str, PredictionCounts]
 """Of each split."""
@@ -43,9 +43,17 @@ Counts = dict[str, PredictionCounts]
 
 def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
     """Return the answer: scores as they are, with noise, or none."""
+    result, counts = scores_and_counts(task, arrays, site)
+    return pack(result, {f"counts_{split}": counts_to_arrays(of_split) for split, of_split in counts.items()})
+
+
+def scores_and_counts(
+    task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite
+) -> tuple[EvaluateResult, Counts]:
+    """Return the scores as they are, with noise, or none, and the counts of each split that they follow from."""
     release = "exact" if site.policy is None else site.policy.metrics
     if release == "withhold" or (release == "noised" and not task.splits):
-        return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
+        return EvaluateResult(site=site.site, scores={}, release="withhold"), {}
     check_architecture(task.architecture, site.described, any_size=True)
     if release == "noised":
         return _noised_scores(task, site, arrays)
@@ -54,9 +62,8 @@ def scored(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -
         too_few_cases(site.data, task, site.scores)
         or not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores)
     ):
-        return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
-    result, counts = exact_scores(task, site.data, model, site.features, rounded=site.scores is not None)
-    return pack(result, {f"counts_{split}": counts_to_arrays(of_split) for split, of_split in counts.items()})
+        return EvaluateResult(site=site.site, scores={}, release="withhold"), {}
+    return exact_scores(task, site.data, model, site.features, rounded=site.scores is not None)
 
 
 def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> nn.Module:
@@ -106,7 +113,7 @@ def noised_scores(
     return EvaluateResult(site=data.site, scores=scores, release="noised"), counts
 
 
-def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRecord]) -> RecordDict:
+def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRecord]) -> tuple[EvaluateResult, Counts]:
     """Return scores with noise, charged to the ledger; the stored ones where the same was asked before."""
     privacy = site.open_privacy()
     assert privacy is not None
@@ -118,7 +125,7 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
         model, data = _model(task, arrays, site), site.data
         check_scale(measured=data.scale is not None)
         if not work.release():
-            return pack(EvaluateResult(site=site.site, scores={}, release="withhold"))
+            return EvaluateResult(site=site.site, scores={}, release="withhold"), {}
         try:
             result, counts = noised_scores(task, data, privacy, model, site.features)
         except Exception as error:
@@ -131,8 +138,8 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
         answer = result, stored
         store.save_answer(task, *answer)
     result, state = answer
-    parts = {
-        name: {key: state[f"{name}.{key}"] for key in COUNT_FIELDS} for name in map("counts_{}".format, task.splits)
+    found: Counts = {
+        split: counts_from_state({name: state[f"counts_{split}.{name}"] for name in COUNT_FIELDS})
+        for split in task.splits
     }
-    result = result.model_copy(update={"statement": work.statement()})
-    return pack(result, {name: to_full_arrays(of_split) for name, of_split in parts.items()})
+    return result.model_copy(update={"statement": work.statement()}), found

@@ -8,26 +8,26 @@ would follow: so a site remembers over which sites it has unmasked sums, and ref
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from chainward_client.given_sums import GivenSums, Kind, locked, read_kept, write_kept
 from chainward_client.site_config import SecureSums
-from chainward_shared.errors import PolicyRefusal, ProtocolError, StoreError
-from chainward_shared.files import write_atomically
+from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.outside import SiteId
 from chainward_shared.privacy.signing import fingerprint as key_fingerprint
 from chainward_shared.protocol import (
     FEWEST_SITES,
+    MOST_WEIGHT,
     Offer,
     Round,
     SumShares,
+    SumTask,
     SumUnmasking,
 )
 from chainward_shared.secure_sums import (
@@ -39,13 +39,9 @@ from chainward_shared.secure_sums import (
     opened,
     shares_for_others,
 )
-from chainward_shared.words import first_problem, listed
+from chainward_shared.words import listed
 
 logger = logging.getLogger("chainward.client")
-
-
-LONGEST_ANSWER = 60.0
-"""Seconds that a question waits for another one about the same sum."""
 
 
 class _Kept(BaseModel):
@@ -58,6 +54,7 @@ class _Kept(BaseModel):
     offers: list[Offer] | None = None
     shares: SumShares | None = None
     received: dict[SiteId, str] | None = None
+    kind: Kind = "statistics"
     unmasking: SumUnmasking | None = None
 
 
@@ -82,7 +79,7 @@ class Participation:
         identity: Callable[[], Ed25519PrivateKey] | None,
     ) -> None:
         self.file, self.site, self.terms, self._identity = file, site, terms, identity
-        self._given = _Given(given)
+        self._given = GivenSums(given)
 
     def offer(self, round_: Round) -> Offer:
         """Take part in a round: return public keys for it. A later attempt ends the ones before it.
@@ -125,13 +122,16 @@ class Participation:
                 raise ProtocolError(f"site '{self.site}' has shared its secrets out among other keys in this round")
             return kept.shares
 
-    def mask(self, round_: Round, received: dict[str, str], numbers: Callable[[], np.ndarray]) -> np.ndarray:
+    def mask(
+        self, round_: Round, received: dict[str, str], numbers: Callable[[], np.ndarray], kind: Kind = "statistics"
+    ) -> np.ndarray:
         """Return the site's numbers, masked, uint64.
 
         Parameters
         ----------
         received : what the others have sent this site, by sender
         numbers : returns the numbers, fixed-point
+        kind : of which they are
 
         Raises
         ------
@@ -149,7 +149,7 @@ class Participation:
                     raise ProtocolError(f"there are shares of site '{strangers[0]}', which takes no part in this round")
                 self._enough(round_, received, "have sent shares")
                 opened(self._secrets(kept), self.site, kept.offers, received)
-                kept.received = dict(received)
+                kept.received, kept.kind = dict(received), kind
                 self._save(kept)
             elif kept.received != dict(received):
                 raise ProtocolError(f"site '{self.site}' was given other shares in this round before")
@@ -173,8 +173,9 @@ class Participation:
                 if unknown := sorted(set(answered) - set(kept.received)):
                     raise ProtocolError(f"site '{unknown[0]}' is said to have answered, and has no part in this sum")
                 self._enough(round_, answered, "have answered")
+                self._check_weights(round_, answered)
                 if self.terms is not None and not self.terms.differences:
-                    self._given.add(answered)
+                    self._given.add({site: round_.weight(site) for site in answered}, kept.kind)
                 held = opened(self._secrets(kept), self.site, kept.offers, kept.received)
                 kept.unmasking = SumUnmasking(
                     site=self.site,
@@ -191,7 +192,7 @@ class Participation:
 
     def _alone(self) -> AbstractContextManager[None]:
         """Let no other process of the site answer for this sum meanwhile: two could each unmask another one."""
-        return _locked(self.file)
+        return locked(self.file)
 
     def _admit(self, round_: Round) -> None:
         if self.site not in round_.members or len(set(round_.members)) != len(round_.members):
@@ -204,6 +205,7 @@ class Participation:
                 f"to take {least} (secure_sums.threshold in its site.yaml, and federation.secure-threshold of the run)"
             )
         self._enough(round_, round_.members, "take part")
+        self._check_weights(round_, round_.members)
         if self.terms is None:
             return
         strangers = [site for site in round_.members if site != self.site and site not in self.terms.partners]
@@ -219,6 +221,14 @@ class Participation:
             raise PolicyRefusal(
                 f"{len(set(sites))} sites {what}; site '{self.site}' adds its numbers to those of others where they are at least "
                 f"{fewest}, itself among them"
+            )
+
+    def _check_weights(self, round_: Round, sites: Collection[str]) -> None:
+        site, share = round_.heaviest(sites)
+        if share > MOST_WEIGHT * (1 + 1e-6):
+            raise PolicyRefusal(
+                f"site '{site}' has {share:.0%} of the weight in this sum, from which its numbers would follow roughly; at most "
+                f"{MOST_WEIGHT:.0%} is allowed"
             )
 
     def _check_offers(self, kept: _Kept, offers: Sequence[Offer]) -> None:
@@ -264,85 +274,12 @@ class Participation:
         return kept.secrets
 
     def _load(self) -> _Kept | None:
-        return _read(self.file, _Kept)
+        return read_kept(self.file, _Kept)
 
     def _save(self, kept: _Kept) -> None:
-        _write(self.file, kept)
+        write_kept(self.file, kept)
 
 
-class _Sets(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    sets: list[list[SiteId]] = Field(default_factory=list)
-
-
-class _Given:
-    """The sets of sites over which a site has unmasked sums."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def add(self, answered: Collection[str]) -> None:
-        """Note a set, unless some sums of those known and this one are the numbers of a single site.
-
-        Raises
-        ------
-        PolicyRefusal
-            They are.
-        StoreError
-            The file can't be read or written.
-        """
-        with _locked(self.file):
-            known = _read(self.file, _Sets) or _Sets()
-            new = sorted(set(answered))
-            if new in known.sets:
-                return
-            if alone := _singled_out([*known.sets, new]):
-                raise PolicyRefusal(
-                    f"from this sum and earlier ones the numbers of site '{alone}' alone would follow if the models are alike; "
-                    "wait until the same sites are there as before (or set secure_sums.differences: true in each site.yaml)"
-                )
-            known.sets.append(new)
-            _write(self.file, known)
-
-
-def _singled_out(sets: Sequence[Sequence[str]]) -> str | None:
-    """Return a site whose numbers alone are a combination of the sums over these sets; None where there is none."""
-    sites = sorted({site for members in sets for site in members})
-    sums = np.array([[float(site in members) for site in sites] for members in sets])
-    rank = np.linalg.matrix_rank(sums)
-    for site, alone in zip(sites, np.eye(len(sites)), strict=True):
-        if np.linalg.matrix_rank(np.vstack([sums, alone])) == rank:
-            return site
-    return None
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(file.with_suffix(".lock"), timeout=LONGEST_ANSWER, mode=0o600)
-        lock.acquire()
-    except OSError as error:
-        raise StoreError(f"{file.parent}: can't be written ({error}); free space or fix its rights") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _read(file: Path, model: type[M]) -> M | None:
-    try:
-        return model.model_validate_json(file.read_bytes()) if file.exists() else None
-    except (OSError, ValidationError) as error:
-        raise StoreError(f"{file}: damaged ({first_problem(error)}); restore it from a backup") from error
-
-
-def _write(file: Path, model: BaseModel) -> None:
-    try:
-        write_atomically(file, model.model_dump_json().encode(), mode=0o600)
-    except OSError as error:
-        raise StoreError(f"{file}: can't be written ({error.strerror}); free space or fix its rights") from error
+def kind_of_sum(task: SumTask) -> Kind:
+    """Return which numbers a task adds up."""
+    return "students" if task.student else "scores" if task.scores else "statistics"

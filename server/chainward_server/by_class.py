@@ -60,7 +60,7 @@ def _familiarity(run: Run, state: StateDict) -> Familiarity | None:
 
 def by_class(counted: Mapping[Split, Counted], classes: int) -> ByClass:
     """Return calibration and operating points out of validation counts, and each class's test images by them."""
-    validation, test = (list(counted[split].counts.values()) for split in ("val", "test"))
+    validation, test = (counted[split].parts for split in ("val", "test"))
     chosen = summed(validation)
     calibration, points = fitted_temperature(chosen), operating_points(chosen, classes)
     if not test:

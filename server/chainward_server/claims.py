@@ -17,6 +17,7 @@ from chainward_shared.discriminant import LARGEST, HeadSums
 from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.privacy.statements import Statement
 from chainward_shared.protocol import SiteCard, Split, StatisticsResult, TrainingLog
 
 NOISED_CASES = 10
@@ -148,12 +149,38 @@ def check_release(release: Tensor, result: StatisticsResult, card: SiteCard, *, 
     ProtocolError
         It has no noise, other noise than was paid for, or is longer than units and noise can make it.
     """
-    paid = () if result.statement is None else result.statement.of_run
-    if private and not any(one.kind == "gaussian" and one.noise_multiplier == result.noise > 0 for one in paid):
-        raise ProtocolError(f"its sums have noise of {result.noise:g}, which its privacy statement doesn't account for")
-    if not private and result.noise:
-        raise ProtocolError(f"its sums have noise of {result.noise:g}, and it trains without privacy")
-    most = NOISED_CASES * card.train + 1_000 + result.noise * (len(release) ** 0.5 + 10)
+    check_noise(result.noise, result.statement, private=private)
+    check_length(release, result.noise, card)
+
+
+def check_noise(noise: float, statement: Statement | None, *, private: bool) -> None:
+    """Check that a release has the noise that its site's statement accounts for.
+
+    Parameters
+    ----------
+    private : whether it must have noise
+
+    Raises
+    ------
+    ProtocolError
+        It has none, or other noise than was paid for.
+    """
+    paid = () if statement is None else statement.of_run
+    if private and not any(one.kind == "gaussian" and one.noise_multiplier == noise > 0 for one in paid):
+        raise ProtocolError(f"its sums have noise of {noise:g}, which its privacy statement doesn't account for")
+    if not private and noise:
+        raise ProtocolError(f"its sums have noise of {noise:g}, and it trains without privacy")
+
+
+def check_length(release: Tensor, noise: float, card: SiteCard) -> None:
+    """Check that bounded sums with noise of this standard deviation are no longer than so many units can make them.
+
+    Raises
+    ------
+    ProtocolError
+        They are.
+    """
+    most = NOISED_CASES * card.train + 1_000 + noise * (len(release) ** 0.5 + 10)
     if not float(torch.linalg.vector_norm(release)) <= most:
         raise ProtocolError(f"its sums are longer than {most:g}, which {card.train} units and their noise can't be")
 

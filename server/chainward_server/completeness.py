@@ -87,8 +87,7 @@ def _counts(results: Results, config: RunConfig, private: frozenset[str]) -> lis
         for round_ in results.student_rounds
     ]
     with_test = {site.site for site in results.data.sites if site.test}
-    counts += [
-        (f"sites with test images scored the model of the {name}", len(with_test & set(scores.sites)), len(with_test))
-        for name, scores in results.final.items()
-    ]
+    for name, scores in results.final.items():
+        scored = with_test & {*scores.sites, *scores.together}
+        counts.append((f"sites with test images scored the model of the {name}", len(scored), len(with_test)))
     return counts

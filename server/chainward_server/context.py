@@ -18,7 +18,7 @@ from chainward_server.results import (
     SiteSummary,
 )
 from chainward_server.schedule import site_order
-from chainward_server.scoring import Counted, Split, count_everywhere, localise_everywhere
+from chainward_server.scoring import Counted, Split, count_everywhere, count_in_secret, localise_everywhere
 from chainward_server.sites import Sites
 from chainward_server.standing import Standing, expected_end
 from chainward_shared.config import RunConfig
@@ -70,6 +70,14 @@ class Run:
         """The sites in the order of a lap."""
         return site_order(self.sites.ids, self.sites.sizes, self.config.chain, self.config.seed)
 
+    @property
+    def secure(self) -> bool:
+        """Whether what is a sum is added up in secret: because the run says so, or a site gives it in no other way."""
+        mode = self.config.federation.secure_sums
+        return mode == "on" or (
+            mode == "required-by-site" and any(card.secure_sums for card in self.sites.cards.values())
+        )
+
     def save_model(
         self, name: str, state: StateDict, architecture: Architecture, record: ModelRecord | Familiarity | None = None
     ) -> None:
@@ -96,22 +104,20 @@ class Run:
     def _count(
         self, architecture: Architecture, state: StateDict, splits: list[Split], asked: list[str] | None = None
     ) -> dict[Split, Counted]:
-        found = count_everywhere(
-            self.sites,
-            self.privacy,
-            architecture,
-            state,
-            splits,
-            run_id=self.checkpoints.run_id,
-            threads=self.config.federation.cpu_threads,
-            asked=asked,
-        )
+        what, threads = (self.sites, self.privacy, architecture, state, splits), self.config.federation.cpu_threads
+        run_id, retries = self.checkpoints.run_id, self.config.chain.retries
+        if self.secure:
+            found = count_in_secret(*what, run_id=run_id, threads=threads, asked=asked, retries=retries)
+        else:
+            found = count_everywhere(*what, run_id=run_id, threads=threads, asked=asked)
         if {*splits} == {"val", "test"} and asked is None:
             self._last = digest(state), found
         return found
 
     def localise(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
-        """Return where a model looks, at all sites; see `localise_everywhere`."""
+        """Return where a model looks, at all sites; see `localise_everywhere`. Nothing where sums are secure: this isn't one."""
+        if self.secure:
+            return None
         return localise_everywhere(
             self.sites,
             self.privacy,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from flwr.app import ArrayRecord
 
 from chainward_server.approvals import Approvals
@@ -13,19 +12,18 @@ from chainward_server.delivery import Delivery
 from chainward_server.exchange import Exchange
 from chainward_server.request import Reply, Request
 from chainward_server.secure_sums import SecureSum
-from chainward_server.sites import Failure, Result, Scored, Sites, Summed, Task, Trained, Work
+from chainward_server.sites import Failure, Result, Scored, Sites, Summable, Summed, Task, Trained, Work
 from chainward_shared.config import FederationConfig
-from chainward_shared.discriminant import sums_template
 from chainward_shared.errors import WeightsError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_from_arrays
 from chainward_shared.models import Architecture
-from chainward_shared.models.heads import check_head
 from chainward_shared.models.start import travelling, travelling_template, whole
 from chainward_shared.protocol import (
     EvaluateResult,
     EvaluateTask,
     LinkResult,
     LinkTask,
+    MaskedSum,
     SiteCard,
     StatisticsResult,
     StatisticsTask,
@@ -33,6 +31,7 @@ from chainward_shared.protocol import (
     StudentTask,
 )
 from chainward_shared.protocol.run_plan import RunPlan
+from chainward_shared.summands import summand_template
 from chainward_shared.weights import StateDict, from_arrays, to_arrays
 
 
@@ -122,16 +121,25 @@ class FlowerSites(Sites):
         deadline = self.federation.hop_deadline * (len(work) if self.simulated else 1)
         return self._train("evaluate.statistics", work, StatisticsResult, "sums", deadline, self.federation.patience)
 
-    def summed(self, work: Mapping[str, Work[StatisticsTask]]) -> Summed:
+    def summed(
+        self,
+        work: Mapping[str, Work[Summable]],
+        *,
+        weights: Mapping[str, float] | None = None,
+        check: Callable[[str, MaskedSum], None] = lambda site, answer: None,
+    ) -> Summed:
         task = next(iter(work.values())).task
+        one_after_another = self.simulated or isinstance(task, StudentTask)
         return SecureSum(
             self.exchange,
             work,
-            sums_template(task.architecture.num_classes, check_head(task.architecture)),
+            summand_template(task, self.any_card.task),
             lambda site: self._models(work[site]),
             threshold=self.federation.secure_threshold,
-            deadline=self.federation.hop_deadline * (len(work) if self.simulated else 1),
+            deadline=self.federation.hop_deadline * (len(work) if one_after_another else 1),
             brief=self.federation.deadline,
+            weights=weights,
+            check=check,
             patience=self.federation.patience,
         ).run()
 
@@ -179,11 +187,7 @@ class FlowerSites(Sites):
         """Return the model of which the part that was trained came; of a statistics task, the sums."""
         architecture = task.architecture
         if isinstance(task, StatisticsTask):
-            if task.form is not None:
-                groups = task.form.groups(architecture.num_classes, multilabel=self.any_card.task == "multilabel")
-                size = sum(task.form.sizes(groups).values())
-                return from_arrays(arrays, {"release": torch.zeros(size, dtype=torch.float64)})
-            return from_arrays(arrays, sums_template(architecture.num_classes, check_head(architecture)))
+            return from_arrays(arrays, summand_template(task, self.any_card.task))
         base = None if architecture.start is None else self._bases.get(architecture.start.digest)
         return whole(from_arrays(arrays, travelling_template(architecture)), architecture, base)
 

@@ -18,7 +18,7 @@ from chainward_server.context import Run
 from chainward_server.private_heads import private_head
 from chainward_server.results import HeadRecord
 from chainward_server.scoring import link_metrics, shown
-from chainward_server.secure_heads import added_up, is_secure
+from chainward_server.secure_heads import added_up
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.discriminant import Head, HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
@@ -147,7 +147,7 @@ def _asked(run: Run, key: str, state: StateDict, architecture: Architecture) -> 
     """Ask all sites, and return what came of it and the sums that can be used, in the order of the sites."""
     weights = _class_weights(run)
     task = _task(run, key, state, weights, architecture)
-    if is_secure(run):
+    if run.secure:
         record, together = added_up(run, task, state)
         return record, {"all of them": _sums_in(together, weights)}
     started = time.monotonic()

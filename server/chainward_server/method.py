@@ -12,6 +12,8 @@ from chainward_server.by_class import judged
 from chainward_server.chain import ChainOutcome, run_chain
 from chainward_server.context import Run
 from chainward_server.students import run_students
+from chainward_shared.config.contradictions import secure_contradictions
+from chainward_shared.errors import StartAnewError
 from chainward_shared.models import Architecture
 from chainward_shared.models.of_run import student_architecture
 from chainward_shared.weights import StateDict
@@ -45,6 +47,8 @@ def run_method(
     ChainwardError
         The run can't go on.
     """
+    if run.secure and (problem := next(secure_contradictions(run.config), None)):
+        raise StartAnewError(problem)
     with stage("chain"):
         chain = run_chain(run)
         _keep(run, "chain", run.architecture, chain.model)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from chainward_server.attempts import Attempted, attempted
-from chainward_server.claims import check_release
+from chainward_server.claims import check_length, check_noise, check_release
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
+from chainward_server.secure_rounds import card_of_all, summed_everywhere
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.discriminant import Head
 from chainward_shared.errors import ChainwardError
@@ -28,7 +29,7 @@ from chainward_shared.noisy_discriminant import axes_for, centred, moments_help,
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.privacy.dp_sgd import statistics_mechanisms
 from chainward_shared.private_sums import Frame, NoisySums, SumsForm
-from chainward_shared.protocol import StatisticsResult, StatisticsTask
+from chainward_shared.protocol import MaskedSum, StatisticsResult, StatisticsTask
 from chainward_shared.public_images import public_images
 from chainward_shared.recipes import PrivacyRecipe
 from chainward_shared.weights import StateDict, digest
@@ -40,10 +41,14 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class _Answers:
-    """What came of one release: the sum of those of all sites that answered, and how each fared."""
+    """What came of one release: the sum of those of all sites that answered, which these are, and why others are missing."""
 
     sums: NoisySums
-    outcomes: dict[str, Attempted[StatisticsResult]]
+    sites: list[str]
+    failed: dict[str, str]
+    unreached: list[str]
+    bytes_down: int
+    bytes_up: int
 
 
 def private_head(run: Run, key: str, state: StateDict, *, prior_strength: float) -> tuple[HeadRecord, Head]:
@@ -69,27 +74,26 @@ def private_head(run: Run, key: str, state: StateDict, *, prior_strength: float)
     second = _released(run, key, state, recipe, frame, form)
     multilabel = run.sites.any_card.task == "multilabel"
     head = noisy_discriminant(frame, second.sums, multilabel=multilabel, prior_strength=prior_strength)
-    outcomes = second.outcomes
-    answered = [site for site, outcome in outcomes.items() if outcome.answer is not None]
     logger.info(
         "private statistics round '%s': %d of %d sites, %d axes, %s second moments",
         key,
-        len(answered),
-        len(outcomes),
+        len(second.sites),
+        len(run.sites.ids),
         axes,
         "with" if form.moments else "without",
     )
     return HeadRecord(
         key=key,
-        sites=answered,
-        failed={site: _reason(outcome) for site, outcome in outcomes.items() if outcome.answer is None},
-        unreached=[site for site, outcome in outcomes.items() if outcome.unreached],
-        images=sum(run.sites.sizes[site] for site in answered),
+        sites=second.sites,
+        secure=run.secure,
+        failed=second.failed,
+        unreached=second.unreached,
+        images=sum(run.sites.sizes[site] for site in second.sites),
         validation=0,
         shrinkage=min(1.0, max(0.0, head.shrinkage)),
         seconds=time.monotonic() - started,
-        bytes_down=sum(outcome.bytes_down for of in (first, second) for outcome in of.outcomes.values()),
-        bytes_up=sum(outcome.bytes_up for of in (first, second) for outcome in of.outcomes.values()),
+        bytes_down=first.bytes_down + second.bytes_down,
+        bytes_up=first.bytes_up + second.bytes_up,
     ), head
 
 
@@ -127,13 +131,46 @@ def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame
         form=form,
         frame_digest=digest(frame.state()),
     )
-    cards = run.sites.cards
     groups = form.groups(len(run.sites.any_card.classes), multilabel=run.sites.any_card.task == "multilabel")
+    models = {"model": state, "frame": frame.state()}
+
+    def work(site: str) -> Work[StatisticsTask]:
+        return Work(task.model_copy(update={"seen_head": run.privacy.seen_head(site)}), models)
+
+    return (_in_secret if run.secure else _in_the_open)(run, key, work, form, groups)
+
+
+def _in_secret(
+    run: Run, key: str, work: Callable[[str], Work[StatisticsTask]], form: SumsForm, groups: int
+) -> _Answers:
+    """Add up releases of which the coordinator sees none; each site adds all of its own noise, whoever else is there."""
+
+    def check(site: str, answer: MaskedSum) -> None:
+        check_noise(answer.noise, answer.statement, private=run.privacy.is_private(site))
+        run.privacy.take(answer.statement, site, key)
+
+    what, retries = f"private statistics round '{key}'", run.config.chain.retries
+    summed, failed = summed_everywhere(run.sites, what, work, retries=retries, check=check)
+    release = summed.state["release"]
+    check_length(release, summed.noise, card_of_all([run.sites.cards[site] for site in summed.sites]))
+    return _Answers(
+        NoisySums.of(release.numpy(), summed.noise, form, groups),
+        summed.sites,
+        {site: failure.reason for site, failure in failed.items()},
+        [site for site, failure in failed.items() if failure.unreached],
+        summed.bytes_down,
+        summed.bytes_up,
+    )
+
+
+def _in_the_open(
+    run: Run, key: str, work: Callable[[str], Work[StatisticsTask]], form: SumsForm, groups: int
+) -> _Answers:
+    """Add up the releases of all sites that can be used."""
+    cards = run.sites.cards
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
-        models = {"model": state, "frame": frame.state()}
-        asked = {site: task.model_copy(update={"seen_head": run.privacy.seen_head(site)}) for site in sites}
-        return run.sites.statistics({site: Work(one, models) for site, one in asked.items()})
+        return run.sites.statistics({site: work(site) for site in sites})
 
     def check(site: str, answer: Trained[StatisticsResult]) -> None:
         result = answer.result
@@ -158,7 +195,14 @@ def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame
         )
     total = np.sum([answer.model["release"].numpy() for answer in answers], axis=0)
     noise = math.sqrt(sum(answer.result.noise**2 for answer in answers))
-    return _Answers(NoisySums.of(total, noise, form, groups), outcomes)
+    return _Answers(
+        NoisySums.of(total, noise, form, groups),
+        [site for site, outcome in outcomes.items() if outcome.answer is not None],
+        {site: _reason(outcome) for site, outcome in outcomes.items() if outcome.answer is None},
+        [site for site, outcome in outcomes.items() if outcome.unreached],
+        sum(outcome.bytes_down for outcome in outcomes.values()),
+        sum(outcome.bytes_up for outcome in outcomes.values()),
+    )
 
 
 def _reason(outcome: Attempted[StatisticsResult]) -> str:

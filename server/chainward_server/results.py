@@ -55,10 +55,12 @@ class Progressing(Record):
 
 
 class SiteScores(Record):
-    """One model on every site's own images, and on all of them together."""
+    """One model on every site's own images, and on all of them together. `together`: sites that are in `pooled` and whose own
+    scores nobody has seen."""
 
     sites: BySite[Scores]
     pooled: Scores
+    together: list[SiteId] = Field(default_factory=list, max_length=MAX_SITES)
 
 
 class ClassScores(Record):
@@ -202,8 +204,8 @@ class Influence(Record):
 class StudentRound(Progressing):
     """One round of the compact students. `failed`: site -> why it is missing from the average. `unreached`: those of them that
     could not be reached. `auxiliary_kept`: fraction of its own selection that the auxiliary teacher still holds after this
-    round, mean over the sites; None in fine-tuning. `influence`: what part each site had in the average; empty in runs of
-    earlier builds."""
+    round, mean over the sites; None in fine-tuning. `secure`: nobody has seen the student of a single site. `influence`: what
+    part each site had in the average; empty where that is so, and in runs of earlier builds."""
 
     round: Count
     stage: Literal["distil", "finetune"]
@@ -215,6 +217,7 @@ class StudentRound(Progressing):
     bytes_up: Bytes
     validation: Scores | None = None
     auxiliary_kept: Fraction | None = None
+    secure: bool = False
     influence: BySite[Influence] = Field(default_factory=dict)
 
     @property

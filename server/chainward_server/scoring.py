@@ -10,6 +10,7 @@ from typing import Literal
 from chainward_server.claims import check_counted, check_looks
 from chainward_server.privacy import RunPrivacy
 from chainward_server.results import LinkMetrics, SiteLocalisation, SiteScores
+from chainward_server.secure_rounds import card_of_all, summed_everywhere
 from chainward_server.sites import Failure, Scored, Sites, Work
 from chainward_shared.errors import ChainwardError, ModelError, ProtocolError, StatementError, WeightsError
 from chainward_shared.evaluation.attention_maps import check_mappable
@@ -17,7 +18,8 @@ from chainward_shared.evaluation.classification import PredictionCounts, check_s
 from chainward_shared.evaluation.localisation import pool_sums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture, skeleton
-from chainward_shared.protocol import EvaluateTask
+from chainward_shared.protocol import EvaluateTask, MaskedSum
+from chainward_shared.summands import counts_in
 from chainward_shared.weights import StateDict, digest
 
 logger = logging.getLogger("chainward")
@@ -36,15 +38,24 @@ class Counted:
     ----------
     scores : those that the sites sent
     counts : that they follow from; with noise: of the confusion matrix alone
+    total, together : counts of all sites that added theirs up in secret, and which sites these are
     """
 
     scores: dict[str, Scores] = field(default_factory=dict)
     counts: dict[str, PredictionCounts] = field(default_factory=dict)
+    total: PredictionCounts | None = None
+    together: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[PredictionCounts]:
+        """All counts, whosever they are."""
+        return [*self.counts.values(), *([] if self.total is None else [self.total])]
 
     @property
     def site_scores(self) -> SiteScores:
         """Return the scores at every site, and over all of them."""
-        return SiteScores(sites=self.scores, pooled=pool(self.counts.values()) if self.counts else NO_SCORES)
+        pooled = pool(self.parts) if self.parts else NO_SCORES
+        return SiteScores(sites=self.scores, pooled=pooled, together=self.together)
 
 
 def count_everywhere(
@@ -98,6 +109,48 @@ def count_everywhere(
     if problems and len(problems) == len(answers):
         raise ChainwardError(f"no site scored the model: {problems[0]}")
     return counted
+
+
+def count_in_secret(
+    sites: Sites,
+    privacy: RunPrivacy,
+    architecture: Architecture,
+    state: StateDict,
+    splits: list[Split],
+    *,
+    run_id: str,
+    threads: int,
+    retries: int,
+    asked: Collection[str] | None = None,
+) -> dict[Split, Counted]:
+    """Return the predictions of a model on the images of all sites together, of which those of no single site are seen.
+
+    A site that withholds its scores isn't asked. Where there is no secure sum there are counts of none, with a warning.
+    Parameters as of `count_everywhere`; `retries`: so many times a sum is tried again.
+    """
+    task = EvaluateTask(run_id=run_id, architecture=architecture, splits=splits, threads=threads, digest=digest(state))
+
+    def check(site: str, answer: MaskedSum) -> None:
+        declared = sites.cards[site].privacy
+        if declared is not None and declared.terms.metrics == "noised":
+            privacy.take(answer.statement, site, task.hop)
+
+    def work(site: str) -> Work[EvaluateTask]:
+        return Work(task.model_copy(update={"seen_head": privacy.seen_head(site)}), {"model": state})
+
+    telling = [
+        site for site, card in sites.cards.items() if not card.privacy or card.privacy.terms.metrics != "withhold"
+    ]
+    members = [site for site in telling if asked is None or site in asked]
+    try:
+        summed, _ = summed_everywhere(sites, "scores", work, retries=retries, asked=members, check=check)
+        counts = counts_in(summed.state, task)
+        card = card_of_all([sites.cards[site] for site in summed.sites])
+        check_counted({split: pool([of]) for split, of in counts.items()}, card)
+    except ChainwardError as error:
+        logger.warning("a model has no scores: %s", error)
+        return {split: Counted() for split in splits}
+    return {split: Counted(total=counts[split], together=summed.sites) for split in splits}
 
 
 def score_everywhere(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from flwr.app import ArrayRecord
 from chainward_server.exchange import Exchange
 from chainward_server.request import Reply, Request
 from chainward_server.sites import Failure, Summed, TooFewSitesError, Work
-from chainward_shared.errors import ProtocolError, WeightsError
+from chainward_shared.errors import ChainwardError, ProtocolError, WeightsError
 from chainward_shared.protocol import (
     FEWEST_SITES,
+    MOST_WEIGHT,
     Body,
     MaskedSum,
     Offer,
     Round,
-    StatisticsTask,
     SumKeys,
     SumKeysTask,
     SumShares,
@@ -30,9 +31,11 @@ from chainward_shared.protocol import (
     SumTask,
     SumUnmasking,
     SumUnmaskTask,
+    SumWork,
     fingerprint,
 )
 from chainward_shared.secure_sums import fewest_answers, from_tensor, real_numbers, shaped, unmasked
+from chainward_shared.summands import fraction_bits
 from chainward_shared.weights import StateDict, from_arrays
 
 logger = logging.getLogger("chainward")
@@ -51,17 +54,21 @@ class SecureSum:
     template : names, shapes and dtypes of what is summed
     models : returns the arrays of the models that a site gets with its work
     threshold : share of the sites more than which must be there to unmask the sum
+    weights, check : as of `Sites.summed`
     deadline, patience : seconds, as of other requests; `brief`: of the messages that need no work
     """
 
     exchange: Exchange
-    work: Mapping[str, Work[StatisticsTask]]
+    work: Mapping[str, Work[Any]]
     template: StateDict
     models: Callable[[str], Mapping[str, ArrayRecord]]
     threshold: float
     deadline: float
     brief: float
+    weights: Mapping[str, float] | None
+    check: Callable[[str, MaskedSum], None]
     patience: float = 0.0
+    noise: float = 0.0
     failed: dict[str, Failure] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -81,10 +88,17 @@ class SecureSum:
         total, answered = self._masked(round_, shares)
         state = self._unmasked(round_, offers, list(shares), total, answered)
         seconds = time.monotonic() - started
-        return Summed(state, answered, self.failed, seconds, self.bytes_down, self.bytes_up)
+        return Summed(
+            state, answered, list(round_.members), self.noise, self.failed, seconds, self.bytes_down, self.bytes_up
+        )
+
+    @property
+    def _task(self) -> SumWork:
+        work: SumWork = next(iter(self.work.values())).task
+        return work
 
     def _round(self) -> Round:
-        task = next(iter(self.work.values())).task
+        task = self._task
         members = tuple(self.work)
         if len(members) < FEWEST_SITES:
             raise TooFewSitesError(f"a secure sum takes {FEWEST_SITES} sites, there are {len(members)}", {})
@@ -95,6 +109,7 @@ class SecureSum:
             attempt=int(1000 * time.time()),  # later than any before, also after the coordinator was restarted
             members=members,
             threshold=fewest_answers(len(members), self.threshold),
+            weights=() if self.weights is None else tuple(self.weights[site] for site in members),
         )
 
     def _offers(self, round_: Round) -> list[Offer]:
@@ -123,7 +138,7 @@ class SecureSum:
         requests = {}
         for site in shares:
             received = {sender: of.shares[site] for sender, of in shares.items()}
-            task = SumTask(round=round_, statistics=self.work[site].task, shares=received)
+            task = SumTask.of(round_, self.work[site].task, received)
             requests[site] = Request("evaluate.statistics", self._for(site, task), self.models(site))
         numbers = sum(tensor.numel() for tensor in self.template.values())
         total, answered = np.zeros(numbers, dtype=np.uint64), list[str]()
@@ -134,13 +149,26 @@ class SecureSum:
             try:
                 if "sum" not in reply.arrays:
                     raise WeightsError("there are no arrays in it")
-                total += from_tensor(from_arrays(reply.arrays["sum"], expected)["sum"])
-            except WeightsError as error:
+                numbers_of_site = from_tensor(from_arrays(reply.arrays["sum"], expected)["sum"])
+                self.check(site, reply.body)
+            except ChainwardError as error:
                 self._fail(site, f"sent numbers that can't be used: {error}", reply.seconds)
                 continue
+            total += numbers_of_site
+            self.noise = math.hypot(self.noise, reply.body.noise)
             answered.append(site)
         self._enough(round_, answered, "have answered")
+        self._even(round_, answered)
         return total, [site for site in round_.members if site in answered]
+
+    def _even(self, round_: Round, answered: Sequence[str]) -> None:
+        site, share = round_.heaviest(answered)
+        if share > MOST_WEIGHT * (1 + 1e-6):
+            raise TooFewSitesError(
+                f"without those that are missing site '{site}' has {share:.0%} of the weight; no hospital gives more than "
+                f"{MOST_WEIGHT:.0%}",
+                self.failed,
+            )
 
     def _unmasked(
         self, round_: Round, offers: Sequence[Offer], senders: Sequence[str], total: np.ndarray, answered: list[str]
@@ -160,7 +188,7 @@ class SecureSum:
             found = unmasked(total, round_, offers, answered, dropped, seeds, keys)
         except ProtocolError as error:
             raise TooFewSitesError(str(error), self.failed) from error
-        return shaped(real_numbers(found), self.template)
+        return shaped(real_numbers(found, fraction_bits(self._task)), self.template)
 
     def _ask(
         self, requests: Mapping[str, Request], expected: type[B], deadline: float, patience: float = 0.0

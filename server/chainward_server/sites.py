@@ -8,7 +8,7 @@ method is a further kind of task in `protocol`, and a further method here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -21,6 +21,7 @@ from chainward_shared.protocol import (
     EvaluateTask,
     LinkResult,
     LinkTask,
+    MaskedSum,
     SiteCard,
     StatisticsResult,
     StatisticsTask,
@@ -39,6 +40,8 @@ class TooFewSitesError(ChainwardError):
 
 
 Task = TypeVar("Task", LinkTask, StudentTask, EvaluateTask, StatisticsTask)
+Summable = TypeVar("Summable", StudentTask, EvaluateTask, StatisticsTask)
+"""What yields numbers that are added up over the sites."""
 Result = TypeVar("Result", LinkResult, StudentResult, StatisticsResult)
 
 
@@ -99,13 +102,16 @@ class Failure(Shown):
 
 @dataclass(frozen=True)
 class Summed:
-    """What the tensors of several sites add up to, where those of a single site are never seen.
+    """What the tensors of several sites add up to (`chainward_shared.summands`), where those of a single site are never seen.
 
-    `sites`: whose they are; `failed`: why others are missing. Seconds and bytes as of `Trained`, of all sites.
+    `sites`: whose they are; `members`: who was asked; `noise`: standard deviation of the noise that is in each number of the
+    sum; `failed`: why others are missing. Seconds and bytes as of `Trained`, of all sites.
     """
 
     state: StateDict
     sites: list[str]
+    members: list[str]
+    noise: float
     failed: Mapping[str, Failure]
     seconds: float
     bytes_down: int = 0
@@ -168,8 +174,20 @@ class Sites(ABC):
         """Have each site that `work` names sum up a model's embeddings, and yield the sums as they come."""
 
     @abstractmethod
-    def summed(self, work: Mapping[str, Work[StatisticsTask]]) -> Summed:
-        """Return what the sums of the sites that `work` names add up to, by a secure sum (`chainward_shared.secure_sums`).
+    def summed(
+        self,
+        work: Mapping[str, Work[Summable]],
+        *,
+        weights: Mapping[str, float] | None = None,
+        check: Callable[[str, MaskedSum], None] = lambda site, answer: None,
+    ) -> Summed:
+        """Return what the numbers of the sites that `work` names add up to, by a secure sum (`chainward_shared.secure_sums`).
+
+        Parameters
+        ----------
+        work : the same of all sites
+        weights : what those of each site are multiplied by; default 1
+        check : raises `ChainwardError` where what a site says beside its numbers can't be; these are left out then
 
         Raises
         ------

@@ -17,6 +17,7 @@ from chainward_server.context import Run
 from chainward_server.heads import with_statistics_head
 from chainward_server.results import Influence, StudentRound
 from chainward_server.scoring import shown
+from chainward_server.secure_students import mean_student
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
@@ -131,6 +132,8 @@ def run_students(run: Run, chain: ChainOutcome) -> StateDict:
 
 def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
     """Train one round at all sites and average what came back."""
+    if run.secure:
+        return _run_secure_round(run, begun)
     started = time.monotonic()
     has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
 
@@ -167,6 +170,34 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
         influence={site: Influence(**asdict(part)) for site, part in parts.items()},
     )
     return rounded(average, run.config.federation.transfer), record
+
+
+def _run_secure_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
+    """Train one round at all sites and average it without seeing what came back."""
+    started, asked = time.monotonic(), set[str]()
+    has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
+
+    def work(site: str) -> Work[StudentTask]:
+        new = site in asked or site not in has_auxiliary  # a site that is asked again may have lost its own
+        asked.add(site)
+        return _student_work(run, begun, site, new=new)
+
+    found = mean_student(run, begun.number, begun.student, work, distils=begun.stage == "distil")
+    failed = {site: failure.reason for site, failure in found.failed.items()}
+    _check_quorum(run, begun.number, len(found.summed.sites), failed)
+    record = StudentRound(
+        round=begun.number,
+        stage=begun.stage,
+        sites=found.summed.sites,
+        secure=True,
+        failed=failed,
+        unreached=[site for site, failure in found.failed.items() if failure.unreached],
+        seconds=time.monotonic() - started,
+        bytes_down=found.summed.bytes_down,
+        bytes_up=found.summed.bytes_up,
+        auxiliary_kept=_kept_after(run, found.kept),
+    )
+    return rounded(found.student, run.config.federation.transfer), record
 
 
 def _average(run: Run, begun: _Round, models: dict[str, StateDict]) -> tuple[StateDict, dict[str, Part]]:
@@ -216,10 +247,15 @@ def _check_quorum(run: Run, number: int, finished: int, failed: dict[str, str]) 
 def _kept(run: Run, results: list[StudentResult]) -> float | None:
     """Return what fraction of its own selection the auxiliary teacher still holds, over all rounds, mean of the sites."""
     kept = [result.auxiliary_kept for result in results if result.auxiliary_kept is not None]
-    if not kept:
+    return _kept_after(run, sum(kept) / len(kept) if kept else None)
+
+
+def _kept_after(run: Run, kept: float | None) -> float | None:
+    """Return what is left after a round that has kept so much of its start."""
+    if kept is None:
         return None
     before = [round_.auxiliary_kept for round_ in run.results.student_rounds if round_.auxiliary_kept is not None]
-    return (before[-1] if before else 1.0) * sum(kept) / len(kept)
+    return (before[-1] if before else 1.0) * kept
 
 
 def _student_work(run: Run, begun: _Round, site: str, *, new: bool) -> Work[StudentTask]:

@@ -8,7 +8,7 @@ by a threshold of sites. No site ever gives shares of both masks of another.
 Key agreement, secret sharing and the encryption of shares are Flower's (`flwr.common.secure_aggregation`). Two of its parts are
 not used: its masks come from a Mersenne twister with a seed of 32 bits, which anyone can try; here they are AES-256 in counter
 mode. And its quantisation clips to a range that somebody has to know, and rounds at random; here numbers are fixed-point, modulo
-2^64, so that counts add up exactly and sums to `2**-FRACTION_BITS` per site.
+2^64, so that counts add up exactly and sums to half of the last bit per site. What would overflow is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from chainward_shared.errors import ProtocolError
+from chainward_shared.errors import ModelError, ProtocolError
 from chainward_shared.outside import SiteId
 from chainward_shared.privacy.signing import canonical_json, is_signed, public_text, sign
 from chainward_shared.protocol import Offer, Round
@@ -212,21 +212,32 @@ def unmasked(
     return total
 
 
-def fixed_point(values: Tensor, members: int) -> np.ndarray:
-    """Return numbers as fixed-point ones modulo 2^64, uint64 (n,); any number is cut off where `members` of it would overflow.
+def fixed_point(values: Tensor, members: int, bits: int = FRACTION_BITS) -> np.ndarray:
+    """Return numbers as fixed-point ones modulo 2^64, uint64 (n,), each to within ``2**-(bits + 1)``.
 
-    NaN counts as 0.
+    Parameters
+    ----------
+    members : of whom the numbers are added up; the sum of so many that are let through doesn't overflow
+    bits : behind the point
+
+    Raises
+    ------
+    ModelError
+        A number is not finite, or larger than ``2**(62 - bits) / members``.
     """
     most = float(2**62 // max(1, members))
-    scaled = torch.nan_to_num(
-        values.detach().double().flatten() * 2.0**FRACTION_BITS, nan=0.0, posinf=most, neginf=-most
-    )
-    return scaled.clamp(-most, most).round().to(torch.int64).numpy().view(np.uint64)
+    scaled = values.detach().double().flatten() * 2.0**bits
+    if not bool((scaled.abs() <= most).all()):  # also where it is not a number
+        raise ModelError(
+            f"a number is not finite, or too large to be added up in secret; with {members} sites and {bits} bits behind the "
+            f"point it is at most {most * 2.0**-bits:.3g}"
+        )
+    return scaled.round().to(torch.int64).numpy().view(np.uint64)
 
 
-def real_numbers(values: np.ndarray) -> Tensor:
+def real_numbers(values: np.ndarray, bits: int = FRACTION_BITS) -> Tensor:
     """Return the numbers that `fixed_point` ones stand for, float64 (n,)."""
-    return torch.from_numpy(values.view(np.int64).copy()).double() * 2.0**-FRACTION_BITS
+    return torch.from_numpy(values.view(np.int64).copy()).double() * 2.0**-bits
 
 
 def as_tensor(values: np.ndarray) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,18 @@ from chainward_client.statistics import sums_of
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
-from chainward_server.sites import Failure, Result, Scored, Sites, Summed, Task, TooFewSitesError, Trained, Work
+from chainward_server.sites import (
+    Failure,
+    Result,
+    Scored,
+    Sites,
+    Summable,
+    Summed,
+    Task,
+    TooFewSitesError,
+    Trained,
+    Work,
+)
 from chainward_shared.errors import ChainwardError, PolicyRefusal
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.private_sums import Frame
@@ -30,6 +42,7 @@ from chainward_shared.protocol import (
     EvaluateTask,
     LinkResult,
     LinkTask,
+    MaskedSum,
     SiteCard,
     SitePrivacy,
     StatisticsResult,
@@ -40,6 +53,7 @@ from chainward_shared.protocol import (
     fingerprint,
 )
 from chainward_shared.secure_sums import fixed_point, flat, real_numbers, shaped
+from chainward_shared.summands import counts_summand, fraction_bits, student_summand, summand_template
 from chainward_shared.weights import StateDict, digest, rounded
 
 
@@ -99,15 +113,49 @@ class InProcessSites(Sites):
     ) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
         return ((site, self._answer(site, one, self._sums)) for site, one in work.items())
 
-    def summed(self, work: Mapping[str, Work[StatisticsTask]]) -> Summed:
-        answers = dict(self.statistics(work))
-        models = {site: answer.model for site, answer in answers.items() if isinstance(answer, Trained)}
-        failed = {site: answer for site, answer in answers.items() if isinstance(answer, Failure)}
-        if len(models) < FEWEST_SITES:
-            raise TooFewSitesError(f"{len(models)} sites have answered; a secure sum takes {FEWEST_SITES}", failed)
-        total = sum(fixed_point(flat(model), len(work)) for model in models.values())
-        state = shaped(real_numbers(np.asarray(total)), next(iter(models.values())))
-        return Summed(state, list(models), failed, sum(answer.seconds for answer in answers.values()))
+    def summed(
+        self,
+        work: Mapping[str, Work[Summable]],
+        *,
+        weights: Mapping[str, float] | None = None,
+        check: Callable[[str, MaskedSum], None] = lambda site, answer: None,
+    ) -> Summed:
+        started, failed, total, noise = time.monotonic(), dict[str, Failure](), dict[str, np.ndarray](), 0.0
+        task = next(iter(work.values())).task
+        for site, one in work.items():
+            answer = self._summand(site, one, 1.0 if weights is None else weights[site])
+            if isinstance(answer, Failure):
+                failed[site] = answer
+                continue
+            masked, state = answer
+            try:
+                check(site, masked)
+            except ChainwardError as error:
+                failed[site] = Failure(f"site '{site}': {error}", 0.0, malformed=True)
+                continue
+            total[site] = fixed_point(flat(state), len(work), fraction_bits(task))
+            noise = math.hypot(noise, masked.noise)
+        if len(total) < FEWEST_SITES:
+            raise TooFewSitesError(f"{len(total)} sites have answered; a secure sum takes {FEWEST_SITES}", failed)
+        numbers = real_numbers(np.asarray(sum(total.values())), fraction_bits(task))
+        state = shaped(numbers, summand_template(task, self.any_card.task))
+        return Summed(state, list(total), list(work), noise, failed, time.monotonic() - started)
+
+    def _summand(self, site: str, work: Work[Any], weight: float) -> tuple[MaskedSum, StateDict] | Failure:
+        """Return what a site adds to a secure sum, and what it says beside it."""
+        if isinstance(work.task, EvaluateTask):
+            scored = self._scored(site, work)
+            if isinstance(scored, Failure) or scored.result.release == "withhold":
+                return scored if isinstance(scored, Failure) else Failure(f"site '{site}' withholds its scores", 0.0)
+            return MaskedSum(site=site, statement=scored.result.statement), counts_summand(scored.counts)
+        student = isinstance(work.task, StudentTask)
+        answer: Trained[Any] | Failure = self._answer(site, work, self._student if student else self._sums)
+        if isinstance(answer, Failure):
+            return answer
+        beside = MaskedSum(site=site, noise=getattr(answer.result, "noise", 0.0), statement=answer.result.statement)
+        if not student:
+            return beside, answer.model
+        return beside, student_summand(answer.model, work.models["student"], answer.result.auxiliary_kept, weight)
 
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
         return {site: self._scored(site, one) for site, one in work.items()}

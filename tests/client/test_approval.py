@@ -30,8 +30,12 @@ from chainward_shared.protocol import (
     EvaluateTask,
     LinkTask,
     Refusal,
+    Round,
     StatisticsTask,
     StudentTask,
+    SumKeysTask,
+    SumSharesTask,
+    SumUnmaskTask,
     kind_of,
     pack,
     unpack,
@@ -483,3 +487,19 @@ def test_a_base_that_was_not_approved_leaves_no_byte_behind(hospital, tmp_path):
     )
     assert unpack(app(message, context).content, Refusal)[0].waiting
     assert not list((tmp_path / "state").rglob("*.part"))
+
+
+def test_a_site_names_no_keys_for_a_sum_of_a_run_that_nobody_has_approved(hospital, approvals):
+    round_ = Round(run_id=PLAN.run_id, hop="head", task="0" * 64, members=("ash", "birch", "cedar"), threshold=2)
+    steps = [
+        SumKeysTask(round=round_),
+        SumSharesTask(round=round_, offers=[]),
+        SumUnmaskTask(round=round_, answered=["ash", "birch", "cedar"]),
+    ]
+    for step in steps:
+        assert unpack(answer(step, "query", hospital), Refusal)[0].waiting
+    approvals.ask(PLAN, lambda: None)
+    approvals.decide(PLAN.digest, "refused", "a person")
+    for step in steps:
+        refused = unpack(answer(step, "query", hospital), Refusal)[0]
+        assert refused.final and "has refused run" in refused.reason

@@ -21,6 +21,12 @@ from chainward_shared.protocol import (
     EvaluateTask,
     LinkResult,
     Refusal,
+    Round,
+    SumKeysTask,
+    SumShares,
+    SumSharesTask,
+    SumTask,
+    SumUnmaskTask,
     TrainingLog,
     pack,
 )
@@ -98,3 +104,16 @@ def test_what_was_begun_and_not_answered_is_being_worked_on(journal):
     assert at_work(journal.last(9), now + timedelta(days=8)) is None, "its process was killed long ago"
     journal.answered(pack(TASK), ANSWER, 1.0)
     assert at_work(journal.last(9), now) is None
+
+
+@pytest.mark.parametrize("step", [SumKeysTask, SumSharesTask, SumUnmaskTask, SumTask])
+def test_every_message_of_a_secure_sum_is_written_down_with_its_run_and_hop(journal, step):
+    round_ = Round(run_id="run-1", hop="head", task="0" * 64, members=("ash", "birch", "cedar"), threshold=2)
+    further = {SumSharesTask: {"offers": []}, SumUnmaskTask: {"answered": []}, SumTask: {"shares": {}, "scores": TASK}}
+    asked = pack(step(round=round_, **further.get(step, {})))
+    journal.begun(asked)
+    journal.answered(asked, pack(SumShares(site="ash", shares={})), 0.1)
+    newest, *earlier = journal.last(9)
+    hop = TASK.hop if step is SumTask else "head"
+    assert (newest.kind, newest.run, newest.hop, newest.outcome) == (step.KIND, "run-1", hop, "sent")
+    assert len(earlier) == (step is SumTask), "of what needs no work the answer alone is written down"

@@ -9,7 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from chainward_client.secure_sums import Participation, _singled_out
+from chainward_client.given_sums import singled_out
+from chainward_client.secure_sums import Participation
 from chainward_client.site_config import SecureSums
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.privacy.signing import fingerprint, public_text
@@ -28,7 +29,7 @@ class Hospitals:
         self.keys = {site: Ed25519PrivateKey.generate() for site in sites}
         self.round = self.another(1)
 
-    def another(self, attempt, task="0" * 64, members=None):
+    def another(self, attempt, task="0" * 64, members=None, weights=()):
         members = tuple(members or self.sites)
         return Round(
             run_id="r",
@@ -37,6 +38,7 @@ class Hospitals:
             attempt=attempt,
             members=members,
             threshold=fewest_answers(len(members), 0.5),
+            weights=weights,
         )
 
     def at(self, site, round_=None):
@@ -50,14 +52,14 @@ class Hospitals:
             lambda: self.keys[site],
         )
 
-    def up_to_the_masks(self, round_=None):
+    def up_to_the_masks(self, round_=None, kind="statistics"):
         """Take all hospitals through a round until they have sent their masked numbers."""
         round_ = round_ or self.round
         offers = [self.at(site, round_).offer(round_) for site in round_.members]
         shares = {site: self.at(site, round_).share(round_, offers).shares for site in round_.members}
         received = {site: {sender: shares[sender][site] for sender in shares} for site in round_.members}
         for site in round_.members:
-            self.at(site, round_).mask(round_, received[site], lambda: NUMBERS)
+            self.at(site, round_).mask(round_, received[site], lambda: NUMBERS, kind)
         return offers, received
 
 
@@ -203,7 +205,57 @@ def test_a_site_that_allows_differences_unmasks_a_sum_with_one_site_missing(tmp_
     ],
 )
 def test_sums_from_which_a_single_site_follows_are_found(sets, alone):
-    assert _singled_out([list(members) for members in sets]) == alone
+    assert singled_out([dict.fromkeys(members, 1.0) for members in sets]) == alone
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alone"),
+    [
+        ((0.4, 0.3, 0.2, 0.1), (0.4, 0.3, 0.2, 0.1), None),
+        ((0.4, 0.3, 0.2, 0.1), (0.2, 0.15, 0.1, 0.05), None),  # twice the same
+        ((0.4, 0.3, 0.2, 0.1), (0.4, 0.3, 0.2, 0.2), "dogwood"),
+        ((0.4, 0.3, 0.2, 0.1), (0.4, 0.3 + 1e-9, 0.2, 0.1), "birch"),
+    ],
+)
+def test_weights_that_change_single_a_site_out_like_a_site_that_is_missing(tmp_path, first, second, alone):
+    """The students of one task, added up twice: what they differ by is known to whoever chose the weights."""
+    hospitals = Hospitals(tmp_path)
+    rounds = [hospitals.another(n, weights=weights) for n, weights in enumerate((first, second), start=1)]
+    hospitals.up_to_the_masks(rounds[0], kind="students")
+    hospitals.at("ash", rounds[0]).unmask(rounds[0], SITES)
+    hospitals.up_to_the_masks(rounds[1], kind="students")
+    ash = hospitals.at("ash", rounds[1])
+    if alone is None:
+        assert set(ash.unmask(rounds[1], SITES).seeds) == set(SITES)
+        return
+    with pytest.raises(PolicyRefusal, match=f"site '{alone}' alone"):
+        ash.unmask(rounds[1], SITES)
+
+
+def test_no_site_adds_its_numbers_to_a_sum_of_which_one_has_more_than_half(hospitals):
+    heavy = hospitals.another(1, weights=(0.7, 0.1, 0.1, 0.1))
+    with pytest.raises(PolicyRefusal, match="site 'ash' has 70% of the weight"):
+        hospitals.at("birch", heavy).offer(heavy)
+
+
+def test_a_sum_is_not_unmasked_in_which_one_site_has_more_than_half_without_those_that_dropped_out(hospitals):
+    round_ = hospitals.another(1, weights=(0.45, 0.4, 0.1, 0.05))
+    hospitals.up_to_the_masks(round_, kind="students")
+    with pytest.raises(PolicyRefusal, match="site 'ash' has 75% of the weight"):
+        hospitals.at("cedar", round_).unmask(round_, ["ash", "cedar", "dogwood"])
+
+
+def test_weights_are_those_of_all_members_or_of_none(hospitals):
+    with pytest.raises(ValidationError, match="3 weights of 4 members"):
+        hospitals.another(1, weights=(0.4, 0.3, 0.3))
+
+
+def test_sums_of_another_kind_give_nothing_away(hospitals):
+    hospitals.up_to_the_masks()
+    hospitals.at("ash").unmask(hospitals.round, SITES)
+    second = hospitals.another(2, task="1" * 64)
+    hospitals.up_to_the_masks(second, kind="scores")
+    assert hospitals.at("ash", second).unmask(second, SITES[:3]).keys.keys() == {"dogwood"}
 
 
 def test_what_a_site_keeps_is_for_its_owner_alone_and_secrets_are_forgotten_at_the_end(hospitals):

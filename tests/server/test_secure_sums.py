@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from safetensors.torch import load_file
 
 from chainward_server.rendezvous import meet
 from chainward_server.sites import TooFewSitesError, Trained, Work
 from chainward_shared.config import RunConfig
 from chainward_shared.models import build_model
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.pretrained.begin import begin
 from chainward_shared.protocol import (
+    EvaluateTask,
     MaskedSum,
     StatisticsResult,
     StatisticsTask,
+    StudentTask,
     SumKeysTask,
     SumSharesTask,
     SumTask,
@@ -24,6 +28,7 @@ from chainward_shared.protocol import (
     unpack,
 )
 from chainward_shared.secure_sums import flat, from_tensor, real_numbers
+from chainward_shared.summands import counts_in, student_mean, summand_template
 from chainward_shared.weights import digest, from_arrays
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
@@ -57,6 +62,98 @@ def consortium(waiting, loopback, tmp_path):
         return sites, {site: Work(task, {"model": state}) for site in asked}
 
     return of
+
+
+@pytest.fixture
+def student_work(waiting):
+    """Return a round of the student, as all sites get it, and the weights of the sites in its mean."""
+    changes = {"student.epochs": 2, "student.rounds": 1, "federation.transfer": "full"}
+    config = RunConfig.from_flat(waiting | changes)
+    large = begin(config, classes=3, channels=1, image_size=32).architecture
+    small = student_architecture(config.student, large)
+    student, auxiliary = (build_model(small, seed).state_dict() for seed in (1, 2))
+    task = StudentTask(
+        run_id="r",
+        round=1,
+        architecture=small,
+        recipe=config.student_recipe("distil"),
+        student_digest=digest(student),
+        auxiliary_digest=digest(auxiliary),
+    )
+    work = Work(task, {"student": student, "auxiliary": auxiliary})
+    return dict.fromkeys(SITES, work), dict(zip(SITES, (0.3, 0.3, 0.2, 0.2), strict=True))
+
+
+@pytest.fixture
+def scores_work(consortium):
+    """Return the scoring of a model at all sites."""
+    _, work = consortium()
+    of_sums = work["ash"]
+    task = EvaluateTask(
+        run_id="r",
+        architecture=of_sums.task.architecture,
+        splits=["val", "test"],
+        threads=1,
+        digest=of_sums.task.digest,
+    )
+    return dict.fromkeys(SITES, Work(task, of_sums.models))
+
+
+@pytest.mark.parametrize("away", [None, "birch"])
+def test_the_mean_of_students_is_the_plain_one_of_those_that_answered(consortium, student_work, away):
+    work, weights = student_work
+    sites, _ = consortium(silent_at(SumTask, away))
+    mine = sites.summed(work, weights=weights)
+    answered = [site for site in SITES if site != away]
+    assert mine.sites == answered
+    start, total = work["ash"].models["student"], sum(weights[site] for site in answered)
+    mean, kept = student_mean(mine.state, start, total)
+    answers = dict(consortium()[0].train_students(work))
+    assert 0 < kept < 1
+    assert kept == pytest.approx(sum(weights[s] / total * answers[s].result.auxiliary_kept for s in answered))
+    for name, tensor in mean.items():
+        expected = sum(weights[site] / total * answers[site].model[name].double() for site in answered)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+        assert tensor.dtype == start[name].dtype
+
+
+def test_counts_of_predictions_add_up_exactly(consortium, scores_work):
+    summed = consortium()[0].summed(scores_work)
+    found = counts_in(summed.state, scores_work["ash"].task)
+    answers = consortium()[0].evaluate(scores_work)
+    for split, counts in found.items():
+        for name in ("confusion", "histograms"):
+            assert np.array_equal(
+                getattr(counts, name), sum(getattr(one.counts[split], name) for one in answers.values())
+            )
+        expected = sum(one.counts[split].calibration for one in answers.values())
+        assert np.allclose(counts.calibration, expected, rtol=0, atol=len(SITES) * 2.0**-24)
+
+
+@pytest.mark.parametrize("kind", ["students", "scores"])
+def test_nothing_of_a_single_sites_student_or_scores_reaches_the_coordinator(
+    consortium, student_work, scores_work, kind
+):
+    work, weights = student_work if kind == "students" else (scores_work, None)
+    replies = []
+
+    def noted(message, answer):
+        replies.append(answer().content)
+        return Message(replies[-1], reply_to=message)
+
+    sites, _ = consortium(noted)
+    sites.summed(work, weights=weights)
+    masked = [reply for reply in replies if kind_of(reply) == MaskedSum.KIND]
+    assert len(masked) == len(SITES)
+    sums_of = {kind_of(reply) for reply in replies if reply.array_records}
+    assert sums_of == {MaskedSum.KIND}, "no other answer carries numbers"
+    numbers = sum(tensor.numel() for tensor in summand_template(work["ash"].task, "single").values())
+    for reply in masked:
+        body, arrays = unpack(reply, MaskedSum)
+        assert body == MaskedSum(site=body.site)
+        sent = from_tensor(from_arrays(arrays["sum"], {"sum": torch.empty(numbers, dtype=torch.int64)})["sum"])
+        ones = np.unpackbits(sent.view(np.uint8)).mean()
+        assert abs(ones - 0.5) < 5 / (2 * (64 * numbers) ** 0.5), "counts are mostly zero, masked ones are random bits"
 
 
 @pytest.fixture
@@ -200,3 +297,36 @@ def test_a_run_with_secure_sums_ends_with_the_head_of_plain_ones(settings, coord
     found, results = heads(**{"federation.secure-sums": "on"})
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
     assert [(head.secure, head.sites, head.images) for head in results.heads] == [(True, SITES, 99)] * 3
+
+
+@pytest.mark.slow
+def test_private_sums_are_added_up_in_secret_each_with_the_noise_that_its_own_ledger_pays_for(
+    settings, coordinated, loopback
+):
+    replies = []
+
+    def noted(message, answer):
+        reply = answer()
+        replies.append(reply.content)
+        return reply
+
+    changes = {
+        "chain.laps": 0,
+        "chain.head": "statistics",
+        "chain.compare-alone": False,
+        "student.rounds": 0,
+        "privacy.mode": "dp-sgd",
+        "privacy.delta": 1e-3,
+        "federation.secure-sums": "on",
+    }
+    _, results = coordinated(settings | changes, loopback(2, noted))
+    (head,) = results.heads
+    assert (head.secure, head.sites) == (True, SITES)
+    kinds = {kind_of(reply) for reply in replies}
+    assert StatisticsResult.KIND not in kinds
+    masked = [unpack(reply, MaskedSum)[0] for reply in replies if kind_of(reply) == MaskedSum.KIND]
+    private = [one for one in masked if one.noise]
+    assert sorted(one.site for one in private) == sorted(2 * SITES), "a centre and the classes of each"
+    for one in private:
+        paid = [spent.noise_multiplier for spent in one.statement.of_run if spent.kind == "gaussian"]
+        assert one.noise in paid

@@ -365,10 +365,9 @@ def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
         ),
         ({"chain.release": "best", "chain.merge": "average", "chain.strands": 2}, "chain.merge = 'average'"),
         ({"chain.head": "statistics", "chain.refit": "links", "privacy.mode": "dp-sgd"}, "pay for a statistics round"),
-        (
-            {"chain.head": "statistics", "federation.secure-sums": "on", "privacy.mode": "dp-sgd"},
-            "private sums are not added up in secret",
-        ),
+        ({"federation.secure-sums": "on", "student.aggregation": "median"}, "student.aggregation='mean'"),
+        ({"federation.secure-sums": "on", "chain.order": "weakest-next"}, "the scores of single sites"),
+        ({"federation.secure-sums": "on", "chain.max-forgetting": 0.1}, "chain.max-forgetting=1"),
         ({"chain.laps": 0}, "chain.head = 'trained'"),
         ({"chain.laps": 0, "chain.head": "statistics"}, "chain.compare-alone=false"),
         ({"chain.laps": 0, "chain.head": "statistics", "chain.strands": 2}, "chain.strands=1"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chainward_shared.errors import ProtocolError
+from chainward_shared.errors import ModelError, ProtocolError
 from chainward_shared.protocol import Round
 from chainward_shared.secure_sums import (
     FRACTION_BITS,
@@ -26,6 +26,7 @@ from chainward_shared.secure_sums import (
     shares_for_others,
     unmasked,
 )
+from chainward_shared.summands import UPDATE_BITS
 
 NUMBERS = 300
 
@@ -141,17 +142,18 @@ def test_a_signature_is_good_for_one_round_one_site_and_its_keys():
     assert not is_genuine(offer.model_copy(update={"channel": other_keys.channel}), round_)
 
 
-@pytest.mark.parametrize(
-    ("value", "kept"), [(float("nan"), 0.0), (float("inf"), 2.0**36), (-float("inf"), -(2.0**36)), (1e300, 2.0**36)]
-)
-def test_a_number_that_would_overflow_is_cut_off(value, kept):
-    found = real_numbers(fixed_point(torch.tensor([value, 1.5, -3.0], dtype=torch.float64), members=4))
-    assert found.tolist() == [pytest.approx(kept), 1.5, -3.0]
-
-
-def test_sums_of_the_largest_numbers_do_not_wrap():
-    largest = fixed_point(torch.tensor([1e300], dtype=torch.float64), members=50)
-    assert real_numbers(sum([largest] * 50)) > 0
+@pytest.mark.parametrize("bits", [FRACTION_BITS, UPDATE_BITS])
+@pytest.mark.parametrize("members", [3, 50, 512])
+def test_numbers_are_within_half_of_the_last_bit_and_what_would_overflow_is_refused(members, bits):
+    largest = 2**62 // members * 2.0**-bits
+    values = torch.tensor([0.0, 2.0**-bits, -1.5, 1 / 3, 1e-9, -largest, largest], dtype=torch.float64)
+    found = real_numbers(fixed_point(values, members, bits), bits)
+    assert bool(((found - values).abs() <= 2.0 ** -(bits + 1)).all())
+    total = real_numbers(sum([fixed_point(values, members, bits)] * members), bits)
+    assert bool(((total - members * values).abs() <= members * 2.0 ** -(bits + 1)).all()), "it does not wrap"
+    for beyond in (1.001 * largest, -1.001 * largest, float("inf"), -float("inf"), float("nan"), 1e300):
+        with pytest.raises(ModelError, match=f"with {members} sites and {bits} bits"):
+            fixed_point(torch.tensor([1.0, beyond], dtype=torch.float64), members, bits)
 
 
 def test_tensors_come_back_from_a_row_of_numbers():

@@ -184,32 +184,45 @@ class Approvals:
                 one.links, one.students, one.expires = [], [], now + timedelta(days=days)
         return one
 
+    def approved(self, run: str) -> AskedRun:
+        """Return the plan of a run that a person has approved.
+
+        Raises
+        ------
+        ApprovalNeeded
+            Nobody has approved one, or the approval has expired.
+        PolicyRefusal
+            A person has refused the run.
+        StoreError
+            The file can't be used; nothing is trained then.
+        """
+        of_run = [one for one in self.runs() if one.plan.run_id == run]
+        approved = [one for one in of_run if one.state(self.now()) == "approved"]
+        if approved:
+            return approved[0]
+        if of_run and all(one.state(self.now()) == "refused" for one in of_run):
+            raise PolicyRefusal(f"a person at this hospital has refused run {run}")
+        raise ApprovalNeeded(
+            f"run {run} waits for the approval of a person at this hospital (runs: ask in its site.yaml)"
+        )
+
     def require(self, task: PlannedTask) -> None:
         """Check that a person has approved the plan that a task is part of.
 
         Raises
         ------
-        ApprovalNeeded
-            Nobody has, or the approval has expired.
+        ApprovalNeeded, StoreError
+            As `approved`.
         PolicyRefusal
             A person has refused the run; or the task is not within the plan that was approved, or one training too many.
-        StoreError
-            The file can't be used; nothing is trained then.
         """
-        of_run = [one for one in self.runs() if one.plan.run_id == task.run_id]
-        approved = [one for one in of_run if one.state(self.now()) == "approved"]
-        if not approved:
-            if of_run and all(one.state(self.now()) == "refused" for one in of_run):
-                raise PolicyRefusal(f"a person at this hospital has refused run {task.run_id}")
-            raise ApprovalNeeded(
-                f"run {task.run_id} waits for the approval of a person at this hospital (runs: ask in its site.yaml)"
-            )
-        if problem := beyond(task, approved[0].plan):
+        approved = self.approved(task.run_id)
+        if problem := beyond(task, approved.plan):
             raise PolicyRefusal(
                 f"what is asked is not in the plan that a person at this hospital has approved: {problem}; it needs an approval "
                 "of its own"
             )
-        self._count(task, approved[0])
+        self._count(task, approved)
 
     def _count(self, task: PlannedTask, approved: AskedRun) -> None:
         """Note a training that begins under an approval, once however often it is asked for again."""

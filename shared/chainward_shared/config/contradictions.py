@@ -34,6 +34,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             "give an absolute path, or one that starts with ~"
         )
     yield from _tracking_contradictions(config.output)
+    if config.federation.secure_sums == "on":
+        yield from secure_contradictions(config)
 
 
 def _tracking_contradictions(output: OutputConfig) -> Iterator[str]:
@@ -186,11 +188,6 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.refit = 'links' contradicts privacy.mode = '{config.privacy.mode}': every site would pay for a statistics "
             "round after every link; set chain.refit='end' or 'laps'"
         )
-    if config.federation.secure_sums == "on" and chain.head == "statistics" and config.privacy.mode != "off":
-        yield (
-            f"federation.secure-sums = 'on' contradicts privacy.mode = '{config.privacy.mode}': private sums are not added up in "
-            "secret; set federation.secure-sums='off'"
-        )
     if config.student.head == "statistics" and config.privacy.mode != "off":
         yield (
             f"student.head = 'statistics' contradicts privacy.mode = '{config.privacy.mode}': the sums over a student's "
@@ -204,6 +201,23 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"chain.release = 'best' contradicts chain.merge = '{chain.merge}': it takes one of the models along the chain; set "
             "chain.release='last' or chain.merge='best'"
+        )
+
+
+def secure_contradictions(config: RunConfig) -> Iterator[str]:
+    """Yield what a run can't do whose sums are secure: it sees neither the student nor the scores of a single site."""
+    chain, student = config.chain, config.student
+    if student.rounds and student.aggregation != "mean":
+        yield (
+            f"student.aggregation = '{student.aggregation}' contradicts secure sums, in which nobody sees the students of single "
+            "sites; set student.aggregation='mean'"
+        )
+    if chain.laps and chain.order == "weakest-next":
+        yield "chain.order = 'weakest-next' contradicts secure sums, in which nobody sees the scores of single sites; set another"
+    if chain.laps and chain.max_forgetting < 1:
+        yield (
+            f"chain.max-forgetting = {chain.max_forgetting:g} contradicts secure sums, in which nobody sees the scores of single "
+            "sites; set chain.max-forgetting=1"
         )
 
 

@@ -100,8 +100,8 @@ class FederationConfig(Table, RunArithmetic):
     )
     secure_sums: SecureSumsMode = Field(
         "off",
-        description="Whether statistics are added up so that nobody sees those of a single site: `off`, `on`, or "
-        "`required-by-site`: where a site gives them in no other way. Takes three sites",
+        description="Whether statistics, students and counts of scores are added up so that nobody sees those of a single site: "
+        "`off`, `on`, or `required-by-site`: where a site gives them in no other way. Takes three sites",
     )
     secure_threshold: float = Field(
         0.5,

@@ -12,7 +12,7 @@ Labels (n,) are class indices; labels (n, classes) of 0 and 1 are multi-label, w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -242,9 +242,14 @@ def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single")
     WeightsError
         Names, shapes, dtypes or values are not those of counts over `classes` classes in such a task.
     """
-    import torch
-
     from chainward_shared.weights import from_full_arrays
+
+    return counts_from_state(from_full_arrays(arrays, counts_template(classes, task)))
+
+
+def counts_template(classes: int, task: Task = "single") -> dict[str, torch.Tensor]:
+    """Return names, shapes and dtypes of counts over `classes` classes."""
+    import torch
 
     shapes = {
         "confusion": (classes, classes) if task == "single" else (classes, 2, 2),
@@ -252,8 +257,18 @@ def counts_from_arrays(arrays: ArrayRecord, classes: int, task: Task = "single")
         "histograms": (classes, 2, SCORE_BINS),
     }
     dtypes = {"confusion": torch.int64, "calibration": torch.float64, "histograms": torch.int64}
-    template = {name: torch.empty(shapes[name], dtype=dtypes[name]) for name in COUNT_FIELDS}
-    values = {name: tensor.numpy() for name, tensor in from_full_arrays(arrays, template).items()}
+    return {name: torch.zeros(shapes[name], dtype=dtypes[name]) for name in COUNT_FIELDS}
+
+
+def counts_from_state(state: Mapping[str, torch.Tensor]) -> PredictionCounts:
+    """Return the counts in tensors of the names, shapes and dtypes of `counts_template`.
+
+    Raises
+    ------
+    WeightsError
+        A value can't be a count.
+    """
+    values = {name: state[name].numpy() for name in COUNT_FIELDS}
     for name, array in values.items():
         if not ((array >= 0) & (array <= MAX_COUNT)).all():
             raise WeightsError(f"counts of predictions: a value of '{name}' is not between 0 and {MAX_COUNT:,}")

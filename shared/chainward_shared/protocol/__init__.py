@@ -31,6 +31,7 @@ from chainward_shared.protocol.joining import (
 from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, RunPlanState, beyond
 from chainward_shared.protocol.scoring import EvaluateResult, EvaluateTask, StatisticsResult, StatisticsTask
 from chainward_shared.protocol.summing import (
+    MOST_WEIGHT,
     MaskedSum,
     Offer,
     Round,
@@ -41,6 +42,7 @@ from chainward_shared.protocol.summing import (
     SumTask,
     SumUnmasking,
     SumUnmaskTask,
+    SumWork,
 )
 from chainward_shared.protocol.training import LinkResult, LinkTask, StudentResult, StudentTask
 from chainward_shared.task import Split
@@ -49,6 +51,7 @@ from chainward_shared.training_log import TrainingLog
 __all__ = [
     "FEWEST_SITES",
     "MAX_BODY",
+    "MOST_WEIGHT",
     "PROTOCOL_VERSION",
     "Approval",
     "AtWork",
@@ -86,6 +89,7 @@ __all__ = [
     "SumTask",
     "SumUnmaskTask",
     "SumUnmasking",
+    "SumWork",
     "TrainingLog",
     "beyond",
     "fingerprint",

@@ -1,0 +1,160 @@
+"""What a site's work comes to: a round of the student, sums over embeddings. How it leaves is the handlers' business."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from flwr.app import ArrayRecord
+
+from chainward_client.admission import admitted, admitted_statistics
+from chainward_client.incoming import incoming_frame, incoming_state
+from chainward_client.private_site import PrivateWork
+from chainward_client.private_statistics import private_sums_of
+from chainward_client.request_check import check_architecture
+from chainward_client.score_limits import ScoredModels
+from chainward_client.site import OpenSite
+from chainward_client.statistics import sums_of
+from chainward_client.store import SiteStore
+from chainward_client.training.student import train_student
+from chainward_shared.errors import PolicyRefusal, ProtocolError
+from chainward_shared.protocol import (
+    Body,
+    LinkTask,
+    StatisticsResult,
+    StatisticsTask,
+    StudentResult,
+    StudentTask,
+    TrainingLog,
+)
+from chainward_shared.weights import StateDict, digest, rounded
+
+B = TypeVar("B", bound=Body)
+
+
+def work_of(site: OpenSite, task: LinkTask | StudentTask) -> PrivateWork | None:
+    """Return what a training spends through; None where the site trains without privacy."""
+    return admitted(
+        site.policy,
+        site.open_privacy,
+        run=task.run_id,
+        hop=task.hop,
+        asked=task.recipe.privacy,
+        seen=task.seen_head,
+        privileged=task.recipe.privileged is not None,
+    )
+
+
+def told(log: TrainingLog, work: PrivateWork | None) -> TrainingLog:
+    """Return what is said of a training: of a private one the time only roughly, for it varies with what was sampled."""
+    return log if work is None else log.model_copy(update={"seconds": float(f"{log.seconds:.0e}")})
+
+
+def stated(result: B, work: PrivateWork | None) -> B:
+    """Return the result with the statement of what the ledger holds now: also where its answer was stored before."""
+    return result if work is None else result.model_copy(update={"statement": work.statement()})
+
+
+def student_of(
+    task: StudentTask, arrays: dict[str, ArrayRecord], site: OpenSite
+) -> tuple[StudentResult, StateDict, StateDict]:
+    """Return what a round of the student comes to, its weights, and those that it started from.
+
+    Asked the same again, a site answers what it has answered before.
+    """
+    for architecture in (task.architecture, task.large_architecture):
+        if architecture is not None:
+            check_architecture(architecture, site.described, any_size=True)
+    work = work_of(site, task)
+    store = SiteStore(site.state_dir, task.run_id)
+    current = incoming_state(arrays.get("student"), "student", task.architecture, task.student_digest)
+    answer = store.load_answer(task, StudentResult)
+    if answer is None:
+        large = []
+        if task.large_architecture is not None:
+            base = site.bases.load(task.large_architecture)
+            large = [
+                incoming_state(arrays.get(f"large_{i}"), f"large_{i}", task.large_architecture, expected, base)
+                for i, expected in enumerate(task.large_digests)
+            ]
+        trained = train_student(
+            site.data,
+            task.architecture,
+            task.recipe,
+            current,
+            _auxiliary(task, arrays, store, site.site),
+            round_index=task.round - 1,
+            large=large,
+            large_architecture=task.large_architecture,
+            state_dir=site.state_dir,
+            work=work,
+            checkpoint=store.checkpoint(task),
+        )
+        if trained.auxiliary is not None:
+            store.save_auxiliary(trained.auxiliary, task.architecture, after_round=task.round)
+        state = rounded(trained.student, task.recipe.transfer)
+        result = StudentResult(
+            round=task.round,
+            site=site.site,
+            digest=digest(state),
+            training=told(trained.log, work),
+            auxiliary_kept=trained.auxiliary_kept,
+        )
+        answer = result, state
+        store.save_answer(task, *answer)
+    result, state = answer
+    return stated(result, work), state, current
+
+
+def _auxiliary(task: StudentTask, arrays: dict[str, ArrayRecord], store: SiteStore, site: str) -> StateDict | None:
+    """Return the auxiliary teacher of this round: this site's own, or the selection that came with the task."""
+    if task.recipe.stage != "distil":
+        return None
+    if task.auxiliary_digest is not None:
+        selected = incoming_state(arrays.get("auxiliary"), "auxiliary", task.architecture, task.auxiliary_digest)
+        store.save_auxiliary(selected, task.architecture, after_round=0)
+    auxiliary = store.load_auxiliary(before_round=task.round)
+    if auxiliary is None:
+        raise ProtocolError(f"site '{site}' has no auxiliary teacher for round {task.round}; send it again")
+    return auxiliary
+
+
+def sums_over_embeddings(
+    task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite
+) -> tuple[StatisticsResult, StateDict]:
+    """Return the sums of a statistics round: as they are, never at a site with a privacy policy; or those of a private run,
+    which are those that were sent where the same was asked before."""
+    if task.form is None:
+        _, state = _admitted_sums(task, arrays, site)
+        _admit_model(task, site)
+        return sums_of(task, site.data, state, site.limits, site.features)
+    work, state = _admitted_sums(task, arrays, site)
+    store = SiteStore(site.state_dir, task.run_id)
+    answer = store.load_answer(task, StatisticsResult)
+    if answer is None:
+        frame = incoming_frame(arrays.get("frame"), task)
+        if work is None:
+            _admit_model(task, site)
+        answer = private_sums_of(task, site.data, state, frame, work, site.limits, site.features)
+        store.save_answer(task, *answer)
+    result, sums = answer
+    return stated(result, work), sums
+
+
+def _admitted_sums(
+    task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite
+) -> tuple[PrivateWork | None, StateDict]:
+    """Return what sums over a model's embeddings spend through, and the model."""
+    # a student, whose size may be another, has no private sums
+    check_architecture(task.architecture, site.described, any_size=task.form is None)
+    work = admitted_statistics(site.policy, site.open_privacy, task)
+    base = site.bases.load(task.architecture)
+    return work, incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
+
+
+def _admit_model(task: StatisticsTask, site: OpenSite) -> None:
+    """Count a model about which sums leave without noise."""
+    if site.scores is not None and not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores):
+        raise PolicyRefusal(
+            "the hospital answers questions about no more models in this run, or today (scores.per_run, scores.per_day in "
+            "its site.yaml)"
+        )
