@@ -119,10 +119,19 @@ def _auxiliary(task: StudentTask, arrays: dict[str, ArrayRecord], store: SiteSto
 
 
 def sums_over_embeddings(
-    task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite
+    task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite, *, together: int = 1
 ) -> tuple[StatisticsResult, StateDict]:
     """Return the sums of a statistics round: as they are, never at a site with a privacy policy; or those of a private run,
-    which are those that were sent where the same was asked before."""
+    which are those that were sent where the same was asked before.
+
+    `together`: of how many sites, this one among them, the noise may be taken together; 1 outside of secure sums.
+    """
+    if task.shared_noise is not None and task.shared_noise.sites > together:
+        raise PolicyRefusal(
+            f"these sums would have enough noise only with that of {task.shared_noise.sites} sites together; this site relies on "
+            f"{together} here, itself among them (secure_sums.noise_from in its site.yaml): set "
+            f"federation.secure-noise-from={together}"
+        )
     if task.form is None:
         _, state = _admitted_sums(task, arrays, site)
         _admit_model(task, site)

@@ -40,6 +40,7 @@ from chainward_shared.privacy.ledger import Ledger, Reservation
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.statements import Statement, sign_statement
 from chainward_shared.private_sums import LENGTH
+from chainward_shared.protocol import SharedNoise
 from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
 
 logger = logging.getLogger("chainward.client")
@@ -264,10 +265,13 @@ class PrivateWork:
         return reservation
 
     @contextmanager
-    def statistics(self, asked: PrivacyRecipe, data: SiteData, *, stage: int) -> Iterator[float]:
-        """Reserve one release of sums, hand out its noise multiplier, and note in the ledger that it is spent.
+    def statistics(
+        self, asked: PrivacyRecipe, data: SiteData, *, stage: int, shared: SharedNoise | None = None
+    ) -> Iterator[float]:
+        """Reserve one release of sums, hand out how much noise to add, and note in the ledger that it is spent.
 
-        `stage`: which of the releases of a statistics round it is, see `chainward_shared.privacy.dp_sgd.STAGES`.
+        `stage`: which of the releases of a statistics round it is, see `chainward_shared.privacy.dp_sgd.STAGES`. `shared`: in a
+        secure sum, this site's share of the noise; what the ledger notes is the noise of all shares that the site relies on.
 
         Nothing that depends on a single record comes before the reservation, and whatever fails after it fails alike.
 
@@ -297,12 +301,18 @@ class PrivateWork:
                 f"over what the run asks for: it planned {asked.statistics} private statistics rounds and has had {released}; "
                 "work that failed counts, too"
             )
+        if shared is not None and not shared.is_enough(noise):
+            raise PolicyRefusal(
+                f"{shared.sites} shares of noise of {shared.each:.4g} are less than the {noise:.4g} that the site's policy asks "
+                "for (its delta, its noised scores); set privacy.delta to the site's, or federation.secure-noise-from=1"
+            )
         mechanism = Mechanism("gaussian", noise, 1.0, 1)
-        work = [Charge(mechanism, "statistics", self.hop, LENGTH)]
+        phase = "statistics" if shared is None else f"statistics, with noise of {shared.sites} sites"
+        work = [Charge(mechanism, phase, self.hop, LENGTH)]
         (reservation,) = reserve(self.site.policy, self.site.ledger, work, self.run, seeded=self.site.entropy.seeded)
         reservation.begin()
         try:
-            yield mechanism.noise_multiplier
+            yield mechanism.noise_multiplier if shared is None else shared.each
         except Exception as error:
             raise SpentError(f"a private statistics round failed, and is charged: {error}") from error
         finally:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.entropy import OperatingSystem
 from chainward_client.limits import check_enough
 from chainward_client.private_site import PrivateWork
 from chainward_client.site_config import SiteLimits
@@ -67,12 +68,15 @@ def private_sums_of(
     if work is None:
         train = labelled_cases(data, task)
         check_enough(len(train), rarest(train, len(data.classes)), limits)
-        noise, sums = 0.0, {"release": _exact(SumsRelease(task.form, "patient"), data, train, embedded)}
+        # a site without a policy adds its share for those that rely on it
+        noise = 0.0 if task.shared_noise is None else task.shared_noise.each
+        release = SumsRelease(task.form, "patient")
+        sums = {"release": release.noised(_exact(release, data, train, embedded), noise, OperatingSystem())}
     else:
         assert task.privacy is not None
         check_enough(work.site.units(data), limits.statistics_class, limits)
         release = SumsRelease(task.form, work.site.policy.unit)
-        with work.statistics(task.privacy, data, stage=int(task.form.labels)) as noise:
+        with work.statistics(task.privacy, data, stage=int(task.form.labels), shared=task.shared_noise) as noise:
             exact = _exact(release, data, labelled_cases(data, task, private=True), embedded)
             sums = {"release": release.noised(exact, noise, work.site.entropy)}
     result = StatisticsResult(hop=task.hop, site=data.site, digest=digest(sums), images=0, validation=0, noise=noise)

@@ -122,6 +122,10 @@ class Participation:
                 raise ProtocolError(f"site '{self.site}' has shared its secrets out among other keys in this round")
             return kept.shares
 
+    def noise_from(self, round_: Round) -> int:
+        """Return the noise of how many sites may be taken together in a round: never of more than must answer in the end."""
+        return round_.threshold if self.terms is None else min(self.terms.noise_from, round_.threshold)
+
     def mask(
         self, round_: Round, received: dict[str, str], numbers: Callable[[], np.ndarray], kind: Kind = "statistics"
     ) -> np.ndarray:

@@ -60,7 +60,7 @@ def _summand(work: SumWork, arrays: dict[str, ArrayRecord], site: OpenSite, roun
         moved = student_summand(student, start, result.auxiliary_kept, round_.weight(site.site))
         return _Summand(moved, statement=result.statement)
     if isinstance(work, StatisticsTask):
-        sums, state = sums_over_embeddings(work, arrays, site)
+        sums, state = sums_over_embeddings(work, arrays, site, together=site.participation(round_).noise_from(round_))
         return _Summand(state, sums.noise, sums.statement)
     if work.localisation:
         raise ProtocolError("where a model looks is no part of a secure sum")

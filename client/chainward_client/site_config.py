@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainward_shared.bounds import FEWEST_SITES, Epochs, ImageSize, Laps, Threads
 from chainward_shared.errors import DataError, nearest
@@ -79,6 +79,9 @@ class SecureSums(BaseModel):
         much alike, default false: once there was a sum over all, there is none with one site missing
     threshold : share of the members more than which it takes to unmask a sum, default 0.5. A coordinator and k members that are
         in league with it learn no number of a single site as long as k is at most (2 threshold - 1) times the members
+    noise_from : of private sums, the sites, this one among them, whose noise taken together is as much as the privacy needs:
+        each adds ``1 / sqrt(noise_from)`` of it. Default 1: this site adds all of it, and relies on nobody. With more, the
+        guarantee holds where so many of the sites in the sum added their share and keep it to themselves
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +91,16 @@ class SecureSums(BaseModel):
     fewest: int = Field(FEWEST_SITES, ge=FEWEST_SITES, le=10_000)
     differences: bool = False
     threshold: float = Field(0.5, ge=0.5, lt=1, allow_inf_nan=False)
+    noise_from: int = Field(1, ge=1, le=10_000)
+
+    @model_validator(mode="after")
+    def _no_difference_has_one_share_of_noise(self) -> SecureSums:
+        if self.noise_from > 1 and self.differences:
+            raise ValueError(
+                "noise_from above 1 and differences: true don't go together: a difference of two sums has the share of noise of "
+                "one site alone; set one of them back"
+            )
+        return self
 
 
 class SiteConfig(BaseModel):

@@ -18,7 +18,7 @@ from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.privacy.statements import Statement
-from chainward_shared.protocol import SiteCard, Split, StatisticsResult, TrainingLog
+from chainward_shared.protocol import SharedNoise, SiteCard, Split, StatisticsResult, TrainingLog
 
 NOISED_CASES = 10
 """A split of a site that withholds its counts has at most this many times the units it declares for training, plus a thousand:
@@ -153,18 +153,23 @@ def check_release(release: Tensor, result: StatisticsResult, card: SiteCard, *, 
     check_length(release, result.noise, card)
 
 
-def check_noise(noise: float, statement: Statement | None, *, private: bool) -> None:
+def check_noise(noise: float, statement: Statement | None, *, private: bool, shared: SharedNoise | None = None) -> None:
     """Check that a release has the noise that its site's statement accounts for.
 
     Parameters
     ----------
     private : whether it must have noise
+    shared : the share of it that each site was asked to add, and that counts with those of others
 
     Raises
     ------
     ProtocolError
         It has none, or other noise than was paid for.
     """
+    if shared is not None:
+        if noise != shared.each:
+            raise ProtocolError(f"its sums have noise of {noise:g}; expected its share of {shared.each:g}")
+        return
     paid = () if statement is None else statement.of_run
     if private and not any(one.kind == "gaussian" and one.noise_multiplier == noise > 0 for one in paid):
         raise ProtocolError(f"its sums have noise of {noise:g}, which its privacy statement doesn't account for")

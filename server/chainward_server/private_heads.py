@@ -29,7 +29,7 @@ from chainward_shared.noisy_discriminant import axes_for, centred, moments_help,
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.privacy.dp_sgd import statistics_mechanisms
 from chainward_shared.private_sums import Frame, NoisySums, SumsForm
-from chainward_shared.protocol import MaskedSum, StatisticsResult, StatisticsTask
+from chainward_shared.protocol import MaskedSum, SharedNoise, StatisticsResult, StatisticsTask
 from chainward_shared.public_images import public_images
 from chainward_shared.recipes import PrivacyRecipe
 from chainward_shared.weights import StateDict, digest
@@ -102,7 +102,18 @@ def _expected(run: Run, recipe: PrivacyRecipe) -> tuple[float, float]:
     cards = run.sites.cards
     private = sum(run.privacy.is_private(site) for site in cards)
     of_one = statistics_mechanisms(recipe)[-1].noise_multiplier
-    return recipe.share * sum(card.train for card in cards.values()), of_one * math.sqrt(max(1, private))
+    adding = max(1, private)
+    if (shared := _shared_noise(run, recipe, stage=-1)) is not None:
+        of_one, adding = shared.each, len(cards)
+    return recipe.share * sum(card.train for card in cards.values()), of_one * math.sqrt(adding)
+
+
+def _shared_noise(run: Run, recipe: PrivacyRecipe, *, stage: int) -> SharedNoise | None:
+    """Return which share of a release's noise each site adds; None: each adds all of it."""
+    together = run.config.federation.secure_noise_from
+    if not run.secure or together == 1:
+        return None
+    return SharedNoise.of(statistics_mechanisms(recipe)[stage].noise_multiplier, together)
 
 
 def _public_embeddings(run: Run, state: StateDict) -> torch.Tensor:
@@ -130,6 +141,7 @@ def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame
         privacy=recipe,
         form=form,
         frame_digest=digest(frame.state()),
+        shared_noise=_shared_noise(run, recipe, stage=int(form.labels)),
     )
     groups = form.groups(len(run.sites.any_card.classes), multilabel=run.sites.any_card.task == "multilabel")
     models = {"model": state, "frame": frame.state()}
@@ -143,10 +155,11 @@ def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame
 def _in_secret(
     run: Run, key: str, work: Callable[[str], Work[StatisticsTask]], form: SumsForm, groups: int
 ) -> _Answers:
-    """Add up releases of which the coordinator sees none; each site adds all of its own noise, whoever else is there."""
+    """Add up releases of which the coordinator sees none; each site adds all of its noise, or the share that was agreed on."""
 
     def check(site: str, answer: MaskedSum) -> None:
-        check_noise(answer.noise, answer.statement, private=run.privacy.is_private(site))
+        shared = work(site).task.shared_noise
+        check_noise(answer.noise, answer.statement, private=run.privacy.is_private(site), shared=shared)
         run.privacy.take(answer.statement, site, key)
 
     what, retries = f"private statistics round '{key}'", run.config.chain.retries

@@ -24,6 +24,7 @@ from chainward_shared.protocol import (
     MaskedSum,
     Offer,
     Round,
+    StatisticsTask,
     SumKeys,
     SumKeysTask,
     SumShares,
@@ -108,9 +109,18 @@ class SecureSum:
             task=fingerprint(task),
             attempt=int(1000 * time.time()),  # later than any before, also after the coordinator was restarted
             members=members,
-            threshold=fewest_answers(len(members), self.threshold),
+            threshold=self._fewest(members),
             weights=() if self.weights is None else tuple(self.weights[site] for site in members),
         )
+
+    def _fewest(self, members: Sequence[str]) -> int:
+        """Return how many must answer: of a sum to which each adds a share of the noise, those whose shares are enough."""
+        together = (
+            task.shared_noise.sites if isinstance(task := self._task, StatisticsTask) and task.shared_noise else 0
+        )
+        if together > len(members):
+            raise TooFewSitesError(f"the noise of this sum takes {together} sites, there are {len(members)}", {})
+        return max(fewest_answers(len(members), self.threshold), together)
 
     def _offers(self, round_: Round) -> list[Offer]:
         requests = {site: Request("query", self._for(site, SumKeysTask(round=round_))) for site in round_.members}

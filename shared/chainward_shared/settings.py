@@ -29,6 +29,7 @@ from chainward_shared.bounds import (
     Weight,
     ZeroOrAtLeast,
 )
+from chainward_shared.outside import MAX_SITES
 
 Augmentation = Literal["none", "upright", "all-orientations"]
 ClassBalance = Literal["site-prior", "weighted", "none"]
@@ -74,6 +75,29 @@ class ArithmeticSettings(Settings):
         "half",
         description="How models travel. half: every tensor that float16 holds to 11 significant bits is rounded to it before "
         "the model is stored, scored and sent; full: as they are, in twice the bytes",
+    )
+
+
+class SecureSumsSettings(Settings):
+    """Sums over the sites that nobody sees in part, see `chainward_shared.secure_sums`."""
+
+    secure_sums: Literal["off", "on", "required-by-site"] = Field(
+        "off",
+        description="Whether statistics, students and counts of scores are added up so that nobody sees those of a single site: "
+        "`off`, `on`, or `required-by-site`: where a site gives them in no other way. Takes three sites",
+    )
+    secure_threshold: float = Field(
+        0.5,
+        ge=0.5,
+        lt=1,
+        description="Share of the sites more than which must be there to unmask a secure sum; a site can ask for more",
+    )
+    secure_noise_from: int = Field(
+        1,
+        ge=1,
+        le=MAX_SITES,
+        description="Private statistics in secure sums: the noise of so many sites together is as much as privacy needs, and "
+        "each adds a share. 1: each adds all of it. A site allows no more than its site.yaml says",
     )
 
 

@@ -137,6 +137,9 @@ class InProcessSites(Sites):
             noise = math.hypot(noise, masked.noise)
         if len(total) < FEWEST_SITES:
             raise TooFewSitesError(f"{len(total)} sites have answered; a secure sum takes {FEWEST_SITES}", failed)
+        if isinstance(task, StatisticsTask) and task.shared_noise and len(total) < task.shared_noise.sites:
+            together = task.shared_noise.sites
+            raise TooFewSitesError(f"{len(total)} sites have answered; the noise of this sum takes {together}", failed)
         numbers = real_numbers(np.asarray(sum(total.values())), fraction_bits(task))
         state = shaped(numbers, summand_template(task, self.any_card.task))
         return Summed(state, list(total), list(work), noise, failed, time.monotonic() - started)

@@ -8,14 +8,18 @@ import torch
 from private_hospital import ARCHITECTURES, POLICY, answer, hospital, state_of, statistics
 
 from chainward_client import private_statistics
+from chainward_client.answers import sums_over_embeddings
 from chainward_client.bounded_sums import SumsRelease
 from chainward_client.entropy import OperatingSystem
+from chainward_client.node import DeployedNode
 from chainward_client.privacy_audit.released_sums import SUMS_CHECKS
 from chainward_client.privacy_audit.sabotage import NoiselessSums, UnboundedSums, sums_by_image
 from chainward_client.site_ledger import open_site_ledger
+from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.accounting import epsilons
 from chainward_shared.private_sums import GRAIN, LENGTH, Frame, NoisySums, SumsForm
-from chainward_shared.protocol import Refusal, StatisticsResult, kind_of, unpack
+from chainward_shared.protocol import Refusal, SharedNoise, StatisticsResult, kind_of, unpack
+from chainward_shared.weights import to_arrays
 
 FORMS = {
     "centre": SumsForm(dimension=4, labels=False, moments=False),
@@ -194,6 +198,47 @@ def test_a_round_without_privacy_and_a_frame_that_is_none_are_refused(node, tmp_
         assert kind_of(answer(node, kind, task, models | {"frame": frame})) == Refusal.KIND
     assert kind_of(answer(node, kind, task, {"model": models["model"]})) == Refusal.KIND
     assert ledger_of(tmp_path).spendings() == []
+
+
+def summed_with_others(node, *, together: int, shared: SharedNoise):
+    """Return what the hospital adds to a secure sum in which it relies on the noise of so many."""
+    _, task, models = asked(shared_noise=shared)
+    with DeployedNode(node).at_work_on(task, 60.0) as site:
+        arrays = {name: to_arrays(state) for name, state in models.items()}
+        return sums_over_embeddings(task, arrays, site, together=together)
+
+
+def test_a_share_of_the_noise_leaves_nobody_in_the_open_and_costs_nothing(node, tmp_path):
+    content = answer(node, *asked(shared_noise=SharedNoise(sites=2, each=1e6)))
+    assert "relies on 1 here" in unpack(content, Refusal)[0].reason
+    with pytest.raises(PolicyRefusal, match="relies on 2 here"):
+        summed_with_others(node, together=2, shared=SharedNoise(sites=3, each=1e6))
+    assert ledger_of(tmp_path).spendings() == []
+
+
+def test_shares_that_are_too_little_together_are_refused_before_anything_is_spent(node, tmp_path):
+    enough = unpack(answer(node, *asked(hop="all of it")), StatisticsResult)[0].noise
+    with pytest.raises(PolicyRefusal, match="are less than"):
+        summed_with_others(node, together=3, shared=SharedNoise.of(0.999 * enough, 3))
+    assert len(ledger_of(tmp_path).spendings()) == 1
+
+
+def test_a_share_that_is_enough_with_those_of_others_is_charged_as_all_of_the_noise(node, tmp_path):
+    enough = unpack(answer(node, *asked(hop="all of it")), StatisticsResult)[0].noise
+    result, _ = summed_with_others(node, together=4, shared=SharedNoise.of(enough, 4))
+    assert result.noise == pytest.approx(enough / 2)
+    first, second = ledger_of(tmp_path).spendings()
+    assert first.counted == second.counted
+    assert second.reserved.phase == "statistics, with noise of 4 sites"
+
+
+def test_so_many_shares_make_the_noise_that_one_site_would_add():
+    shared, entropy = SharedNoise.of(3.0, 4), OperatingSystem()
+    zeros = torch.zeros(40_000, dtype=torch.float64)
+    release = SumsRelease(FORMS["means"], "patient")
+    total = sum(release.noised(zeros, shared.each, entropy) for _ in range(4))
+    assert float(total.std()) == pytest.approx(3.0, rel=0.03)
+    assert shared.is_enough(3.0) and not shared.is_enough(3.001)
 
 
 def test_noise_of_a_release_is_as_wide_as_asked_and_independent():

@@ -133,6 +133,18 @@ def test_a_site_masks_once_in_a_round_whatever_shares_it_is_given(hospitals):
         hospitals.at("ash").mask(hospitals.round, fewer, lambda: NUMBERS)
 
 
+def test_a_site_relies_on_the_noise_of_no_more_than_it_says_and_than_must_answer(tmp_path):
+    for said, relied in ((1, 1), (2, 2), (4, 3)):
+        hospitals = Hospitals(tmp_path / str(said), noise_from=said)
+        assert hospitals.round.threshold == 3
+        assert hospitals.at("ash").noise_from(hospitals.round) == relied
+
+
+def test_a_site_that_allows_differences_relies_on_nobodys_noise(tmp_path):
+    with pytest.raises(ValidationError, match="has the share of noise of one site alone"):
+        Hospitals(tmp_path, noise_from=2, differences=True).at("ash")
+
+
 @pytest.mark.parametrize(
     ("members", "terms", "words"),
     [

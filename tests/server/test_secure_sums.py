@@ -8,9 +8,11 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
+from chainward_server.private_heads import private_head
 from chainward_server.rendezvous import meet
 from chainward_server.sites import TooFewSitesError, Trained, Work
 from chainward_shared.config import RunConfig
+from chainward_shared.errors import ChainwardError
 from chainward_shared.models import build_model
 from chainward_shared.models.of_run import student_architecture
 from chainward_shared.pretrained.begin import begin
@@ -30,6 +32,7 @@ from chainward_shared.protocol import (
 from chainward_shared.secure_sums import flat, from_tensor, real_numbers
 from chainward_shared.summands import counts_in, student_mean, summand_template
 from chainward_shared.weights import digest, from_arrays
+from chainward_simulations.runner import in_process, open_sites
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
 STEPS = [SumKeysTask, SumSharesTask, SumTask, SumUnmaskTask]
@@ -273,6 +276,39 @@ def test_a_site_masks_no_other_task_than_the_one_that_was_agreed_on(consortium):
     with pytest.raises(TooFewSitesError):
         sites.summed(work)
     assert sum("another sum" in refusal for refusal in refusals) == len(SITES)
+
+
+@pytest.mark.slow
+def test_sites_that_add_their_noise_together_add_less_of_it_each(settings):
+    private = settings | {
+        "chain.head": "statistics",
+        "chain.laps": 0,
+        "chain.compare-alone": False,
+        "student.rounds": 0,
+        "privacy.mode": "dp-sgd",
+        "privacy.delta": 1e-3,
+        "privacy.simulated-metrics": "exact",
+        "federation.secure-sums": "on",
+    }
+    added = {}
+    for together in (1, 3, 5):
+        config = RunConfig.from_flat(private | {"federation.secure-noise-from": together})
+        with in_process(config, open_sites(config)) as (run, _):
+            if together > len(SITES):
+                with pytest.raises(ChainwardError, match="there was no secure sum"):
+                    private_head(run, "head", run.initial(), prior_strength=1.0)
+                continue
+            noises, summed = [], run.sites.summed
+
+            def watched(*arguments, summed=summed, noises=noises, **more):
+                found = summed(*arguments, **more)
+                noises.append(found.noise)
+                return found
+
+            run.sites.summed = watched
+            private_head(run, "head", run.initial(), prior_strength=1.0)
+            added[together] = noises
+    assert added[3] == pytest.approx([noise / 3**0.5 for noise in added[1]])
 
 
 @pytest.mark.slow

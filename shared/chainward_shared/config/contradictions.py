@@ -36,6 +36,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _tracking_contradictions(config.output)
     if config.federation.secure_sums == "on":
         yield from secure_contradictions(config)
+    if config.federation.secure_sums == "off" and config.federation.secure_noise_from > 1:
+        yield (
+            f"federation.secure-noise-from = {config.federation.secure_noise_from} contradicts federation.secure-sums = 'off': "
+            "what leaves a site by itself needs all of its noise; set federation.secure-sums='on'"
+        )
 
 
 def _tracking_contradictions(output: OutputConfig) -> Iterator[str]:

@@ -19,6 +19,7 @@ from chainward_shared.settings import (
     PrivacySettings,
     PrivilegedSettings,
     RunArithmetic,
+    SecureSumsSettings,
     Settings,
     StudentSettings,
     values_of,
@@ -29,7 +30,6 @@ Refit = Literal["no", "end", "laps", "links"]
 Accept = Literal["all", "not-worse", "better"]
 Release = Literal["last", "best"]
 OnFailure = Literal["skip", "revisit", "stop"]
-SecureSumsMode = Literal["off", "on", "required-by-site"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
 StudentSource = Literal["chain", "start"]
@@ -51,7 +51,7 @@ class Table(Settings):
     model_config = ConfigDict(alias_generator=kebab, populate_by_name=True)
 
 
-class FederationConfig(Table, RunArithmetic):
+class FederationConfig(Table, SecureSumsSettings, RunArithmetic):
     """Who takes part, and how long the coordinator waits."""
 
     sites: str = Field(
@@ -97,17 +97,6 @@ class FederationConfig(Table, RunArithmetic):
         le=1,
         description="Share of the hops, of the sites, of the hospitals alone, of the sites in a student round and of the scored "
         "sites that must succeed; a run with less ends as incomplete, not as finished",
-    )
-    secure_sums: SecureSumsMode = Field(
-        "off",
-        description="Whether statistics, students and counts of scores are added up so that nobody sees those of a single site: "
-        "`off`, `on`, or `required-by-site`: where a site gives them in no other way. Takes three sites",
-    )
-    secure_threshold: float = Field(
-        0.5,
-        ge=0.5,
-        lt=1,
-        description="Share of the sites more than which must be there to unmask a secure sum; a site can ask for more",
     )
 
 

@@ -29,7 +29,13 @@ from chainward_shared.protocol.joining import (
     SitePrivacy,
 )
 from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, RunPlanState, beyond
-from chainward_shared.protocol.scoring import EvaluateResult, EvaluateTask, StatisticsResult, StatisticsTask
+from chainward_shared.protocol.scoring import (
+    EvaluateResult,
+    EvaluateTask,
+    SharedNoise,
+    StatisticsResult,
+    StatisticsTask,
+)
 from chainward_shared.protocol.summing import (
     MOST_WEIGHT,
     MaskedSum,
@@ -73,6 +79,7 @@ __all__ = [
     "Round",
     "RunPlan",
     "RunPlanState",
+    "SharedNoise",
     "SimulatedSite",
     "SiteCard",
     "SitePrivacy",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.bounds import PositiveFraction, Seed, Sha256, Threads
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import scores_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import MAX_CLASSES, Count, Digest, Figure, HopKey, RunId, SiteId
+from chainward_shared.outside import MAX_CLASSES, MAX_SITES, Count, Digest, Figure, HopKey, RunId, SiteId
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import MetricsRelease
 from chainward_shared.privacy.statements import Statement
@@ -62,6 +62,27 @@ class EvaluateResult(Body):
     statement: Statement | None = None
 
 
+class SharedNoise(BaseModel):
+    """Noise that the sites of a secure sum add together: each adds `each`, and that of any `sites` of them is enough.
+
+    `each`: standard deviation of the Gaussian noise in every number, as of one site (Goryczka and Xiong 2017, section 4).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sites: int = Field(ge=2, le=MAX_SITES)
+    each: Figure = Field(gt=0)
+
+    @classmethod
+    def of(cls, noise: float, sites: int) -> SharedNoise:
+        """Return the shares of which `sites` together have a standard deviation of `noise`."""
+        return cls(sites=sites, each=noise / sites**0.5)
+
+    def is_enough(self, noise: float) -> bool:
+        """Whether the shares of `sites` sites have together a standard deviation of `noise` at least."""
+        return self.each * self.sites**0.5 >= noise * (1 - 1e-9)
+
+
 class StatisticsTask(Body):
     """Send the sums over a model's embeddings of the site's labelled training images, and of its validation images.
 
@@ -69,7 +90,8 @@ class StatisticsTask(Body):
     counts in the second moments of the training images; empty: each the same.
 
     `privacy`: the run is private: sums of that `form`, over embeddings in the frame that comes along (`frame_digest`), with noise
-    at sites that train privately. See `chainward_shared.private_sums`.
+    at sites that train privately. See `chainward_shared.private_sums`. `shared_noise`: in a secure sum, where each adds a share
+    of the noise only.
     """
 
     KIND: ClassVar[str] = "statistics-task"
@@ -86,6 +108,7 @@ class StatisticsTask(Body):
     privacy: PrivacyRecipe | None = None
     form: SumsForm | None = None
     frame_digest: Sha256 | None = None
+    shared_noise: SharedNoise | None = None
     seen_head: Head | None = None
     simulated: SimulatedSite | None = None
 
@@ -93,6 +116,8 @@ class StatisticsTask(Body):
     def _private_sums_are_complete(self) -> StatisticsTask:
         if len({self.privacy is None, self.form is None, self.frame_digest is None}) > 1:
             raise ValueError("privacy, form and frame_digest belong together: all of them or none")
+        if self.shared_noise is not None and self.privacy is None:
+            raise ValueError("shared_noise goes with privacy")
         return self
 
 
