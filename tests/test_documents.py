@@ -11,6 +11,9 @@ import pytest
 import yaml
 from house import MAY_IMPORT, REPOSITORY, imports, parsed, sources
 
+from chainward_server.cli import parse_settings
+from chainward_shared.config import RunConfig
+
 PAGE = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 
@@ -75,3 +78,8 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+
+
+def test_the_example_settings_for_a_pretrained_start_are_settings_of_a_run():
+    config = RunConfig.from_flat(parse_settings([str(REPOSITORY / "docs/examples/pretrained.toml")]))
+    assert (config.chain.start_from, config.chain.head) == (config.chain.backbone, "statistics")
