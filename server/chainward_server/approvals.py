@@ -48,6 +48,7 @@ def run_plan(config: RunConfig, run_id: str, architectures: list[Architecture]) 
         students=stages if small else [],
         rounds=student.rounds + student.finetune_rounds if small else 0,
         statistics=chain.head == "statistics",
+        noise_from=config.federation.secure_noise_from,
         student_statistics=bool(small) and student.head == "statistics",
     )
 

@@ -31,6 +31,7 @@ from chainward_shared.protocol import (
     LinkTask,
     Refusal,
     Round,
+    SharedNoise,
     StatisticsTask,
     StudentTask,
     SumKeysTask,
@@ -259,7 +260,7 @@ def test_every_field_of_a_task_that_decides_what_is_trained_is_in_the_plan():
         "threads",
     }
     bound = {"architecture", "recipe", "lap", "strand", "round", "large_architecture", "label_fraction", "seed"}
-    bound |= {"trained_alone", "privacy"}
+    bound |= {"trained_alone", "privacy", "shared_noise"}
     free |= {"form", "frame_digest"}  # what is summed of the same images, at the same price
     for task, _ in TASKS.values():
         assert set(type(task).model_fields) <= free | bound
@@ -275,6 +276,9 @@ def test_every_field_of_a_task_that_decides_what_is_trained_is_in_the_plan():
         )
     assert beyond(PRIVATE_SUMS.model_copy(update={"privacy": PrivacyRecipe(epsilon=2.0)}), PRIVATE_PLAN)
     assert not beyond(PRIVATE_SUMS, PRIVATE_PLAN)
+    shared = PRIVATE_SUMS.model_copy(update={"shared_noise": SharedNoise.of(9.0, 3)})
+    assert "shared among 3 sites" in str(beyond(shared, PRIVATE_PLAN))
+    assert not beyond(shared, PRIVATE_PLAN.model_copy(update={"noise_from": 3}))
     assert not any(beyond(task, PLAN) for task, _ in TASKS.values())
 
 
@@ -414,7 +418,7 @@ def test_approve_shows_the_plan_in_words_and_binds_to_what_was_shown(private, ap
         "at delta 0.001 per patient, of 100 declared patients",
         "spent so far 0 of 8; after the run 2.",
         "no scores: the policy withholds them",
-        "no sums over embeddings",
+        "sums over the embeddings of the images, with noise that the budget pays for",
         "bounded by the epsilon",
         f"plan {PLAN.digest}",
     ):

@@ -170,7 +170,14 @@ def _leaves(plan: RunPlan, config: SiteConfig) -> list[str]:
     models = "the weights of the chain's model" + (" and of the student" if plan.student is not None else "")
     lines = [f"{models}, after every training; {tells}"]
     if plan.statistics or plan.student_statistics:
-        if config.privacy is not None:
+        if private:
+            lines.append("sums over the embeddings of the images, with noise that the budget pays for")
+            if plan.noise_from > 1:
+                lines.append(
+                    f"of that noise this site adds one of {plan.noise_from} shares, and relies on {plan.noise_from - 1} other "
+                    "sites in a secure sum to add theirs and tell nobody"
+                )
+        elif config.privacy is not None:
             lines.append("no sums over embeddings: this site has a privacy policy, and refuses them")
         else:
             lines.append(

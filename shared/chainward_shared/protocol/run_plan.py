@@ -10,7 +10,7 @@ from pydantic import Field
 
 from chainward_shared.bounds import Sha256
 from chainward_shared.models import Architecture
-from chainward_shared.outside import Line, RunId, SiteId
+from chainward_shared.outside import MAX_SITES, Line, RunId, SiteId
 from chainward_shared.protocol.envelope import Body
 from chainward_shared.protocol.joining import BaseTask
 from chainward_shared.protocol.scoring import EvaluateTask, StatisticsTask
@@ -35,6 +35,7 @@ class RunPlan(Body):
     student, students, rounds : the compact model and how it is trained, in all its rounds; None and empty: it is not
     statistics, student_statistics : whether the classifier of the model, and of the student, comes from sums over the sites'
         embeddings
+    noise_from : the noise of how many sites together private sums need, in secure sums; 1: each adds all of it
     """
 
     KIND: ClassVar[str] = "run-plan"
@@ -51,6 +52,7 @@ class RunPlan(Body):
     rounds: Annotated[int, Field(ge=0, le=20_000)] = 0
     statistics: bool = False
     student_statistics: bool = False
+    noise_from: Annotated[int, Field(ge=1, le=MAX_SITES)] = 1
 
     @property
     def digest(self) -> str:
@@ -98,6 +100,8 @@ def _differences(task: PlannedTask, plan: RunPlan) -> Iterator[str]:
                 yield f"{name} of the sums is not that of the plan"
         if task.privacy not in (None, plan.link.privacy):
             yield "privacy of the sums is not that of the plan"
+        if task.shared_noise is not None and task.shared_noise.sites != plan.noise_from:
+            yield f"noise shared among {task.shared_noise.sites} sites is not in the plan, which has it from {plan.noise_from}"
     elif isinstance(task, BaseTask):
         yield from _model("architecture", task.architecture, plan.model)
     elif task.architecture not in (plan.model, plan.student):

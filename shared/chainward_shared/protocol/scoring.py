@@ -71,7 +71,7 @@ class SharedNoise(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sites: int = Field(ge=2, le=MAX_SITES)
-    each: Figure = Field(gt=0)
+    each: Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]
 
     @classmethod
     def of(cls, noise: float, sites: int) -> SharedNoise:
