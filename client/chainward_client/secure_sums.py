@@ -45,7 +45,10 @@ logger = logging.getLogger("chainward.client")
 
 
 class _Kept(BaseModel):
-    """What a site keeps of a round. `secrets` are forgotten when the masks have been taken off."""
+    """What a site keeps of a round. `secrets` are forgotten when the masks have been taken off.
+
+    `unmasked`: over which sites an earlier attempt was unmasked, of the very same numbers.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,6 +59,12 @@ class _Kept(BaseModel):
     received: dict[SiteId, str] | None = None
     kind: Kind = "statistics"
     unmasking: SumUnmasking | None = None
+    unmasked: list[SiteId] | None = None
+
+    @property
+    def given(self) -> list[SiteId] | None:
+        """Over which sites these numbers have been unmasked, in this attempt or before; None: over none."""
+        return self.unmasked if self.unmasking is None else sorted(self.unmasking.seeds)
 
 
 class Participation:
@@ -95,7 +104,7 @@ class Participation:
         with self._alone():
             kept = self._load()
             if kept is None or kept.round.attempt < round_.attempt:
-                kept = _Kept(round=round_, secrets=Secrets.new())
+                kept = _Kept(round=round_, secrets=Secrets.new(), unmasked=None if kept is None else kept.given)
                 self._save(kept)
         secrets = self._secrets(kept)
         self._same(kept, round_)
@@ -178,6 +187,7 @@ class Participation:
                     raise ProtocolError(f"site '{unknown[0]}' is said to have answered, and has no part in this sum")
                 self._enough(round_, answered, "have answered")
                 self._check_weights(round_, answered)
+                self._check_shares_of_noise(kept, answered)
                 if self.terms is not None and not self.terms.differences:
                     self._given.add({site: round_.weight(site) for site in answered}, kept.kind)
                 held = opened(self._secrets(kept), self.site, kept.offers, kept.received)
@@ -233,6 +243,15 @@ class Participation:
             raise PolicyRefusal(
                 f"site '{site}' has {share:.0%} of the weight in this sum, from which its numbers would follow roughly; at most "
                 f"{MOST_WEIGHT:.0%} is allowed"
+            )
+
+    def _check_shares_of_noise(self, kept: _Kept, answered: Collection[str]) -> None:
+        """Refuse a second sum over other sites where noise may be shared: their difference has the shares of fewer sites."""
+        relies = self.terms is not None and self.terms.noise_from > 1
+        if relies and kept.given is not None and kept.given != sorted(answered):
+            raise PolicyRefusal(
+                f"these numbers were unmasked over {listed(kept.given)} before; with the noise of a sum shared among its sites "
+                "(secure_sums.noise_from), they are added up over no others"
             )
 
     def _check_offers(self, kept: _Kept, offers: Sequence[Offer]) -> None:

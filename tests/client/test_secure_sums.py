@@ -196,6 +196,19 @@ def test_after_a_sum_over_all_there_is_none_without_one(hospitals):
     assert hospitals.at("ash", second).unmask(second, SITES).seeds, "over the same sites it is nothing new"
 
 
+def test_numbers_whose_noise_is_shared_are_added_up_over_the_same_sites_alone(tmp_path):
+    sites = [*SITES, "elm", "fir"]
+    hospitals = Hospitals(tmp_path, sites=sites, noise_from=3)
+    hospitals.up_to_the_masks()
+    hospitals.at("ash").unmask(hospitals.round, sites)
+    for attempt in (2, 3):  # neither does an attempt that came to nothing make it forget
+        again = hospitals.another(attempt)
+        hospitals.up_to_the_masks(again)
+        with pytest.raises(PolicyRefusal, match="added up over no others"):
+            hospitals.at("ash", again).unmask(again, sites[:4])
+    assert hospitals.at("ash", again).unmask(again, sites).seeds, "over the same sites it is nothing new"
+
+
 def test_a_site_that_allows_differences_unmasks_a_sum_with_one_site_missing(tmp_path):
     hospitals = Hospitals(tmp_path, differences=True)
     hospitals.up_to_the_masks()
