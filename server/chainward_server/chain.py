@@ -10,14 +10,14 @@ from chainward_server.aggregation import check_drift
 from chainward_server.attempts import Attempted, attempted
 from chainward_server.claims import check_training
 from chainward_server.context import Run
-from chainward_server.decisions import best_model, best_strand, forgetting, gain, weakest_site
+from chainward_server.decisions import best_strand, forgetting, weakest_site
 from chainward_server.heads import with_statistics_head
 from chainward_server.results import LinkMetrics, LinkRecord, LinkStatus, SiteScores
 from chainward_server.schedule import Hop, schedule
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
-from chainward_shared.hops import head_key, link_head_key, student_head_key
+from chainward_shared.hops import head_key, link_head_key
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
@@ -123,22 +123,15 @@ def _left_by(run: Run, key: str) -> str:
 
 
 def _released(run: Run, outcome: ChainOutcome) -> ChainOutcome:
-    """Return what the chain leaves: with its head from statistics, and the best of all models along it, where that is asked."""
+    """Return what the chain leaves: with its head from statistics, where that is asked."""
     config, results = run.config.chain, run.results
-    if config.head == "statistics" and config.refit in ("end", "laps"):
-        results.released = head_key(None)
-        outcome = replace(outcome, model=with_statistics_head(run, results.released, outcome.model), test=None)
-    if config.release == "best":
-        keys = [link.key for link in results.links if link.succeeded]
-        keys += [head.key for head in results.heads if head.key != student_head_key()]
-        kept = [key for key in keys if run.checkpoints.has_model(key)]
-        results.released = best_model({key: run.validation(key).pooled for key in kept})
-        outcome = replace(outcome, model=run.checkpoints.load_model(results.released, run.template), test=None)
-    if results.released is None:
+    if config.head == "trained" or config.refit in ("no", "links"):
         return outcome
+    results.released = head_key(None)
+    model = with_statistics_head(run, results.released, outcome.model)
     logger.info("the chain leaves the model of '%s'", results.released)
     metrics = run.metrics(results.released)
-    return replace(outcome, test=metrics.test if metrics else None)
+    return replace(outcome, model=model, test=metrics.test if metrics else None)
 
 
 def _to_revisit(run: Run, lap: int, steps: int) -> list[Hop]:
@@ -281,8 +274,7 @@ def _record(run: Run, hop: Hop, outcome: Attempted[LinkResult], strand: Strand, 
         metrics = link_metrics(run.score(run.architecture, model, ["val", "test"]))
     if name != hop.key:
         model = with_statistics_head(run, name, model)
-    known = metrics if name == hop.key else None
-    if reason := _forgotten(run, strand, name, known) or _not_gained(run, strand, name, known):
+    if reason := _forgotten(run, strand, name, metrics if name == hop.key else None):
         record.status, record.reason = "refused", reason
         for dropped in {hop.key, name}:
             run.checkpoints.drop_model(dropped)
@@ -323,25 +315,6 @@ def _forgotten(run: Run, strand: Strand, key: str, metrics: LinkMetrics | None) 
     return (
         f"the link lowers the validation balanced accuracy of the sites before it from {forgot.before:.3f} to "
         f"{forgot.after:.3f}, by more than chain.max-forgetting = {allowed:g}"
-    )
-
-
-def _not_gained(run: Run, strand: Strand, key: str, metrics: LinkMetrics | None) -> str | None:
-    """Return why a link must be refused for not making the model better; None if it need not be."""
-    accept = run.config.chain.accept
-    if accept == "all" or strand.model_name is None:
-        return None
-    after = metrics.validation if metrics else run.validation(key).pooled
-    cases = [card.class_counts.get("val", []) for card in run.sites.cards.values()]
-    gained = gain(
-        run.validation(strand.model_name).pooled, after, [sum(of) for of in zip(*filter(None, cases), strict=True)]
-    )
-    if gained is None or gained.enough(accept):
-        return None
-    return (
-        f"the link changes the validation balanced accuracy from {gained.before:.3f} to {gained.after:.3f}"
-        + (f" (the 95 % interval of a difference is +-{gained.half_interval:.3f})" if accept == "better" else "")
-        + f"; chain.accept = '{accept}'"
     )
 
 

@@ -210,8 +210,7 @@ def _implausible(sums: Mapping[str, _Sums]) -> dict[str, str]:
 
 def _may_be_released(run: Run, key: str) -> bool:
     """Return whether the model of a statistics round may be the one that the chain leaves."""
-    config = run.config.chain
-    return key == head_key(None) or config.release == "best" or config.refit == "links"
+    return key == head_key(None) or run.config.chain.refit == "links"
 
 
 def _together(run: Run, key: str, sums: Mapping[str, _Sums], size: int) -> _Sums:

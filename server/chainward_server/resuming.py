@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from chainward_shared.config import ConfigScalar, RunConfig, options
 from chainward_shared.errors import ConfigError
@@ -25,6 +26,22 @@ FREE_ON_RESUME = re.compile(
     r"output\..*|federation\.(hop-deadline|deadline|patience|approval-patience|check-every|min-complete)|chain\.(retries|on-failure|on-failure-at)|student\.quorum"
 )
 """Keys that may differ between a run and its continuation: they don't decide what is trained."""
+
+
+RETIRED = {"chain.accept": "all", "chain.release": "last", "chain.cycle": "link"}
+"""Keys that runs of earlier builds have, each with the value that says what all runs do now."""
+
+
+def without_retired(tables: dict[str, Any]) -> list[str]:
+    """Take keys that are gone out of a stored configuration; return those that said something else than all runs do now."""
+    other = []
+    for key, usual in RETIRED.items():
+        table, _, name = key.partition(".")
+        of = tables.get(table)
+        value = of.pop(name, usual) if isinstance(of, dict) else usual
+        if value != usual:
+            other.append(f"{key} = {value!r}")
+    return other
 
 
 def reconciled(stored: RunConfig, given: RunConfig) -> RunConfig:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from chainward_server.mending import Mending, mending
 from chainward_server.results import Results
-from chainward_server.resuming import as_setting, reconciled
+from chainward_server.resuming import as_setting, reconciled, without_retired
 from chainward_server.run_process import RunProcess
 from chainward_server.run_state import Phase, RunState, Status, iso
 from chainward_shared.config import OutputConfig, RunConfig
@@ -49,6 +49,7 @@ class RunFolder:
     def __init__(self, path: Path, state: RunState, config: RunConfig) -> None:
         self.path, self.state, self.config = path, state, config
         self._base: StateDict | None = None
+        self._retired: list[str] = []
         self.followed: Callable[[Results], None] = lambda results: None
 
     @classmethod
@@ -97,6 +98,11 @@ class RunFolder:
             raise RunFolderError(
                 f"run {folder.state.run_id} has finished; there is nothing to resume. See {path / 'report.html'}"
             )
+        if folder._retired:
+            raise RunFolderError(
+                f"run {folder.state.run_id} was started with {', '.join(folder._retired)}, which there is no more; finish it "
+                "with the version that began it, or start anew"
+            )
         folder.config = reconciled(folder.config, config)
         folder._check_models()
         if folder.state.status == "running" and folder.state.process and folder.state.process.find():
@@ -120,7 +126,9 @@ class RunFolder:
         try:
             state = RunState.model_validate_json((path / "run.json").read_bytes())
             settings = (path / "config.toml").read_bytes()
-            config = RunConfig.model_validate(tomllib.loads(settings.decode()))
+            tables = tomllib.loads(settings.decode())
+            retired = without_retired(tables)
+            config = RunConfig.model_validate(tables)
         except OSError as error:
             raise RunFolderError(f"{error.filename}: can't be read ({error.strerror})") from error
         except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -130,7 +138,9 @@ class RunFolder:
             raise RunFolderError(
                 f"{path / 'config.toml'}: damaged (it is not what the run was started with); restore it"
             )
-        return cls(path, state, config.with_threads(config.federation.threads or state.threads or 0))
+        folder = cls(path, state, config.with_threads(config.federation.threads or state.threads or 0))
+        folder._retired = retired
+        return folder
 
     def _mend(self) -> None:
         """Take out what is to be done again because a site was not reached."""

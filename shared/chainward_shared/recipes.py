@@ -86,7 +86,7 @@ class TrainingRecipe(OptimiserSettings, LabelSettings, AugmentationSettings, Ari
 
 
 class LinkRecipe(LinkSettings, TrainingRecipe):
-    """How a link is trained. `laps`: of the whole chain, among which "laps" shares a learning-rate cycle."""
+    """How a link is trained."""
 
 
 class StudentRecipe(StudentSettings, TrainingRecipe):

@@ -19,7 +19,6 @@ from chainward_shared.bounds import (
     Delta,
     Epochs,
     Fraction,
-    Laps,
     LearningRate,
     PositiveFraction,
     Rounds,
@@ -33,7 +32,6 @@ from chainward_shared.outside import MAX_SITES
 
 Augmentation = Literal["none", "upright", "all-orientations"]
 ClassBalance = Literal["site-prior", "weighted", "none"]
-LearningRateCycle = Literal["link", "laps"]
 LinkStart = Literal["warm", "fresh"]
 Precision = Literal["auto", "fp32", "bf16"]
 AuxiliaryTeacher = Literal["ema", "frozen"]
@@ -156,12 +154,6 @@ class OptimiserSettings(Settings):
 class LinkSettings(OptimiserSettings, LabelSettings):
     """How one link is trained."""
 
-    laps: Laps = Field(1, description="Passes over all sites")
-    cycle: LearningRateCycle = Field(
-        "link",
-        description="link: the learning rate goes through a one-cycle in every link; laps: a site's links of all laps share "
-        "one, so that later laps change less",
-    )
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = Field(
         1.0,
         description="Factor on the learning rate from each layer to the one before it, the classifier having all of it: less "

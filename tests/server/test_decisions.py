@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from chainward_server.decisions import Forgetting, best_strand, forgetting, gain, weakest_site
+from chainward_server.decisions import Forgetting, best_strand, forgetting, weakest_site
 from chainward_shared.evaluation.scores import Scores
 
 
@@ -57,25 +56,3 @@ def test_the_best_strand_has_the_highest_validation_and_the_first_of_equal_ones_
     assert best_strand({0: scores(0.5), 1: scores(0.7), 2: scores(0.6)}) == 1
     assert best_strand({1: scores(0.7), 0: scores(0.7)}) == 0
     assert best_strand({0: scores(None), 1: scores(0.0)}) == 1
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "not_worse", "better"),
-    [(0.5, 0.5, True, False), (0.5, 0.499, False, False), (0.5, 0.52, True, False), (0.5, 0.75, True, True)],
-)
-def test_a_link_is_good_enough_by_what_it_gained(before, after, not_worse, better):
-    found = gain(scores(before), scores(after), [40, 0, 40])
-    assert (found.enough("not-worse"), found.enough("better")) == (not_worse, better)
-
-
-def test_the_interval_of_a_gain_is_that_of_two_binomial_figures():
-    """Recalls drawn anew for two classes: 95 of 100 differences are within the half interval of the mean."""
-    generator = np.random.default_rng(0)
-    drawn = [np.mean([generator.binomial(n, 0.7, 20_000) / n for n in (30, 60)], axis=0) for _ in range(2)]
-    half = gain(scores(0.7), scores(0.7), [30, 60]).half_interval
-    assert np.mean(np.abs(drawn[0] - drawn[1]) < half) == pytest.approx(0.95, abs=0.01)
-
-
-def test_without_figures_nothing_was_gained_or_lost():
-    assert gain(scores(None), scores(0.5), [3]) is None
-    assert gain(scores(0.4), scores(0.5), []).half_interval > 0

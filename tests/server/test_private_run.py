@@ -163,7 +163,7 @@ def test_two_private_runs_with_one_seed_yield_two_models(two_sites, coordinated)
 
 
 def test_a_strand_that_comes_back_composes_with_its_first_visit(two_sites, coordinated):
-    folder, _ = coordinated(two_sites | {"chain.laps": 2, "chain.cycle": "laps"})
+    folder, _ = coordinated(two_sites | {"chain.laps": 2})
     hops = [one.reserved.hop for one in ledger_of(folder, "birch").spendings()]
     assert hops == ["strand-0-lap-0-step-1", "strand-0-lap-1-step-1"]
     assert 7.9 < record_of(folder)["sites"]["birch"]["epsilon"] <= 8.0

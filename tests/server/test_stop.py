@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import tomli_w
 from flwr.common.config import parse_config_args
 
 from chainward_server import stop
@@ -156,6 +158,29 @@ def test_what_is_printed_to_resume_a_run_resumes_it_wherever_its_folder_is(tmp_p
     resumed = RunFolder.resume(RunConfig.from_flat(parse_config_args([pairs])))
     assert resumed.path == folder.path
     assert resumed.config.chain.laps == 3
+
+
+@pytest.mark.parametrize("value", ["all", "better"])
+def test_a_run_with_a_setting_that_there_is_no_more_can_be_read_and_is_resumed_only_where_it_said_nothing(
+    tmp_path, value
+):
+    given = {"output.dir": str(tmp_path), "chain.laps": 3}
+    folder = RunFolder.create(RunConfig.from_flat(given))
+    folder.end("failed", "the disk is full")
+    settings = tomli_w.dumps(folder.config.tables() | {"chain": folder.config.tables()["chain"] | {"accept": value}})
+    (folder.path / "config.toml").write_text(settings)
+    folder.state.config = hashlib.sha256(settings.encode()).hexdigest()
+    folder.end("failed", "the disk is full")
+    assert RunFolder.open(folder.path).config.chain.laps == 3
+    again = RunConfig.from_flat({"output.dir": str(tmp_path), "output.resume": folder.run_id})
+    if value == "all":
+        assert RunFolder.resume(again).config.chain.laps == 3
+        return
+    with pytest.raises(
+        RunFolderError, match=r"chain\.accept = 'better', which there is no more; finish it with the version"
+    ):
+        RunFolder.resume(again)
+    assert RunFolder.open(folder.path).state.status == "failed"
 
 
 def test_what_is_printed_to_resume_a_run_in_the_usual_folder_is_its_id(tmp_path, monkeypatch):

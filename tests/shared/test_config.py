@@ -363,7 +363,6 @@ def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
             {"chain.refit": "links", "chain.head": "statistics", "chain.merge": "average", "chain.strands": 2},
             "an average of classifiers",
         ),
-        ({"chain.release": "best", "chain.merge": "average", "chain.strands": 2}, "chain.merge = 'average'"),
         ({"chain.head": "statistics", "chain.refit": "links", "privacy.mode": "dp-sgd"}, "pay for a statistics round"),
         ({"federation.secure-sums": "on", "student.aggregation": "median"}, "student.aggregation='mean'"),
         ({"federation.secure-sums": "on", "chain.order": "weakest-next"}, "the scores of single sites"),
@@ -372,9 +371,8 @@ def test_privacy_that_can_not_be_meant_is_refused_in_words(flat, words):
         ({"chain.laps": 0, "chain.head": "statistics"}, "chain.compare-alone=false"),
         ({"chain.laps": 0, "chain.head": "statistics", "chain.strands": 2}, "chain.strands=1"),
         ({"chain.laps": 0, "chain.head": "statistics", "chain.refit": "laps"}, "chain.refit='end'"),
-        ({"chain.laps": 0, "chain.head": "statistics", "chain.release": "best"}, "chain.release='last'"),
     ],
 )
-def test_heads_and_releases_that_can_not_be_are_refused_in_words(given, says):
+def test_heads_that_can_not_be_are_refused_in_words(given, says):
     with pytest.raises(ConfigError, match=says):
         RunConfig.from_flat(given)

@@ -260,25 +260,6 @@ def test_a_site_whose_embeddings_are_far_longer_than_all_others_does_not_decide_
     assert same_head(outcome.model, pooled_head(run, outcome.model, rest))
 
 
-def test_the_best_model_along_the_chain_is_released_where_that_is_asked(settings, coordinated):
-    flat = settings | {"student.rounds": 0, "chain.epochs": 1, "chain.laps": 2, "chain.compare-alone": False}
-    _, plain = coordinated(flat)
-    folder, results = coordinated(flat | {"chain.release": "best"})
-    scores = [link.metrics.validation.balanced_accuracy for link in results.links]
-    best = max(range(len(scores)), key=lambda place: (scores[place], place))
-    assert plain.released is None
-    assert results.released == results.links[best].key
-    template = skeleton(architecture_of(folder.config)).state_dict()
-    assert equal(folder.load_model("chain", template), folder.load_model(results.released, template))
-    assert results.final["chain"] == results.links[best].metrics.test
-    assert best != len(scores) - 1, "the test needs a chain whose last link is not its best"
-
-
-def architecture_of(config):
-    with in_process(config, open_sites(config)) as (run, _):
-        return run.architecture
-
-
 def test_a_student_ends_with_the_head_of_all_images_in_one_place_over_its_own_features(refitted):
     given = {"chain.head": "trained", "student.rounds": 1, "student.finetune-rounds": 0, "student.epochs": 1}
     config = RunConfig.from_flat(refitted | given | {"student.head": "statistics", "student.image-size": 48})

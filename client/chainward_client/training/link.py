@@ -323,7 +323,6 @@ def train_link(
     names = ("alone" if alone else "link", data.site, "strand", strand, "lap", lap)
     guide = privileged_term(data, cases, recipe, model, state_dir, *names, work=work, image=image)
     objective = LinkObjective(recipe, model, _called(teacher, trunk), prepared.counts, guide)
-    part = (lap, recipe.laps) if recipe.cycle == "laps" and not alone else (0, 1)
     with spending(work, prepared, data, guide, checkpoint, phase=names[0], unlabelled=others) as privately:
         log = train(
             model,
@@ -332,7 +331,6 @@ def train_link(
             objective,
             *names,
             unlabelled=None if others is None else others.images,
-            part=part,
             layer_decay=recipe.layer_decay,
             trunk=trunk,
             private=privately,

@@ -202,11 +202,6 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
         yield from _contradictions_without_links(config)
     if chain.refit == "laps" and chain.laps == 1:
         yield "chain.refit = 'laps' contradicts chain.laps = 1: the only lap ends with the chain; set chain.refit='end'"
-    if chain.release == "best" and chain.merge != "best":
-        yield (
-            f"chain.release = 'best' contradicts chain.merge = '{chain.merge}': it takes one of the models along the chain; set "
-            "chain.release='last' or chain.merge='best'"
-        )
 
 
 def secure_contradictions(config: RunConfig) -> Iterator[str]:
@@ -234,8 +229,6 @@ def _contradictions_without_links(config: RunConfig) -> Iterator[str]:
         ("compare-alone", chain.compare_alone, "false"),
         ("strands", chain.strands > 1, "1"),
         ("refit", chain.refit != "end", "'end'"),
-        ("accept", chain.accept != "all", "'all'"),
-        ("release", chain.release == "best", "'last'"),
     ):
         if contradicts:
             yield f"chain.laps = 0 contradicts chain.{key}: no link is trained; set chain.{key}={instead}"

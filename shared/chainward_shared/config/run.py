@@ -117,9 +117,7 @@ class RunConfig(Table):
     def link_recipe(self, *, laps: int = 1) -> LinkRecipe:
         """Return how one link is trained; `laps` > 1 gives the budget of several laps (for a site alone)."""
         link = values_of(self.chain, LinkSettings)
-        link["laps"] = max(1, self.chain.laps)
-        if laps > 1:
-            link |= {"epochs": self.chain.epochs * laps, "laps": 1}
+        link["epochs"] *= max(1, laps)
         return LinkRecipe(
             seed=self.seed,
             privileged=self.privileged.recipe_for("links"),

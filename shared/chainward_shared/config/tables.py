@@ -27,8 +27,6 @@ from chainward_shared.settings import (
 
 ChainHead = Literal["trained", "statistics"]
 Refit = Literal["no", "end", "laps", "links"]
-Accept = Literal["all", "not-worse", "better"]
-Release = Literal["last", "best"]
 OnFailure = Literal["skip", "revisit", "stop"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
@@ -147,11 +145,6 @@ class ChainConfig(Table, LinkSettings):
         description="When chain.head = 'statistics' computes the classifier anew. no: only that of the start; end: of the chain; "
         "laps: also after every lap; links: after every link, whose successor then starts from it",
     )
-    release: Release = Field(
-        "last",
-        description="Which model the chain leaves. last: what its last link left, with its classifier from statistics where "
-        "there is one; best: the model along the chain with the highest validation score",
-    )
     order: SiteOrder = Field(
         "given",
         description="Order of the sites in a lap; shuffled: by the seed; largest-first, smallest-first: by training cases; "
@@ -163,12 +156,6 @@ class ChainConfig(Table, LinkSettings):
         le=1,
         description="A link after which the validation balanced accuracy, mean over the sites before it, is lower by more "
         "than this is refused, and the chain goes on from its predecessor. 1: no link is refused",
-    )
-    accept: Accept = Field(
-        "all",
-        description="Which links the chain goes on from. all; not-worse: those after which the validation balanced accuracy, all "
-        "sites together, is no lower than before; better: those after which it is higher by more than its 95 % interval. "
-        "The others are refused",
     )
     max_drift: float = Field(
         10.0,

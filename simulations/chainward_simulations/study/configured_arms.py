@@ -73,7 +73,6 @@ class ConfiguredArm:
                 "temperature": 1.0,
                 "temperature_decay": 1.0,
                 "teacher_trust": "none",
-                "cycle": "link",  # baselines of several parts share one cycle whatever the chain does
             }
         )
 
