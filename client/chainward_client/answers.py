@@ -85,6 +85,7 @@ def student_of(
             round_index=task.round - 1,
             large=large,
             large_architecture=task.large_architecture,
+            features=site.features,
             state_dir=site.state_dir,
             work=work,
             checkpoint=store.checkpoint(task),

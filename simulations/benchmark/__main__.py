@@ -15,6 +15,7 @@ import typer
 from chainward_shared.console import PlainConsole
 
 if TYPE_CHECKING:  # imported when something is measured, so that --help answers at once
+    from chainward_shared.config import ConfigScalar
     from chainward_simulations.benchmark.figures import Table
     from chainward_simulations.benchmark.flower_run import FlowerRun
     from chainward_simulations.benchmark.training import Backbone, TrainingWorkload
@@ -48,7 +49,7 @@ def main(
         list[Part] | None,
         typer.Option(
             help="Measure only this; may be repeated. training: throughput beside plain PyTorch; "
-            "run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone; "
+            "run: a whole flwr run beside the same work without Flower, and its memory; memory: flwr run alone, hops and memory; "
             "private: a private step beside a plain one, its time and memory; peers: the same six "
             "trainings in a plain loop, in Flower's FedAvg, in NVFlare where it is installed, and here; images: opening a "
             "deployed site's images with and without its store of decoded ones; secure-sums: what sums over 3, 6 and 50 sites "
@@ -80,6 +81,14 @@ def main(
     app: Annotated[
         Path, typer.Option(exists=True, file_okay=False, show_default="six_sites", help="Flower app to run.")
     ] = SIX_SITES,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE|FILE.toml",
+            help="Settings of that run, where they differ from the app's: one, or a file of them; may be repeated.",
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Times that the Flower app is run.")] = 1,
     images: Annotated[
         int | None, typer.Option(min=24, help="Generated images of the site. Default: 50000; 512 for features.")
@@ -114,7 +123,9 @@ def main(
     if Part.TRAINING in parts:
         tables.append(_measure_training(workload, measured))
     if parts & {Part.RUN, Part.MEMORY}:
-        tables += _measure_runs(parts, app, quick, runs, threads, timeout, measured)
+        tables += _measure_runs(
+            parts, app, _settings_of_run(app, setting or [], quick, threads), runs, timeout, measured
+        )
     if Part.PRIVATE in parts:
         tables.append(_measure_private(backbones, repeats, quick, threads, measured))
     if Part.PEERS in parts:
@@ -160,12 +171,28 @@ def _measure_private(
     return private.private_table(costs, workload)
 
 
+def _settings_of_run(app: Path, given: list[str], quick: bool, threads: int) -> dict[str, ConfigScalar]:
+    from chainward_shared.errors import ConfigError
+    from chainward_simulations.benchmark import flower_run
+    from chainward_simulations.run_command import app_and_settings
+
+    try:
+        settings = app_and_settings([str(app), *given])[1] if given else {}
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from error
+    return {**(flower_run.QUICK_CONFIG if quick else {}), "federation.threads": threads, **settings}
+
+
 def _measure_runs(
-    parts: set[Part], app: Path, quick: bool, runs: int, threads: int, timeout: float, measured: dict[str, object]
+    parts: set[Part],
+    app: Path,
+    settings: dict[str, ConfigScalar],
+    runs: int,
+    timeout: float,
+    measured: dict[str, object],
 ) -> list[Table]:
     from chainward_simulations.benchmark import flower_run
 
-    settings = {**(flower_run.QUICK_CONFIG if quick else {}), "federation.threads": threads}
     done: list[FlowerRun] = []
     for number in range(1, runs + 1):
         progress.say(f"flwr run {app.name}: {number} of {runs}")
@@ -176,10 +203,8 @@ def _measure_runs(
             raise typer.Exit(1) from error
         done.append(run)
     measured["runs"] = [run.to_json() for run in done]
-    tables = [flower_run.memory_table(done)]
-    if Part.RUN in parts:
-        tables = [flower_run.phases_table(done), flower_run.hops_table(done[0]), *tables]
-    return tables
+    tables = [flower_run.hops_table(done[0]), flower_run.memory_table(done)]
+    return [flower_run.phases_table(done), *tables] if Part.RUN in parts else tables
 
 
 def _measure_secure_sums(quick: bool, measured: dict[str, object]) -> Table:

@@ -222,6 +222,7 @@ class InProcessSites(Sites):
             round_index=task.round - 1,
             large=[work.models[f"large_{index}"] for index in range(len(task.large_digests))],
             large_architecture=task.large_architecture,
+            features=self._features[site],
             state_dir=self._state_dir(site),
             work=spends,
         )

@@ -126,9 +126,10 @@ def add_students(
     on_step: Callable[[str], None] = lambda step: None,
     *,
     state_dir: Path | None = None,
+    features: Features | None = None,
 ) -> Outcome:
     """Return `outcome`, which has a chain, with the students that are trained out of it."""
-    with in_process(config, sites, on_step, state_dir=state_dir) as (run, trained):
+    with in_process(config, sites, on_step, state_dir=state_dir, features=features) as (run, trained):
         student = run_students(run, ChainOutcome(outcome.chain, None, outcome.strands))
     small = student_architecture(config.student, run.architecture)
     return dataclasses.replace(outcome, student_architecture=small, student=student, logs=outcome.logs | trained.logs)

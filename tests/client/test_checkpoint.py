@@ -9,10 +9,12 @@ from chainward_client import checkpoint as checkpoint_module
 from chainward_client.checkpoint import Checkpoint
 from chainward_client.private_site import PrivateSite
 from chainward_client.private_training import PrivateTraining
+from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student
 from chainward_shared.config import RunConfig
-from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.models import Start, build_model, resolve_architecture
+from chainward_shared.models.start import travelling_names
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_simulations.phantoms.cases import phantom_site
 
@@ -84,6 +86,39 @@ def test_an_interrupted_link_ends_with_the_same_model_and_log(data, architecture
     resumed, resumed_log = interrupted_after(monkeypatch, epoch, train, tmp_path / "half.safetensors")
     assert_equal(resumed, state)
     assert resumed_log.model_copy(update={"seconds": log.seconds}) == log
+
+
+@pytest.mark.parametrize("part", ["head", "last-2"])
+def test_an_interrupted_link_that_trains_a_part_on_kept_features_ends_with_the_same_model(
+    part, data, architecture, monkeypatch, tmp_path
+):
+    recipe, _ = recipes()
+    start = Start(name="test_vit", file="0" * 64, digest="0" * 64, part=part)
+    this = architecture.model_copy(update={"start": start})
+    state = dict(build_model(this, 3).state_dict())
+    base = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    trained = travelling_names(this)
+    predecessor = {n: t + 0.01 if n in trained else t for n, t in state.items()}
+
+    def train(checkpoint=None):
+        features = Features(tmp_path / "features")
+        return train_link(
+            data,
+            this,
+            recipe,
+            predecessor,
+            strand=0,
+            lap=0,
+            base=base,
+            features=features,
+            checkpoint=checkpoint,
+        )
+
+    whole, log = train()
+    resumed, resumed_log = interrupted_after(monkeypatch, 2, train, tmp_path / "half.safetensors")
+    assert_equal(resumed, whole)
+    assert resumed_log.model_copy(update={"seconds": log.seconds}) == log
+    assert {name for name in whole if not torch.equal(whole[name], predecessor[name])} == trained
 
 
 def test_an_interrupted_student_ends_with_the_same_student_and_auxiliary_teacher(

@@ -8,12 +8,15 @@ import torch
 import yaml
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from timm.models import VisionTransformer
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from chainward_client.app import app
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.evaluation import class_probabilities
 from chainward_client.privileged.results import PrivilegedTargets
+from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_client.training.student import StudentObjective, train_student
@@ -137,6 +140,41 @@ def test_images_of_the_right_size_are_scored_bit_for_bit_as_they_are(architectur
 
 
 # --- large models at the site ---
+
+
+@pytest.fixture
+def asked_large():
+    """Return how many images each pass of a ViT took, the large models of these tests."""
+    seen = []
+
+    def note(module, given, found):
+        if isinstance(module, VisionTransformer):
+            seen.append(len(given[0]))
+
+    hook = register_module_forward_hook(note)
+    yield seen
+    hook.remove()
+
+
+LARGE = resolve_architecture("test_vit", num_classes=3, in_chans=1, image_size=32, patch_size=16)
+
+
+@pytest.mark.parametrize(("augmentation", "passes"), [("none", 1), ("upright", 3)])
+def test_large_models_are_asked_once_about_images_that_every_epoch_shows_alike(
+    augmentation, passes, architecture, asked_large
+):
+    data, small, large = site_data(), weights_of(architecture, 1), weights_of(LARGE, 2)
+    given = recipe(large_weight=1.0, augmentation=augmentation, epochs=3)
+    found = train_student(
+        data, architecture, given, small, None, round_index=0, large=[large], large_architecture=LARGE
+    )
+    assert sum(asked_large) == passes * 30
+    model, teacher = build_model(architecture, 1), build_model(LARGE, 2)
+    objective = StudentObjective(given, None, torch.tensor([10, 10, 10]), 0, large=[teacher], large_size=32)
+    log = train(model, data.splits["train"], given, objective, "student", "distil", "oak", "round", 0)
+    assert found.log.loss == pytest.approx(log.loss, rel=1e-3)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found.student[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from chainward_server.results import DataSummary, HeadRecord, Results
 from chainward_shared.models import build_model
 from chainward_simulations import flower
 from chainward_simulations.benchmark import memory, private
 from chainward_simulations.benchmark.backbones import backbones_table, examine
 from chainward_simulations.benchmark.features import FeaturesWorkload, features_table, measure_features
 from chainward_simulations.benchmark.figures import Aim, Measured, Table
+from chainward_simulations.benchmark.flower_run import FlowerRun, hops_table
 from chainward_simulations.benchmark.training import (
     VARIANTS,
     Backbone,
@@ -129,6 +133,27 @@ def test_help_names_what_can_be_measured():
         assert word in shown.stdout
     for word in ("--quick", "--json", "--markdown"):
         assert word in shown.stdout
+
+
+def test_a_run_is_measured_with_settings_that_are_checked_before_anything_starts(tmp_path):
+    settings = tmp_path / "run.toml"
+    settings.write_text("chain.epochs = 1\n")
+    main = runpy.run_path(str(BENCHMARK / "__main__.py"))
+    found = main["_settings_of_run"](main["SIX_SITES"], [str(settings), "student.rounds=0"], False, 1)
+    assert found == {"federation.threads": 1, "chain.epochs": 1, "student.rounds": 0}
+    wrong = CliRunner().invoke(main["cli"], ["--only", "memory", "--set", "chain.lap=2"])
+    assert wrong.exit_code == 2 and "chain.laps" in wrong.output
+
+
+def test_statistics_rounds_are_hops_too():
+    head = HeadRecord(
+        key="head-start", sites=["a", "b"], images=9, validation=9, seconds=2.0, bytes_down=5400, bytes_up=3
+    )
+    data = DataSummary(source="phantom", synthetic=True, classes=["a"], image_size=32, channels=1, sites=[])
+    results = Results(run_id="r", seed=0, data=data, heads=[head])
+    run = FlowerRun(1.0, results, memory.MemoryPeak(), None, None)
+    assert hops_table(run).rows == [("head-start", "2 sites", "2.0", "-", "0.0054", "3e-06")]
+    assert [hop["hop"] for hop in run.to_json()["hops"]] == ["head-start"]
 
 
 def test_a_link_is_measured_with_and_without_kept_features():

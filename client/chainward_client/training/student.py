@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateWork
+from chainward_client.training.features import Features
 from chainward_client.training.link import labelled_cases, prepared_for, privileged_term, spending
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.passes import passes
 from chainward_shared.distillation.losses import (
     classification_loss,
     distillation_loss,
@@ -47,6 +49,8 @@ class StudentObjective(Objective):
     large : the chain's large models, which teach by the mean of their probabilities; used where the recipe gives them
         weight
     large_size : side of the images that they see, pixels
+    answers : what the large models say of each case as it is, logits (models, n, classes), in the place of `large`, where every
+        view is the image as it is; None: they are asked about each view
     privileged : the term of the site's privileged teachers, and the taps that hold the student's embedding; or None
     """
 
@@ -59,10 +63,12 @@ class StudentObjective(Objective):
         *,
         large: Sequence[nn.Module] = (),
         large_size: int = 0,
+        answers: Tensor | None = None,
         privileged: tuple[PrivilegedTerm, Taps] | None = None,
     ) -> None:
         self.recipe, self.auxiliary, self.counts, self.round_index = recipe, auxiliary, counts, round_index
         self.large, self.large_size = list(large) if recipe.large_weight > 0 else [], large_size
+        self.answers = answers
         self.privileged = privileged
         self.step = self.epoch = self.steps_per_epoch = 0
         self.kept = 1.0
@@ -74,6 +80,8 @@ class StudentObjective(Objective):
         self.steps_per_epoch = steps_per_epoch
         for teacher in [*self.large, *([] if self.auxiliary is None else [self.auxiliary])]:
             teacher.to(device).eval().requires_grad_(False)
+        if self.answers is not None:
+            self.answers = self.answers.to(device)
         if self.privileged is not None:
             self.privileged[0].to(device)
 
@@ -103,13 +111,20 @@ class StudentObjective(Objective):
                 teacher_logits = self.auxiliary(batch.view()).float()
             apart = distillation_loss(logits, teacher_logits, recipe.temperature, multilabel=multilabel)
             loss = loss + recipe.distillation_weight * apart
-        if self.large:
-            with torch.no_grad():
-                seen = resized(view, self.large_size or view.shape[-1])
-                large_logits = torch.stack([large(seen).float() for large in self.large])
+        if (large_logits := self._of_large(view, batch.rows)) is not None:
             apart = ensemble_distillation_loss(logits, large_logits, recipe.temperature, multilabel=multilabel)
             loss = loss + recipe.large_weight * apart
         return loss
+
+    @torch.no_grad()
+    def _of_large(self, view: Tensor, rows: Tensor) -> Tensor | None:
+        """Return what the large models say of the batch, logits (models, n, classes); None where there are none."""
+        if self.answers is not None:
+            return self.answers[:, rows]
+        if not self.large:
+            return None
+        seen = resized(view, self.large_size or view.shape[-1])
+        return torch.stack([large(seen).float() for large in self.large])
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
@@ -162,6 +177,7 @@ def train_student(
     round_index: int,
     large: Sequence[StateDict] = (),
     large_architecture: Architecture | None = None,
+    features: Features | None = None,
     state_dir: Path | None = None,
     work: PrivateWork | None = None,
     checkpoint: Checkpoint | None = None,
@@ -175,6 +191,7 @@ def train_student(
     round_index : rounds before this one, of both stages
     large, large_architecture : weights of the chain's large models, and what they are; needed where the recipe gives
         them weight
+    features : where the output of a large model's frozen trunk is kept; None: nowhere
     state_dir : folder in which the site keeps its privileged teachers; None: trained anew for each round
     work : what a private training spends through; None: the site trains without privacy
     checkpoint : where the training writes itself down
@@ -191,24 +208,27 @@ def train_student(
     recipe = prepared.recipe
     model = _loaded(architecture, recipe, student)
     teacher = None if auxiliary is None else _loaded(architecture, recipe, auxiliary)
-    large_models: list[nn.Module] = []
-    large_size = 0
-    if recipe.large_weight > 0:
-        if large_architecture is None or not large:
-            raise ModelError(
-                f"a student is to learn from large models with weight {recipe.large_weight:g}, found none; send them"
-            )
-        large_models = [_loaded(large_architecture, recipe, state) for state in large]
-        large_size = large_architecture.image_size
+    seen = replace(cases, images=resized(cases.images, architecture.image_size))
+    large_models, large_size = _large_models(recipe, large, large_architecture)
+    answers = None
+    if large_models and recipe.augmentation == "none":
+        answers = _answers(large_models, seen.images, recipe.threads, large_size, features)
+        large_models = []
     names = ("student", recipe.stage, data.site, "round", round_index)
     privileged = None
     if recipe.stage == "distil":
         term = privileged_term(data, cases, recipe, model, state_dir, *names, work=work)
         privileged = None if term is None else (term, Taps(model, embedding=True))
     objective = StudentObjective(
-        recipe, teacher, prepared.counts, round_index, large=large_models, large_size=large_size, privileged=privileged
+        recipe,
+        teacher,
+        prepared.counts,
+        round_index,
+        large=large_models,
+        large_size=large_size,
+        answers=answers,
+        privileged=privileged,
     )
-    seen = replace(cases, images=resized(cases.images, architecture.image_size))
     guide = None if privileged is None else privileged[0]
     with spending(work, prepared, data, guide, checkpoint, phase="student") as privately:
         log = train(model, seen, recipe, objective, *names, private=privately, checkpoint=checkpoint)
@@ -217,6 +237,24 @@ def train_student(
     if teacher is None:
         return TrainedStudent(state, None, log, None)
     return TrainedStudent(state, dict(teacher.to("cpu").state_dict()), log, objective.kept)
+
+
+def _large_models(
+    recipe: StudentRecipe, large: Sequence[StateDict], architecture: Architecture | None
+) -> tuple[list[nn.Module], int]:
+    """Return the large models that teach, and the side of the images that they see, pixels; none where they have no weight."""
+    if recipe.large_weight == 0:
+        return [], 0
+    if architecture is None or not large:
+        raise ModelError(
+            f"a student is to learn from large models with weight {recipe.large_weight:g}, found none; send them"
+        )
+    return [_loaded(architecture, recipe, state) for state in large], architecture.image_size
+
+
+def _answers(models: Sequence[nn.Module], images: Tensor, threads: int, size: int, features: Features | None) -> Tensor:
+    """Return what each model says of all images as they are, logits (models, n, classes), computed in fp32."""
+    return torch.stack([torch.cat(list(passes(model, images, threads, size, features))).cpu() for model in models])
 
 
 def _loaded(architecture: Architecture, recipe: StudentRecipe, state: StateDict) -> nn.Module:

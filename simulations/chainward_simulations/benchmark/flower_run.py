@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chainward_server.results import LinkRecord, Results, StudentRound
+from chainward_server.results import HeadRecord, LinkRecord, Results, StudentRound
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import ConfigScalar
 from chainward_shared.weights import digest, load_file
@@ -23,6 +23,8 @@ from chainward_simulations.flower import own_flower, run_command
 
 RATIO_AIM, MEMORY_AIM = Aim("at most", 1.25), Aim("at most", 6.0, " GiB")
 GIB, MB = 2**30, 1e6
+
+Hop = LinkRecord | StudentRound | HeadRecord
 
 QUICK_CONFIG: dict[str, ConfigScalar] = {
     "federation.sites": "site-5,site-6",
@@ -145,11 +147,11 @@ def _digests(folder: RunFolder) -> dict[str, str]:
     return {name: digest(load_file(folder.model_path(name), folder.state.models[name])[0]) for name in names}
 
 
-def _hops(results: Results) -> list[LinkRecord | StudentRound]:
-    return [*results.links, *results.student_rounds]
+def _hops(results: Results) -> list[Hop]:
+    return [*results.heads, *results.links, *results.student_rounds]
 
 
-def _hop_json(record: LinkRecord | StudentRound) -> dict[str, Any]:
+def _hop_json(record: Hop) -> dict[str, Any]:
     return {
         "hop": record.key,
         "seconds": record.seconds,
@@ -194,20 +196,20 @@ def phases_table(runs: Sequence[FlowerRun]) -> Table:
 
 
 def hops_table(run: FlowerRun) -> Table:
-    """Return seconds and bytes of every hop and of every round of the students."""
+    """Return seconds and bytes of every hop, of every round of the students, and of the statistics rounds."""
     table = Table("Seconds and bytes by hop", ("hop", "site", "s", "images/s", "MB down", "MB up"))
-    for link in run.results.links:
-        speed = f"{link.training.images_per_second:.0f}" if link.training else "-"
-        table.rows.append((link.key, link.site, f"{link.seconds:.1f}", speed, *_megabytes(link)))
-    for record in run.results.student_rounds:
-        sites = f"{len(record.sites)} sites"
-        table.rows.append((record.key, sites, f"{record.seconds:.1f}", "-", *_megabytes(record)))
+    for record in _hops(run.results):
+        where = record.site if isinstance(record, LinkRecord) else f"{len(record.sites)} sites"
+        training = record.training if isinstance(record, LinkRecord) else None
+        speed = f"{training.images_per_second:.0f}" if training else "-"
+        megabytes = (f"{size / MB:.4g}" for size in (record.bytes_down, record.bytes_up))
+        table.rows.append((record.key, where, f"{record.seconds:.1f}", speed, *megabytes))
     table.notes.append("Of the first run. Bytes are those of the arrays, without Flower's envelope; 1 MB = 10^6 bytes.")
+    if (start := run.results.start) is not None:
+        table.notes.append(
+            f"Trained, and sent at every hop, is {start.part}: {100 * start.trained:.3g} % of the model."
+        )
     return table
-
-
-def _megabytes(record: LinkRecord | StudentRound) -> tuple[str, str]:
-    return f"{record.bytes_down / MB:.2f}", f"{record.bytes_up / MB:.2f}"
 
 
 def memory_table(runs: Sequence[FlowerRun]) -> Table:

@@ -98,7 +98,12 @@ def _chain(configured: ConfiguredArm, bench: Bench) -> Trained:
 
 def _student(configured: ConfiguredArm, bench: Bench) -> Trained:
     outcome = runner.add_students(
-        configured.config, bench.sites, bench.chain_of(configured, bench), bench.on_step, state_dir=bench.state_dir
+        configured.config,
+        bench.sites,
+        bench.chain_of(configured, bench),
+        bench.on_step,
+        state_dir=bench.state_dir,
+        features=bench.features,
     )
     assert outcome.student is not None
     assert outcome.student_architecture is not None
