@@ -37,12 +37,12 @@ def flwr(environment, *command, timeout=300) -> str:
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """A whole run on the six phantom sites that trains as little as possible."""
+def tiny(small_consortium, tmp_path):
+    """A whole run of four sites that trains as little as possible."""
     return {
+        "data.source": str(small_consortium),
         "chain.backbone": "test_convnext",
         "chain.epochs": 1,
-        "chain.label-fraction": 0.3,
         "student.rounds": 1,
         "student.epochs": 1,
         "federation.threads": 1,
@@ -62,16 +62,16 @@ def test_flwr_run_on_fewer_nodes_than_sites_trains_the_models_of_the_plain_runne
     assert folder.state.status == "finished", printed
     config = RunConfig.from_flat(tiny)
     outcome = run_in_process(config, open_sites(config))
-    assert len(outcome.links) == 6
+    assert len(outcome.links) == 4
     for key, state in outcome.links.items():
         assert equal(load_file(folder.model_path(key)), state), f"{key} differs"
     assert equal(load_file(folder.model_path("student")), outcome.student)
-    assert {site.site for site in folder.load_results().data.sites} == {f"site-{i}" for i in range(1, 7)}
+    assert {site.site for site in folder.load_results().data.sites} == {"ash", "birch", "cedar", "dogwood"}
     assert (folder.path / "report.html").stat().st_size > 10_000
 
 
 def test_a_bad_setting_stops_the_run_with_one_line_and_without_a_traceback(flower, tiny):
-    printed = flwr(flower, *run_command(SIX_SITES, tiny | {"data.label-skew": 0.5}))
+    printed = flwr(flower, *run_command(SIX_SITES, tiny | {"data.source": "phantom", "data.label-skew": 0.5}))
     assert "data.label-skew = 0.5 contradicts data.source = 'phantom'" in printed
     assert "Traceback" not in printed
     listed = json.loads(flwr(flower, "flwr", "list", "--format", "json"))
@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_the_chain_costs_nothing(flower
     log = tmp_path / "log"
     with log.open("w") as out:
         run = subprocess.Popen(run_command(SIX_SITES, settings), env=flower, stdout=out, stderr=subprocess.STDOUT)
-        wait_for(lambda: "hop 2 of 6" in log.read_text() or run.poll() is not None)
+        wait_for(lambda: "hop 2 of 4" in log.read_text() or run.poll() is not None)
         for worker in workers(flower):
             worker.kill()
         run.wait(timeout=300)
@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_the_chain_costs_nothing(flower
 
 
 def test_chainward_run_ends_with_the_report_and_the_runs_status_and_leaves_no_process(tiny, tmp_path):
-    settings = tiny | {"student.rounds": 0, "chain.compare-alone": False, "federation.sites": "site-5,site-6"}
+    settings = tiny | {"student.rounds": 0, "chain.compare-alone": False, "federation.sites": "ash,birch"}
     pairs = [f"{key}={value}" for key, value in settings.items()]
     home = tmp_path / "home"
     environment = os.environ | {
