@@ -15,6 +15,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import numpy as np
+import pictures
 import pytest
 import yaml
 from loopback_grid import LoopbackGrid
@@ -26,6 +27,8 @@ from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 
+WITH_PROCESSES = ("flower", "deployment")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist deal out files in the order below, not those of most tests first."""
@@ -34,10 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests with a whole run as slow, and begin with the slowest files: one that is begun last has a core to itself."""
+    """Mark tests with a whole run, or with Flower's processes, as slow, and begin with the slowest files.
+
+    One that is begun last has a core to itself.
+    """
     seconds: Counter[Path] = Counter()
     for item in items:
-        if "coordinated" in getattr(item, "fixturenames", ()):
+        if "coordinated" in getattr(item, "fixturenames", ()) or any(map(item.get_closest_marker, WITH_PROCESSES)):
             item.add_marker("slow")
         seconds[item.path] += 60 if item.get_closest_marker("flower") else 5 if item.get_closest_marker("slow") else 0
     items.sort(key=lambda item: -seconds[item.path])
@@ -51,10 +57,18 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Reports are made without their pictures; a test of these asks for `drawn`."""
+    with pictures.undrawn():
+        yield
+
+
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports whose pictures are empty, for a test of what can't change them: drawing is most of a report's time."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write("<svg></svg>"))
+def drawn() -> Iterator[None]:
+    """Reports are made with their pictures."""
+    with pictures.drawn():
+        yield
 
 
 @pytest.fixture(scope="session")

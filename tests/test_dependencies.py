@@ -135,6 +135,7 @@ def test_a_circle_is_found():
     }
 
 
+@pytest.mark.slow
 def test_reading_data_loads_no_training_no_ledger_and_no_flower():
     code = "import sys, chainward_client.data.sources; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -399,6 +399,7 @@ def private(hospital, tmp_path):
     return hospital
 
 
+@pytest.mark.slow
 def test_approve_shows_the_plan_in_words_and_binds_to_what_was_shown(private, approvals):
     approvals.ask(PLAN, lambda: 100)
     shown = invoke("approve", private)
@@ -439,6 +440,7 @@ def test_a_site_without_a_policy_is_warned_that_nothing_bounds_what_the_weights_
     assert "sums over the embeddings of the images" in words
 
 
+@pytest.mark.slow
 def test_a_plan_that_the_policy_would_refuse_says_so(private, approvals):
     over = PLAN.model_copy(update={"link": privacy(epsilon=50.0)})
     approvals.ask(over, lambda: 100)

@@ -74,6 +74,7 @@ def assert_equal(first, second):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_an_interrupted_link_ends_with_the_same_model_and_log(data, architecture, monkeypatch, tmp_path, epoch):
     recipe, _ = recipes(**{"chain.unlabelled-weight": 1.0, "chain.temperature-decay": 0.9})
@@ -201,6 +202,7 @@ def test_a_private_training_goes_on_inside_its_reservation_and_pays_once(
     assert planned / 4 <= planned - len(done) < 9, "at least an epoch was kept, and no step twice but those of the last"
 
 
+@pytest.mark.slow
 def test_a_moving_average_costs_nothing(data, architecture, tmp_path):
     """What the ledger holds of a training with it is what it holds of one without."""
     spendings = []

@@ -89,6 +89,7 @@ def assert_bounded(modules, losses, images, clip):
     return added
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("inside", [False, True], ids=["first", "inside"])
 def test_no_layer_lets_an_image_add_more_than_the_clipping_norm_at_any_size_of_loss_image_or_norm(kind, inside):

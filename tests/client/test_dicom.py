@@ -285,6 +285,7 @@ def test_without_pydicom_one_line_says_what_to_install(tmp_path: Path, monkeypat
         read_dicom(describe(tmp_path, ["image,dx", "a,ill"]))
 
 
+@pytest.mark.slow
 def test_pydicom_is_imported_for_dicom_only() -> None:
     code = "import sys, chainward_client.data.sources; sys.exit(any(name.split('.')[0] == 'pydicom' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -298,6 +299,7 @@ def lossless(dicom: Write, seed: int = 0) -> bytes:
     return dicom(pixels, bits=12, syntax=JPEG_LOSSLESS, PatientID=f"P{seed}", WindowCenter=2048, WindowWidth=4096)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_dies_is_an_unreadable_image_and_the_others_are_read(
     dicom: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_every_byte_of_every_message_is_named_and_nothing_is_found(hospital):
     assert found.searched["report"] == 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["head", "last-1"])
 def test_from_a_start_the_question_about_the_weights_is_shown_and_only_what_is_trained_would_leave(
     trainable, hospital, tmp_path, monkeypatch

@@ -50,6 +50,7 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["head", "last-1", "last-2"])
 @pytest.mark.parametrize(
     "backbone",

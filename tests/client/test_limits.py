@@ -135,6 +135,7 @@ def test_a_model_with_more_parameters_than_the_hospital_allows_is_never_built(de
     assert "own log" in answer_to(LINK, deployed(parameters=size)).reason
 
 
+@pytest.mark.slow
 def test_the_largest_model_that_a_message_can_name_is_refused_by_default():
     widest = {"embed_dim": 16_384, "num_heads": 1, "depth": 128, "img_size": 32}
     huge = Architecture(name="vit_tiny_patch16_224", num_classes=3, in_chans=1, image_size=32, options=widest)

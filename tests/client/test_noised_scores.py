@@ -68,6 +68,7 @@ def test_trainings_and_noised_scores_of_a_run_stay_within_its_epsilon_whatever_c
         train(site, data, asked, hop="three")
 
 
+@pytest.mark.slow
 def test_a_training_leaves_room_for_scores_that_are_never_asked(tmp_path, data):
     site, asked = site_of(tmp_path), recipe(4.0)
     for hop in ("one", "two"):

@@ -74,6 +74,7 @@ def test_all_runs_share_the_lifetime(ledger):
     assert "spent in the site's lifetime" in refusal_of(POLICY, ledger, gaussian(80), run="second")
 
 
+@pytest.mark.slow
 def test_a_cap_on_a_run_binds_that_run_only(ledger):
     policy = POLICY.model_copy(update={"epsilon_per_run": 1.0})
     reserve(policy, ledger, charges(gaussian(25)), "first")

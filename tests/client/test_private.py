@@ -108,6 +108,7 @@ def slow_reference(model, objective, cases, rows, unlabelled, clip):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 3, 64])
 @pytest.mark.parametrize("clip", [0.05, 4.0, 1e6])
 def test_a_step_is_the_sum_of_gradients_clipped_one_by_one_with_the_projector_over_the_expected_batch(
@@ -325,6 +326,7 @@ def test_a_parameter_that_would_not_be_clipped_is_found(architecture):
 # --- randomness ---
 
 
+@pytest.mark.slow
 def test_two_private_trainings_with_one_seed_differ_and_two_with_a_seeded_entropy_are_marked(architecture):
     def weights(entropy):
         model, cases = build_model(architecture, 1), cases_of()
@@ -557,6 +559,7 @@ def a_seeded_entropy(monkeypatch):
     monkeypatch.setattr(private_module, "OperatingSystem", lambda: SeededForTests(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "said"),
     [

@@ -239,6 +239,7 @@ def test_a_case_without_the_modality_moves_nothing_whatever_its_label_and_vector
     assert not torch.allclose(missing, first_gradient(rows, torch.ones(14, dtype=torch.bool), labels, 0.1))
 
 
+@pytest.mark.slow
 def test_without_noise_and_with_a_wide_clip_a_private_teacher_learns():
     """Whatever privacy costs is the noise and the clipping: nothing else is broken."""
     data = phantom_site(0, 0, image_size=32)
@@ -285,6 +286,7 @@ def test_weights_that_are_not_finite_are_refused(monkeypatch):
 # --- what it costs ---
 
 
+@pytest.mark.slow
 def test_each_modality_is_charged_once_at_the_plan_and_found_again_for_nothing(phantoms, work, tmp_path):
     first = answered(phantoms, work, tmp_path)
     assert set(first.report) == {"text", "table"}
@@ -304,6 +306,7 @@ def test_each_modality_is_charged_once_at_the_plan_and_found_again_for_nothing(p
     assert again.report == first.report
 
 
+@pytest.mark.slow
 def test_what_a_run_lists_is_enough_for_its_teachers_and_its_link_and_for_nothing_more(
     phantoms, site, tmp_path, monkeypatch
 ):
@@ -518,6 +521,7 @@ def test_a_site_that_declares_neither_reports_nor_table_has_no_teacher_and_pays_
     assert phases(work) == []
 
 
+@pytest.mark.slow
 def test_what_is_said_of_a_case_comes_from_its_own_record_and_the_weights(phantoms, work, monkeypatch):
     fixed: dict[int, PrivilegedTeacher] = {}
 
@@ -629,6 +633,7 @@ def test_links_and_students_with_private_teachers_train_and_share_them(phantoms,
     assert phases(work) == ["teacher-text", "teacher-table", "link", "link", "student"]
 
 
+@pytest.mark.slow
 def test_the_teachers_are_clipped_into_the_links_step_with_the_projector(phantoms, work, tmp_path, monkeypatch):
     """The projector's gradient is in the vector that is clipped: all that the optimiser changes is."""
     seen = []

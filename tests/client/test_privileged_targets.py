@@ -92,6 +92,7 @@ def test_teachers_of_phantoms_know_more_than_chance_on_cases_that_they_have_not_
     assert report["text"].cases < report["table"].cases
 
 
+@pytest.mark.slow
 def test_reports_that_have_nothing_to_do_with_the_label_teach_nothing():
     generator = np.random.default_rng(0)
     words = [f"w{index}" for index in range(30)]
@@ -270,6 +271,7 @@ def test_a_patients_own_labels_do_not_decide_what_is_said_of_this_patient(monkey
 # multi-label
 
 
+@pytest.mark.slow
 def test_findings_are_taught_one_by_one():
     generator = np.random.default_rng(0)
     labels = torch.from_numpy(generator.integers(0, 2, (120, 3))).float()
@@ -324,6 +326,7 @@ def test_another_recipe_trains_anew(phantoms, tmp_path, train_teacher, changes):
     assert train_teacher.call_count > trained
 
 
+@pytest.mark.slow
 def test_other_cases_reports_tables_labels_columns_or_seeds_train_anew(phantoms, tmp_path, train_teacher):
     train = phantoms.splits["train"]
     texts, table = train.privileged.texts, train.privileged.table

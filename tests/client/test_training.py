@@ -102,6 +102,7 @@ def test_the_same_names_and_seed_give_the_same_weights_bit_for_bit(architecture)
     assert log.loss == log_again.loss
 
 
+@pytest.mark.slow
 def test_other_names_another_seed_or_other_cases_give_other_weights(architecture):
     digests = [
         digest(state)
@@ -639,6 +640,7 @@ def test_large_models_that_were_not_sent_are_asked_for(architecture):
         train_student(site_data(), architecture, recipe, weights_of(architecture, 1), None, round_index=0)
 
 
+@pytest.mark.slow
 def test_a_student_of_another_image_size_is_trained_on_images_of_its_size():
     small = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=48)
     data = site_data()
@@ -676,6 +678,7 @@ def test_fine_tuning_has_no_teacher(architecture):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_rounds_and_stages_draw_other_batches(architecture):
     finetune = STUDENT.model_copy(update={"stage": "finetune"})
     start = weights_of(architecture, 1)

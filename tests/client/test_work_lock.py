@@ -68,6 +68,7 @@ def test_a_process_that_is_killed_is_no_longer_at_work(path, other):
         assert WorkLock(path).held
 
 
+@pytest.mark.slow
 def test_who_comes_second_waits_for_the_first(path, other):
     process = other(60, 1.5)
     with WorkLock(path).hold(30):
@@ -75,6 +76,7 @@ def test_who_comes_second_waits_for_the_first(path, other):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_a_process_for_whose_answer_nobody_waits_any_more_is_ended(path, other):
     process = other(0.2, 600)
     started = time.monotonic()
@@ -83,6 +85,7 @@ def test_a_process_for_whose_answer_nobody_waits_any_more_is_ended(path, other):
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.slow
 def test_a_process_that_is_still_waited_for_is_not_ended(path, other):
     process = other(600, 600)
     with pytest.raises(StoreError, match="another process has kept it"), WorkLock(path).hold(1.5):
@@ -90,6 +93,7 @@ def test_a_process_that_is_still_waited_for_is_not_ended(path, other):
     assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_process_of_the_same_number_that_does_not_hold_the_lock_is_not_ended(path):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -103,6 +107,7 @@ def test_a_process_of_the_same_number_that_does_not_hold_the_lock_is_not_ended(p
         bystander.wait()
 
 
+@pytest.mark.slow
 def test_several_who_wait_come_one_after_the_other(path):
     inside, most = [], []
 

@@ -203,6 +203,7 @@ def test_systemd_understands_every_line_of_the_units(path, tmp_path):
     assert path.name not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["flower-superlink", "chainward-supernode"])
 def test_every_option_that_the_kits_give_is_one_of_this_flower(command):
     known = subprocess.run(
@@ -415,6 +416,7 @@ def test_at_a_hospital_with_a_pinned_app_nothing_else_can_be_unpacked(tmp_path):
     assert not list((home / "apps").glob("another*"))
 
 
+@pytest.mark.slow
 def test_a_checkout_with_code_in_its_app_is_not_pinned(tmp_path):
     shutil.copytree(ROOT / "server" / "app", tmp_path / "checkout" / "server" / "app")
     (tmp_path / "checkout" / "server" / "app" / "extra.py").write_text("print('here')\n")

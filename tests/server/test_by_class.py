@@ -74,7 +74,7 @@ def page(of: Results) -> str:
     return " ".join(html.split())
 
 
-def test_each_class_is_reported_with_its_sensitivity_and_specificity_and_their_intervals():
+def test_each_class_is_reported_with_its_sensitivity_and_specificity_and_their_intervals(drawn):
     validation, test = counted(*SITES), counted(*SITES, n=220)
     of = results(by_class({"val": validation, "test": test}, 3), test)
     html = page(of)

@@ -304,6 +304,7 @@ def by_the_sites_own_code(image: Image.Image, fit: str) -> torch.Tensor:
     return to_float(torch.from_numpy(np.asarray(square))[None, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
 def test_whole_images_become_what_the_sites_trained_on_in_every_exported_file(make_run, tmp_path, fit):
     folder = with_fits(make_run(models=("chain",)), fit, fit)
@@ -323,6 +324,7 @@ def test_whole_images_become_what_the_sites_trained_on_in_every_exported_file(ma
             assert (transform(image)[None] - expected).abs().mean() < (1e-6 if fit == "stretch" else 0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fits", "words"), [(("pad", "pad"), "black bars"), (("pad", "crop"), "different ways"), ((), "nothing says")]
 )
@@ -336,6 +338,7 @@ def test_timms_own_transform_is_refused_where_it_would_prepare_images_otherwise(
         export_run(RunFolder.open(folder.path), tmp_path / "image", model="chain", onnx_input="image")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "name"), [("test_convnext", "chain"), ("test_efficientnet", "student")])
 def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch, backbone, name):
     bundle = pytest.importorskip("monai.bundle")

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+import pictures
 import pytest
 
 from chainward_server.report.page import render_report
@@ -305,7 +306,8 @@ EVERY_RUN = {
 @pytest.fixture(params=EVERY_RUN, scope="module")
 def any_page(request: pytest.FixtureRequest) -> str:
     results, status, reason = EVERY_RUN[request.param]
-    return render(results, status, reason)
+    with pictures.drawn():
+        return render(results, status, reason)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def test_every_page_says_that_it_is_not_for_clinical_use(any_page: str) -> None:
     assert "Not a medical device. Not for clinical use." in any_page
 
 
-def test_same_results_give_the_same_page() -> None:
+def test_same_results_give_the_same_page(drawn: None) -> None:
     assert render(finished_run()) == render(finished_run())
 
 
@@ -384,7 +386,7 @@ def test_a_loss_along_the_chain_carries_a_minus_sign() -> None:
     assert "0.441−0.140" in Page(render(finished_run(chain=0.441))).of_class("pooled ")
 
 
-def test_pictures_name_every_hospital_as_text() -> None:
+def test_pictures_name_every_hospital_as_text(drawn: None) -> None:
     pictures = re.findall(r"<svg.*?</svg>", render(finished_run()), re.DOTALL)
     assert len(pictures) == 2
     for picture in pictures:
@@ -475,7 +477,7 @@ def test_remark_says_when_the_test_images_are_too_few_to_tell_chain_and_best_hos
     assert ("more than its distance to the best hospital alone" in remarks) == within
 
 
-def test_strings_from_sites_are_escaped_in_text_and_pictures() -> None:
+def test_strings_from_sites_are_escaped_in_text_and_pictures(drawn: None) -> None:
     evil = "<script>alert('x')</script> & $a_b$"
     run = finished_run().model_dump_json(by_alias=True).replace("vidir_molemax", "vidir & s_o's")
     run = run.replace('"nv"', f'"{evil}"')
@@ -509,7 +511,7 @@ def test_missing_scores_are_en_dashes_not_zeros_or_none() -> None:
     assert "Without test images its balanced accuracy is unknown." in parsed.text
 
 
-def test_missing_phases_are_named_as_missing() -> None:
+def test_missing_phases_are_named_as_missing(drawn: None) -> None:
     text = Page(render(*EVERY_RUN["nothing yet"])).text
     for said in (
         "no link has finished",

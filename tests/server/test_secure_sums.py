@@ -102,6 +102,7 @@ def scores_work(consortium):
     return dict.fromkeys(SITES, Work(task, of_sums.models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("away", [None, "birch"])
 def test_the_mean_of_students_is_the_plain_one_of_those_that_answered(consortium, student_work, away):
     work, weights = student_work
@@ -201,6 +202,7 @@ def test_a_secure_sum_is_the_plain_one(consortium, plain):
     assert int(summed.state["train.images"]) == 99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.KIND)
 def test_a_site_that_drops_out_at_any_step_costs_its_own_numbers_alone(consortium, plain, step):
     sites, work = consortium(silent_at(step, "birch"))
@@ -237,6 +239,7 @@ def test_a_sum_over_two_is_refused_in_words(consortium):
         sites.summed(work)
 
 
+@pytest.mark.slow
 def test_two_of_four_that_drop_out_are_too_many(consortium):
     def interfere(message, answer):
         return None if kind_of(message.content) == SumTask.KIND and site_of(message) in SITES[:2] else answer()

@@ -59,6 +59,7 @@ def alive(process) -> bool:
     return process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_ended_with_its_children_and_says_so(tmp_path, started):
     child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); {SLEEP}"
     run = started(code=child)

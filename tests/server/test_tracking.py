@@ -171,6 +171,7 @@ def test_nothing_is_tracked_unless_it_is_asked_for(short, coordinated, monkeypat
     assert not (folder.path.parent / "tracking").exists()
 
 
+@pytest.mark.slow
 def test_local_tracking_uses_no_network(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     pytest.importorskip("tensorboard")

@@ -45,6 +45,7 @@ def test_the_reference_of_the_design_notes_is_met_to_three_decimals():
     assert found.enforced == found.pld == spent([REFERENCE], DELTA)
 
 
+@pytest.mark.slow
 def test_without_sampling_every_accountant_bounds_the_exact_epsilon_of_a_gaussian():
     exact = gaussian_epsilon(2.0 / math.sqrt(5), DELTA)  # five releases are one with less noise
     found = epsilons([Mechanism("dp-sgd", 2.0, 1.0, 5)], DELTA)
@@ -76,6 +77,7 @@ def test_the_three_accountants_order_and_agree_on_unlike_mechanisms(mechanisms):
     assert found.rdp > 0.999 * found.pld
 
 
+@pytest.mark.slow
 def test_unlike_mechanisms_cost_what_dp_accounting_and_its_own_renyi_accountant_say():
     google = dp_accounting.pld.PLDAccountant()
     orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64))
@@ -113,6 +115,7 @@ def test_the_distribution_of_the_laplace_loss_is_that_of_drawn_outputs():
         assert accounting._LaplacePrv(scale).cdf(t) == pytest.approx((losses <= t).mean(), abs=0.004)
 
 
+@pytest.mark.slow
 def test_ten_entries_of_100_steps_cost_what_one_of_1000_costs_and_ten_fresh_accountants_hide_most_of_it():
     assert spent([Mechanism("dp-sgd", 1.0, 0.01, 100)] * 10, DELTA) == spent([REFERENCE], DELTA)
     rounds = [Mechanism("dp-sgd", 1.0, 0.1, 10)] * 10
@@ -217,6 +220,7 @@ def test_analytic_noise_is_the_least_that_balle_and_wang_allow(epsilon, delta):
     assert epsilon > 1 or noise < math.sqrt(2 * math.log(1.25 / delta)) / epsilon, "better than the classical bound"
 
 
+@pytest.mark.slow
 def test_a_release_of_sums_costs_what_was_asked_and_three_accountants_agree():
     for shares in ((1.0,), (0.05, 0.95)):
         noise = release_noise(3.0, 1e-5, 2, shares=shares)
@@ -229,6 +233,7 @@ def test_a_release_of_sums_costs_what_was_asked_and_three_accountants_agree():
         assert together.problem is None and together.enforced > found.enforced
 
 
+@pytest.mark.slow
 def test_releases_after_what_was_spent_get_more_noise_and_none_where_nothing_is_left():
     before = [Mechanism("laplace", 2.0, 1.0, 2)]
     noise = release_noise(3.0, 1e-5, 1, before)

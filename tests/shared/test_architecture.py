@@ -33,6 +33,7 @@ def outputs(architecture: Architecture) -> torch.Tensor:
 # --- naming and checking ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "image_size", "patch_size"),
     [
@@ -48,6 +49,7 @@ def test_a_resolved_backbone_classifies_images_of_the_asked_size(name, image_siz
     assert outputs(resolve(name, image_size, patch_size)).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_the_backbones_own_patch_size_is_kept_unless_another_is_asked_for():
     assert build_model(resolve("vit_tiny_patch16_224", 64)).patch_embed.patch_size == (16, 16)
     assert build_model(resolve("vit_tiny_patch16_224", 64, 8)).patch_embed.patch_size == (8, 8)
@@ -94,6 +96,7 @@ def test_an_image_that_patches_do_not_fill_is_refused():
         resolve("vit_tiny_patch16_224", 28)
 
 
+@pytest.mark.slow
 def test_an_image_too_small_for_the_backbone_is_refused_with_what_fits():
     with pytest.raises(ModelError, match="28 pixels: choose images of at least 32 pixels or patch size 1"):
         resolve("convnext_atto", 28)
@@ -221,6 +224,7 @@ def test_the_family_follows_from_what_timm_builds(name, family):
     assert family in supported_families()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -248,6 +252,7 @@ def test_a_half_as_wide_vit_keeps_its_heads_and_depth():
     assert outputs(compact).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [0.9, 0.7, 0.33, 0.3, 0.1, 0.01])
 def test_any_width_of_a_vit_is_a_multiple_of_8_and_of_its_heads(width):
     model = build_model(compact_architecture(resolve("vit_small_patch16_224"), width=width))
@@ -261,6 +266,7 @@ def test_the_heads_of_a_vit_become_fewer_only_where_they_no_longer_fit():
     assert (model.embed_dim, model.blocks[0].attn.num_heads) == (8, 4)
 
 
+@pytest.mark.slow
 def test_a_convnext_is_scaled_stage_by_stage():
     compact = compact_architecture(resolve("convnext_tiny"), width=0.5, depth=0.5)
     assert compact.options | {"dims": [48, 96, 192, 384], "depths": [2, 2, 5, 2]} == compact.options
@@ -269,12 +275,14 @@ def test_a_convnext_is_scaled_stage_by_stage():
     assert outputs(shallow).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_named_student_has_its_own_sizes_and_the_teachers_images_and_patches():
     large = resolve("vit_small_patch16_224", 28, 7)
     compact = compact_architecture(large, name="vit_tiny_patch16_224")
     assert compact == resolve("vit_tiny_patch16_224", 28, 7)
 
 
+@pytest.mark.slow
 def test_a_named_student_of_a_compact_teacher_does_not_inherit_its_sizes():
     large = compact_architecture(resolve("vit_base_patch16_224"), width=0.5)
     compact = compact_architecture(large, name="vit_tiny_patch16_224")

@@ -103,6 +103,7 @@ SIZES = {64: 2, 128: 3, 32: 1, 8: 0}
 """Side of an image -> index of the last stage that has at least 4 x 4 positions; of the first if none has."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side"),
     [
@@ -251,6 +252,7 @@ def test_maps_run_from_zero_to_one_whatever_the_batch(name, method, images):
     torch.testing.assert_close(attention_maps(model, images, method=method, batch_size=2), maps, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), CASES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("training", [True, False])

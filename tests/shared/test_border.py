@@ -40,6 +40,7 @@ def test_a_backbone_that_would_not_see_the_border_is_refused(name: str, side: in
         resolve_architecture(name, num_classes=2, in_chans=1, image_size=side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), SEEING)
 def test_a_backbone_that_is_not_refused_answers_to_every_pixel_of_the_border(name: str, side: int) -> None:
     """Against the plain trial: change one row or column of the border, and look whether anything changes."""

@@ -51,6 +51,7 @@ def close(first, second) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)])
 def test_sums_of_sites_give_the_head_of_all_their_images_in_any_order(order, multilabel):

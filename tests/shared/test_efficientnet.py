@@ -162,6 +162,7 @@ def slow_efficientnet(name: str, state: dict[str, torch.Tensor], variant: str) -
     return taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["A", "B"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_selected_as_by_plain_loops(name, variant):
@@ -189,6 +190,7 @@ def test_spread_layers_take_their_widths_from_the_blocks_they_come_from():
 # --- the student's sizes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["tf_efficientnet_lite0", "efficientnet_b0", "efficientnet_es", "mobilenetv2_100", "mobilenetv3_large_100"]
 )
@@ -203,6 +205,7 @@ def test_any_width_can_be_selected_and_gives_finite_answers(name, width):
         assert model.eval()(torch.randn(2, 1, 64, 64)).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("large", "small"),
     [("efficientnet_b0", "tinynet_e"), ("tf_efficientnet_lite4", "tf_efficientnet_lite0"), ("lcnet_100", "lcnet_050")],
@@ -226,6 +229,7 @@ def test_another_design_is_refused_with_the_difference(large, small, problem):
         compact_architecture(resolve(large), name=small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fbnetc_100", "efficientnet_b1_pruned"])
 def test_one_that_timm_has_in_fixed_sizes_only_wants_a_smaller_name(name):
     with pytest.raises(ModelError, match=f"'{name}' comes in the sizes that timm has names for.*student.model"):
@@ -276,6 +280,7 @@ def test_plain_timm_rebuilds_a_student_from_the_metadata(name):
     assert Architecture.from_metadata(metadata) == student
 
 
+@pytest.mark.slow
 def test_with_the_multipliers_that_its_name_stands_for_a_model_is_the_one_of_that_name():
     plain = resolve("tf_efficientnet_lite4")
     same = plain.model_copy(update={"options": {"channel_multiplier": 1.4, "depth_multiplier": 1.8}})

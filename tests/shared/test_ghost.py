@@ -300,6 +300,7 @@ def test_a_model_is_as_before_after_closing_also_after_an_error_in_the_middle(ma
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_kept_loss_keeps_no_activations_of_a_step_that_is_done():
     import gc
     import weakref
@@ -322,6 +323,7 @@ def test_as_many_images_are_computed_together_as_their_gradients_fit_into_memory
     assert (known.most_together(), unknown.most_together()) == (64, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["OfTokens", "OfConvolution", "Held"])
 def test_the_check_of_a_backbone_finds_lengths_that_are_too_short(monkeypatch, broken):
     kind = getattr(per_example, broken)

@@ -132,6 +132,7 @@ def test_no_text_acts_on_a_terminal_printed_in_a_table_or_live(text):
         assert acting not in out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_acts_on_a_terminal_from_any_logger_not_as_a_message_an_argument_or_a_traceback(text):
     out = io.StringIO()

@@ -46,6 +46,7 @@ def added(store, tmp_path, backbone, weights=None, **kwargs):
     return store.add(file, backbone, **kwargs), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "classes", "channels", "image_size", "patch_size"),
     [

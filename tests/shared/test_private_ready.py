@@ -60,6 +60,7 @@ def started(name: str, part: str, size: int = 64) -> Architecture:
     return plain.model_copy(update={"start": Start(name=name, file="0" * 64, digest="0" * 64, part=part)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "part"),
     [

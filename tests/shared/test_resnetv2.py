@@ -71,6 +71,7 @@ def in_training_mode(architecture: Architecture, images: torch.Tensor) -> torch.
         return build_model(architecture, 0).train()(images)
 
 
+@pytest.mark.slow
 def test_every_image_is_treated_on_its_own_as_private_training_needs():
     images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     together = in_training_mode(resolve(), images)
@@ -110,6 +111,7 @@ def test_a_student_with_the_default_sizes_has_less_than_a_quarter_of_the_paramet
     assert counts[1] < counts[0] / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnetv2_18", "resnetv2_18d", "resnetv2_50", "resnetv2_50t", "resnetv2_50d_gn"])
 @pytest.mark.parametrize("width", [0.75, 0.5, 0.33, 0.05])
 def test_any_width_consists_of_whole_groups_and_can_be_selected(name, width):
@@ -227,6 +229,7 @@ def test_a_network_is_selected_as_by_plain_loops(norm_layer, parts, variant):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnetv2_50", "resnetv2_50d_gn", "resnetv2_50t"])
 @pytest.mark.parametrize("channels", ["strided", "consecutive", "random"])
 def test_bottlenecks_and_deep_stems_are_selected_whole_and_the_two_students_share_nothing(name, channels):

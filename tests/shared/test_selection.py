@@ -218,6 +218,7 @@ def assert_same_weights(selected, expected):
         assert tensor.tolist() == expected[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["A", "B"])
 @pytest.mark.parametrize(
     ("teacher", "student"),

@@ -154,6 +154,7 @@ def as_wide_as_before(selected: State, small: Architecture) -> State:
     return corrected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["A", "B"])
 @pytest.mark.parametrize("channels", CONSISTENT)
 @pytest.mark.parametrize("pair", PAIRS)
@@ -395,6 +396,7 @@ def test_a_convolutional_student_works_on_other_images_with_the_same_weights(lar
     assert small.to_metadata()["chainward.image_size"] == "64"
 
 
+@pytest.mark.slow
 def test_a_student_of_another_size_is_named_by_it_and_timm_is_told():
     small = compact_architecture(vit(48, 3), image_size=48, patch_size=12)
     assert (small.image_size, small.options["img_size"], small.options["patch_size"]) == (48, 48, 12)
@@ -408,6 +410,7 @@ def test_a_patch_size_for_a_convolutional_student_is_refused(large):
         compact_architecture(large, width=1.0, depth=0.5, patch_size=2)
 
 
+@pytest.mark.slow
 def test_a_student_that_can_not_work_on_its_images_is_refused():
     with pytest.raises(ModelError, match="images of 30 pixels can't be cut into the 8-pixel patches"):
         compact_architecture(vit(48, 3), image_size=30)

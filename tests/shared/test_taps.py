@@ -50,6 +50,7 @@ def images() -> torch.Tensor:
 # --- the pass itself ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])

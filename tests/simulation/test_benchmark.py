@@ -166,6 +166,7 @@ def test_a_link_is_measured_with_and_without_kept_features():
     assert len(features_table(links, FeaturesWorkload.quick()).rows) == 2
 
 
+@pytest.mark.slow
 def test_what_a_backbone_can_do_is_found_by_doing_it():
     vit, grouped = examine(("test_vit", "resnet18"), lambda line: None)
     assert {what for what, why in vit.answers.items() if why} == set()

@@ -115,6 +115,7 @@ def test_every_lap_ends_with_a_new_head_where_that_is_asked(refitted):
     assert [head.key for head in once.results.heads] == ["head-start", "head"]
 
 
+@pytest.mark.slow
 def test_after_every_link_the_next_one_starts_from_a_new_head_where_that_is_asked(refitted, monkeypatch):
     seen = []
     links = InProcessSites.train_links
@@ -260,6 +261,7 @@ def test_a_site_whose_embeddings_are_far_longer_than_all_others_does_not_decide_
     assert same_head(outcome.model, pooled_head(run, outcome.model, rest))
 
 
+@pytest.mark.slow
 def test_a_student_ends_with_the_head_of_all_images_in_one_place_over_its_own_features(refitted):
     given = {"chain.head": "trained", "student.rounds": 1, "student.finetune-rounds": 0, "student.epochs": 1}
     config = RunConfig.from_flat(refitted | given | {"student.head": "statistics", "student.image-size": 48})
@@ -370,6 +372,7 @@ def private_run(flat):
     return run, outcome, ledgers
 
 
+@pytest.mark.slow
 def test_a_private_run_without_links_spends_its_epsilon_on_one_round_of_two_releases(refitted):
     run, outcome, ledgers = private_run(refitted | ONLY_STATISTICS)
     assert run.results.links == []
@@ -410,6 +413,7 @@ def test_in_a_run_by_policy_only_sites_with_a_policy_add_noise(refitted, monkeyp
     assert noises == {"ash": {True}} | {site: {False} for site in run.sites.ids if site != "ash"}
 
 
+@pytest.mark.slow
 def test_a_release_that_can_not_be_true_or_is_not_paid_for_is_left_out(refitted, monkeypatch):
     bounded = in_process_sites.private_sums_of
 

@@ -32,6 +32,8 @@ from chainward_simulations.predict.run import Overrides, predict
 
 CLASSES = ["a", "b", "c"]
 
+pytestmark = pytest.mark.slow  # a run, its export and its files first
+
 
 @pytest.fixture(scope="module")
 def run(small_consortium, tmp_path_factory) -> RunFolder:

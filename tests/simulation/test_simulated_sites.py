@@ -59,6 +59,7 @@ def test_a_phantom_site_is_synthetic_and_carries_its_id() -> None:
 # natural sites
 
 
+@pytest.mark.slow
 def test_a_site_opened_for_its_tests_alone_has_the_same_and_makes_no_other_phantoms() -> None:
     whole = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3)
     tests = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3, tests_only=True)

@@ -264,6 +264,7 @@ def test_scaffold_corrects_each_step_by_what_the_site_and_everybody_have_seen(ar
     assert float(control) == pytest.approx(paper) == pytest.approx(np.mean(passed) - 3.0)
 
 
+@pytest.mark.slow
 def test_scaffold_in_its_first_round_is_federated_averaging_and_then_is_not(architecture, monkeypatch):
     monkeypatch.setattr(baselines, "train", lambda *args, **more: train(*args[:4], "same", args[5], **more))
     monkeypatch.setattr(scaffold, "train", lambda *args, **more: train(*args[:4], "same", args[5], **more))

@@ -104,6 +104,7 @@ def test_features_that_were_half_written_are_computed_again_and_not_mixed_up(tmp
     torch.testing.assert_close(kept(tmp_path / "f", images), right, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_baselines_train_the_same_part_on_kept_features_as_on_images(tmp_path):
     architecture, base = frozen()
     with_features, without = (
@@ -213,6 +214,7 @@ def test_a_refitted_model_differs_in_its_head_only(base):
     assert changed and all(name.startswith("head.fc.") for name in changed)
 
 
+@pytest.mark.slow
 def test_the_controls_of_a_critic_are_arms_and_an_interval_is_told_against_the_best_site(base, tmp_path):
     arms = "alone,thumbnails,linear-pixels,linear-probe,statistics,alone-statistics,fedavg-long,union-refit,scaffold"
     request = StudyRequest(base, arms.split(","), (), (0,), "statistics", folder=tmp_path / "study", jobs=1)
@@ -233,6 +235,7 @@ def test_the_controls_of_a_critic_are_arms_and_an_interval_is_told_against_the_b
     )
 
 
+@pytest.mark.slow
 def test_arms_are_not_ranked_where_a_class_has_too_few_test_images(base, tmp_path, monkeypatch):
     request = StudyRequest(base, ["alone-statistics", "statistics"], (), (0,), folder=tmp_path / "study", jobs=1)
     result = run_study(request, PlainConsole(file=StringIO())).result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import pytest
 import torch
 
 from chainward_client.data.site_data import Cases, SiteData, SplitName
@@ -75,6 +76,7 @@ def test_the_table_of_a_study_repeats_what_its_arms_noted() -> None:
     assert "the data: 2 pictures are in two splits" in notes(result)
 
 
+@pytest.mark.slow
 def test_a_simulated_run_says_it_in_its_log_its_figures_and_its_report(
     settings, loopback, small_consortium, caplog, tmp_path
 ):

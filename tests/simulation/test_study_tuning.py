@@ -92,6 +92,7 @@ def test_the_search_never_looks_at_the_test_images(base, tmp_path, monkeypatch, 
     assert search(base, tmp_path / "after") == before
 
 
+@pytest.mark.slow
 def test_the_search_does_look_at_the_validation_images(base, tmp_path, monkeypatch):
     before = search(base, tmp_path / "before", trials=1)
     workers._opened.cache_clear()
