@@ -16,6 +16,7 @@ from chainward_shared.models import (
     count_parameters,
     family_of,
     resolve_architecture,
+    select_weights,
     supported_families,
 )
 
@@ -280,6 +281,21 @@ def test_a_named_student_has_its_own_sizes_and_the_teachers_images_and_patches()
     large = resolve("vit_small_patch16_224", 28, 7)
     compact = compact_architecture(large, name="vit_tiny_patch16_224")
     assert compact == resolve("vit_tiny_patch16_224", 28, 7)
+
+
+@pytest.mark.slow
+def test_a_named_student_of_a_dinov2_has_its_layer_scale():
+    """The case of weight selection's paper: a ViT-Ti, 192 wide with 3 heads, out of a ViT-S with 6, even and odd ones."""
+    large = resolve("vit_small_patch14_dinov2", image_size=28)
+    compact = compact_architecture(large, name="vit_tiny_patch16_224")
+    teacher = build_model(large, seed=0).state_dict()
+    student, auxiliary = (select_weights(teacher, large, compact, which) for which in ("A", "B"))
+    assert build_model(compact).blocks[0].attn.num_heads == 3
+    for name in ("blocks.11.ls1.gamma", "blocks.0.norm1.weight"):
+        assert student[name].shape == (192,)
+    weight = teacher["blocks.3.attn.qkv.weight"].reshape(3, 6, 64, 384)
+    assert torch.equal(student["blocks.3.attn.qkv.weight"], weight[:, 0::2, :, 0::2].reshape(576, 192))
+    assert torch.equal(auxiliary["blocks.3.attn.qkv.weight"], weight[:, 1::2, :, 1::2].reshape(576, 192))
 
 
 @pytest.mark.slow

@@ -121,7 +121,9 @@ def _named_student(large: Architecture, family: Family, name: str) -> Architectu
     if family_of(name) != family.name:
         # refused by the caller's check; the teacher's options mean nothing to another family
         return Architecture(**large.model_dump(exclude={"name", "options"}), name=name)
-    options = {key: value for key, value in large.options.items() if key not in family.size_options}
+    options = family.kept_options(skeleton(large)) | {
+        key: value for key, value in large.options.items() if key not in family.size_options
+    }
     student = large.model_copy(update={"name": name, "options": options})
     patch_size = family.patch_size(skeleton(large))
     if patch_size and family.patch_size(skeleton(student)) != patch_size:

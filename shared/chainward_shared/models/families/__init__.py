@@ -78,6 +78,10 @@ class Family(ABC):
         """Return the timm arguments with which the chain builds a model of this family unless told otherwise."""
         return {}
 
+    def kept_options(self, teacher: Any) -> dict[str, JsonValue]:
+        """Return the timm arguments that give a student by another name what its teacher has and timm builds the name without."""
+        return {}
+
     def difference(self, teacher: Any, student: Any) -> str:
         """Return in a few words in what, sizes and names aside, the student is built otherwise than its teacher, or
         an empty string."""

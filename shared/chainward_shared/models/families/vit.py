@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import nn
 
 from chainward_shared.errors import ModelError
@@ -93,6 +93,10 @@ class VisionTransformers(Family):
             "num_heads": next(divisor for divisor in range(heads, 0, -1) if embed_dim % divisor == 0),
             "depth": scaled_depth(len(model.blocks), depth),
         }
+
+    def kept_options(self, teacher: Any) -> dict[str, JsonValue]:
+        scale = getattr(teacher.blocks[0], "ls1", None)
+        return {"init_values": scale.init_values} if isinstance(scale, LayerScale) else {}
 
     def channels(self, teacher: Any, student: Any, picker: Picker) -> Mapping[str, Axis]:
         mlp = picker.axis("mlp", _hidden(teacher.blocks[0].mlp), _hidden(student.blocks[0].mlp))
