@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+
+from chainward_shared.console import PlainConsole
 
 logger = logging.getLogger("chainward.client")
 
@@ -40,7 +41,7 @@ class Making:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.begun_at = what, total, done
         self.started = self.told = time.monotonic()
-        self.bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.bar = Progress(console=PlainConsole(stderr=True), transient=True, disable=not sys.stderr.isatty())
         self.task = self.bar.add_task(what, total=total, completed=done)
 
     def __enter__(self) -> Making:

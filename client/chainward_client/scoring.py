@@ -9,12 +9,12 @@ from torch import nn
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.evaluation import class_probabilities, localisation_values
-from chainward_client.incoming import incoming_state
 from chainward_client.noised_scores import noised, one_image_each
 from chainward_client.policy import check_scale
 from chainward_client.private_site import PrivateSite
 from chainward_client.request_check import check_architecture
 from chainward_client.score_limits import ScoredModels, coarse, too_few_cases
+from chainward_client.scored_model import scored_model
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
@@ -30,7 +30,6 @@ from chainward_shared.evaluation.classification import (
 )
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.models import build_model
 from chainward_shared.protocol import (
     EvaluateResult,
     EvaluateTask,
@@ -57,20 +56,13 @@ def scores_and_counts(
     check_architecture(task.architecture, site.described, any_size=True)
     if release == "noised":
         return _noised_scores(task, site, arrays)
-    model = _model(task, arrays, site)
+    model = scored_model(task, arrays, site)
     if site.scores is not None and (
         too_few_cases(site.data, task, site.scores)
         or not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores)
     ):
         return EvaluateResult(site=site.site, scores={}, release="withhold"), {}
     return exact_scores(task, site.data, model, site.features, rounded=site.scores is not None)
-
-
-def _model(task: EvaluateTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> nn.Module:
-    model = build_model(task.architecture)
-    base = site.bases.load(task.architecture)
-    model.load_state_dict(incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base))
-    return model
 
 
 def exact_scores(
@@ -122,7 +114,7 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
     work, store = privacy.work(task.run_id, task.hop), SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, EvaluateResult)
     if answer is None:
-        model, data = _model(task, arrays, site), site.data
+        model, data = scored_model(task, arrays, site), site.data
         check_scale(measured=data.scale is not None)
         if not work.release():
             return EvaluateResult(site=site.site, scores={}, release="withhold"), {}

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from chainward_server.report.formats import bytes_size, duration
 from chainward_server.run_folder import RunFolder
-from chainward_server.run_list import list_runs
+from chainward_server.run_list import RunSummary, list_runs
 from chainward_server.watch import find_run, watch
 from chainward_server.watch.display import QUIET
 from chainward_server.watch.watching import Output
@@ -41,6 +41,8 @@ errors = PlainConsole(stderr=True)
 
 RunsDir = Annotated[Path, typer.Option("--dir", help="Folder of the run folders.")]
 DEFAULT_DIR = Path(OutputConfig().dir).expanduser()
+DATED = 100
+"""Columns of a terminal from which on the list of runs has the time of the start."""
 
 
 def _store(root: Path) -> WeightsStore:
@@ -72,22 +74,29 @@ def runs(
     if not found:
         console.say(f"no runs in {directory}")
         return
-    run_id, started = Column("run", no_wrap=True), Column("started", no_wrap=True)
-    headers = ("data", "status", "time", "sites", "privacy", "chain", "student")
-    table = Table(run_id, started, *headers, box=None, padding=(0, 1, 0, 0))
-    for row in found:
-        status = f"{row.status}: {row.phase}" if row.status == "running" else row.status
-        if row.silent and row.silent > QUIET:
-            status += f", silent for {duration(row.silent)}"
-        began = f"{datetime.fromisoformat(row.started).astimezone():%m-%d %H:%M}" if row.started else ""
-        spent = duration(row.elapsed) if row.elapsed is not None else ""
-        cells = [row.run, began, row.data, status, spent, str(row.sites or ""), row.privacy, row.chain, row.student]
-        table.add_row(*(Text(cell or "") for cell in cells))
-    console.print(table)
+    console.print(_table_of_runs(found))
     for row in found:
         if row.reason:
             console.say(f"{row.run}: {row.reason}")
     console.print("chain, student: balanced accuracy on the pooled test images")
+
+
+def _table_of_runs(found: list[RunSummary]) -> Table:
+    """Return a row for each run. On a narrow terminal it does without the time of the start, which the run's id begins with."""
+    began = [Column("started", no_wrap=True)] if console.width >= DATED else []
+    headers = (Column("data", overflow="fold"), "status", "time", "sites", "privacy", "chain", "student")
+    table = Table(Column("run", no_wrap=True), *began, *headers, box=None, padding=(0, 1, 0, 0))
+    for row in found:
+        status = f"{row.status}: {row.phase}" if row.status == "running" else row.status
+        if row.silent and row.silent > QUIET:
+            status += f", silent for {duration(row.silent)}"
+        cells = [row.run]
+        if began:
+            cells.append(f"{datetime.fromisoformat(row.started).astimezone():%m-%d %H:%M}" if row.started else "")
+        spent = duration(row.elapsed) if row.elapsed is not None else ""
+        cells += [row.data or "", status, spent, str(row.sites or ""), row.privacy or ""]
+        table.add_row(*map(Text, [*cells, row.chain or "", row.student or ""]))
+    return table
 
 
 @app.command("watch")

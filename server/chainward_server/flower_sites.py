@@ -144,7 +144,7 @@ class FlowerSites(Sites):
         ).run()
 
     def evaluate(self, work: Mapping[str, Work[EvaluateTask]]) -> dict[str, Scored | Failure]:
-        requests = {site: self._request("evaluate", site, one) for site, one in work.items()}
+        requests = self._requests("evaluate", work)
         replies = self.exchange.ask(requests, EvaluateResult, self.federation.hop_deadline)
         return {site: self._scored(site, work[site].task, reply) for site, reply in replies.items()}
 
@@ -158,7 +158,7 @@ class FlowerSites(Sites):
         patience: float,
     ) -> Iterator[tuple[str, Trained[Result] | Failure]]:
         """Ask for trainings or statistics; `name`: of the arrays in the answer."""
-        requests = {site: self._request(message_type, site, one) for site, one in work.items()}
+        requests = self._requests(message_type, work)
         for site, reply in self.exchange.stream(requests, expected, deadline, patience=patience):
             down = requests[site].bytes
             if isinstance(reply, Failure):
@@ -174,14 +174,25 @@ class FlowerSites(Sites):
                 continue
             yield site, Trained(reply.body, model, reply.seconds, down, reply.bytes)
 
-    def _request(self, message_type: str, site: str, work: Work[Task]) -> Request:
-        task = work.task.model_copy(update={"simulated": self.exchange.members[site].simulated})
-        return Request(message_type, task, self._models(work))
+    def _requests(self, message_type: str, work: Mapping[str, Work[Task]]) -> dict[str, Request]:
+        """Return what the sites are sent; a model that goes to several of them is packed once."""
+        packed: dict[tuple[int, str], ArrayRecord] = {}
+        requests = {}
+        for site, one in work.items():
+            for name, state in one.models.items():
+                if (id(state), name) not in packed:
+                    packed[id(state), name] = self._packed(one.task, name, state)
+            task = one.task.model_copy(update={"simulated": self.exchange.members[site].simulated})
+            models = {name: packed[id(state), name] for name, state in one.models.items()}
+            requests[site] = Request(message_type, task, models)
+        return requests
 
     def _models(self, work: Work[Task]) -> dict[str, ArrayRecord]:
-        return {
-            name: to_arrays(travelling(state, _architecture(work.task, name))) for name, state in work.models.items()
-        }
+        return {name: self._packed(work.task, name, state) for name, state in work.models.items()}
+
+    @staticmethod
+    def _packed(task: Task, name: str, state: StateDict) -> ArrayRecord:
+        return to_arrays(travelling(state, _architecture(task, name)))
 
     def _tensors(self, arrays: ArrayRecord, task: LinkTask | StudentTask | EvaluateTask | StatisticsTask) -> StateDict:
         """Return the model of which the part that was trained came; of a statistics task, the sums."""

@@ -13,26 +13,53 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from chainward_shared.errors import ChainwardError
 from chainward_shared.outside import visible, visible_lines
+from chainward_shared.whole_tables import as_columns, fitted, of_text
+
+EDGELESS = 10_000
+"""Width of an output that is no terminal: a file or a pipe has no edge to wrap or cut at."""
 
 
 class PlainConsole(Console):
-    """A terminal on which no text acts: no markup in it, no highlighting of it, no control character gets through."""
+    """A terminal on which no text acts: no markup in it, no highlighting of it, no control character gets through.
+
+    Nor is a table cut, however narrow the terminal; what goes to a file or a pipe has a line for each row. See
+    `chainward_shared.whole_tables`.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, **settings})
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines; a file or a pipe is not as narrow as the terminal that the command was typed on."""
+        if self._width is None and not self.is_terminal:
+            return ConsoleDimensions(EDGELESS, super().size.height)
+        return super().size
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print as Rich does, and leave lines that are longer than the terminal to the terminal, which cuts nothing."""
+        super().print(*objects, **{"crop": False, **settings})
 
     def say(self, text: str | Text, style: str | None = None) -> None:
         """Print a line as it is, however long: who reads it wraps it."""
         self.print(text, style=style, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Return the pieces of which a renderable consists, as Rich does, the text of each made visible."""
+        """Return the pieces of which a renderable consists, as Rich does, the text of each made visible; a table whole."""
+        if isinstance(renderable, Table) and of_text(renderable):
+            found = options or self.options
+            renderable = fitted(renderable, self, found) if self.is_terminal else as_columns(renderable)
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
@@ -71,8 +98,11 @@ _ANSWERS_TO = "chainward-plain"
 _PLAIN = str.maketrans(
     {
         **dict(zip("▁▂▃▄▅▆▇█", ".:-=+*#@", strict=True)),
-        **dict.fromkeys("–—‐", "-"),
+        **dict.fromkeys("–—‐−", "-"),
         **dict.fromkeys("·•", "*"),
+        "±": "+-",
+        "✓": "+",
+        "✗": "x",
         "…": "...",
         "→": "->",
         "←": "<-",

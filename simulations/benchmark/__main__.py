@@ -141,7 +141,6 @@ def main(
     progress.say(f"measured in {time.monotonic() - started:.0f} s")
 
     output = PlainConsole()
-    output.width = max(output.width, 120)
     for table in tables:
         if markdown:
             typer.echo(table.markdown())

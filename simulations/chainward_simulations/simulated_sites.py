@@ -19,6 +19,8 @@ from chainward_simulations.phantoms.cases import phantom_site, phantom_site_ids
 
 PHANTOM = "phantom"
 DEFAULT_NUM_SITES = 6
+SHOWN_TESTS = 16
+"""Test phantoms of each site out of which a report's examples are drawn: making them takes longer than all else of a report."""
 
 
 def simulated_site_ids(source: str, *, num_sites: int, label_skew: float) -> tuple[str, ...]:
@@ -56,7 +58,8 @@ def simulated_site(
     index : position in `simulated_site_ids` of the same settings
     source, num_sites, label_skew : as in `simulated_site_ids`
     seed : decides the partition, the splits where the file has none, and the phantoms
-    tests_only : for who looks at test images alone: no other phantoms are made, and reports and tables are not examined
+    tests_only : for who shows a few test images: of phantoms no others are made than the first `SHOWN_TESTS` of them, and
+        reports and tables are not examined
 
     Raises
     ------
@@ -67,7 +70,7 @@ def simulated_site(
     if not 0 <= index < len(ids):
         raise DataError(f"There is no site {index}: this simulation has {len(ids)} sites, 0 to {len(ids) - 1}")
     if source == PHANTOM:
-        return phantom_site(seed, index, splits=("test",)) if tests_only else _phantoms(seed, index)
+        return phantom_site(seed, index, splits=("test",), most=SHOWN_TESTS) if tests_only else _phantoms(seed, index)
     data = _site_of_file(source, index, ids, label_skew, seed)
     return data if tests_only else with_privileged_notes(data)
 

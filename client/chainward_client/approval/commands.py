@@ -7,20 +7,22 @@ import json
 import sys
 import threading
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from chainward_client.approval.listing import Decision, ListedRun, listed_runs
 from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ConfigError
 from chainward_shared.local_page import LocalPage
 
 if TYPE_CHECKING:
-    from chainward_client.approval.record import Approvals, AskedRun, Decision
+    from chainward_client.approval.record import Approvals, AskedRun
 
 SHORT = 12
 """Digits of a plan's digest that a person sees and types."""
@@ -48,17 +50,18 @@ def list_runs(
     site_yaml: SiteYaml, as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False
 ) -> None:
     """List the runs that have asked to train here, newest first, and how each stands (`runs: ask` in site.yaml)."""
-    config, approvals = _opened(site_yaml)
-    runs, now = approvals.runs(), approvals.now()
+    config, now = load_site_config(site_yaml), datetime.now(UTC)
+    runs = listed_runs(config.state_dir(site_yaml))
     if as_json:
-        typer.echo(json.dumps([_row(one, approvals) for one in runs], indent=1))
+        typer.echo(json.dumps([_row(one, now) for one in runs], indent=1))
         return
     if config.runs != "ask":
         console.say("runs are not asked about here: site.yaml has no `runs: ask`")
     if not runs:
         console.say("no run has asked to train here")
         return
-    table = Table("run", "asked (UTC)", "state", "by", "until", "plan", box=None, padding=(0, 1, 0, 0))
+    headers = ("asked (UTC)", "state", "by", "until", "plan")
+    table = Table(Column("run", no_wrap=True), *headers, box=None, padding=(0, 1, 0, 0))
     for one in runs:
         until = f"{one.expires:%Y-%m-%d %H:%M}" if one.expires else ""
         cells = (
@@ -67,7 +70,7 @@ def list_runs(
             one.state(now),
             one.by,
             until,
-            one.plan.digest[:SHORT],
+            one.digest[:SHORT],
         )
         table.add_row(*map(Text, cells))
     console.print(table)
@@ -94,11 +97,11 @@ def watch(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port on 127.0.0.1. 0: any free one.")] = 0,
 ) -> None:
     """Show what is asked of this hospital, by whom, what was sent and spent; --web: as a page with the approval's buttons."""
-    from chainward_client.approval.web import SitePage
-
     if not web:
         list_runs(site_yaml)
         return
+    from chainward_client.approval.web import SitePage  # loads PyTorch, which takes seconds
+
     page = SitePage(site_yaml)
     with LocalPage(f"Chainward · {page.config().site}", page.look, page.act, port=port) as served:
         console.say(f"page: {served.address}")
@@ -162,16 +165,16 @@ def _opened(site_yaml: Path) -> tuple[SiteConfig, Approvals]:
     return config, Approvals(config.state_dir(site_yaml))
 
 
-def _row(one: AskedRun, approvals: Approvals) -> dict[str, Any]:
+def _row(one: ListedRun, now: datetime) -> dict[str, Any]:
     return {
         "run": one.plan.run_id,
         "asked_by": one.plan.asked_by,
         "asked": one.asked.isoformat(timespec="seconds"),
-        "state": one.state(approvals.now()),
+        "state": one.state(now),
         "by": one.by,
         "decided": one.decided and one.decided.isoformat(timespec="seconds"),
         "expires": one.expires and one.expires.isoformat(timespec="seconds"),
-        "plan": one.plan.digest,
+        "plan": one.digest,
         "links": len(one.links),
         "students": len(one.students),
     }

@@ -14,23 +14,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from chainward_client.approval.listing import FILE, KEPT, Asked, Decision, damaged
 from chainward_client.private_files import for_the_owner_alone
-from chainward_shared.bounds import Sha256
+from chainward_shared import __version__
 from chainward_shared.errors import ApprovalNeeded, ConfigError, PolicyRefusal, StoreError
 from chainward_shared.files import write_atomically
-from chainward_shared.outside import Count, Line
+from chainward_shared.outside import Line
 from chainward_shared.protocol import LinkTask, StudentTask, fingerprint
 from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, beyond
-from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward.client")
 
 MOST_WAITING = 20
 """Plans that may wait for a decision at once; whoever asks floods nobody."""
-KEPT = 100
-"""Plans that are remembered; decided ones go first, the oldest of them before the others."""
 DAYS = 30.0
 """For which an approval holds unless the person says otherwise, and for which a plan waits for a decision."""
 LONGEST_DAYS = 366.0
@@ -38,44 +36,25 @@ SPARE = 2
 """A plan's trainings may be asked for so many times as often: links that are made up for are trained under another name."""
 _SECONDS_TO_WAIT = 60.0
 
-Decision = Literal["approved", "refused"]
 
-
-class AskedRun(BaseModel):
-    """A plan that has reached this site, and what became of it.
-
-    Attributes
-    ----------
-    asked : when it first came
-    units : patients (or images) that the site declares, for what the plan would cost; None where it has no privacy policy
-    decision, by, decided, expires : None as long as nobody has decided; `expires`: of an approval
-    links, students : fingerprints of the trainings that were begun under this approval
-    """
+class AskedRun(Asked):
+    """A plan that has reached this site, and what became of it. `plan`: whole, and checked."""
 
     model_config = ConfigDict(extra="forbid")
 
     plan: RunPlan
-    asked: datetime
-    units: Count | None = None
-    decision: Decision | None = None
-    by: Line = ""
-    decided: datetime | None = None
-    expires: datetime | None = None
-    links: list[Sha256] = Field(default_factory=list, max_length=1_000_000)
-    students: list[Sha256] = Field(default_factory=list, max_length=1_000_000)
 
-    def state(self, now: datetime) -> Approval:
-        """Return how the plan stands: an approval that has expired waits for another one."""
-        if self.decision == "refused":
-            return "refused"
-        valid = self.decision == "approved" and self.expires is not None and now < self.expires
-        return "approved" if valid else "waiting"
+    @model_validator(mode="after")
+    def _of_this_build(self) -> AskedRun:
+        self.digest = self.plan.digest  # a later build may know more of a plan than the one that has written it down
+        return self
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     schema_: Literal[1] = Field(default=1, alias="schema")
+    written_by: Line = ""
     runs: Annotated[list[AskedRun], Field(max_length=10 * KEPT)] = Field(default_factory=list)
 
 
@@ -89,7 +68,7 @@ class Approvals:
     """
 
     def __init__(self, state_dir: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self.path, self.now = state_dir / "approvals.json", now
+        self.path, self.now = state_dir / FILE, now
 
     def runs(self) -> list[AskedRun]:
         """Return all plans that are remembered, the newest first.
@@ -255,7 +234,7 @@ class Approvals:
             with FileLock(f"{self.path}.lock", timeout=_SECONDS_TO_WAIT, mode=0o600):
                 record = self._read()
                 yield record
-                record.runs = self._kept(record.runs)
+                record.runs, record.written_by = self._kept(record.runs), __version__
                 write_atomically(self.path, record.model_dump_json(by_alias=True, indent=1).encode(), mode=0o600)
         except (OSError, Timeout) as error:
             raise StoreError(f"{self.path}: can't be used ({error}); free space or fix its rights") from error
@@ -276,6 +255,4 @@ class Approvals:
         except OSError as error:
             raise StoreError(f"{self.path}: can't be read ({error.strerror}); fix its rights") from error
         except ValidationError as error:
-            raise StoreError(
-                f"{self.path}: damaged ({first_problem(error)}); remove it, and runs ask for approval anew"
-            ) from error
+            raise damaged(self.path, error) from error

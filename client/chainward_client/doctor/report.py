@@ -95,7 +95,7 @@ class Diagnosis:
 
 def print_diagnosis(diagnosis: Diagnosis, console: PlainConsole) -> None:
     """Print a table of all checks, then the summary."""
-    table = Table("check", "", "found", "what to do", show_lines=False)
+    table = Table("check", "outcome", "found", "what to do")
     for check in diagnosis.checks:
         style = _STYLES[check.outcome]
         table.add_row(Text(check.name), Text(check.outcome, style=style), Text(check.found), Text(check.advice))

@@ -1,22 +1,25 @@
 """The weights store: a folder of weights files, each with its card, known by digest."""
 
+# What reads or checks tensors needs PyTorch, which takes seconds to import; what reads cards does without.
+
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
 
 from chainward_shared.errors import WeightsError, nearest
 from chainward_shared.files import write_atomically
 from chainward_shared.pretrained.card import UNKNOWN, WeightsCard
-from chainward_shared.pretrained.files import SAFETENSORS, precision_of, read_weights, sha256_of
-from chainward_shared.pretrained.loading import load_plain, own_channels, own_classes, split_name, timm_config
 from chainward_shared.pretrained.place import usual_place
 from chainward_shared.words import first_problem
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".safetensors"
 _DIGEST_LETTERS = 8
 
 
@@ -57,12 +60,17 @@ class WeightsStore:
         WeightsError
             The file can't be used or is not of this backbone, or the store can't be written. Nothing is left behind.
         """
+        from safetensors.torch import save as safetensors_bytes
+
+        from chainward_shared.pretrained.files import precision_of, read_weights, sha256_of
+        from chainward_shared.pretrained.loading import own_channels, split_name, timm_config
+
         plain, tag = split_name(backbone)
         weights = read_weights(file)
         config = timm_config(backbone)
         channels = own_channels(weights, plain)
         classes = _fitting(weights, plain, channels)
-        converted = file.suffix.lower() != SAFETENSORS
+        converted = file.suffix.lower() != SUFFIX
         contents = safetensors_bytes(weights) if converted else file.read_bytes()
         self.root.mkdir(parents=True, exist_ok=True)
         staging = self.root / f".{os.getpid()}.part"
@@ -145,6 +153,8 @@ class WeightsStore:
         WeightsError
             The file is missing, or no longer the one that its card describes.
         """
+        from chainward_shared.pretrained.files import read_weights, sha256_of
+
         path = self.path(card.sha256)
         if sha256_of(path) != card.sha256:
             raise WeightsError(
@@ -161,7 +171,7 @@ class WeightsStore:
 
     def path(self, sha256: str) -> Path:
         """Return the path of the file with this SHA-256."""
-        return self.root / f"{sha256}{SAFETENSORS}"
+        return self.root / f"{sha256}{SUFFIX}"
 
     def _card_path(self, sha256: str) -> Path:
         return self.root / f"{sha256}.json"
@@ -180,6 +190,8 @@ class WeightsStore:
 
 def _fitting(weights: dict[str, Tensor], backbone: str, channels: int) -> int:
     """Return the number of classes with which the backbone takes all weights."""
+    from chainward_shared.pretrained.loading import load_plain, own_classes
+
     refusals = []
     for count in own_classes(weights, backbone):
         try:

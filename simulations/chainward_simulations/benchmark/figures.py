@@ -60,7 +60,7 @@ class Table:
         """Print the table to a terminal."""
         table = RichTable(title=self.title, title_justify="left", caption_justify="left")
         for index, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if self._is_figure(index) else "left", overflow="fold")
+            table.add_column(name, justify="right" if self._is_figure(index) else "left")
         for row in self.rows:
             table.add_row(*row)
         console.print(table)

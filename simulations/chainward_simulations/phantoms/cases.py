@@ -101,7 +101,12 @@ def phantom_cases(seed: int, index: int, count: int) -> list[PhantomCase]:
 
 
 def phantom_site(
-    seed: int, index: int, image_size: int = 64, channels: int = 1, splits: Collection[str] = SPLITS
+    seed: int,
+    index: int,
+    image_size: int = 64,
+    channels: int = 1,
+    splits: Collection[str] = SPLITS,
+    most: int | None = None,
 ) -> SiteData:
     """Return the phantoms of one hospital, the same whatever the number of sites.
 
@@ -112,6 +117,7 @@ def phantom_site(
     image_size : height and width in pixels, 32 to 256
     channels : the grey image is repeated over these
     splits : those whose images are made; the others have none
+    most : images that are made of each split at most, the first ones; None, the default: all
 
     Returns
     -------
@@ -135,7 +141,7 @@ def phantom_site(
         classes=PHANTOM_CLASSES,
         splits={
             split: _collect(
-                seed, index, [case for case in cases if case.split == split in splits], image_size, channels
+                seed, index, [case for case in cases if case.split == split in splits][:most], image_size, channels
             )
             for split in SPLITS
         },

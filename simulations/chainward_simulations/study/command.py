@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from chainward_simulations.study.study import StudyReport
 
 INTERRUPTED = 130
-_WIDE = 200
 
 
 class StudyCommand(TyperCommand):
@@ -139,8 +138,6 @@ def _show(report: StudyReport, json_file: str | None) -> None:
         typer.echo(json.dumps(as_json(result, folder), indent=1))
         return
     screen = PlainConsole()
-    if not screen.is_terminal:
-        screen.width = _WIDE  # a file has no edge to wrap at
     if report.tuned is not None:
         screen.say(tuning_note(report.tuned))
     if result.arms:
