@@ -16,7 +16,9 @@ import pytest
 import yaml
 from rich.table import Column, Table
 from rich.text import Text
-from tests.test_outside_everywhere import a_run
+from typer.main import get_command
+from typer.testing import CliRunner
+from written_run import a_run
 
 from chainward_client.approval.record import Approvals
 from chainward_client.cli import app as site_command
@@ -214,11 +216,6 @@ def lost(text: str, output: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(text)}", output) is None
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(undrawn: None) -> None:
-    """No report of these runs is looked at."""
-
-
 @EACH
 @pytest.mark.parametrize("width", [NARROW, 40])
 def test_a_table_on_a_narrow_terminal_is_whole(case, width, tmp_path, monkeypatch):
@@ -323,3 +320,28 @@ def test_a_column_that_folds_goes_on_in_the_next_line_between_the_parts_of_a_nam
     )
     assert all(len(line) <= width for line in lines)
     assert all(re.search(r"[/._-]\s*(done\s*)?$", line) for line in lines[:-1])
+
+
+def helps() -> list[tuple[Any, list[str], Any]]:
+    """Every command with its words."""
+
+    def below(app: Any, words: list[str], group: Any) -> list[tuple[Any, list[str], Any]]:
+        inner = [below(app, [*words, name], one) for name, one in getattr(group, "commands", {}).items()]
+        return [(app, words, group), *(found for part in inner for found in part)]
+
+    return [one for app in (command, site_command) for one in below(app, [], get_command(app))]
+
+
+@pytest.mark.parametrize(
+    ("app", "words", "known"), helps(), ids=lambda one: " ".join(one) if isinstance(one, list) else ""
+)
+def test_the_help_of_a_command_is_whole_and_explains_every_argument(app, words, known, monkeypatch):
+    for name, value in {"TTY_COMPATIBLE": "1", "COLUMNS": str(NARROW), "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0, result.output
+    output = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert "…" not in output
+    for parameter in known.params:
+        explained = parameter.help.split()[0]
+        assert re.search(rf"^│ .*{re.escape(explained)}", output, re.MULTILINE), f"{parameter.name} is not explained"

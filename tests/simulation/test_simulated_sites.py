@@ -16,7 +16,7 @@ from chainward_client.data.formats import csv as csv_format
 from chainward_client.data.site_data import SPLITS
 from chainward_client.data.sources import local_site
 from chainward_shared.errors import DataError
-from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
+from chainward_simulations.simulated_sites import SHOWN_TESTS, simulated_site, simulated_site_ids
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "docs" / "examples"
@@ -60,13 +60,14 @@ def test_a_phantom_site_is_synthetic_and_carries_its_id() -> None:
 
 
 @pytest.mark.slow
-def test_a_site_opened_for_its_tests_alone_has_the_same_and_makes_no_other_phantoms() -> None:
-    whole = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3)
-    tests = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3, tests_only=True)
-    assert torch.equal(tests.splits["test"].images, whole.splits["test"].images)
-    assert torch.equal(tests.splits["test"].labels, whole.splits["test"].labels)
-    assert tests.splits["test"].privileged.table == whole.splits["test"].privileged.table
-    assert [len(tests.splits[split]) for split in ("train", "val")] == [0, 0]
+def test_a_site_opened_for_its_tests_alone_has_the_first_of_them_and_makes_no_other_phantoms() -> None:
+    whole = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3).splits["test"].take(range(SHOWN_TESTS))
+    site = simulated_site("phantom", 1, num_sites=2, label_skew=0, seed=3, tests_only=True)
+    tests = site.splits["test"]
+    assert torch.equal(tests.images, whole.images)
+    assert torch.equal(tests.labels, whole.labels)
+    assert tests.privileged.table == whole.privileged.table
+    assert [len(site.splits[split]) for split in ("train", "val")] == [0, 0]
 
 
 def test_natural_sites_are_those_of_the_column_with_their_own_rows(tmp_path: Path) -> None:

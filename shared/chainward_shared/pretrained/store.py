@@ -60,18 +60,15 @@ class WeightsStore:
         WeightsError
             The file can't be used or is not of this backbone, or the store can't be written. Nothing is left behind.
         """
-        from safetensors.torch import save as safetensors_bytes
-
         from chainward_shared.pretrained.files import precision_of, read_weights, sha256_of
-        from chainward_shared.pretrained.loading import own_channels, split_name, timm_config
+        from chainward_shared.pretrained.loading import split_name, timm_config
 
         plain, tag = split_name(backbone)
         weights = read_weights(file)
         config = timm_config(backbone)
-        channels = own_channels(weights, plain)
-        classes = _fitting(weights, plain, channels)
+        channels, classes = _fitting(weights, plain)
         converted = file.suffix.lower() != SUFFIX
-        contents = safetensors_bytes(weights) if converted else file.read_bytes()
+        contents = _converted(weights) if converted else file.read_bytes()
         self.root.mkdir(parents=True, exist_ok=True)
         staging = self.root / f".{os.getpid()}.part"
         try:
@@ -188,15 +185,21 @@ class WeightsStore:
         return card
 
 
-def _fitting(weights: dict[str, Tensor], backbone: str, channels: int) -> int:
-    """Return the number of classes with which the backbone takes all weights."""
-    from chainward_shared.pretrained.loading import load_plain, own_classes
+def _converted(weights: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
 
-    refusals = []
+    return save(weights)
+
+
+def _fitting(weights: dict[str, Tensor], backbone: str) -> tuple[int, int]:
+    """Return the channels of the weights, and the number of classes with which the backbone takes all of them."""
+    from chainward_shared.pretrained.loading import load_plain, own_channels, own_classes
+
+    refusals, channels = [], own_channels(weights, backbone)
     for count in own_classes(weights, backbone):
         try:
             load_plain(weights, backbone, count, channels)
-            return count
+            return channels, count
         except WeightsError as error:
             refusals.append(error)
     raise refusals[0]

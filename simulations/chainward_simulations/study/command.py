@@ -47,8 +47,8 @@ Settings = Annotated[
 OwnArms = Annotated[
     list[str] | None,
     typer.Option(
-        help="An arm of your own: NAME='chain.temperature=2 chain.order=reversed'; 'arm=fedprox mu=1' starts from "
-        "another arm than chain. May be repeated."
+        help="An arm of your own, NAME='KEY=VALUE ...': mine='chain.laps=2'; 'arm=fedprox mu=1' starts from another arm than "
+        "chain. May be repeated."
     ),
 ]
 LabelFraction = Annotated[
