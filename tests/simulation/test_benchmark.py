@@ -8,7 +8,6 @@ import runpy
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,42 +18,45 @@ from chainward_server.results import DataSummary, HeadRecord, Results
 from chainward_shared.models import build_model
 from chainward_simulations import flower
 from chainward_simulations.benchmark import memory, private
-from chainward_simulations.benchmark.backbones import backbones_table, examine
-from chainward_simulations.benchmark.features import FeaturesWorkload, features_table, measure_features
-from chainward_simulations.benchmark.figures import Aim, Measured, Table
+from chainward_simulations.benchmark.backbones import backbones_table, examined
+from chainward_simulations.benchmark.features import link_of
+from chainward_simulations.benchmark.figures import Aim, Backbone, Measured, Options, Table, in_turn
 from chainward_simulations.benchmark.flower_run import FlowerRun, hops_table
 from chainward_simulations.benchmark.training import (
     VARIANTS,
-    Backbone,
-    TrainingWorkload,
+    a_site,
     architecture_for,
-    measure_throughput,
-    throughput_table,
+    config_of,
+    throughput,
     train_variant,
 )
-from chainward_simulations.runner import open_sites
 
 BENCHMARK = Path(__file__).parents[2] / "simulations" / "benchmark"
-WORKLOAD = replace(TrainingWorkload.quick(), augmentations=("upright",), sites="site-6", threads=1)
+SMALL = Backbone("test_convnext")
+ONE_THREAD = Options(quick=True, threads=1)
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
 
 
 @pytest.mark.slow
 def test_every_loop_has_a_throughput_and_a_ratio_for_each_repeat():
-    (throughput,) = measure_throughput(WORKLOAD)
+    found = throughput(SMALL, "upright", a_site("site-6"), 1, 2, ONE_THREAD)
     for variant in VARIANTS:
-        for figure in (throughput.images_per_second[variant], throughput.speed_up(variant)):
-            assert len(figure.values) == WORKLOAD.repeats
+        for figure in (found.images_per_second[variant], found.speed_up(variant)):
+            assert len(figure.values) == 2
             assert all(math.isfinite(value) and value > 0 for value in figure.values)
-    assert set(throughput.speed_up("plain fp32").values) == {1.0}
-    assert len(throughput_table([throughput], WORKLOAD).rows) == len(VARIANTS)
+    assert set(found.speed_up("plain fp32").values) == {1.0}
+    assert len(found.rows("fp32")) == len(VARIANTS)
 
 
 @pytest.mark.slow
 def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
-    config = WORKLOAD.config(Backbone("test_convnext"), "none", seed=0, epochs=3)
-    (data,) = open_sites(config).values()
+    config, data = config_of(SMALL, epochs=3), a_site("site-6")
     architecture = architecture_for(config, data)
-    recipe = config.link_recipe().model_copy(update={"batch_size": len(data.splits["train"]), "weight_decay": 0.0})
+    changes = {"batch_size": len(data.splits["train"]), "weight_decay": 0.0, "augmentation": "none", "threads": 1}
+    recipe = config.link_recipe().model_copy(update=changes)
     predecessor = dict(build_model(architecture, seed=1).state_dict())
     plain, _ = train_variant("plain fp32", data, architecture, recipe, predecessor)
     chainward, _ = train_variant("chainward fp32", data, architecture, recipe, predecessor)
@@ -68,29 +70,37 @@ def test_without_random_choices_the_plain_loop_trains_what_chainwards_does():
 @pytest.mark.slow
 def test_a_private_step_is_measured_and_costs_more_than_a_plain_one(monkeypatch):
     monkeypatch.setattr(private, "peak_bytes", lambda architecture, kind, batch: 1)  # a new process each takes seconds
-    workload = replace(private.PrivateStepWorkload.quick(), batch=16)
-    cost, student = private.measure_private_steps(workload)
+    cost, student = (
+        private.cost_of(name, architecture, 16, 1, 2, quiet)
+        for name, architecture in private.models((SMALL,), 32).items()
+    )
     assert set(cost.seconds) == {"plain", "private"}
     assert student.parameters < cost.parameters
     for kind, seconds in cost.seconds.items():
-        assert len(seconds.values) == workload.repeats
+        assert len(seconds.values) == 2
         assert cost.peak_bytes[kind] == 1
     assert cost.ratio.median > 1
     assert all(0 < n < s for n, s in zip(cost.noise_seconds.values, cost.seconds["private"].values, strict=True))
-    assert len(private.private_table([cost, student], workload).rows) == len(cost.seconds) + len(student.seconds)
+    assert [row[2] for row in cost.rows()] == ["plain", "private"]
 
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_fresh_process_and_grows_with_the_batch():
-    (architecture, _) = private.PrivateStepWorkload.quick().models().values()
-    few, many = (private.peak_bytes(architecture, "plain", batch) for batch in (4, 256))
+    (architecture, _) = private.models((SMALL,), 32).values()
+    few, many = (private.peak_bytes(architecture.model_dump_json(), "plain", batch) for batch in (4, 256))
     assert many - few > 20 * 2**20
 
 
-def test_the_chosen_threads_are_measured_beside_one():
-    workload = private.PrivateStepWorkload()
-    assert private.with_choices(workload, (), None, 2) == workload
-    assert private.with_choices(workload, (), 3, 8) == replace(workload, repeats=3, threads=(1, 8))
+def test_each_kind_has_its_turn_in_every_repeat_and_the_first_is_not_counted():
+    turns = []
+
+    def once(kind):
+        turns.append(kind)
+        return float(len(turns))
+
+    found = in_turn(("a", "b", "c"), 2, once, quiet)
+    assert "".join(turns) == "cababcbca"
+    assert found == {"a": Measured((4.0, 9.0)), "b": Measured((5.0, 7.0)), "c": Measured((6.0, 8.0))}
 
 
 def test_figures_are_medians_with_their_spread_and_aims_say_whether_they_are_met():
@@ -157,18 +167,17 @@ def test_statistics_rounds_are_hops_too():
 
 
 def test_a_link_is_measured_with_and_without_kept_features():
-    links = measure_features(replace(FeaturesWorkload.quick(), threads=1), lambda line: None)
-    assert [link.part for link in links] == ["head", "last-2"]
+    links = [link_of(part, "test_vit", 32, 24, 1, ONE_THREAD) for part in ("head", "last-2")]
     for link in links:
         assert all(seconds > 0 for seconds in (*link.epoch, *link.first))
         assert link.stored >= 2 * 24, "a number of two bytes for each image at least"
+        assert link.row()[0] == link.part
     assert links[0].stored < links[1].stored, "one row of numbers an image, and one for each patch"
-    assert len(features_table(links, FeaturesWorkload.quick()).rows) == 2
 
 
 @pytest.mark.slow
 def test_what_a_backbone_can_do_is_found_by_doing_it():
-    vit, grouped = examine(("test_vit", "resnet18"), lambda line: None)
+    vit, grouped = examined("test_vit"), examined("resnet18")
     assert {what for what, why in vit.answers.items() if why} == set()
     assert {what for what, why in grouped.answers.items() if why} == {"private", "student"}
     table = backbones_table([vit, grouped])
@@ -177,6 +186,6 @@ def test_what_a_backbone_can_do_is_found_by_doing_it():
 
 
 def test_a_backbone_that_can_not_be_built_can_do_nothing():
-    (unknown,) = examine(("no_such_model",), lambda line: None)
+    unknown = examined("no_such_model")
     assert set(unknown.answers.values()) == {next(iter(unknown.answers.values()))}
     assert "has no model 'no_such_model'" in unknown.answers["chain"]

@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training.link import train_link
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.evaluation.attention_maps import attention_maps
 from chainward_shared.models import (
     Architecture,
-    Start,
     build_model,
     compact_architecture,
+    count_parameters,
     resolve_architecture,
     select_weights,
 )
 from chainward_shared.models.private_ready import check_private_ready
-from chainward_shared.models.start import travelling_names
 from chainward_shared.models.trunk import trunk_of
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.words import first_line
-from chainward_simulations.benchmark.figures import Table
+from chainward_simulations.benchmark.figures import Options, Report, Table
+from chainward_simulations.benchmark.generated import base_of, generated_images, generated_site, started
 
 COMMON = (
     "vit_tiny_patch16_224",
@@ -53,7 +51,7 @@ COMMON = (
 """What people ask for most; a person's choice, not a ranking."""
 _SIDE = 112
 """Pixels: whole patches of 14 and of 16."""
-_IMAGES = 4
+_IMAGES, _CLASSES = 4, 3
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,14 @@ class Backbone:
     answers: Mapping[str, str]
 
 
-def examine(names: tuple[str, ...], say: Callable[[str], None]) -> list[Backbone]:
-    """Return what each of the timm models `names` can do."""
+def measure(options: Options) -> Report:
+    """Return what common backbones can do, or those that are named."""
     found = []
-    for name in names:
-        found.append(_examined(name))
-        say(f"{name}: " + ", ".join(f"{what} {why or 'yes'}" for what, why in found[-1].answers.items()))
-    return found
+    for name in tuple(one.name for one in options.backbones) or COMMON:
+        found.append(examined(name))
+        options.say(f"{name}: " + ", ".join(f"{what} {why or 'yes'}" for what, why in found[-1].answers.items()))
+    measured = [{"name": one.name, "parameters": one.parameters, **one.answers} for one in found]
+    return [backbones_table(found)], measured
 
 
 def backbones_table(found: list[Backbone]) -> Table:
@@ -84,11 +83,11 @@ def backbones_table(found: list[Backbone]) -> Table:
     return Table(
         f"{len(found)} backbones with random weights, images of {_SIDE} px",
         ("backbone", "parameters, millions", *_QUESTIONS),
-        rows=[
+        [
             (one.name, f"{one.parameters / 1e6:.1f}", *("no" if one.answers[what] else "yes" for what in _QUESTIONS))
             for one in found
         ],
-        notes=["\n".join(f"* {reason} ({', '.join(names)})" for reason, names in reasons.items())],
+        ["\n".join(f"* {reason} ({', '.join(names)})" for reason, names in reasons.items())],
     )
 
 
@@ -99,9 +98,10 @@ def _short(why: str) -> str:
     return which if not what or what.startswith("supported") else what
 
 
-def _examined(name: str) -> Backbone:
+def examined(name: str) -> Backbone:
+    """Return what a timm model can do."""
     try:
-        parameters = sum(one.numel() for one in build_model(_fresh(name), seed=0).parameters())
+        parameters = count_parameters(build_model(_fresh(name), seed=0))
     except ChainwardError as error:
         return Backbone(name, 0, dict.fromkeys(_QUESTIONS, first_line(error)))
     return Backbone(name, parameters, {what: _problem(ask, name) for what, ask in _QUESTIONS.items()})
@@ -116,47 +116,19 @@ def _problem(ask: Callable[[str], None], name: str) -> str:
 
 
 def _fresh(name: str) -> Architecture:
-    return resolve_architecture(name, num_classes=3, in_chans=3, image_size=_SIDE)
+    return resolve_architecture(name, num_classes=_CLASSES, in_chans=3, image_size=_SIDE)
 
 
 def _started(name: str, part: str = "all") -> Architecture:
-    plain = resolve_architecture(name, num_classes=3, in_chans=3, image_size=_SIDE, pretrained=True)
-    return plain.model_copy(update={"start": Start(name=name, file="0" * 64, digest="0" * 64, part=part)})
-
-
-def _images() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (_IMAGES, 3, _SIDE, _SIDE), dtype=torch.uint8, generator=generator)
+    return started(name, part, _SIDE, _CLASSES)
 
 
 def _trains(architecture: Architecture) -> None:
     """Train a link after a predecessor for one epoch."""
-    cases = Cases(_images(), torch.arange(_IMAGES) % 3, np.array([f"p{index}" for index in range(_IMAGES)]))
-    data = SiteData("north", ("a", "b", "c"), dict.fromkeys(("train", "val", "test"), cases))
     recipe = RunConfig.from_flat({"chain.epochs": 1, "data.augmentation": "none"}).link_recipe()
     state = dict(build_model(architecture, seed=1).state_dict())
-    base = None
-    if architecture.start is not None:
-        start = architecture.start.model_copy(update={"part": "head"})
-        classifier = travelling_names(architecture.model_copy(update={"start": start}))
-        base = {name: tensor for name, tensor in state.items() if name not in classifier}
-    train_link(data, architecture, recipe, state, strand=0, lap=0, base=base)
-
-
-def _chain(name: str) -> None:
-    _trains(_fresh(name))
-
-
-def _chain_of_start(name: str) -> None:
-    _trains(_started(name))
-
-
-def _private(name: str) -> None:
-    check_private_ready(_fresh(name))
-
-
-def _private_of_start(name: str) -> None:
-    check_private_ready(_started(name))
+    base = None if architecture.start is None else base_of(architecture, seed=1)
+    train_link(generated_site(_IMAGES, _SIDE, _CLASSES), architecture, recipe, state, strand=0, lap=0, base=base)
 
 
 def _last_kept(name: str) -> None:
@@ -170,20 +142,20 @@ def _student(name: str) -> None:
     model = build_model(small, seed=0)
     model.load_state_dict(select_weights(build_model(large, seed=1).state_dict(), large, small))
     with torch.no_grad():
-        if not model.eval()(scaled_for(model, _images())).isfinite().all():
+        if not model.eval()(scaled_for(model, generated_images(_IMAGES, _SIDE))).isfinite().all():
             raise ChainwardError("the selected student's answers are not finite")
 
 
 def _attention_map(name: str) -> None:
     model = build_model(_fresh(name), seed=0).eval()
-    attention_maps(model, scaled_for(model, _images()))
+    attention_maps(model, scaled_for(model, generated_images(_IMAGES, _SIDE)))
 
 
 _QUESTIONS: Mapping[str, Callable[[str], None]] = {
-    "chain": _chain,
-    "chain from a start": _chain_of_start,
-    "private": _private,
-    "private from a start": _private_of_start,
+    "chain": lambda name: _trains(_fresh(name)),
+    "chain from a start": lambda name: _trains(_started(name)),
+    "private": lambda name: check_private_ready(_fresh(name)),
+    "private from a start": lambda name: check_private_ready(_started(name)),
     "last blocks on kept features": _last_kept,
     "student": _student,
     "attention map": _attention_map,

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-import torch
-
-from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_shared.config import ConfigScalar, RunConfig
-from chainward_shared.models import Architecture, Start, build_model, resolve_architecture
-from chainward_shared.models.start import travelling_names
-from chainward_shared.weights import StateDict
-from chainward_simulations.benchmark.figures import Aim, Table
+from chainward_simulations.benchmark.figures import Aim, Options, Report, Table
+from chainward_simulations.benchmark.generated import base_of, generated_site, started
 
 _CLASSES = 7
 _AIMS = {"head": 10.0, "last-2": 4.0}
-
-
-@dataclass(frozen=True)
-class FeaturesWorkload:
-    """What to train: links of one backbone on generated images, with random weights in the place of pretrained ones, which cost
-    the same."""
-
-    backbone: str = "vit_small_patch14_dinov2"
-    image_size: int = 112
-    images: int = 512
-    epochs: int = 3
-    threads: int = 2
-    augmentation: str = "none"
-
-    @classmethod
-    def quick(cls) -> FeaturesWorkload:
-        """Return a tiny workload, whose figures say nothing."""
-        return cls(backbone="test_vit", image_size=32, images=24, epochs=1)
 
 
 @dataclass(frozen=True)
@@ -58,83 +33,59 @@ class Link:
     first: tuple[float, float]
     stored: int
 
-    @property
-    def times(self) -> float:
-        """How many times faster an epoch is with kept features."""
-        return self.epoch[0] / self.epoch[1]
-
-    def to_json(self) -> dict[str, object]:
-        """Return the measurement."""
-        return asdict(self)
-
-
-def measure_features(workload: FeaturesWorkload, say: Callable[[str], None]) -> list[Link]:
-    """Return what a link of each part takes with and without kept features."""
-    data, done = _data(workload), []
-    for part in _AIMS:
-        architecture, base = _started(workload, part)
-        with TemporaryDirectory(prefix="chainward-features-") as made:
-            folder = Path(made) / "features"
-            without, plain = _link(data, architecture, base, workload, None)
-            computed, _ = _link(data, architecture, base, workload, Features(folder))
-            # kept ones train so fast that one epoch would measure the start of a training
-            _, kept = _link(data, architecture, base, replace(workload, epochs=4 * workload.epochs), Features(folder))
-            stored = sum(file.stat().st_size for file in folder.iterdir())
-        done.append(Link(part, (plain, kept), (without, computed), stored))
-        say(f"{part}: an epoch {plain:.2f} s without, {kept:.3f} s with kept features")
-    return done
+    def row(self) -> tuple[str, ...]:
+        """Return its row of the table."""
+        times = self.epoch[0] / self.epoch[1]
+        return (
+            self.part,
+            f"{self.epoch[0]:.2f}",
+            f"{self.epoch[1]:.3f}",
+            f"{times:.1f}",
+            *(f"{seconds:.1f}" for seconds in self.first),
+            f"{self.stored / 1e6:.1f}",
+            Aim("at least", _AIMS[self.part], " times").text(times),
+        )
 
 
-def features_table(links: list[Link], workload: FeaturesWorkload) -> Table:
-    """Return the measurements as a table."""
-    return Table(
-        f"Kept features: {workload.backbone}, {workload.images} images of {workload.image_size} px, {workload.epochs} epochs",
+def measure(options: Options) -> Report:
+    """Return what a link of each part takes with and without kept features, on generated images without augmentation."""
+    backbone, side, images, epochs = (
+        ("test_vit", 32, 24, 1) if options.quick else ("vit_small_patch14_dinov2", 112, 512, 3)
+    )
+    backbone = options.backbones[0].name if options.backbones else backbone
+    images, epochs = options.images or images, options.epochs or epochs
+    links = [link_of(part, backbone, side, images, epochs, options) for part in _AIMS]
+    table = Table(
+        f"Kept features: {backbone}, {images} images of {side} px, {epochs} epochs",
         ("trained", "epoch without, s", "epoch with, s", "times", "first model without, s", "with, s", "MB", "aim"),
-        rows=[
-            (
-                link.part,
-                f"{link.epoch[0]:.2f}",
-                f"{link.epoch[1]:.3f}",
-                f"{link.times:.1f}",
-                f"{link.first[0]:.1f}",
-                f"{link.first[1]:.1f}",
-                f"{link.stored / 1e6:.1f}",
-                Aim("at least", _AIMS[link.part], " times").text(link.times),
-            )
-            for link in links
-        ],
-        notes=[f"Without augmentation, {workload.threads} threads; the first model includes computing the features."],
+        [link.row() for link in links],
+        [f"Without augmentation, {options.threads} threads; the first model includes computing the features."],
     )
+    return [table], [asdict(link) for link in links]
 
 
-def _data(workload: FeaturesWorkload) -> SiteData:
-    shape = (workload.images, 3, workload.image_size, workload.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    patients = np.array([f"p{index}" for index in range(workload.images)])
-    cases = Cases(images, torch.arange(workload.images) % _CLASSES, patients)
-    return SiteData("north", tuple("abcdefg"), dict.fromkeys(("train", "val", "test"), cases))
+def link_of(part: str, backbone: str, side: int, images: int, epochs: int, options: Options) -> Link:
+    """Return what a link of one part takes."""
+    data, architecture = generated_site(images, side, _CLASSES), started(backbone, part, side, _CLASSES)
+    base = base_of(architecture, seed=0)
 
+    def link(epochs: int, features: Features | None) -> tuple[float, float]:
+        """Return the seconds of a link in all, and of one of its epochs."""
+        asked: dict[str, ConfigScalar] = {
+            "chain.epochs": epochs,
+            "data.augmentation": "none",
+            "federation.threads": options.threads,
+        }
+        recipe, began = RunConfig.from_flat(asked).link_recipe(), time.perf_counter()
+        _, log = train_link(data, architecture, recipe, None, strand=0, lap=0, base=base, features=features)
+        return time.perf_counter() - began, log.seconds / epochs
 
-def _started(workload: FeaturesWorkload, part: str) -> tuple[Architecture, StateDict]:
-    plain = resolve_architecture(
-        workload.backbone, num_classes=_CLASSES, in_chans=3, image_size=workload.image_size, pretrained=True
-    )
-    start = Start(name=workload.backbone, file="0" * 64, digest="0" * 64, part=part)
-    architecture = plain.model_copy(update={"start": start})
-    classifier = travelling_names(plain.model_copy(update={"start": start.model_copy(update={"part": "head"})}))
-    state = build_model(architecture, seed=0).state_dict()
-    return architecture, {name: tensor for name, tensor in state.items() if name not in classifier}
-
-
-def _link(
-    data: SiteData, architecture: Architecture, base: StateDict, workload: FeaturesWorkload, features: Features | None
-) -> tuple[float, float]:
-    """Return the seconds of a link in all, and of one of its epochs."""
-    settings: dict[str, ConfigScalar] = {
-        "chain.epochs": workload.epochs,
-        "data.augmentation": workload.augmentation,
-        "federation.threads": workload.threads,
-    }
-    recipe, started = RunConfig.from_flat(settings).link_recipe(), time.perf_counter()
-    _, log = train_link(data, architecture, recipe, None, strand=0, lap=0, base=base, features=features)
-    return time.perf_counter() - started, log.seconds / workload.epochs
+    with TemporaryDirectory(prefix="chainward-features-") as made:
+        folder = Path(made) / "features"
+        without, plain = link(epochs, None)
+        computed, _ = link(epochs, Features(folder))
+        # kept ones train so fast that one epoch would measure the start of a training
+        _, kept = link(4 * epochs, Features(folder))
+        stored = sum(file.stat().st_size for file in folder.iterdir())
+    options.say(f"{part}: an epoch {plain:.2f} s without, {kept:.3f} s with kept features")
+    return Link(part, (plain, kept), (without, computed), stored)

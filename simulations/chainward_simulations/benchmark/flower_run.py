@@ -16,15 +16,13 @@ from chainward_server.results import HeadRecord, LinkRecord, Results, StudentRou
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import ConfigScalar
 from chainward_shared.weights import digest, load_file
-from chainward_simulations.benchmark.figures import Aim, Measured, Table
+from chainward_simulations.benchmark.figures import Aim, BenchmarkError, Measured, Options, Report, Table
 from chainward_simulations.benchmark.memory import MemoryPeak, MemorySampler
 from chainward_simulations.benchmark.reference import Reference
 from chainward_simulations.flower import own_flower, run_command
 
 RATIO_AIM, MEMORY_AIM = Aim("at most", 1.25), Aim("at most", 6.0, " GiB")
 GIB, MB = 2**30, 1e6
-
-Hop = LinkRecord | StudentRound | HeadRecord
 
 QUICK_CONFIG: dict[str, ConfigScalar] = {
     "federation.sites": "site-5,site-6",
@@ -35,10 +33,6 @@ QUICK_CONFIG: dict[str, ConfigScalar] = {
     "student.finetune-rounds": 0,
 }
 """A run of a few seconds of training."""
-
-
-class BenchmarkError(Exception):
-    """A run that was to be measured failed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,11 @@ class FlowerRun:
         return {phase: seconds for phase, seconds in timings.items() if phase not in ("rendezvous", "report", "total")}
 
     @property
+    def hops(self) -> list[LinkRecord | StudentRound | HeadRecord]:
+        """What travelled to sites and back."""
+        return [*self.results.heads, *self.results.links, *self.results.student_rounds]
+
+    @property
     def ratio(self) -> float | None:
         """Seconds of these phases relative to the same work in one process without Flower."""
         return sum(self.phases.values()) / sum(self.reference.phases.values()) if self.reference else None
@@ -72,8 +71,32 @@ class FlowerRun:
             "reference": self.reference.model_dump() if self.reference else None,
             "same_models": self.same_models,
             "memory": asdict(self.memory),
-            "hops": [_hop_json(record) for record in _hops(results)],
+            "hops": [
+                {
+                    "hop": record.key,
+                    "seconds": record.seconds,
+                    "bytes_down": record.bytes_down,
+                    "bytes_up": record.bytes_up,
+                }
+                for record in self.hops
+            ],
         }
+
+
+def measure(options: Options, *, with_reference: bool) -> Report:
+    """Run a Flower app as often as is asked for; `with_reference`: each time also the same work without Flower.
+
+    Raises
+    ------
+    BenchmarkError
+        A run failed or took longer than the timeout.
+    """
+    done: list[FlowerRun] = []
+    for number in range(1, options.runs + 1):
+        options.say(f"flwr run {options.app.name}: {number} of {options.runs}")
+        done.append(measure_run(options.app, options.settings, with_reference=with_reference, timeout=options.timeout))
+    tables = [phases_table(done)] if with_reference else []
+    return [*tables, hops_table(done[0]), memory_table(done)], [run.to_json() for run in done]
 
 
 def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_reference: bool, timeout: float) -> FlowerRun:
@@ -107,16 +130,19 @@ def timed_run(command: list[str], environment: dict[str, str], timeout: float) -
     """Run `flwr run --stream` to its end, its output to stderr, and return the seconds it took."""
     started = time.monotonic()
     try:
-        subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, timeout=timeout, check=True
-        )
-    except subprocess.TimeoutExpired as error:
-        raise BenchmarkError(f"flwr run took longer than {timeout:.0f} s; raise --timeout") from error
-    except subprocess.CalledProcessError as error:
-        raise BenchmarkError(f"flwr run failed with exit code {error.returncode}; its messages are above") from error
+        _done("flwr run", command, timeout, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     except OSError as error:
         raise BenchmarkError(f"flwr can't be started ({error.strerror}); is Flower installed here?") from error
     return time.monotonic() - started
+
+
+def _done(what: str, command: list[str], timeout: float, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(command, timeout=timeout, check=True, **how)
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(f"{what} took longer than {timeout:.0f} s; raise --timeout") from error
+    except subprocess.CalledProcessError as error:
+        raise BenchmarkError(f"{what} failed with exit code {error.returncode}; its messages are above") from error
 
 
 def finished_folder(output: Path) -> RunFolder:
@@ -132,32 +158,15 @@ def finished_folder(output: Path) -> RunFolder:
 
 def _reference(folder: RunFolder, timeout: float) -> Reference:
     command = [sys.executable, "-m", "chainward_simulations.benchmark.reference", str(folder.path)]
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=timeout, check=True)
-    except subprocess.TimeoutExpired as error:
-        raise BenchmarkError(f"the in-process runner took longer than {timeout:.0f} s; raise --timeout") from error
-    except subprocess.CalledProcessError as error:
-        raise BenchmarkError("the in-process runner failed; its messages are above") from error
-    return Reference.model_validate_json(done.stdout)
+    return Reference.model_validate_json(
+        _done("the in-process runner", command, timeout, stdout=subprocess.PIPE).stdout
+    )
 
 
 def _digests(folder: RunFolder) -> dict[str, str]:
     """Return the digests of the run's final models, by name."""
     names = [name for name in ("chain", "student") if name in folder.state.models]
     return {name: digest(load_file(folder.model_path(name), folder.state.models[name])[0]) for name in names}
-
-
-def _hops(results: Results) -> list[Hop]:
-    return [*results.heads, *results.links, *results.student_rounds]
-
-
-def _hop_json(record: Hop) -> dict[str, Any]:
-    return {
-        "hop": record.key,
-        "seconds": record.seconds,
-        "bytes_down": record.bytes_down,
-        "bytes_up": record.bytes_up,
-    }
 
 
 def phases_table(runs: Sequence[FlowerRun]) -> Table:
@@ -198,7 +207,7 @@ def phases_table(runs: Sequence[FlowerRun]) -> Table:
 def hops_table(run: FlowerRun) -> Table:
     """Return seconds and bytes of every hop, of every round of the students, and of the statistics rounds."""
     table = Table("Seconds and bytes by hop", ("hop", "site", "s", "images/s", "MB down", "MB up"))
-    for record in _hops(run.results):
+    for record in run.hops:
         where = record.site if isinstance(record, LinkRecord) else f"{len(record.sites)} sites"
         training = record.training if isinstance(record, LinkRecord) else None
         speed = f"{training.images_per_second:.0f}" if training else "-"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +16,12 @@ from PIL import Image
 from chainward_client.data.sources import local_site
 from chainward_client.site import open_site
 from chainward_client.site_key import site_key
-from chainward_simulations.benchmark.figures import Table
+from chainward_simulations.benchmark.figures import Options, Report, Table, in_fresh_process
+from chainward_simulations.benchmark.memory import Sampler
 
 SIDE = 224
 """Height and width of the generated images in pixels; one channel."""
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -44,50 +43,37 @@ class Opening:
     growth: int
     with_files: int
 
-    def to_json(self) -> dict[str, object]:
-        """Return the measurement."""
-        return asdict(self)
+    def row(self) -> tuple[str, ...]:
+        """Return its row of the table."""
+        memory = (f"{self.growth / 1e6:.0f}", f"{self.with_files / 1e6:.0f}")
+        return (self.what, f"{self.seconds:.2f}", f"{self.cpu:.2f}", *memory)
 
 
-def measure_images(count: int, say: Callable[[str], None]) -> tuple[list[Opening], int]:
-    """Return how long a site with `count` generated images takes to open its data, and the bytes of its store.
+def measure(options: Options) -> Report:
+    """Return how long a site with generated images takes to open its data, and what its store takes.
 
     In memory (as without a store), for the first time, again, and with a tenth of the files new or changed.
     """
+    count = options.images or (200 if options.quick else 50_000)
     with TemporaryDirectory(prefix="chainward-images-") as made:
         folder = Path(made)
-        say(f"writing {count} images of {SIDE} px")
+        options.say(f"writing {count} images of {SIDE} px")
         _write_site(folder, count)
-        done = []
-        for what in ("in memory, no store", "first time", "second time"):
-            done.append(_measured(folder, what))
-            say(f"{what}: {done[-1].seconds:.2f} s")
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda index: _write_image(folder, index, seed=1), range(0, count, 10)))
-        for what in ("a tenth of the files changed", "again"):
-            done.append(_measured(folder, what))
-            say(f"{what}: {done[-1].seconds:.2f} s")
+        done = [_measured(folder, what, options) for what in ("in memory, no store", "first time", "second time")]
+        _write_images(folder, range(0, count, 10), seed=1)
+        done += [_measured(folder, what, options) for what in ("a tenth of the files changed", "again")]
         stored = sum(file.stat().st_size for file in (folder / "state/images").rglob("*") if file.is_file())
-    return done, stored
-
-
-def images_table(openings: list[Opening], stored: int, count: int) -> Table:
-    """Return the measurements as a table."""
-    rows: list[tuple[str, ...]] = [
-        (one.what, f"{one.seconds:.2f}", f"{one.cpu:.2f}", f"{one.growth / 1e6:.0f}", f"{one.with_files / 1e6:.0f}")
-        for one in openings
-    ]
-    return Table(
+    table = Table(
         f"Opening a site's {count} images of {SIDE} px",
         ("data", "seconds", "CPU seconds", "own memory, MB", "with mapped files, MB"),
-        rows=[*rows, ("the store", "", "", "", f"{stored / 1e6:.0f} on disk")],
+        [*(one.row() for one in done), ("the store", "", "", "", f"{stored / 1e6:.0f} on disk")],
     )
+    return [table], {"images": count, "store": stored, "openings": [asdict(one) for one in done]}
 
 
 def _write_site(folder: Path, count: int) -> None:
     (folder / "pictures").mkdir()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda index: _write_image(folder, index, seed=0), range(count)))
+    _write_images(folder, range(count), seed=0)
     rows = [f"{index:06d}.png,{'ab'[index % 2]},p{index // 2}" for index in range(count)]
     (folder / "cases.csv").write_text("\n".join(["image,dx,who", *rows]) + "\n", encoding="utf-8")
     block = {
@@ -98,55 +84,45 @@ def _write_site(folder: Path, count: int) -> None:
         "columns": {"image": "image", "label": "dx", "patient": "who"},
         "image": {"size": SIDE, "channels": 1},
     }
-    (folder / "data.yaml").write_text(yaml.safe_dump(block), encoding="utf-8")
-    (folder / "site.yaml").write_text(
-        yaml.safe_dump({"site": "north", "data": "data.yaml", "state": "state"}), encoding="utf-8"
-    )
+    site = {"site": "north", "data": "data.yaml", "state": "state"}
+    for name, content in (("data.yaml", block), ("site.yaml", site)):
+        (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
-def _write_image(folder: Path, index: int, seed: int) -> None:
-    small = np.random.default_rng([seed, index]).integers(0, 256, (14, 14), dtype=np.uint8)
-    image = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    image.save(folder / "pictures" / f"{index:06d}.png", compress_level=1)
+def _write_images(folder: Path, indices: range, seed: int) -> None:
+    def write(index: int) -> None:
+        small = np.random.default_rng([seed, index]).integers(0, 256, (14, 14), dtype=np.uint8)
+        image = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        image.save(folder / "pictures" / f"{index:06d}.png", compress_level=1)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, indices))
 
 
-def _measured(folder: Path, what: str) -> Opening:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_open, args=(folder, what, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()  # type: ignore[no-any-return]
-    finally:
-        process.join()
+def _measured(folder: Path, what: str, options: Options) -> Opening:
+    opening = in_fresh_process(_open, folder, what)
+    options.say(f"{what}: {opening.seconds:.2f} s")
+    return opening
 
 
-def _open(folder: Path, what: str, sender: multiprocessing.connection.Connection) -> None:
+def _open(folder: Path, what: str) -> Opening:
     import pandas as pd  # noqa: F401 - imported before the clock starts
 
-    process, stop = psutil.Process(), threading.Event()
-    own, whole = [_own(process)], [process.memory_info().rss]
+    process = psutil.Process()
+    own, whole = list[int](), list[int]()
 
-    def sample() -> None:
-        while not stop.wait(0.02):
-            own.append(_own(process))
-            whole.append(process.memory_info().rss)
+    def look() -> None:
+        memory = process.memory_info()
+        own.append(int(memory.rss - getattr(memory, "shared", 0)))
+        whole.append(int(memory.rss))
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    started, used = time.perf_counter(), time.process_time()
-    if what.startswith("in memory"):
-        data = local_site(folder / "data.yaml", "north", site_key(folder / "state"))
-    else:
-        data = open_site(folder / "site.yaml").data
-    seconds, cpu = time.perf_counter() - started, time.process_time() - used
-    stop.set()
-    sampler.join()
+    look()
+    with Sampler(look, SAMPLE_SECONDS):
+        started, used = time.perf_counter(), time.process_time()
+        if what.startswith("in memory"):
+            data = local_site(folder / "data.yaml", "north", site_key(folder / "state"))
+        else:
+            data = open_site(folder / "site.yaml").data
+        seconds, cpu = time.perf_counter() - started, time.process_time() - used
     assert len(data.splits["train"])
-    sender.send(Opening(what, seconds, cpu, max(own) - own[0], max(whole) - whole[0]))
-
-
-def _own(process: psutil.Process) -> int:
-    memory = process.memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))
+    return Opening(what, seconds, cpu, max(own) - own[0], max(whole) - whole[0])

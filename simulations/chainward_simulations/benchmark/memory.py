@@ -1,13 +1,12 @@
-"""The memory of all processes of a Flower run."""
+"""What all processes of a Flower run take, looked at again and again."""
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -15,6 +14,27 @@ import psutil
 from chainward_simulations.flower import processes_of
 
 SAMPLE_SECONDS = 0.5
+
+
+class Sampler:
+    """Calls `look` every `seconds`, in a thread, while its `with` block lasts."""
+
+    def __init__(self, look: Callable[[], None], seconds: float) -> None:
+        self.look, self.seconds = look, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="sampler", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self.seconds):
+            self.look()
 
 
 @dataclass(frozen=True)
@@ -37,43 +57,17 @@ class MemoryPeak:
     samples: int = 0
 
 
-class Sampler(ABC):
-    """Looks at something again and again, in a thread, while its `with` block lasts."""
-
-    def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_stopped, name=type(self).__name__, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @abstractmethod
-    def _sample_until_stopped(self) -> None:
-        """Sample until `_stop` is set."""
-
-
 class MemorySampler(Sampler):
     """Samples the memory of a run's processes while its `with` block lasts; `peak` holds the largest sum."""
 
     def __init__(self, flwr_home: Path) -> None:
         self.flwr_home = flwr_home
         self.peak = MemoryPeak()
-        super().__init__()
+        super().__init__(self._look, SAMPLE_SECONDS)
 
-    def _sample_until_stopped(self) -> None:
-        samples = 0
-        while not self._stop.wait(SAMPLE_SECONDS):
-            samples += 1
-            sample = _sample(processes_of(self.flwr_home))
-            largest = max(sample, self.peak, key=lambda peak: peak.bytes)
-            self.peak = MemoryPeak(largest.measure, largest.bytes, largest.processes, largest.by_name, samples)
+    def _look(self) -> None:
+        largest = max(_sample(processes_of(self.flwr_home)), self.peak, key=lambda peak: peak.bytes)
+        self.peak = replace(largest, samples=self.peak.samples + 1)
 
 
 def _sample(processes: list[psutil.Process]) -> MemoryPeak:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from chainward_shared.secure_sums import (
     shares_for_others,
     unmasked,
 )
-from chainward_simulations.benchmark.figures import Table
+from chainward_simulations.benchmark.figures import Options, Report, Table
 
 SIZES = ((3, 1), (6, 1), (50, 1), (3, 20), (6, 20), (50, 20))
 """Sites, and millions of numbers."""
@@ -47,35 +46,25 @@ class SecureSumCost:
     coordinator: float
     sent: int
 
+    def row(self) -> tuple[str, ...]:
+        """Return its row of the table."""
+        seconds = (f"{self.site:.2f}", f"{self.coordinator:.2f}")
+        return (str(self.sites), f"{self.numbers / 1e6:g} M", str(self.dropped), *seconds, f"{self.sent / 1e6:.2f}")
 
-def measure_secure_sums(say: Callable[[str], None], sizes: Sequence[tuple[int, int]] = SIZES) -> list[SecureSumCost]:
+
+def measure(options: Options) -> Report:
     """Return what secure sums cost, of each size with nobody dropping out and with as many as may."""
     costs = []
-    for sites, millions in sizes:
-        most = sites - max(3, fewest_answers(sites, 0.5))
-        for dropped in sorted({0, most}):
+    for sites, millions in ((4, 1),) if options.quick else SIZES:
+        for dropped in sorted({0, sites - max(3, fewest_answers(sites, 0.5))}):
             costs.append(_measured(sites, 10**6 * millions, dropped))
-            say(f"{sites} sites, {millions} M numbers, {dropped} dropped: {costs[-1].site:.2f} s a site")
-    return costs
-
-
-def secure_sums_table(costs: Sequence[SecureSumCost]) -> Table:
-    """Return the measurements as a table."""
-    return Table(
+            options.say(f"{sites} sites, {millions} M numbers, {dropped} dropped: {costs[-1].site:.2f} s a site")
+    table = Table(
         "Secure sums",
         ("sites", "numbers", "drop out", "seconds of a site", "seconds of the coordinator", "MB sent by a site"),
-        rows=[
-            (
-                str(cost.sites),
-                f"{cost.numbers / 1e6:g} M",
-                str(cost.dropped),
-                f"{cost.site:.2f}",
-                f"{cost.coordinator:.2f}",
-                f"{cost.sent / 1e6:.2f}",
-            )
-            for cost in costs
-        ],
+        [cost.row() for cost in costs],
     )
+    return [table], [asdict(cost) for cost in costs]
 
 
 def _measured(sites: int, numbers: int, dropped: int) -> SecureSumCost:

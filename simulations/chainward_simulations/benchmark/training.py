@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from chainward_client.data.site_data import SiteData
@@ -15,84 +15,21 @@ from chainward_shared.models.of_run import chain_architecture
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.settings import Augmentation
 from chainward_shared.weights import StateDict
-from chainward_simulations.benchmark.figures import Aim, Measured, Table
+from chainward_simulations.benchmark.figures import Aim, Backbone, Measured, Options, Report, Table, in_turn
 from chainward_simulations.benchmark.plain import train_plain_link
 from chainward_simulations.runner import open_sites
 
 Variant = Literal["plain fp32", "chainward fp32", "chainward auto"]
 VARIANTS: tuple[Variant, ...] = ("plain fp32", "chainward fp32", "chainward auto")
 
-FP32_AIM, AUTO_AIM = Aim("at least", 0.95), Aim("at least", 1.5)
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A timm model, and its patch size in pixels where it is a ViT; 0: the backbone's own."""
-
-    name: str
-    patch_size: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Backbone:
-        """Return the backbone that ``NAME`` or ``NAME:PATCH`` names.
-
-        Raises
-        ------
-        ValueError
-            The patch size isn't a number.
-        """
-        name, _, patch_size = text.partition(":")
-        return cls(name, int(patch_size or 0))
-
-    def __str__(self) -> str:
-        return f"{self.name}, patch {self.patch_size}" if self.patch_size else self.name
-
-
-@dataclass(frozen=True)
-class TrainingWorkload:
-    """What to train.
-
-    Parameters
-    ----------
-    sites : ids of phantom sites, comma-separated; empty: all six. Throughput is measured at the first
-    epochs : epochs of one measured training
-    repeats : measured trainings of each variant; one more comes first and isn't counted
-    """
-
-    backbones: tuple[Backbone, ...] = (Backbone("convnext_atto"), Backbone("vit_tiny_patch16_224", 8))
-    augmentations: tuple[Augmentation, ...] = ("upright", "none")
-    sites: str = ""
-    epochs: int = 2
-    repeats: int = 5
-    threads: int = 2
-
-    @classmethod
-    def quick(cls) -> TrainingWorkload:
-        """Return a workload of a few seconds that exercises everything; its figures say nothing."""
-        return cls((Backbone("test_convnext"),), sites="site-5,site-6", epochs=1, repeats=2)
-
-    def with_changes(self, changes: Mapping[str, Any]) -> TrainingWorkload:
-        """Return the workload with other values for the fields that `changes` names."""
-        return replace(self, **changes)
-
-    def config(self, backbone: Backbone, augmentation: Augmentation, *, seed: int, epochs: int) -> RunConfig:
-        """Return the run configuration: the defaults but for what the workload names."""
-        return RunConfig.from_flat(
-            {
-                "seed": seed,
-                "federation.sites": self.sites,
-                "federation.threads": self.threads,
-                "data.augmentation": augmentation,
-                "chain.backbone": backbone.name,
-                "chain.patch-size": backbone.patch_size,
-                "chain.epochs": epochs,
-            }
-        )
+BACKBONES = (Backbone("convnext_atto"), Backbone("vit_tiny_patch16_224", 8))
+AUGMENTATIONS: tuple[Augmentation, ...] = ("upright", "none")
+AIMS: Mapping[Variant, Aim] = {"chainward fp32": Aim("at least", 0.95), "chainward auto": Aim("at least", 1.5)}
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Training images per second of one backbone with one augmentation, a teacher beside it."""
+    """Training images per second of one backbone with one augmentation, a teacher beside it; `images` of one training."""
 
     backbone: Backbone
     augmentation: Augmentation
@@ -102,6 +39,24 @@ class Throughput:
     def speed_up(self, variant: Variant) -> Measured:
         """Return the ratio of the variant's throughput to that of plain PyTorch, repeat by repeat."""
         return self.images_per_second[variant].ratio_to(self.images_per_second["plain fp32"])
+
+    def rows(self, auto: str) -> list[tuple[str, ...]]:
+        """Return a row for each variant; `auto`: the arithmetic that "auto" is here."""
+        found: list[tuple[str, ...]] = []
+        for variant, speed in self.images_per_second.items():
+            ratio = self.speed_up(variant)
+            aim = None if (variant, auto) == ("chainward auto", "fp32") else AIMS.get(variant)
+            found.append(
+                (
+                    str(self.backbone),
+                    self.augmentation,
+                    f"{variant} ({auto})" if variant == "chainward auto" else variant,
+                    speed.text(1),
+                    "-" if variant == "plain fp32" else ratio.text(2),
+                    aim.text(ratio.median) if aim else "-",
+                )
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return every measurement, and the median ratios to plain PyTorch."""
@@ -125,34 +80,63 @@ def train_variant(
     return state, log.seconds
 
 
-def measure_throughput(
-    workload: TrainingWorkload, on_step: Callable[[str], None] = lambda step: None
-) -> list[Throughput]:
-    """Return the throughput of every variant, for each backbone and augmentation of the workload.
+def config_of(backbone: Backbone, epochs: int) -> RunConfig:
+    """Return the configuration of a run with this backbone, the defaults but for that and the epochs."""
+    return RunConfig.from_flat(
+        {"chain.backbone": backbone.name, "chain.patch-size": backbone.patch_size, "chain.epochs": epochs}
+    )
 
-    In each repeat all variants train once, one after the other from the same weights with the same data; the order
-    rotates from repeat to repeat, so that a machine that slows down or warms up does so for all of them.
+
+def a_site(name: str) -> SiteData:
+    """Return the phantoms of a site."""
+    (data,) = open_sites(RunConfig.from_flat({"federation.sites": name})).values()
+    return data
+
+
+def measure(options: Options) -> Report:
+    """Return the throughput of every variant, for each backbone, without and with augmentation.
+
+    In each repeat all variants train once, one after the other from the same weights with the same data.
     """
-    measured = []
-    first = open_sites(workload.config(workload.backbones[0], "none", seed=0, epochs=1))
-    data = next(iter(first.values()))
-    for backbone in workload.backbones:
-        for augmentation in workload.augmentations:
-            config = workload.config(backbone, augmentation, seed=0, epochs=workload.epochs)
-            architecture = architecture_for(config, data)
-            predecessor = dict(build_model(architecture, seed=1).state_dict())
-            images = workload.epochs * len(data.splits["train"])
-            seen: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
-            for repeat in range(-1, workload.repeats):
-                turn = repeat % len(VARIANTS)
-                for variant in VARIANTS[turn:] + VARIANTS[:turn]:
-                    _, seconds = train_variant(variant, data, architecture, config.link_recipe(), predecessor)
-                    if repeat >= 0:
-                        seen[variant].append(images / seconds)
-                on_step(f"throughput of {backbone}, augmentation {augmentation}: {repeat + 1} of {workload.repeats}")
-            figures = {variant: Measured(tuple(values)) for variant, values in seen.items()}
-            measured.append(Throughput(backbone, augmentation, images, figures))
-    return measured
+    epochs, repeats = options.epochs or (1 if options.quick else 2), options.repeats or (2 if options.quick else 5)
+    backbones = options.backbones or ((Backbone("test_convnext"),) if options.quick else BACKBONES)
+    data = a_site("site-5" if options.quick else "site-1")
+    found = [
+        throughput(backbone, augmentation, data, epochs, repeats, options)
+        for backbone in backbones
+        for augmentation in AUGMENTATIONS
+    ]
+    auto = auto_precision()
+    table = Table(
+        "Training loop, images per second",
+        ("backbone", "augmentation", "loop", "images/s", "ratio to plain PyTorch", "aim"),
+        [row for one in found for row in one.rows(auto)],
+        [
+            f"Median (smallest to largest) of {repeats} trainings of {epochs} epochs each, all loops in one "
+            f"process in turn, {options.threads} threads; link with a predecessor. Ratios are taken within a repeat."
+        ],
+    )
+    if auto == "fp32":
+        table.notes.append("This hardware doesn't compute bf16: auto is fp32 here.")
+    return [table], [one.to_json() for one in found]
+
+
+def throughput(
+    backbone: Backbone, augmentation: Augmentation, data: SiteData, epochs: int, repeats: int, options: Options
+) -> Throughput:
+    """Return the throughput of every variant with one backbone and augmentation."""
+    config = config_of(backbone, epochs)
+    recipe = config.link_recipe().model_copy(update={"augmentation": augmentation, "threads": options.threads})
+    architecture = architecture_for(config, data)
+    predecessor = dict(build_model(architecture, seed=1).state_dict())
+    images = epochs * len(data.splits["train"])
+    speeds = in_turn(
+        VARIANTS,
+        repeats,
+        lambda variant: images / train_variant(variant, data, architecture, recipe, predecessor)[1],
+        lambda line: options.say(f"throughput of {backbone}, augmentation {augmentation}: {line}"),
+    )
+    return Throughput(backbone, augmentation, images, speeds)
 
 
 def architecture_for(config: RunConfig, data: SiteData) -> Architecture:
@@ -161,39 +145,3 @@ def architecture_for(config: RunConfig, data: SiteData) -> Architecture:
     return chain_architecture(
         config.chain, classes=len(data.classes), channels=images.shape[1], image_size=images.shape[-1]
     )
-
-
-def throughput_table(measured: Sequence[Throughput], workload: TrainingWorkload) -> Table:
-    """Return the table of throughputs."""
-    auto = auto_precision()
-    table = Table(
-        "Training loop, images per second",
-        ("backbone", "augmentation", "loop", "images/s", "ratio to plain PyTorch", "aim"),
-        notes=[
-            f"Median (smallest to largest) of {workload.repeats} trainings of {workload.epochs} epochs each, all loops in one "
-            f"process in turn, {workload.threads} threads; link with a predecessor. Ratios are taken within a repeat."
-        ],
-    )
-    for figure in measured:
-        for variant, speed in figure.images_per_second.items():
-            ratio = figure.speed_up(variant)
-            aim = {"chainward fp32": FP32_AIM, "chainward auto": AUTO_AIM}.get(variant)
-            if variant == "chainward auto" and auto == "fp32":
-                aim = None
-            table.rows.append(
-                (
-                    str(figure.backbone),
-                    figure.augmentation,
-                    _label(variant, auto),
-                    speed.text(1),
-                    "-" if variant == "plain fp32" else ratio.text(2),
-                    aim.text(ratio.median) if aim else "-",
-                )
-            )
-    if auto == "fp32":
-        table.notes.append("This hardware doesn't compute bf16: auto is fp32 here.")
-    return table
-
-
-def _label(variant: Variant, auto: str) -> str:
-    return f"{variant} ({auto})" if variant == "chainward auto" else variant

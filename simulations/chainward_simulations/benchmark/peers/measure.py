@@ -8,17 +8,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from chainward_simulations.benchmark.figures import Measured, Table
+from chainward_simulations.benchmark.figures import Measured, Options, Report, Table
 from chainward_simulations.benchmark.memory import MemorySampler, Sampler
 from chainward_simulations.benchmark.peers.flower_app import PYPROJECT
-from chainward_simulations.benchmark.peers.work import SITES, settings
+from chainward_simulations.benchmark.peers.work import SITES, choose, settings
 from chainward_simulations.flower import own_flower, processes_of, run_command
 
 GIB = 2**30
@@ -42,21 +42,18 @@ class CpuSampler(Sampler):
     def __init__(self, home: Path) -> None:
         self.home = home
         self._seconds: dict[tuple[int, float], float] = {}
-        super().__init__()
+        super().__init__(self._look, CPU_SAMPLE_SECONDS)
 
     @property
-    def seconds(self) -> float:
+    def total(self) -> float:
         """Processor seconds so far, of user and system."""
         return sum(self._seconds.values())
 
-    def _sample_until_stopped(self) -> None:
-        while not self._stop.wait(CPU_SAMPLE_SECONDS):
-            for process in processes_of(self.home):
-                try:
-                    times = process.cpu_times()
-                    self._seconds[process.pid, process.create_time()] = times.user + times.system
-                except psutil.Error:
-                    continue
+    def _look(self) -> None:
+        for process in processes_of(self.home):
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                self._seconds[process.pid, process.create_time()] = times.user + times.system
 
 
 def peers() -> dict[str, Callable[[Path], list[str]]]:
@@ -78,18 +75,19 @@ def missing(peer: str) -> str | None:
     return None
 
 
-def measure_peers(repeats: int, timeout: float, say: Callable[[str], None]) -> tuple[list[PeerCost], list[str]]:
-    """Run all peers `repeats` times, in turn, and return their costs and what was left out."""
+def measure(options: Options) -> Report:
+    """Run all peers, in turn, and return what each of them cost."""
+    choose(options)
     costs, left_out = [], [f"{peer}: {why}" for peer in peers() if (why := missing(peer))]
     for line in left_out:
-        say(line)
+        options.say(line)
+    repeats = options.repeats or (1 if options.quick else 2)
     for number in range(1, repeats + 1):
         for peer, command in peers().items():
-            if missing(peer):
-                continue
-            say(f"{peer}: {number} of {repeats}")
-            costs.append(_measure(peer, command, timeout))
-    return costs, left_out
+            if not missing(peer):
+                options.say(f"{peer}: {number} of {repeats}")
+                costs.append(_measure(peer, command, options.timeout))
+    return [peers_table(costs, left_out)], [asdict(cost) for cost in costs]
 
 
 def peers_table(costs: list[PeerCost], left_out: list[str]) -> Table:
@@ -113,11 +111,6 @@ def peers_table(costs: list[PeerCost], left_out: list[str]) -> Table:
     return table
 
 
-def to_json(costs: list[PeerCost]) -> list[dict[str, Any]]:
-    """Return every measurement."""
-    return [asdict(cost) for cost in costs]
-
-
 def _measure(peer: str, command: Callable[[Path], list[str]], timeout: float) -> PeerCost:
     with tempfile.TemporaryDirectory(prefix="chainward-peers-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
@@ -133,7 +126,7 @@ def _measure(peer: str, command: Callable[[Path], list[str]], timeout: float) ->
                 check=True,
             )
             wall = time.monotonic() - started
-        return PeerCost(peer, wall, cpu.seconds, memory.peak.bytes)
+        return PeerCost(peer, wall, cpu.total, memory.peak.bytes)
 
 
 def _flower(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict
+from chainward_simulations.benchmark.figures import Options
 from chainward_simulations.benchmark.plain import train_plain_link
 from chainward_simulations.runner import open_sites
 
@@ -25,8 +26,16 @@ SETTINGS: dict[str, ConfigScalar] = {
 """Of the run that the peers are compared with: the chain alone, without distillation."""
 
 
+def choose(options: Options) -> None:
+    """Hand what was chosen down to the processes of the peers."""
+    os.environ["CHAINWARD_PEERS_EPOCHS"] = str(options.epochs or (1 if options.quick else 12))
+    os.environ["CHAINWARD_PEERS_THREADS"] = str(options.threads)
+    if options.backbones or options.quick:
+        os.environ["CHAINWARD_PEERS_BACKBONE"] = options.backbones[0].name if options.backbones else "test_convnext"
+
+
 def settings() -> dict[str, ConfigScalar]:
-    """Return the settings of the comparison; the benchmark hands what was chosen down by the environment."""
+    """Return the settings of the comparison, with what was chosen."""
     return SETTINGS | {
         "chain.epochs": int(os.environ.get("CHAINWARD_PEERS_EPOCHS", "12")),
         "chain.backbone": os.environ.get("CHAINWARD_PEERS_BACKBONE", "convnext_atto"),
