@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from chainward_server.results import Influence
 from chainward_shared.errors import ChainwardError
 from chainward_shared.weights import StateDict, weighted_average
 
@@ -122,22 +122,6 @@ MEANS: Mapping[str, Callable[[Sequence[StateDict], Sequence[float]], StateDict]]
 """By the names of ``student.aggregation``."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one site's model was in an average.
-
-    Attributes
-    ----------
-    share : of the weight
-    moved : length of its update as it came, in lengths of the model that it started from
-    factor : by which the update was shortened; 1: it was not
-    """
-
-    share: float
-    moved: float
-    factor: float
-
-
 def aggregate(
     models: Mapping[str, StateDict],
     start: StateDict,
@@ -146,7 +130,7 @@ def aggregate(
     mean: str,
     max_share: float,
     max_update: float,
-) -> tuple[StateDict, dict[str, Part]]:
+) -> tuple[StateDict, dict[str, Influence]]:
     """Return the bounded mean of the sites' models, and what part each of them had in it.
 
     The models come in the order of the sites: sums of floats depend on the order, and a run must be repeatable.
@@ -169,7 +153,7 @@ def aggregate(
     before, total = length(start) or 1.0, sum(weights)
     shares = [weight / total if mean == "mean" else 1 / len(weights) for weight in weights]
     parts = {
-        site: Part(share, far / before, factor)
+        site: Influence(share=share, moved=far / before, factor=factor)
         for site, share, far, factor in zip(models, shares, moved, factors, strict=True)
     }
     return MEANS[mean](states, weights), parts

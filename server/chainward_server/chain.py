@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from chainward_server.aggregation import check_drift
-from chainward_server.attempts import Attempted, attempted
+from chainward_server.attempts import Attempted, attempted, check_answer
 from chainward_server.claims import check_training
 from chainward_server.context import Run
 from chainward_server.decisions import best_strand, forgetting, weakest_site
@@ -242,11 +242,8 @@ def check_link(run: Run, answer: Trained[LinkResult], hop: str, site: str, *, la
         it was asked for.
     """
     result, asked = answer.result, run.config.link_recipe(laps=laps).epochs
-    if (result.hop, result.site) != (hop, site):
-        raise ChainwardError(f"it answers hop '{result.hop}' of site '{result.site}'; expected '{hop}' of '{site}'")
+    check_answer(answer, "hop", hop, site)
     check_training(result.training, run.sites.cards[site], asked, run.checkpoints.age)
-    if digest(answer.model) != result.digest:
-        raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
     run.privacy.take(result.statement, site, hop)
 
 

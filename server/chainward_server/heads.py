@@ -7,18 +7,18 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from chainward_server.attempts import attempted
+from chainward_server.attempts import attempted, check_answer
 from chainward_server.claims import check_sums
 from chainward_server.context import Run
 from chainward_server.private_heads import private_head
 from chainward_server.results import HeadRecord
 from chainward_server.scoring import link_metrics, shown
-from chainward_server.secure_heads import added_up
+from chainward_server.secure_heads import added_up, head_record
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.discriminant import Head, HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
@@ -157,52 +157,35 @@ def _asked(run: Run, key: str, state: StateDict, architecture: Architecture) -> 
 
     def check(site: str, answer: Trained[StatisticsResult]) -> None:
         result, card = answer.result, run.sites.cards[site]
-        if (result.hop, result.site) != (key, site):
-            raise ChainwardError(
-                f"it answers round '{result.hop}' of site '{result.site}'; expected '{key}' of '{site}'"
-            )
-        if digest(answer.model) != result.digest:
-            raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
+        check_answer(answer, "round", key, site)
         sums = _sums_in(answer.model, weights)
         check_sums(sums.train, "train", result.images, card)
         check_sums(sums.validation, "val", result.validation, card)
 
     outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)
-    sums = {
-        site: _sums_in(outcome.answer.model, weights)
-        for site, outcome in outcomes.items()
-        if outcome.answer is not None
-    }
-    failed = {
-        site: outcome.failure.reason if outcome.failure else "no reason given"
-        for site, outcome in outcomes.items()
-        if outcome.answer is None
-    }
-    failed |= _implausible(sums)
-    for reason in failed.values():
+    sums = {site: _sums_in(answer.model, weights) for site, answer in outcomes.answers.items()}
+    summed = outcomes.summed({}, time.monotonic() - started)
+    summed = replace(summed, failed={**summed.failed, **_implausible(sums)})
+    for reason in summed.reasons.values():
         logger.warning("statistics round '%s' goes on without a site: %s", key, reason)
-    sums = {site: of for site, of in sums.items() if site not in failed}
-    return HeadRecord(
-        key=key,
-        sites=list(sums),
-        failed=failed,
-        unreached=[site for site, outcome in outcomes.items() if outcome.unreached],
-        images=round(sum(float(of.train.images) for of in sums.values())),
-        validation=round(sum(float(of.validation.images) for of in sums.values())),
-        seconds=time.monotonic() - started,
-        bytes_down=sum(outcome.bytes_down for outcome in outcomes.values()),
-        bytes_up=sum(outcome.bytes_up for outcome in outcomes.values()),
-    ), sums
+    sums = {site: of for site, of in sums.items() if site not in summed.failed}
+    images, validation = (
+        round(sum(float(getattr(of, split).images) for of in sums.values())) for split in ("train", "validation")
+    )
+    return head_record(key, replace(summed, sites=list(sums)), images, validation, secure=False), sums
 
 
-def _implausible(sums: Mapping[str, _Sums]) -> dict[str, str]:
+def _implausible(sums: Mapping[str, _Sums]) -> dict[str, Failure]:
     """Return the sites whose embeddings are far longer than those of the others, and why they are left out."""
     if len(sums) < 3:
         return {}
     middle = statistics.median_low(of.length for of in sums.values())
     return {
-        site: f"site '{site}': its embeddings are {of.length / middle:.3g} times as long as those of the median site; at most "
-        f"{FURTHEST:g} times is taken"
+        site: Failure(
+            f"site '{site}': its embeddings are {of.length / middle:.3g} times as long as those of the median site; at most "
+            f"{FURTHEST:g} times is taken",
+            0.0,
+        )
         for site, of in sums.items()
         if middle > 0 and of.length > FURTHEST * middle
     }

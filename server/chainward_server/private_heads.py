@@ -10,17 +10,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
 import torch
 
-from chainward_server.attempts import Attempted, attempted
+from chainward_server.attempts import attempted, check_answer
 from chainward_server.claims import check_length, check_noise, check_release
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
+from chainward_server.secure_heads import head_record
 from chainward_server.secure_rounds import card_of_all, summed_everywhere
-from chainward_server.sites import Failure, Trained, Work
+from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.discriminant import Head
 from chainward_shared.errors import ChainwardError
 from chainward_shared.models import build_model
@@ -39,18 +39,6 @@ logger = logging.getLogger("chainward")
 _BATCH = 32
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What came of one release: the sum of those of all sites that answered, which these are, and why others are missing."""
-
-    sums: NoisySums
-    sites: list[str]
-    failed: dict[str, str]
-    unreached: list[str]
-    bytes_down: int
-    bytes_up: int
-
-
 def private_head(run: Run, key: str, state: StateDict, *, prior_strength: float) -> tuple[HeadRecord, Head]:
     """Ask all sites for the two releases of a private statistics round, and return what came of it and the head.
 
@@ -67,34 +55,32 @@ def private_head(run: Run, key: str, state: StateDict, *, prior_strength: float)
     units, noise = _expected(run, recipe)
     frame = public_frame(_public_embeddings(run, state), axes_for(units, noise))
     axes = len(frame.axes)
-    first = _released(run, f"{key}-centre", state, recipe, frame, SumsForm(dimension=axes, labels=False, moments=False))
-    frame = centred(frame, first.sums)
+    first, centre = _released(
+        run, f"{key}-centre", state, recipe, frame, SumsForm(dimension=axes, labels=False, moments=False)
+    )
+    frame = centred(frame, first)
     of_moments = noise / SumsForm(dimension=axes, labels=True, moments=True).weights()["moments"]
     form = SumsForm(dimension=axes, labels=True, moments=moments_help(units, of_moments, axes))
-    second = _released(run, key, state, recipe, frame, form)
+    second, summed = _released(run, key, state, recipe, frame, form)
     multilabel = run.sites.any_card.task == "multilabel"
-    head = noisy_discriminant(frame, second.sums, multilabel=multilabel, prior_strength=prior_strength)
+    head = noisy_discriminant(frame, second, multilabel=multilabel, prior_strength=prior_strength)
     logger.info(
         "private statistics round '%s': %d of %d sites, %d axes, %s second moments",
         key,
-        len(second.sites),
+        len(summed.sites),
         len(run.sites.ids),
         axes,
         "with" if form.moments else "without",
     )
-    return HeadRecord(
-        key=key,
-        sites=second.sites,
-        secure=run.secure,
-        failed=second.failed,
-        unreached=second.unreached,
-        images=sum(run.sites.sizes[site] for site in second.sites),
-        validation=0,
-        shrinkage=min(1.0, max(0.0, head.shrinkage)),
+    both = replace(
+        summed,
         seconds=time.monotonic() - started,
-        bytes_down=first.bytes_down + second.bytes_down,
-        bytes_up=first.bytes_up + second.bytes_up,
-    ), head
+        bytes_down=centre.bytes_down + summed.bytes_down,
+        bytes_up=centre.bytes_up + summed.bytes_up,
+    )
+    record = head_record(key, both, sum(run.sites.sizes[site] for site in summed.sites), secure=run.secure)
+    record.shrinkage = min(1.0, max(0.0, head.shrinkage))
+    return record, head
 
 
 def _expected(run: Run, recipe: PrivacyRecipe) -> tuple[float, float]:
@@ -128,7 +114,9 @@ def _public_embeddings(run: Run, state: StateDict) -> torch.Tensor:
     return torch.cat(found)
 
 
-def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame: Frame, form: SumsForm) -> _Answers:
+def _released(
+    run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame: Frame, form: SumsForm
+) -> tuple[NoisySums, Summed]:
     """Ask all sites for one release, and add up what can be used."""
     task = StatisticsTask(
         run_id=run.checkpoints.run_id,
@@ -149,12 +137,11 @@ def _released(run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame
     def work(site: str) -> Work[StatisticsTask]:
         return Work(task.model_copy(update={"seen_head": run.privacy.seen_head(site)}), models)
 
-    return (_in_secret if run.secure else _in_the_open)(run, key, work, form, groups)
+    summed = (_in_secret if run.secure else _in_the_open)(run, key, work)
+    return NoisySums.of(summed.state["release"].numpy(), summed.noise, form, groups), summed
 
 
-def _in_secret(
-    run: Run, key: str, work: Callable[[str], Work[StatisticsTask]], form: SumsForm, groups: int
-) -> _Answers:
+def _in_secret(run: Run, key: str, work: Callable[[str], Work[StatisticsTask]]) -> Summed:
     """Add up releases of which the coordinator sees none; each site adds all of its noise, or the share that was agreed on."""
 
     def check(site: str, answer: MaskedSum) -> None:
@@ -163,60 +150,33 @@ def _in_secret(
         run.privacy.take(answer.statement, site, key)
 
     what, retries = f"private statistics round '{key}'", run.config.chain.retries
-    summed, failed = summed_everywhere(run.sites, what, work, retries=retries, check=check)
-    release = summed.state["release"]
-    check_length(release, summed.noise, card_of_all([run.sites.cards[site] for site in summed.sites]))
-    return _Answers(
-        NoisySums.of(release.numpy(), summed.noise, form, groups),
-        summed.sites,
-        {site: failure.reason for site, failure in failed.items()},
-        [site for site, failure in failed.items() if failure.unreached],
-        summed.bytes_down,
-        summed.bytes_up,
-    )
+    summed = summed_everywhere(run.sites, what, work, retries=retries, check=check)
+    check_length(summed.state["release"], summed.noise, card_of_all([run.sites.cards[site] for site in summed.sites]))
+    return summed
 
 
-def _in_the_open(
-    run: Run, key: str, work: Callable[[str], Work[StatisticsTask]], form: SumsForm, groups: int
-) -> _Answers:
+def _in_the_open(run: Run, key: str, work: Callable[[str], Work[StatisticsTask]]) -> Summed:
     """Add up the releases of all sites that can be used."""
-    cards = run.sites.cards
+    cards, started = run.sites.cards, time.monotonic()
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
         return run.sites.statistics({site: work(site) for site in sites})
 
     def check(site: str, answer: Trained[StatisticsResult]) -> None:
-        result = answer.result
-        if (result.hop, result.site) != (key, site):
-            raise ChainwardError(
-                f"it answers round '{result.hop}' of site '{result.site}'; expected '{key}' of '{site}'"
-            )
-        if digest(answer.model) != result.digest:
-            raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
-        check_release(answer.model["release"], result, cards[site], private=run.privacy.is_private(site))
-        run.privacy.take(result.statement, site, key)
+        check_answer(answer, "round", key, site)
+        check_release(answer.model["release"], answer.result, cards[site], private=run.privacy.is_private(site))
+        run.privacy.take(answer.result.statement, site, key)
 
     outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)
-    for outcome in outcomes.values():
-        if outcome.answer is None:
-            logger.warning("private statistics round '%s' goes on without a site: %s", key, _reason(outcome))
-    answers = [outcome.answer for outcome in outcomes.values() if outcome.answer is not None]
+    answers = outcomes.answers.values()
+    total = sum((answer.model["release"] for answer in answers), torch.zeros(1, dtype=torch.float64))
+    noise = math.sqrt(sum(answer.result.noise**2 for answer in answers))
+    summed = outcomes.summed({"release": total}, time.monotonic() - started, noise=noise)
+    for reason in summed.reasons.values():
+        logger.warning("private statistics round '%s' goes on without a site: %s", key, reason)
     if not answers:
         raise ChainwardError(
             f"statistics round '{key}': no site took part in it (the log says why); set chain.head = 'trained', or resume the "
             "run when they can"
         )
-    total = np.sum([answer.model["release"].numpy() for answer in answers], axis=0)
-    noise = math.sqrt(sum(answer.result.noise**2 for answer in answers))
-    return _Answers(
-        NoisySums.of(total, noise, form, groups),
-        [site for site, outcome in outcomes.items() if outcome.answer is not None],
-        {site: _reason(outcome) for site, outcome in outcomes.items() if outcome.answer is None},
-        [site for site, outcome in outcomes.items() if outcome.unreached],
-        sum(outcome.bytes_down for outcome in outcomes.values()),
-        sum(outcome.bytes_up for outcome in outcomes.values()),
-    )
-
-
-def _reason(outcome: Attempted[StatisticsResult]) -> str:
-    return outcome.failure.reason if outcome.failure else "no reason given"
+    return summed

@@ -143,7 +143,7 @@ def count_in_secret(
     ]
     members = [site for site in telling if asked is None or site in asked]
     try:
-        summed, _ = summed_everywhere(sites, "scores", work, retries=retries, asked=members, check=check)
+        summed = summed_everywhere(sites, "scores", work, retries=retries, asked=members, check=check)
         counts = counts_in(summed.state, task)
         card = card_of_all([sites.cards[site] for site in summed.sites])
         check_counted({split: pool([of]) for split, of in counts.items()}, card)
@@ -151,21 +151,6 @@ def count_in_secret(
         logger.warning("a model has no scores: %s", error)
         return {split: Counted() for split in splits}
     return {split: Counted(total=counts[split], together=summed.sites) for split in splits}
-
-
-def score_everywhere(
-    sites: Sites,
-    privacy: RunPrivacy,
-    architecture: Architecture,
-    state: StateDict,
-    splits: list[Split],
-    *,
-    run_id: str,
-    threads: int,
-) -> dict[Split, SiteScores]:
-    """Return the scores of a model on the images of every site, for each of `splits`; see `count_everywhere`."""
-    counted = count_everywhere(sites, privacy, architecture, state, splits, run_id=run_id, threads=threads)
-    return {split: found.site_scores for split, found in counted.items()}
 
 
 def _checked(sites: Sites, site: str, answer: Scored, splits: list[Split]) -> dict[Split, Scores]:

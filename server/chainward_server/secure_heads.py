@@ -8,7 +8,7 @@ from chainward_server.claims import check_sums
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
 from chainward_server.secure_rounds import card_of_all, summed_everywhere
-from chainward_server.sites import Work
+from chainward_server.sites import Summed, Work
 from chainward_shared.discriminant import HeadSums
 from chainward_shared.protocol import StatisticsTask
 from chainward_shared.secure_sums import FRACTION_BITS
@@ -25,7 +25,7 @@ def added_up(run: Run, task: StatisticsTask, state: StateDict) -> tuple[HeadReco
     """
     what = f"statistics round '{task.hop}'"
     work = Work(task, {"model": state})
-    summed, failed = summed_everywhere(run.sites, what, lambda site: work, retries=run.config.chain.retries)
+    summed = summed_everywhere(run.sites, what, lambda site: work, retries=run.config.chain.retries)
     images = {split: round(float(summed.state[f"{split}.images"])) for split in ("train", "val")}
     card = card_of_all([run.sites.cards[site] for site in summed.sites])
     rounding = len(summed.sites) * len(card.classes) * 2.0**-FRACTION_BITS
@@ -33,15 +33,21 @@ def added_up(run: Run, task: StatisticsTask, state: StateDict) -> tuple[HeadReco
     train, validation = HeadSums.from_state(summed.state, "train", weights), HeadSums.from_state(summed.state, "val")
     check_sums(train, "train", images["train"], card, rounding=rounding)
     check_sums(validation, "val", images["val"], card, rounding=rounding)
+    record = head_record(task.hop, summed, images["train"], images["val"], secure=True)
+    return record, summed.state
+
+
+def head_record(key: str, summed: Summed, images: int, validation: int = 0, *, secure: bool) -> HeadRecord:
+    """Return the record of a statistics round over so many images, without what its head will be."""
     return HeadRecord(
-        key=task.hop,
+        key=key,
         sites=summed.sites,
-        secure=True,
-        failed={site: failure.reason for site, failure in failed.items()},
-        unreached=[site for site, failure in failed.items() if failure.lost],
-        images=images["train"],
-        validation=images["val"],
+        secure=secure,
+        failed=summed.reasons,
+        unreached=summed.unreached,
+        images=images,
+        validation=validation,
         seconds=summed.seconds,
         bytes_down=summed.bytes_down,
         bytes_up=summed.bytes_up,
-    ), summed.state
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from chainward_server.sites import Failure, Sites, Summable, Summed, TooFewSitesError, Work
 from chainward_shared.errors import ChainwardError
@@ -21,8 +22,8 @@ def summed_everywhere(
     asked: Collection[str] | None = None,
     weights: Callable[[Sequence[str]], Mapping[str, float]] | None = None,
     check: Callable[[str, MaskedSum], None] = lambda site, answer: None,
-) -> tuple[Summed, dict[str, Failure]]:
-    """Return what the sites' numbers add up to, and why sites are missing.
+) -> Summed:
+    """Return what the sites' numbers add up to, and why sites are missing, from all attempts.
 
     A sum that too few sites took part in to the end is tried again: without those that will not take part, and the last time
     without any that failed.
@@ -57,10 +58,10 @@ def summed_everywhere(
                 break
         else:
             failed |= summed.failed
-            missing = {site: failure for site, failure in failed.items() if site not in summed.sites}
-            for failure in missing.values():
-                logger.warning("%s goes on without a site: %s", what, failure.reason)
-            return summed, missing
+            found = replace(summed, failed={site: why for site, why in failed.items() if site not in summed.sites})
+            for reason in found.reasons.values():
+                logger.warning("%s goes on without a site: %s", what, reason)
+            return found
     raise ChainwardError(f"{what}: there was no secure sum (the log says why); resume the run when the sites are there")
 
 

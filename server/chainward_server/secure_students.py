@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from chainward_server.aggregation import capped, check_drift
 from chainward_server.context import Run
 from chainward_server.secure_rounds import summed_everywhere
-from chainward_server.sites import Failure, Summed, Work
+from chainward_server.sites import Summed, Work
 from chainward_shared.errors import ChainwardError
 from chainward_shared.hops import student_key
 from chainward_shared.protocol import MOST_WEIGHT, MaskedSum, StudentTask
@@ -16,28 +15,10 @@ from chainward_shared.summands import student_mean
 from chainward_shared.weights import StateDict
 
 
-@dataclass(frozen=True)
-class MeanStudent:
-    """The mean of a round's students.
-
-    Attributes
-    ----------
-    kept : what the auxiliary teachers have kept of the round's start, mean; None in fine-tuning
-    shares : of each site in the mean
-    failed : why sites are missing
-    """
-
-    student: StateDict
-    kept: float | None
-    shares: dict[str, float]
-    failed: dict[str, Failure]
-    summed: Summed
-
-
 def mean_student(
-    run: Run, number: int, start: StateDict, work: Callable[[str], Work[StudentTask]], *, distils: bool
-) -> MeanStudent:
-    """Have all sites train a round of the student, and return the mean of what came of it.
+    run: Run, number: int, start: StateDict, work: Callable[[str], Work[StudentTask]]
+) -> tuple[StateDict, float, Summed]:
+    """Have all sites train a round of the student; return their mean, and what their auxiliary teachers have kept of the start.
 
     Weights are those of a mean in the open: sizes by the cards, none above ``student.max-share``, nor above what a hospital lets
     itself weigh. What one hospital has done to its student nobody sees, so that ``student.max-update`` holds for none;
@@ -57,7 +38,7 @@ def mean_student(
     def check(site: str, answer: MaskedSum) -> None:
         run.privacy.take(answer.statement, site, student_key(number))
 
-    summed, failed = summed_everywhere(
+    summed = summed_everywhere(
         run.sites, f"student round {number}", work, retries=run.config.chain.retries, weights=weights, check=check
     )
     shares = weights(summed.members)
@@ -69,6 +50,4 @@ def mean_student(
         raise ChainwardError(
             f"student round {number}: of the mean of {len(summed.sites)} sites, {error}; which of them it is can't be told"
         ) from error
-    return MeanStudent(
-        mean, kept if distils else None, {site: shares[site] / total for site in summed.sites}, failed, summed
-    )
+    return mean, kept, summed

@@ -117,6 +117,16 @@ class Summed:
     bytes_down: int = 0
     bytes_up: int = 0
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why sites are missing, in words."""
+        return {site: failure.reason for site, failure in self.failed.items()}
+
+    @property
+    def unreached(self) -> list[str]:
+        """The sites that are missing because they, or the persons who approve runs there, could not be reached."""
+        return [site for site, failure in self.failed.items() if failure.unreached]
+
 
 class Sites(ABC):
     """The hospitals that take part.

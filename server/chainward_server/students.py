@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from chainward_server.aggregation import Part, aggregate, check_drift
-from chainward_server.attempts import attempted
+from chainward_server.aggregation import aggregate, check_drift
+from chainward_server.attempts import attempted, check_digest
 from chainward_server.chain import ChainOutcome
 from chainward_server.claims import check_training
 from chainward_server.context import Run
@@ -18,7 +18,7 @@ from chainward_server.heads import with_statistics_head
 from chainward_server.results import Influence, StudentRound
 from chainward_server.scoring import shown
 from chainward_server.secure_students import mean_student
-from chainward_server.sites import Failure, Trained, Work
+from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.hops import student_head_key, student_key
@@ -132,10 +132,25 @@ def run_students(run: Run, chain: ChainOutcome) -> StateDict:
 
 def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
     """Train one round at all sites and average what came back."""
-    if run.secure:
-        return _run_secure_round(run, begun)
     started = time.monotonic()
     has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
+    average, summed, told = (_in_secret if run.secure else _in_the_open)(run, begun, has_auxiliary)
+    return rounded(average, run.config.federation.transfer), StudentRound(
+        round=begun.number,
+        stage=begun.stage,
+        sites=summed.sites,
+        secure=run.secure,
+        failed=summed.reasons,
+        unreached=summed.unreached,
+        seconds=time.monotonic() - started,
+        bytes_down=summed.bytes_down,
+        bytes_up=summed.bytes_up,
+        **told,
+    )
+
+
+def _in_the_open(run: Run, begun: _Round, has_auxiliary: set[str]) -> tuple[StateDict, Summed, dict[str, Any]]:
+    """Return the average of a round's students, whose they are, and what their sites tell of them."""
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StudentResult] | Failure]]:
         # A retry brings the auxiliary teacher again: the site may have lost its own.
@@ -147,60 +162,32 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
         check_drift(answer.model, begun.student, run.config.student.max_drift, "student.max-drift")
 
     outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)
-    answers = {site: outcome.answer for site, outcome in outcomes.items() if outcome.answer is not None}
-    failed = {
-        site: outcome.failure.reason if outcome.failure else "no reason given"
-        for site, outcome in outcomes.items()
-        if outcome.answer is None
-    }
-    _check_quorum(run, begun.number, len(answers), failed)
-    for reason in failed.values():
+    answers = outcomes.answers
+    summed = outcomes.summed({}, 0.0)
+    _check_quorum(run, begun.number, summed)
+    for reason in summed.reasons.values():
         logger.warning("student round %d goes on without a site: %s", begun.number, reason)
-    average, parts = _average(run, begun, {site: answer.model for site, answer in answers.items()})
-    record = StudentRound(
-        round=begun.number,
-        stage=begun.stage,
-        sites=list(answers),
-        failed=failed,
-        unreached=[site for site, outcome in outcomes.items() if outcome.unreached],
-        seconds=time.monotonic() - started,
-        bytes_down=sum(outcome.bytes_down for outcome in outcomes.values()),
-        bytes_up=sum(answer.bytes_up for answer in answers.values()),
-        auxiliary_kept=_kept(run, [answer.result for answer in answers.values()]),
-        influence={site: Influence(**asdict(part)) for site, part in parts.items()},
-    )
-    return rounded(average, run.config.federation.transfer), record
+    average, influence = _average(run, begun, {site: answer.model for site, answer in answers.items()})
+    kept = [answer.result.auxiliary_kept for answer in answers.values() if answer.result.auxiliary_kept is not None]
+    told = {"auxiliary_kept": _kept(run, sum(kept) / len(kept) if kept else None), "influence": influence}
+    return average, replace(summed, bytes_up=sum(answer.bytes_up for answer in answers.values())), told
 
 
-def _run_secure_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
-    """Train one round at all sites and average it without seeing what came back."""
-    started, asked = time.monotonic(), set[str]()
-    has_auxiliary = {site for round_ in run.results.student_rounds for site in round_.sites}
+def _in_secret(run: Run, begun: _Round, has_auxiliary: set[str]) -> tuple[StateDict, Summed, dict[str, Any]]:
+    """Return the same without seeing what came back."""
+    asked = set[str]()
 
     def work(site: str) -> Work[StudentTask]:
         new = site in asked or site not in has_auxiliary  # a site that is asked again may have lost its own
         asked.add(site)
         return _student_work(run, begun, site, new=new)
 
-    found = mean_student(run, begun.number, begun.student, work, distils=begun.stage == "distil")
-    failed = {site: failure.reason for site, failure in found.failed.items()}
-    _check_quorum(run, begun.number, len(found.summed.sites), failed)
-    record = StudentRound(
-        round=begun.number,
-        stage=begun.stage,
-        sites=found.summed.sites,
-        secure=True,
-        failed=failed,
-        unreached=[site for site, failure in found.failed.items() if failure.unreached],
-        seconds=time.monotonic() - started,
-        bytes_down=found.summed.bytes_down,
-        bytes_up=found.summed.bytes_up,
-        auxiliary_kept=_kept_after(run, found.kept),
-    )
-    return rounded(found.student, run.config.federation.transfer), record
+    mean, kept, summed = mean_student(run, begun.number, begun.student, work)
+    _check_quorum(run, begun.number, summed)
+    return mean, summed, {"auxiliary_kept": _kept(run, kept if begun.stage == "distil" else None)}
 
 
-def _average(run: Run, begun: _Round, models: dict[str, StateDict]) -> tuple[StateDict, dict[str, Part]]:
+def _average(run: Run, begun: _Round, models: dict[str, StateDict]) -> tuple[StateDict, dict[str, Influence]]:
     """Return the students' average and each site's part in it, and say where a site was held back."""
     config = run.config.student
     average, parts = aggregate(
@@ -232,9 +219,10 @@ def _average(run: Run, begun: _Round, models: dict[str, StateDict]) -> tuple[Sta
     return average, parts
 
 
-def _check_quorum(run: Run, number: int, finished: int, failed: dict[str, str]) -> None:
+def _check_quorum(run: Run, number: int, summed: Summed) -> None:
     """Raise `ChainwardError` where too few sites have finished a round."""
-    reason, quorum = next(iter(failed.values()), "no reason given"), run.config.student.quorum
+    reason, quorum = next(iter(summed.reasons.values()), "no reason given"), run.config.student.quorum
+    finished = len(summed.sites)
     if not finished:
         raise ChainwardError(f"student round {number}: no site finished it; {reason}")
     if finished < quorum:
@@ -244,14 +232,9 @@ def _check_quorum(run: Run, number: int, finished: int, failed: dict[str, str]) 
         )
 
 
-def _kept(run: Run, results: list[StudentResult]) -> float | None:
-    """Return what fraction of its own selection the auxiliary teacher still holds, over all rounds, mean of the sites."""
-    kept = [result.auxiliary_kept for result in results if result.auxiliary_kept is not None]
-    return _kept_after(run, sum(kept) / len(kept) if kept else None)
-
-
-def _kept_after(run: Run, kept: float | None) -> float | None:
-    """Return what is left after a round that has kept so much of its start."""
+def _kept(run: Run, kept: float | None) -> float | None:
+    """Return what fraction of its own selection the auxiliary teacher still holds after a round that kept so much of its start;
+    None in fine-tuning."""
     if kept is None:
         return None
     before = [round_.auxiliary_kept for round_ in run.results.student_rounds if round_.auxiliary_kept is not None]
@@ -287,8 +270,7 @@ def _check_student(run: Run, answer: Trained[StudentResult], number: int, site: 
     if (result.site, result.round) != (site, number):
         raise ChainwardError(f"it answers round {result.round} of site '{result.site}'; expected round {number}")
     check_training(result.training, run.sites.cards[site], run.config.student.epochs, run.checkpoints.age)
-    if digest(answer.model) != result.digest:
-        raise ChainwardError("its digest is not the one stated; the message was damaged on its way")
+    check_digest(answer.model, result.digest)
     run.privacy.take(result.statement, site, student_key(number))
 
 

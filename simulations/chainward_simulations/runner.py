@@ -24,7 +24,7 @@ from chainward_server.context import Run, data_summary
 from chainward_server.method import run_method
 from chainward_server.privacy import RunPrivacy
 from chainward_server.results import Results
-from chainward_server.scoring import Split, score_everywhere
+from chainward_server.scoring import Split, count_everywhere
 from chainward_server.students import run_students
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
@@ -182,7 +182,8 @@ def score(
     here = InProcessSites(sites)
     privacy = RunPrivacy(on=False, run_id=RUN, cards=here.cards)
     threads = config.federation.cpu_threads
-    found = score_everywhere(here, privacy, architecture, state, [split], run_id=RUN, threads=threads)[split]
+    counted = count_everywhere(here, privacy, architecture, state, [split], run_id=RUN, threads=threads)
+    found = counted[split].site_scores
     return found.sites, found.pooled
 
 
