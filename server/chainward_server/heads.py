@@ -76,7 +76,7 @@ def with_statistics_head(run: Run, key: str, state: StateDict, architecture: Arc
         return run.checkpoints.load_model(key, skeleton(architecture).state_dict())
     familiarity = None
     if run.privacy.on:
-        record, head = private_head(run, key, state, prior_strength=_strength(run))
+        record, head = private_head(run, key, state, architecture, prior_strength=_strength(run))
     else:
         record, sums = _asked(run, key, state, architecture)
         together = _together(run, key, sums, size)

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,7 @@ from chainward_server.secure_rounds import card_of_all, summed_everywhere
 from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.discriminant import Head
 from chainward_shared.errors import ChainwardError
-from chainward_shared.models import build_model
+from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.taps import Taps
 from chainward_shared.noisy_discriminant import axes_for, centred, moments_help, noisy_discriminant, public_frame
 from chainward_shared.preprocessing import scaled_for
@@ -39,10 +39,21 @@ logger = logging.getLogger("chainward")
 _BATCH = 32
 
 
-def private_head(run: Run, key: str, state: StateDict, *, prior_strength: float) -> tuple[HeadRecord, Head]:
+@dataclass(frozen=True)
+class _Model:
+    """The model over whose embeddings sums are made: the chain's, or the student."""
+
+    architecture: Architecture
+    state: StateDict
+
+
+def private_head(
+    run: Run, key: str, state: StateDict, architecture: Architecture, *, prior_strength: float
+) -> tuple[HeadRecord, Head]:
     """Ask all sites for the two releases of a private statistics round, and return what came of it and the head.
 
-    Sites without a privacy policy, in a run by policy, send the same sums without noise.
+    `state`, `architecture`: of the model over whose embeddings it goes, the chain's or the student. Sites without a privacy
+    policy, in a run by policy, send the same sums without noise.
 
     Raises
     ------
@@ -53,15 +64,16 @@ def private_head(run: Run, key: str, state: StateDict, *, prior_strength: float)
     assert recipe is not None
     started = time.monotonic()
     units, noise = _expected(run, recipe)
-    frame = public_frame(_public_embeddings(run, state), axes_for(units, noise))
+    model = _Model(architecture, state)
+    frame = public_frame(_public_embeddings(model), axes_for(units, noise))
     axes = len(frame.axes)
     first, centre = _released(
-        run, f"{key}-centre", state, recipe, frame, SumsForm(dimension=axes, labels=False, moments=False)
+        run, f"{key}-centre", model, recipe, frame, SumsForm(dimension=axes, labels=False, moments=False)
     )
     frame = centred(frame, first)
     of_moments = noise / SumsForm(dimension=axes, labels=True, moments=True).weights()["moments"]
     form = SumsForm(dimension=axes, labels=True, moments=moments_help(units, of_moments, axes))
-    second, summed = _released(run, key, state, recipe, frame, form)
+    second, summed = _released(run, key, model, recipe, frame, form)
     multilabel = run.sites.any_card.task == "multilabel"
     head = noisy_discriminant(frame, second, multilabel=multilabel, prior_strength=prior_strength)
     logger.info(
@@ -102,37 +114,36 @@ def _shared_noise(run: Run, recipe: PrivacyRecipe, *, stage: int) -> SharedNoise
     return SharedNoise.of(statistics_mechanisms(recipe)[stage].noise_multiplier, together)
 
 
-def _public_embeddings(run: Run, state: StateDict) -> torch.Tensor:
-    architecture = run.architecture
-    model = build_model(architecture).eval()
-    model.load_state_dict(state)
-    found = []
-    with Taps(model, embedding=True) as taps, torch.inference_mode():
+def _public_embeddings(model: _Model) -> torch.Tensor:
+    architecture, found = model.architecture, []
+    network = build_model(architecture).eval()
+    network.load_state_dict(model.state)
+    with Taps(network, embedding=True) as taps, torch.inference_mode():
         for images in public_images(architecture.in_chans, architecture.image_size).split(_BATCH):
-            model(scaled_for(model, images))
+            network(scaled_for(network, images))
             found.append(taps.embedding.double())
     return torch.cat(found)
 
 
 def _released(
-    run: Run, key: str, state: StateDict, recipe: PrivacyRecipe, frame: Frame, form: SumsForm
+    run: Run, key: str, model: _Model, recipe: PrivacyRecipe, frame: Frame, form: SumsForm
 ) -> tuple[NoisySums, Summed]:
     """Ask all sites for one release, and add up what can be used."""
     task = StatisticsTask(
         run_id=run.checkpoints.run_id,
         hop=key,
-        architecture=run.architecture,
+        architecture=model.architecture,
         label_fraction=run.config.chain.label_fraction,
         seed=run.config.seed,
         threads=run.config.federation.cpu_threads,
-        digest=digest(state),
+        digest=digest(model.state),
         privacy=recipe,
         form=form,
         frame_digest=digest(frame.state()),
         shared_noise=_shared_noise(run, recipe, stage=int(form.labels)),
     )
     groups = form.groups(len(run.sites.any_card.classes), multilabel=run.sites.any_card.task == "multilabel")
-    models = {"model": state, "frame": frame.state()}
+    models = {"model": model.state, "frame": frame.state()}
 
     def work(site: str) -> Work[StatisticsTask]:
         return Work(task.model_copy(update={"seen_head": run.privacy.seen_head(site)}), models)

@@ -6,7 +6,7 @@ all of them lie on this machine; a real coordinator has neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,21 +15,32 @@ from torch import nn
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.privacy_audit.membership import (
+    FALSE_POSITIVE_RATES,
     MembershipAttack,
     attack_membership,
     calibrated,
     case_losses,
 )
+from chainward_client.training.features import Features
 from chainward_client.training.link import LinkObjective, labelled_cases
 from chainward_client.training.loop import train
+from chainward_client.training.passes import passes
+from chainward_server.heads import balance_strength
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
+from chainward_shared.discriminant import HeadSums, discriminant
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import DataError, RunFolderError
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.architecture import METADATA_KEY
+from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.models.start import initial_model
+from chainward_shared.models.taps import Taps
 from chainward_shared.preprocessing import resized
+from chainward_shared.privacy.accounting import Mechanism
+from chainward_shared.privacy.guessing import most_auc, most_found
+from chainward_shared.privacy.record import read_privacy_record
+from chainward_shared.privacy.statements import parse_statement
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.runner import open_sites
@@ -40,14 +51,24 @@ ALL_SITES = "all"
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What no attack on everything that the sites of a line have let out can exceed, see `chainward_shared.privacy.guessing`;
+    names as of `MembershipAttack`."""
+
+    auc: float
+    found: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Attacked:
-    """One line of the outcome: which model, whose patients ("all": of every site), and the attack by the loss alone or
-    by the loss against that of reference models."""
+    """One line of the outcome: which model, whose patients ("all": of every site), the attack by the loss alone or
+    by the loss against that of reference models, and what privacy allows; None where a site has none, or protects images."""
 
     model: str
     site: str
     kind: str
     attack: MembershipAttack
+    bound: Bound | None = None
 
 
 def attack_run(
@@ -57,6 +78,8 @@ def attack_run(
     *,
     base: StateDict | None = None,
     calibrate: bool = False,
+    bounds: Mapping[str, Bound] | None = None,
+    features: Features | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Attacked]:
     """Attack `models` with the patients of each site and of all sites together.
@@ -68,6 +91,8 @@ def attack_run(
     base : the pretrained weights that the run started from; None where it started at random
     calibrate : also compare each loss with that of a reference model that has not seen the patient, which finds more: two
         are trained for each model, each on half of the outsiders
+    bounds : of the sites that have trained privately, by site
+    features : where the output of a frozen trunk is kept; None: nowhere
     say : called with a line of progress
 
     Raises
@@ -85,20 +110,30 @@ def attack_run(
     for name, (architecture, state) in models.items():
         model = _model(architecture, state)
         inside = {
-            site: case_losses(model, cases, threads, image_size=architecture.image_size)
+            site: case_losses(model, cases, threads, image_size=architecture.image_size, features=features)
             for site, cases in members.items()
         }
         outside = {
-            site: case_losses(model, cases, threads, image_size=architecture.image_size)
+            site: case_losses(model, cases, threads, image_size=architecture.image_size, features=features)
             for site, cases in outsiders.items()
         }
         found += _lines(name, "loss", config.seed, members, inside, outsiders, outside)
         if calibrate:
             say(f"attack: training two reference models for the {name}")
-            references = _references(config, architecture, outsiders, sites, base if architecture.start else None)
-            inside, outside = _against(references, config, architecture, members, inside, outsiders, outside)
+            start = base if architecture.start else None
+            references = _references(config, architecture, outsiders, sites, start, trained=name, features=features)
+            inside, outside = _against(references, config, architecture, members, inside, outsiders, outside, features)
             found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
-    return found
+    return [replace(one, bound=_bound_of(one, list(members), bounds or {})) for one in found]
+
+
+def _bound_of(line: Attacked, sites: Sequence[str], bounds: Mapping[str, Bound]) -> Bound | None:
+    """Return what holds for the patients of each site of a line; None where one of them has no bound."""
+    of = [bounds.get(site) for site in (sites if line.site == ALL_SITES else [line.site])]
+    known = [one for one in of if one is not None]
+    if len(known) < len(of):
+        return None
+    return Bound(max(one.auc for one in known), tuple(map(max, zip(*(one.found for one in known), strict=True))))
 
 
 def _lines(
@@ -150,8 +185,13 @@ def _references(
     outsiders: Mapping[str, Cases],
     sites: Mapping[str, SiteData],
     base: StateDict | None,
+    *,
+    trained: str,
+    features: Features | None,
 ) -> list[nn.Module]:
-    """Train a model on each half of the outsiders of all sites, as a hospital alone would train it."""
+    """Train a model on each half of the outsiders of all sites, as a hospital alone would train it, with a head from statistics
+    where that under attack (`trained`: "chain" or "student") has one."""
+    head = config.student.head if trained == "student" else config.chain.head
     everyone = together(list(outsiders.values()))
     half = _half(config, everyone.patients)
     recipe = config.link_recipe(laps=config.chain.laps).model_copy(
@@ -166,10 +206,30 @@ def _references(
             )
         cases = replace(cases, images=resized(cases.images, architecture.image_size))
         model = initial_model(architecture, config.seed, base)
-        counts = class_counts(cases.labels, len(next(iter(sites.values())).classes))
-        train(model, cases, recipe, LinkObjective(recipe, model, None, counts), "membership", "reference", index)
+        if config.chain.laps or trained == "student":
+            counts = class_counts(cases.labels, len(next(iter(sites.values())).classes))
+            train(model, cases, recipe, LinkObjective(recipe, model, None, counts), "membership", "reference", index)
+        if head == "statistics":
+            _give_head(model, architecture, cases, config, features)
         references.append(model)
     return references
+
+
+def _give_head(
+    model: nn.Module, architecture: Architecture, cases: Cases, config: RunConfig, features: Features | None
+) -> None:
+    """Give a model the head that follows from sums over its embeddings of `cases`, without noise."""
+    classes, none = architecture.num_classes, HeadSums.none(architecture.num_classes, check_head(architecture))
+    sums, start = none, 0
+    with Taps(model, embedding=True) as taps:
+        for _ in passes(model, cases.images, config.federation.cpu_threads, architecture.image_size, features):
+            assert taps.embedding is not None
+            embedded = taps.embedding.cpu()
+            sums += HeadSums.of(embedded, cases.labels[start : start + len(embedded)], classes)
+            start += len(embedded)
+    strength = balance_strength(config.chain.class_balance, config.chain.prior_strength)
+    head = discriminant(sums, None, multilabel=cases.labels.ndim == 2, prior_strength=strength)
+    model.load_state_dict(with_head(dict(model.state_dict()), architecture, head))
 
 
 def _against(
@@ -180,6 +240,7 @@ def _against(
     inside: Mapping[str, np.ndarray],
     outsiders: Mapping[str, Cases],
     outside: Mapping[str, np.ndarray],
+    features: Features | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return all losses less that of a reference that has not seen the patient.
 
@@ -191,7 +252,13 @@ def _against(
     def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> np.ndarray:
         of = np.stack(
             [
-                case_losses(one, cases, config.federation.cpu_threads, image_size=architecture.image_size)
+                case_losses(
+                    one,
+                    cases,
+                    config.federation.cpu_threads,
+                    image_size=architecture.image_size,
+                    features=features,
+                )
                 for one in references
             ]
         ).reshape(len(references), len(cases))
@@ -234,7 +301,26 @@ def attack_stored(folder: RunFolder, *, calibrate: bool, say: Callable[[str], No
         raise RunFolderError(f"run {folder.state.run_id} has released no model yet; let it finish first")
     begun = folder.beginning()
     base = None if begun is None else begun.base
-    return attack_run(folder.config, models, open_sites(folder.config), base=base, calibrate=calibrate, say=say)
+    sites = open_sites(folder.config)
+    return attack_run(folder.config, models, sites, base=base, calibrate=calibrate, bounds=_bounds(folder), say=say)
+
+
+def _bounds(folder: RunFolder) -> dict[str, Bound]:
+    """Return what privacy allows an attacker at each site that protects its patients, by all that it has spent in the run."""
+    record = folder.path / "privacy.json"
+    statements = read_privacy_record(record).statements if record.exists() else ()
+    last = {statement.site: statement for statement in map(parse_statement, statements)}
+    found = {}
+    for site, statement in last.items():
+        if statement.terms.unit == "patient":
+            spent = [record.mechanism for record in statement.of_run]
+            found[site] = bound_of(spent, statement.terms.delta)
+    return found
+
+
+def bound_of(spent: Sequence[Mechanism], delta: float) -> Bound:
+    """Return what an attacker who sees all that was spent can find, at most; `delta`: at which epsilon is told."""
+    return Bound(most_auc(spent, delta), tuple(most_found(spent, delta, FALSE_POSITIVE_RATES)))
 
 
 def _stored(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:

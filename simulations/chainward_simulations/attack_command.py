@@ -37,7 +37,11 @@ def attack(
     folder = open_run(run, directory)
     found = attack_stored(folder, calibrate=calibrate, say=lambda line: typer.echo(line, err=True))
     if as_json:
-        lines = [{"model": one.model, "site": one.site, "kind": one.kind, **asdict(one.attack)} for one in found]
+        lines = [
+            {"model": one.model, "site": one.site, "kind": one.kind, **asdict(one.attack)}
+            | {"bound": None if one.bound is None else asdict(one.bound)}
+            for one in found
+        ]
         rates = list(FALSE_POSITIVE_RATES)
         content = {"schema": 1, "run": folder.state.run_id, "privacy": folder.config.privacy.mode, "attacks": lines}
         typer.echo(json.dumps(content | {"false_positive_rates": rates}, indent=1, allow_nan=False))
@@ -48,6 +52,11 @@ def attack(
         f"run {folder.state.run_id}, privacy {folder.config.privacy.mode}: AUC 0.5 is a coin; the last three columns are "
         "shares of the members. By patient, intervals of 95 % by bootstrap over patients."
     )
+    if any(one.bound for one in found):
+        console.say(
+            "after 'of': what no attack can exceed, given all that the hospitals have spent in this run, were members and "
+            "outsiders alike otherwise; luck can"
+        )
 
 
 def _table(found: Sequence[Attacked], rates: Sequence[float]) -> Table:
@@ -65,8 +74,14 @@ def _table(found: Sequence[Attacked], rates: Sequence[float]) -> Table:
             Text(one.site),
             str(result.members),
             str(result.outsiders),
-            f"{result.auc:.3f} ({result.low:.3f} to {result.high:.3f})",
-            *("–" if share is None else f"{100 * share:.1f} %" for share in result.found),
+            f"{result.auc:.3f} ({result.low:.3f} to {result.high:.3f})"
+            + (f" of {one.bound.auc:.3f}" if one.bound else ""),
+            *(
+                "–"
+                if share is None
+                else f"{100 * share:.1f} %" + (f" of {100 * one.bound.found[k]:.1f} %" if one.bound else "")
+                for k, share in enumerate(result.found)
+            ),
             f"{result.advantage:.3f}",
             style="bold" if one.site == ALL_SITES else None,
         )

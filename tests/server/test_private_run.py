@@ -21,6 +21,7 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, DataError, LedgerError, PolicyRefusal, StoreError
 from chainward_shared.privacy import ledger_file as ledger_module
+from chainward_shared.privacy.accounting import epsilons, spent
 from chainward_shared.privacy.audit import audit_ledger, audit_statements
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.signing import load_public_key, public_key_path
@@ -46,6 +47,17 @@ PRIVATE = {
     "student.finetune-rounds": 0,
 }
 WITHHOLDING = {"privacy.simulated-metrics": "withhold"}
+TWO = ["ash", "birch"]
+ALL_KINDS = PRIVATE | {
+    "federation.sites": ",".join(TWO),
+    "chain.head": "statistics",
+    "privacy.split": 0.6,
+    "student.head": "statistics",
+    "privacy.simulated-metrics": "noised",
+}
+"""Links, students, a head of the start, of the chain and of the student, and noised scores."""
+POLICY = RunConfig.from_flat(ALL_KINDS).privacy.simulated_policy("ash")
+KINDS = ("gaussian", "dp-sgd", "laplace")
 ONE_PRIVATE = PRIVATE | CHAIN_ONLY | {"privacy.mode": "by-policy", "privacy.simulated-sites": "birch"}
 
 
@@ -73,7 +85,13 @@ def undisturbed(small_consortium, tmp_path_factory, coordinated):
 
     @cache
     def run(name):
-        changes = {"private": PRIVATE, "one": ONE_PRIVATE, "withholding": PRIVATE | WITHHOLDING}[name]
+        settings = {
+            "private": PRIVATE,
+            "one": ONE_PRIVATE,
+            "withholding": PRIVATE | WITHHOLDING,
+            "all kinds": ALL_KINDS,
+        }
+        changes = settings[name]
         return coordinated(whole_run(small_consortium, tmp_path_factory.mktemp(name)) | changes)
 
     return run
@@ -121,6 +139,50 @@ def test_the_sites_own_audit_agrees_with_what_the_coordinator_was_told(undisturb
         state = folder.path / "simulated-sites" / site
         key = load_public_key(public_key_path(key_path(state)))
         terms = RunConfig.from_flat(PRIVATE).privacy.simulated_policy(site).terms
+        assert audit_ledger(ledger_path(state), key, site, terms=terms, told=told).exit_code == 0
+
+
+@pytest.mark.slow
+def test_links_students_three_heads_and_scores_together_are_what_the_run_promised_and_each_is_on_the_ledger(
+    undisturbed,
+):
+    folder, results = undisturbed("all kinds")
+    record, delta = record_of(folder), ALL_KINDS["privacy.delta"]
+    assert [(head.key, head.sites) for head in results.heads] == [
+        (key, TWO) for key in ("head-start", "head", "head-student")
+    ]
+    for site in TWO:
+        spendings = ledger_of(folder, site).spendings()
+        assert all(one.end.state == "committed" and one.counted == one.reserved.mechanism for one in spendings)
+        work = [(one.reserved.phase, one.reserved.hop) for one in spendings if one.reserved.phase != "scores"]
+        assert [hop for phase, hop in work if phase == "statistics"] == [
+            f"{head}{release}" for head in ("head-start", "head", "head-student") for release in ("-centre", "")
+        ]
+        assert [phase for phase, _ in work if phase != "statistics"] == ["link", "student"]
+        by_kind = {kind: [one.counted for one in spendings if one.counted.kind == kind] for kind in KINDS}
+        assert 1 <= len(by_kind["laplace"]) <= 4
+        scores = spent([POLICY.metrics_mechanism(4)], delta)
+        statistics = [POLICY.metrics_mechanism(4), *by_kind["gaussian"]]
+        split = scores + ALL_KINDS["privacy.split"] * (8.0 - scores)
+        assert 0.995 * split < spent(statistics, delta) <= split
+        assert 7.9 < spent([*statistics, *by_kind["dp-sgd"]], delta) <= 8.0
+        assert record["sites"][site]["epsilon"] == pytest.approx(
+            spent([one.counted for one in spendings], delta), rel=1e-6
+        )
+        found = epsilons(by_kind["gaussian"], delta)
+        assert found.problem is None, "three accountants agree on the releases"
+
+
+@pytest.mark.slow
+def test_both_audits_agree_with_a_run_of_all_kinds_of_private_work(undisturbed):
+    folder, _ = undisturbed("all kinds")
+    told = record_of(folder)["statements"]
+    assert audit_statements(folder.state.run_id, told, TWO).exit_code == 0
+    assert all(one["epsilon_run"] <= 8.0 for one in told)
+    for site in TWO:
+        state = folder.path / "simulated-sites" / site
+        key = load_public_key(public_key_path(key_path(state)))
+        terms = RunConfig.from_flat(ALL_KINDS).privacy.simulated_policy(site).terms
         assert audit_ledger(ledger_path(state), key, site, terms=terms, told=told).exit_code == 0
 
 

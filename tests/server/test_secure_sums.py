@@ -299,7 +299,7 @@ def test_sites_that_add_their_noise_together_add_less_of_it_each(settings):
         with in_process(config, open_sites(config)) as (run, _):
             if together > len(SITES):
                 with pytest.raises(ChainwardError, match="there was no secure sum"):
-                    private_head(run, "head", run.initial(), prior_strength=1.0)
+                    private_head(run, "head", run.initial(), run.architecture, prior_strength=1.0)
                 continue
             noises, summed = [], run.sites.summed
 
@@ -309,7 +309,7 @@ def test_sites_that_add_their_noise_together_add_less_of_it_each(settings):
                 return found
 
             run.sites.summed = watched
-            private_head(run, "head", run.initial(), prior_strength=1.0)
+            private_head(run, "head", run.initial(), run.architecture, prior_strength=1.0)
             added[together] = noises
     assert added[3] == pytest.approx([noise / 3**0.5 for noise in added[1]])
 

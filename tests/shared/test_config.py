@@ -174,10 +174,6 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed_and_the_default(key,
             ["privileged.image = true", "privileged.target = 'both'"],
         ),
         ({"student.head": "statistics", "student.rounds": 0}, ["student.head = 'statistics'", "student.rounds = 0"]),
-        (
-            {"student.head": "statistics", "privacy.mode": "dp-sgd"},
-            ["student.head = 'statistics'", "privacy.mode = 'dp-sgd'"],
-        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused_and_named(flat, words):

@@ -6,14 +6,16 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from typer.testing import CliRunner
 
 from chainward_client.data.site_data import SPLITS
 from chainward_client.private_training import keeps_labels
 from chainward_shared.config import RunConfig
 from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.privacy.calibration import analytic_noise
 from chainward_simulations import attack as attack_module
-from chainward_simulations.attack import ALL_SITES, attack_run
+from chainward_simulations.attack import ALL_SITES, Bound, attack_run
 from chainward_simulations.cli import app
 from chainward_simulations.runner import open_sites
 
@@ -66,6 +68,33 @@ def test_a_finished_run_is_attacked_by_its_id(tmp_path, coordinated, sites):
     table = CliRunner().invoke(app, ["attack", str(folder.path)])
     assert table.exit_code == 0
     assert "AUC 0.5 is a coin" in table.output
+
+
+@pytest.mark.slow
+def test_a_private_head_is_attacked_beside_what_privacy_allows_at_most_and_references_have_such_a_head(
+    tmp_path, coordinated, monkeypatch
+):
+    private = {"privacy.mode": "dp-sgd", "privacy.epsilon": 3.0, "privacy.delta": 1e-4, "chain.label-fraction": 1.0}
+    untrained = {"chain.head": "statistics", "chain.laps": 0, "student.rounds": 0}
+    folder, _ = coordinated(SETTINGS | private | untrained | {"output.dir": str(tmp_path)})
+    monkeypatch.setattr(attack_module, "train", None)  # nothing is trained
+    result = CliRunner().invoke(app, ["attack", str(folder.path), "--calibrate", "--json"])
+    assert result.exit_code == 0, result.output
+    lines = json.loads(result.stdout)["attacks"]
+    assert [one["kind"] for one in lines] == ["loss"] * 3 + ["calibrated"] * 3
+    (share, _), noise = lines[0]["bound"]["found"], analytic_noise(3.0, 1e-4)
+    assert all(one["bound"] == lines[0]["bound"] for one in lines), "all hospitals spend the same here"
+    assert share == pytest.approx(norm.cdf(norm.ppf(0.01) + 1 / noise), rel=0.02)
+    assert lines[0]["bound"]["auc"] == pytest.approx(norm.cdf(1 / noise / 2**0.5), rel=0.02)
+    assert all(one["low"] <= lines[0]["bound"]["auc"] for one in lines)
+
+
+def test_where_one_hospital_has_no_privacy_there_is_no_bound_for_all(config, sites, untrained):
+    first, second = sites
+    found = {
+        one.site: one.bound for one in attack_run(config, untrained, sites, bounds={first: Bound(0.6, (0.02, 0.002))})
+    }
+    assert found == {ALL_SITES: None, first: Bound(0.6, (0.02, 0.002)), second: None}
 
 
 def test_a_run_without_a_model_is_refused(tmp_path, coordinated):

@@ -16,14 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 from chainward_client.data.site_data import Cases
-from chainward_client.precision import best_device, training_environment
+from chainward_client.training.features import Features
+from chainward_client.training.passes import BATCH, passes
 from chainward_shared.errors import DataError
-from chainward_shared.preprocessing import resized, scaled_for
 from chainward_shared.seeds import numpy_generator
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 REPEATS = 1000
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -49,27 +48,28 @@ class MembershipAttack:
     advantage: float
 
 
-def case_losses(model: nn.Module, cases: Cases, threads: int, *, image_size: int = 0) -> np.ndarray:
+def case_losses(
+    model: nn.Module, cases: Cases, threads: int, *, image_size: int = 0, features: Features | None = None
+) -> np.ndarray:
     """Return the cross-entropy of each case, float64 (n,), computed in fp32; multi-label: the mean over the findings.
 
-    `image_size`: side of the images that the model sees; 0, the default: as they are.
+    Parameters
+    ----------
+    image_size : side of the images that the model sees; 0, the default: as they are
+    features : where the output of a frozen trunk is kept; None, the default: nowhere
     """
     if len(cases) == 0:
         return np.zeros(0)
-    size = image_size or cases.images.shape[-1]
-    device = best_device()
-    model.to(device).eval()
     losses = []
-    with training_environment(threads, seed=0), torch.inference_mode():
-        for images, labels in zip(cases.images.split(_BATCH), cases.labels.split(_BATCH), strict=True):
-            logits = model(scaled_for(model, resized(images, size).to(device))).double().cpu()
-            if labels.ndim == 2:
-                losses.append(
-                    functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none").mean(1)
-                )
-            else:
-                losses.append(functional.cross_entropy(logits, labels, reduction="none"))
-    model.to("cpu")
+    batches = zip(passes(model, cases.images, threads, image_size, features), cases.labels.split(BATCH), strict=True)
+    for found, labels in batches:
+        logits = found.double().cpu()
+        if labels.ndim == 2:
+            losses.append(
+                functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none").mean(1)
+            )
+        else:
+            losses.append(functional.cross_entropy(logits, labels, reduction="none"))
     return torch.cat(losses).numpy()
 
 

@@ -193,11 +193,6 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
             f"chain.refit = 'links' contradicts privacy.mode = '{config.privacy.mode}': every site would pay for a statistics "
             "round after every link; set chain.refit='end' or 'laps'"
         )
-    if config.student.head == "statistics" and config.privacy.mode != "off":
-        yield (
-            f"student.head = 'statistics' contradicts privacy.mode = '{config.privacy.mode}': the sums over a student's "
-            "embeddings have no noise; set student.head='trained'"
-        )
     if chain.laps == 0:
         yield from _contradictions_without_links(config)
     if chain.refit == "laps" and chain.laps == 1:

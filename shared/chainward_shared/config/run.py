@@ -162,13 +162,15 @@ class RunConfig(Table):
         )
 
     def statistics_rounds(self) -> int:
-        """Return how many statistics rounds the run has: before the first link, at the end, and where it is asked after laps."""
-        chain = self.chain
+        """Return how many statistics rounds the run has: before the first link, at the end, where it is asked after laps, and
+        over the student."""
+        chain, student = self.chain, self.student
+        of_student = int(bool(student.rounds) and student.head == "statistics")
         if chain.head == "trained":
-            return 0
+            return of_student
         if not chain.laps:
-            return 1
-        return {"no": 1, "end": 2, "laps": 2 + (chain.laps - 1) * chain.strands, "links": 0}[chain.refit]
+            return 1 + of_student
+        return of_student + {"no": 1, "end": 2, "laps": 2 + (chain.laps - 1) * chain.strands, "links": 0}[chain.refit]
 
     def _planned_trainings(self) -> Iterator[PlannedTraining]:
         """Yield the trainings that a run asks of each private site."""

@@ -242,20 +242,27 @@ def _merged(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
     return tuple(Mechanism(*key, steps[key]) for key in steps)
 
 
+def privacy_loss(mechanisms: Sequence[Mechanism], delta: float) -> Any:
+    """Return dp-accounting's loss distribution of all `mechanisms` (there must be a step), as `spent` uses it; None: infinite."""
+    return _loss(_merged(mechanisms), delta)
+
+
 @lru_cache(maxsize=4096)
 def _spent(merged: tuple[Mechanism, ...], delta: float) -> float:
     if not merged:
         return 0.0
-    if any(one.noise_multiplier == 0 for one in merged):
-        return math.inf
-    rough = _rdp_epsilon(merged, delta)
-    if math.isinf(rough):
-        return math.inf
+    loss = _loss(merged, delta)
+    return math.inf if loss is None else float(loss.get_epsilon_for_delta(delta))
+
+
+def _loss(merged: tuple[Mechanism, ...], delta: float) -> Any:
+    if math.isinf(rough := _rdp_epsilon(merged, delta)):
+        return None
     coarser = max(0, math.ceil(math.log2(max(rough, _PLD_FINE_UP_TO) / _PLD_FINE_UP_TO)))
     interval = _PLD_INTERVAL * 2.0**coarser
     for end in range(200, len(merged), 200):  # so that a long ledger does not recurse too deep
         _pld(merged[:end], interval)
-    return float(_pld(merged, interval).get_epsilon_for_delta(delta))
+    return _pld(merged, interval)
 
 
 @lru_cache(maxsize=16)
