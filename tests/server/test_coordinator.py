@@ -277,7 +277,9 @@ def test_students_are_averaged_without_a_site_that_failed(settings, coordinated,
                 return Message(Error(code=2, reason="RuntimeError: disk quota"), reply_to=message)
         return answer()
 
+    settings |= {"chain.epochs": 1, "chain.compare-alone": False, "student.rounds": 1}
     _, results = coordinated(settings, loopback(2, crash))
+    assert len(results.student_rounds) == 2, "of both stages"
     assert all(round_.sites == ["ash", "cedar", "dogwood"] for round_ in results.student_rounds)
     assert all("disk quota" in round_.failed["birch"] for round_ in results.student_rounds)
     assert results.final["student"].pooled.n > 0
@@ -314,6 +316,7 @@ def test_models_travel_in_half_precision_and_what_is_stored_and_released_is_what
 ):
     grid, crossed = overheard
     settings |= {"chain.strands": 2, "chain.merge": "average", "student.large-weight": 0.5, "chain.epochs": 1}
+    settings |= {"chain.compare-alone": False, "student.rounds": 1, "federation.sites": "ash,birch"}
     folder, results = coordinated(settings, grid)
     models = [record for record in crossed if "confusion" not in record]
     sizes = sizes_by_dtype(models)

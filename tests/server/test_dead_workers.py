@@ -10,6 +10,7 @@ import torch
 from flwr.app import Error, Message
 from flwr.common.config import parse_config_args
 from safetensors.torch import load_file
+from whole_run import CHAIN_ONLY
 
 from chainward_server import exchange
 from chainward_server.app import fail_if_incomplete
@@ -28,7 +29,13 @@ TASKS = {
     "evaluate": EvaluateTask,
     "evaluate.statistics": StatisticsTask,
 }
-PHASES = ["chain", "alone", "students", "scoring"]
+PHASES = {
+    "chain": CHAIN_ONLY,
+    "alone": CHAIN_ONLY | {"chain.compare-alone": True},
+    "students": {"chain.compare-alone": False},
+    "scoring": CHAIN_ONLY,
+}
+"""With what else of a run each can be told by itself."""
 SITES = ["ash", "birch", "cedar", "dogwood"]
 
 
@@ -49,9 +56,9 @@ def with_statistics(quick):
     return quick | {"chain.head": "statistics", "student.rounds": 0, "chain.compare-alone": False}
 
 
-def dying(phase, sites, times):
-    """Let the worker die that does the work of `phase` at one of `sites`, the first `times` times at each."""
-    left = dict.fromkeys(sites, times)
+def dying(phases, sites, times):
+    """Let the worker die that does the work of one of `phases` at one of `sites`, the first `times` times at each."""
+    left = {(phase, site): times for phase in phases for site in sites}
 
     def interfere(message, answer):
         name = message.metadata.message_type
@@ -66,9 +73,9 @@ def dying(phase, sites, times):
             "evaluate": "scoring",
             "evaluate.statistics": "statistics",
         }[name]
-        site = SITES[task.simulated.index]
-        if of == phase and left.get(site, 0) > 0:
-            left[site] -= 1
+        place = of, SITES[task.simulated.index]
+        if left.get(place, 0) > 0:
+            left[place] -= 1
             return Message(Error(code=0, reason=RAYS_WORDS), reply_to=message)
         return answer()
 
@@ -104,12 +111,13 @@ def files(folder):
     return "".join((folder.path / name).read_text() for name in ("run.json", "metrics.json", "report.html"))
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_worker_that_dies_and_is_replaced_costs_nothing(phase, quick, coordinated, loopback, undisturbed, caplog):
-    folder, _ = coordinated(quick, loopback(2, dying(phase, ["birch"], 2)))
+def test_workers_that_die_in_every_phase_and_are_replaced_cost_nothing(
+    quick, coordinated, loopback, undisturbed, caplog
+):
+    folder, _ = coordinated(quick, loopback(2, dying(PHASES, ["birch"], 2)))
     assert folder.state.status == "finished"
     assert same(folder, undisturbed(quick, coordinated))
-    assert "the process that simulates it has died; it is asked again" in caplog.text
+    assert caplog.text.count("the process that simulates it has died; it is asked again") == 2 * len(PHASES)
     assert "psql" not in caplog.text + files(folder)
 
 
@@ -117,7 +125,7 @@ def test_a_worker_that_dies_and_is_replaced_costs_nothing(phase, quick, coordina
 def test_work_that_is_lost_for_want_of_a_worker_makes_the_run_incomplete_everywhere(
     phase, quick, coordinated, loopback, caplog
 ):
-    folder, _ = coordinated(quick, loopback(2, dying(phase, ["birch", "cedar"], 99)))
+    folder, _ = coordinated(quick | PHASES[phase], loopback(2, dying([phase], ["birch", "cedar"], 99)))
     assert folder.state.status == "incomplete"
     assert look(folder.path).status == "incomplete"
     report = (folder.path / "report.html").read_text()
@@ -129,14 +137,13 @@ def test_work_that_is_lost_for_want_of_a_worker_makes_the_run_incomplete_everywh
 
 
 @pytest.mark.parametrize(
-    ("phase", "lost"),
-    [("chain", ["cedar", "dogwood"]), ("alone", ["birch"]), ("students", ["birch"])],
+    ("phases", "lost"), [(["chain"], ["cedar", "dogwood"]), (["alone", "students"], ["birch"])], ids=["chain", "later"]
 )
 def test_a_resumed_run_ends_with_the_models_of_an_undisturbed_one(
-    phase, lost, quick, coordinated, loopback, undisturbed
+    phases, lost, quick, coordinated, loopback, undisturbed
 ):
     """What is printed is what resumes it."""
-    folder, _ = coordinated(quick, loopback(2, dying(phase, lost, 99)))
+    folder, _ = coordinated(quick, loopback(2, dying(phases, lost, 99)))
     assert folder.state.status == "incomplete"
     (pairs,) = shlex.split(folder.how_to_resume)[1:]
     resumed, results = coordinated(parse_config_args([pairs]))
@@ -147,11 +154,11 @@ def test_a_resumed_run_ends_with_the_models_of_an_undisturbed_one(
 
 
 def test_a_hop_that_others_have_followed_is_made_up_for_at_the_end_and_once_only(quick, coordinated, loopback):
-    chain_only = quick | {"student.rounds": 0, "chain.compare-alone": False}
-    folder, _ = coordinated(chain_only, loopback(2, dying("chain", ["birch"], 99)))
+    chain_only = quick | CHAIN_ONLY
+    folder, _ = coordinated(chain_only, loopback(2, dying(["chain"], ["birch"], 99)))
     assert folder.state.status == "incomplete"
     again = chain_only | {"output.resume": folder.path.name}
-    still, _ = coordinated(again, loopback(2, dying("chain", ["birch"], 99)))
+    still, _ = coordinated(again, loopback(2, dying(["chain"], ["birch"], 99)))
     assert still.state.status == "incomplete"
     resumed, results = coordinated(again)
     assert resumed.state.status == "finished", resumed.state.reason
@@ -165,9 +172,9 @@ def test_a_hop_that_others_have_followed_is_made_up_for_at_the_end_and_once_only
 
 
 def test_a_chain_in_which_no_worker_lived_fails_and_can_be_resumed(quick, coordinated, loopback):
-    chain_only = quick | {"student.rounds": 0, "chain.compare-alone": False}
+    chain_only = quick | CHAIN_ONLY
     with pytest.raises(ChainwardError, match="no link of the chain succeeded"):
-        coordinated(chain_only, loopback(2, dying("chain", SITES, 99)))
+        coordinated(chain_only, loopback(2, dying(["chain"], SITES, 99)))
     (stopped,) = Path(chain_only["output.dir"]).iterdir()
     assert RunFolder.open(stopped).how_to_resume is not None
     resumed, _ = coordinated(chain_only | {"output.resume": stopped.name})
@@ -177,11 +184,11 @@ def test_a_chain_in_which_no_worker_lived_fails_and_can_be_resumed(quick, coordi
 def test_a_statistics_round_in_which_a_worker_dies_is_whole_or_made_up_for(
     with_statistics, coordinated, loopback, caplog
 ):
-    folder, results = coordinated(with_statistics, loopback(2, dying("statistics", ["birch"], 1)))
+    folder, results = coordinated(with_statistics, loopback(2, dying(["statistics"], ["birch"], 1)))
     assert folder.state.status == "finished"
     assert [len(head.sites) for head in results.heads] == [4, 4]
     there = with_statistics | {"output.dir": str(folder.path.parent / "other")}
-    lost, results = coordinated(there, loopback(2, dying("statistics", ["birch"], 99)))
+    lost, results = coordinated(there, loopback(2, dying(["statistics"], ["birch"], 99)))
     assert lost.state.status == look(lost.path).status == "incomplete"
     assert "not reached, and to be made up for: head" in lost.state.reason
     assert "This run is incomplete" in (lost.path / "report.html").read_text()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
+from whole_run import CHAIN_ONLY
 
 from chainward_client.evaluation import localisation_values
 from chainward_shared.config import RunConfig
@@ -87,16 +88,16 @@ def test_a_run_reports_the_figures_of_one_process(coordinated, tmp_path, sites, 
     assert all(body.localisation is None for body, arrays in answers if arrays)
 
 
-def test_without_regions_the_report_is_silent(coordinated, settings):
-    folder, results = coordinated({**settings, "student.rounds": 0, "chain.compare-alone": False})
+@pytest.mark.slow
+def test_without_regions_the_report_is_silent(finished_run):
+    folder, results = finished_run.folder, finished_run.results
     assert results.localization == {}
     assert json.loads((folder.path / "metrics.json").read_text())["localization"] == {}
     assert "Where the models look" not in (folder.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_backbone_whose_attention_cant_be_read_is_no_reason_to_fail(coordinated, settings):
-    backbone = {"chain.backbone": "dla46_c", "student.rounds": 0, "chain.compare-alone": False}
-    _, results = coordinated({**settings, **backbone})
+    _, results = coordinated(settings | CHAIN_ONLY | {"chain.backbone": "dla46_c", "federation.sites": "ash"})
     assert results.final["chain"].pooled.n > 0
     assert results.localization == {}
 

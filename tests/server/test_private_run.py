@@ -42,6 +42,7 @@ PRIVATE = {
     "privacy.mode": "dp-sgd",
     "privacy.epsilon": 8.0,
     "privacy.delta": 1e-3,
+    "privacy.batch-size": 64,  # every patient in every step: accounting for samples would take most of the time
     "chain.epochs": 1,
     "student.rounds": 1,
     "student.finetune-rounds": 0,
@@ -235,6 +236,7 @@ def test_images_without_labels_and_all_teachers_of_a_link_stay_within_the_same_e
     folder, results = coordinated(
         two_sites
         | {
+            "privacy.batch-size": 16,
             "chain.label-fraction": 0.5,
             "chain.unlabelled-weight": 1.0,
             "chain.attention-weight": 1.0,

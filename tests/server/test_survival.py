@@ -148,7 +148,7 @@ def test_rules_that_are_none_are_refused(text):
 
 def test_a_round_below_the_quorum_stops_the_run_which_can_be_resumed(settings, coordinated, loopback):
     settings |= {"student.quorum": 4, "chain.epochs": 1, "chain.compare-alone": False, "chain.retries": 0}
-    settings["federation.hop-deadline"] = 1.5
+    settings |= {"student.rounds": 1, "student.finetune-rounds": 0, "federation.hop-deadline": 1.5}
 
     def silent(message, answer):
         return None if task_of(message, StudentTask)[1] == "cedar" else answer()

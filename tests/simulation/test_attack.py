@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from chainward_client.data.site_data import SPLITS
 from chainward_client.private_training import keeps_labels
+from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.models import build_model, resolve_architecture
 from chainward_shared.privacy.calibration import analytic_noise
@@ -54,9 +57,16 @@ def untrained(config, sites):
     return {"chain": (architecture, dict(build_model(architecture, 0).state_dict()))}
 
 
-def test_a_finished_run_is_attacked_by_its_id(tmp_path, coordinated, sites):
-    folder, _ = coordinated(SETTINGS | {"output.dir": str(tmp_path)})
-    result = CliRunner().invoke(app, ["attack", folder.path.name, "--dir", str(tmp_path), "--json"])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, coordinated):
+    folder, _ = coordinated(SETTINGS | {"output.dir": str(tmp_path_factory.mktemp("runs"))})
+    return folder
+
+
+def test_a_finished_run_is_attacked_by_its_id(finished, sites):
+    folder = finished
+    words = ["attack", folder.path.name, "--dir", str(folder.path.parent)]
+    result = CliRunner().invoke(app, [*words, "--json"])
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     lines = content["attacks"]
@@ -97,8 +107,8 @@ def test_where_one_hospital_has_no_privacy_there_is_no_bound_for_all(config, sit
     assert found == {ALL_SITES: None, first: Bound(0.6, (0.02, 0.002)), second: None}
 
 
-def test_a_run_without_a_model_is_refused(tmp_path, coordinated):
-    folder, _ = coordinated(SETTINGS | {"output.dir": str(tmp_path), "student.rounds": 0})
+def test_a_run_without_a_model_is_refused(finished, tmp_path):
+    folder = RunFolder.open(Path(shutil.copytree(finished.path, tmp_path / finished.path.name)))
     folder.state.models.clear()
     folder._write_state()
     result = CliRunner().invoke(app, ["attack", str(folder.path)])

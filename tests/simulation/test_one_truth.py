@@ -11,36 +11,45 @@ from chainward_shared.models import skeleton
 from chainward_simulations.runner import Outcome, equal, open_sites, run_in_process, score
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
+TWO = {"federation.sites": "ash,birch"}
 
 
 @pytest.fixture
 def large_teacher(settings):
     """Students of another image size, with every choice that is not the default, taught by the chain's model too."""
-    return settings | {
-        "student.large-weight": 0.5,
-        "student.image-size": 48,
-        "student.selection": "random",
-        "student.layers": "spread",
-        "student.auxiliary": "frozen",
-        "chain.epochs": 1,
-    }
+    return (
+        settings
+        | TWO
+        | {
+            "student.large-weight": 0.5,
+            "student.image-size": 48,
+            "student.selection": "random",
+            "student.layers": "spread",
+            "student.auxiliary": "frozen",
+            "chain.epochs": 1,
+        }
+    )
 
 
 @pytest.fixture
 def strands(settings):
     """Two laps of two strands with fresh starts and few labels, which teach the students together."""
-    return settings | {
-        "chain.laps": 2,
-        "chain.strands": 2,
-        "chain.merge": "ensemble",
-        "student.large-weight": 1.0,
-        "chain.start": "fresh",
-        "chain.label-fraction": 0.5,
-        "chain.epochs": 1,
-        "chain.compare-alone": False,
-        "student.start": "single",
-        "student.ema-schedule": "constant",
-    }
+    return (
+        settings
+        | TWO
+        | {
+            "chain.laps": 2,
+            "chain.strands": 2,
+            "chain.merge": "ensemble",
+            "student.large-weight": 1.0,
+            "chain.start": "fresh",
+            "chain.label-fraction": 0.5,
+            "chain.epochs": 1,
+            "chain.compare-alone": False,
+            "student.start": "single",
+            "student.ema-schedule": "constant",
+        }
+    )
 
 
 def assert_run_folder_holds(folder: RunFolder, outcome: Outcome) -> None:
@@ -91,9 +100,9 @@ def test_two_laps_of_two_strands_that_teach_together_are_the_same_too(strands, c
     config = RunConfig.from_flat(strands)
     sites = open_sites(config)
     outcome = run_in_process(config, sites)
-    links = oracle.chain(config, sites, [SITES * 2, ["birch", "cedar", "dogwood", "ash"] * 2])
+    links = oracle.chain(config, sites, [["ash", "birch"] * 2, ["birch", "ash"] * 2])
     assert all(equal(outcome.links[key], state) for key, state in links.items())
-    ends = [links[f"strand-{strand}-lap-1-step-3"] for strand in (0, 1)]
+    ends = [links[f"strand-{strand}-lap-1-step-1"] for strand in (0, 1)]
     assert any(equal(outcome.chain, end) for end in ends)
     assert all(equal(strand, end) for strand, end in zip(outcome.strands, ends, strict=True))
     assert equal(outcome.student, oracle.student(config, sites, outcome.chain, ends))

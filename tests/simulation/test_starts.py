@@ -71,7 +71,8 @@ def bases_sent(grid):
 def test_a_run_from_a_start_over_flower_is_the_run_in_process(
     backbone, trainable, changes, settings, start, coordinated, loopback
 ):
-    settings |= start(backbone, trainable) | {"chain.epochs": 1, "federation.transfer": "half"} | changes
+    little = {"chain.epochs": 1, "student.rounds": 1, "federation.transfer": "half"}
+    settings |= start(backbone, trainable) | little | changes
     grid = loopback(2)
     folder, results = coordinated(settings, grid)
     outcome = run_in_process(RunConfig.from_flat(settings), open_sites(RunConfig.from_flat(settings)))
