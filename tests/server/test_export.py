@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import pickle
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -108,9 +109,8 @@ def results_of(folder: RunFolder, *, task="single", synthetic=False, sites=("ash
     return results
 
 
-@pytest.fixture
-def make_run(tmp_path):
-    """Make the folder of a run whose models have the weights with which they were built."""
+def runs_in(place: Path):
+    """Make the folder of a run in `place` whose models have the weights with which they were built."""
 
     def make(
         backbone="test_convnext",
@@ -121,7 +121,7 @@ def make_run(tmp_path):
         settings=None,
         **more,
     ):
-        flat = {"output.dir": str(tmp_path / "runs"), "seed": 3, **(settings or {})}
+        flat = {"output.dir": str(place / "runs"), "seed": 3, **(settings or {})}
         folder = RunFolder.create(RunConfig.from_flat(flat))
         large = resolve_architecture(
             backbone, num_classes=3, in_chans=1, image_size=32, patch_size=8 if "vit" in backbone else 0
@@ -138,6 +138,27 @@ def make_run(tmp_path):
         return RunFolder.open(folder.path)
 
     return make
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    return runs_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run and the export of its student, ONNX and all, for tests that only read them."""
+    place = tmp_path_factory.mktemp("exported")
+    folder = runs_in(place)()
+    return folder, export_run(folder, place / "out")
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """A model, its ONNX file, and what came of comparing the two."""
+    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
+    model = build_model(architecture, seed=1).eval()
+    return architecture, model, *onnx_bytes(model, architecture, "single", {})
 
 
 def pixels(batch: int) -> np.ndarray:
@@ -157,8 +178,10 @@ def expected_logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["test_convnext", "test_vit", "resnetv2_18"])
-@pytest.mark.parametrize("name", ["chain", "student"])
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [("chain", "test_vit"), ("chain", "resnetv2_18"), ("student", "test_vit"), ("student", "test_convnext")],
+)
 def test_timm_and_onnx_answer_alike_for_any_batch(make_run, tmp_path, backbone, name):
     done = export_run(make_run(backbone), tmp_path / "out", model=name)
     model = loaded_by_timm(done.path)
@@ -196,10 +219,9 @@ def test_a_student_that_timm_has_no_name_for_has_all_files_and_is_rebuilt_by_the
         loaded_by_timm(done.path)
 
 
-@pytest.mark.slow
 def test_the_weights_are_the_runs_own_file_and_timm_loads_them(make_run, tmp_path):
     folder = make_run()
-    done = export_run(folder, tmp_path / "out", model="chain")
+    done = export_run(folder, tmp_path / "out", model="chain", onnx=False)
     exported = done.path / "model.safetensors"
     assert exported.read_bytes() == folder.model_path("chain").read_bytes()
     template = loaded_by_timm(done.path).state_dict()
@@ -229,9 +251,8 @@ def test_onnx_can_be_given_images_that_are_scaled_already(make_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(make_run, tmp_path):
-    folder = make_run()
-    done = export_run(folder, tmp_path / "out")
+def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(exported):
+    folder, done = exported
     proto = onnx.load(done.path / "model.onnx")
     said = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(said["chainward.classes"]) == CLASSES
@@ -241,17 +262,16 @@ def test_the_onnx_file_says_what_it_is_and_nothing_about_this_machine(make_run, 
     assert said["chainward.safetensors_sha256"] == folder.state.models["student"]
     for file in (one for one in done.path.rglob("*") if one.is_file()):
         contents = file.read_bytes()
-        for machine in (str(tmp_path), str(Path.home()), timm.__file__, "site-packages", "chainward_server"):
+        for machine in (str(done.path.parent), str(Path.home()), timm.__file__, "site-packages", "chainward_server"):
             assert machine.encode() not in contents, f"{file.name} names {machine}"
 
 
 @pytest.mark.slow
-def test_an_onnx_graph_that_computes_something_else_is_refused():
-    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
-    model, other = build_model(architecture, seed=1), build_model(architecture, seed=1)
+def test_an_onnx_graph_that_computes_something_else_is_refused(graph):
+    architecture, model, contents, check = graph
+    other = build_model(architecture, seed=1)
     with torch.no_grad():
         other.get_classifier().bias[2] += 1e-3
-    contents, check = onnx_bytes(model, architecture, "single", {})
     assert check.logits < 1e-5
     assert set(check.batches) >= {1, 3}
     with pytest.raises(ExportError, match=r"ONNX contradicts PyTorch on a batch of 1: logits differ by up to 0\.001"):
@@ -261,10 +281,8 @@ def test_an_onnx_graph_that_computes_something_else_is_refused():
 
 
 @pytest.mark.slow
-def test_a_graph_whose_batch_is_fixed_is_refused():
-    architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
-    model = build_model(architecture, seed=1).eval()
-    contents, check = onnx_bytes(model, architecture, "single", {})
+def test_a_graph_whose_batch_is_fixed_is_refused(graph):
+    architecture, model, contents, check = graph
     proto = onnx.load_from_string(contents)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     with pytest.raises(ExportError, match="onnxruntime can't run the ONNX file"):
@@ -370,8 +388,8 @@ def test_monai_runs_the_exported_folder(make_run, tmp_path, monkeypatch, backbon
 
 
 @pytest.mark.slow
-def test_the_checksums_are_those_of_the_files(make_run, tmp_path):
-    done = export_run(make_run(), tmp_path / "out")
+def test_the_checksums_are_those_of_the_files(exported):
+    _, done = exported
     assert {file.name for file in done.path.iterdir()} == FILES
     sums = dict(reversed(line.split("  ")) for line in (done.path / "SHA256SUMS").read_text().splitlines())
     assert set(sums) == LISTED
@@ -421,9 +439,9 @@ def test_a_failure_half_way_leaves_nothing_and_what_was_there_stays(make_run, tm
 
 
 @pytest.mark.slow
-def test_an_earlier_export_is_replaced_with_force_only(make_run, tmp_path):
-    folder = make_run()
-    export_run(folder, tmp_path / "out")
+def test_an_earlier_export_is_replaced_with_force_only(exported, tmp_path):
+    folder, done = exported
+    shutil.copytree(done.path, tmp_path / "out")
     with pytest.raises(ExportError, match="not empty"):
         export_run(folder, tmp_path / "out")
     export_run(folder, tmp_path / "out", onnx=False, force=True)
