@@ -146,6 +146,8 @@ def backbone(name, size=32, patch=0):
     found = resolve_architecture(name, num_classes=3, in_chans=1, image_size=size, patch_size=patch)
     if name.startswith("resnetv2"):
         found = found.model_copy(update={"options": GROUP_NORM})
+    if name.startswith("deit"):
+        found = found.model_copy(update={"options": found.options | {"depth": 3}})  # of 12 that are alike
     return build_model(found, 1).train()
 
 

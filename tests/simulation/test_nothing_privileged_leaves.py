@@ -182,7 +182,7 @@ def distinctive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Secrets
     rows = ["picture,finding,person,part,hospital,report,zkreatinin,zward"]
     wards = ["zward-linden", "zward-magnolie"]
     for hospital in SITES:
-        for number in range(64):
+        for number in range(40):
             label = number % 4
             name, person = f"zpic{hospital}{number:03d}x", f"zpat-{hospital}-{number:03d}"
             part = ("train", "train", "train", "val", "test")[number // 4 % 5]
