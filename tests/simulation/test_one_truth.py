@@ -11,45 +11,38 @@ from chainward_shared.models import skeleton
 from chainward_simulations.runner import Outcome, equal, open_sites, run_in_process, score
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
-TWO = {"federation.sites": "ash,birch"}
 
 
 @pytest.fixture
 def large_teacher(settings):
     """Students of another image size, with every choice that is not the default, taught by the chain's model too."""
-    return (
-        settings
-        | TWO
-        | {
-            "student.large-weight": 0.5,
-            "student.image-size": 48,
-            "student.selection": "random",
-            "student.layers": "spread",
-            "student.auxiliary": "frozen",
-            "chain.epochs": 1,
-        }
-    )
+    return settings | {
+        "federation.sites": "ash,birch",
+        "student.large-weight": 0.5,
+        "student.image-size": 48,
+        "student.selection": "random",
+        "student.layers": "spread",
+        "student.auxiliary": "frozen",
+        "chain.epochs": 1,
+    }
 
 
 @pytest.fixture
 def strands(settings):
     """Two laps of two strands with fresh starts and few labels, which teach the students together."""
-    return (
-        settings
-        | TWO
-        | {
-            "chain.laps": 2,
-            "chain.strands": 2,
-            "chain.merge": "ensemble",
-            "student.large-weight": 1.0,
-            "chain.start": "fresh",
-            "chain.label-fraction": 0.5,
-            "chain.epochs": 1,
-            "chain.compare-alone": False,
-            "student.start": "single",
-            "student.ema-schedule": "constant",
-        }
-    )
+    return settings | {
+        "federation.sites": "ash,birch",
+        "chain.laps": 2,
+        "chain.strands": 2,
+        "chain.merge": "ensemble",
+        "student.large-weight": 1.0,
+        "chain.start": "fresh",
+        "chain.label-fraction": 0.5,
+        "chain.epochs": 1,
+        "chain.compare-alone": False,
+        "student.start": "single",
+        "student.ema-schedule": "constant",
+    }
 
 
 def assert_run_folder_holds(folder: RunFolder, outcome: Outcome) -> None:
