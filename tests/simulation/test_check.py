@@ -88,9 +88,10 @@ def test_a_manifest_is_never_overwritten_nor_written_of_one(tmp_path: Path, smal
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_any_terminal_shows_it_in_80_columns(tmp_path: Path, encoding: str) -> None:
-    """Through a pipe, in an encoding that lacks the bars of the histogram, or the letters of a class."""
+    """In an encoding that lacks the bars of the histogram, or the letters of a class."""
     script = "import sys; from chainward_simulations.cli import main; sys.argv = ['chainward', *sys.argv[1:]]; main()"
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "COLUMNS": "80"}
+    terminal = {"FORCE_COLOR": "1", "TERM": "dumb", "COLUMNS": "80"}  # a pipe has no edge
+    environment = {**os.environ, **terminal, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-c", script, "check", str(folders(tmp_path))],
         capture_output=True,
