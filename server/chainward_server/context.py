@@ -18,7 +18,7 @@ from chainward_server.results import (
     SiteSummary,
 )
 from chainward_server.schedule import site_order
-from chainward_server.scoring import Counted, Split, count_everywhere, count_in_secret, localise_everywhere
+from chainward_server.scoring import Counted, Scorer, Split
 from chainward_server.sites import Sites
 from chainward_server.standing import Standing, expected_end
 from chainward_shared.config import RunConfig
@@ -86,7 +86,7 @@ class Run:
         self.checkpoints.save_model(name, state, architecture, data.classes, data.task, record)
 
     def score(self, architecture: Architecture, state: StateDict, splits: list[Split]) -> dict[Split, SiteScores]:
-        """Return the scores of a model at all sites; see `count_everywhere`."""
+        """Return the scores of a model at all sites; see `Scorer.everywhere`."""
         return {split: found.site_scores for split, found in self._count(architecture, state, splits).items()}
 
     def counted(self, architecture: Architecture, state: StateDict) -> dict[Split, Counted]:
@@ -104,28 +104,20 @@ class Run:
     def _count(
         self, architecture: Architecture, state: StateDict, splits: list[Split], asked: list[str] | None = None
     ) -> dict[Split, Counted]:
-        what, threads = (self.sites, self.privacy, architecture, state, splits), self.config.federation.cpu_threads
-        run_id, retries = self.checkpoints.run_id, self.config.chain.retries
-        if self.secure:
-            found = count_in_secret(*what, run_id=run_id, threads=threads, asked=asked, retries=retries)
-        else:
-            found = count_everywhere(*what, run_id=run_id, threads=threads, asked=asked)
+        scorer = self._scorer
+        found = (scorer.in_secret if self.secure else scorer.everywhere)(architecture, state, splits, asked)
         if {*splits} == {"val", "test"} and asked is None:
             self._last = digest(state), found
         return found
 
     def localise(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
-        """Return where a model looks, at all sites; see `localise_everywhere`. Nothing where sums are secure: this isn't one."""
-        if self.secure:
-            return None
-        return localise_everywhere(
-            self.sites,
-            self.privacy,
-            architecture,
-            state,
-            run_id=self.checkpoints.run_id,
-            threads=self.config.federation.cpu_threads,
-        )
+        """Return where a model looks, at all sites; see `Scorer.localised`. Nothing where sums are secure: this isn't one."""
+        return None if self.secure else self._scorer.localised(architecture, state)
+
+    @property
+    def _scorer(self) -> Scorer:
+        threads, retries = self.config.federation.cpu_threads, self.config.chain.retries
+        return Scorer(self.sites, self.privacy, self.checkpoints.run_id, threads, retries)
 
     def link(self, key: str | None) -> LinkRecord | None:
         """Return the record of the hop called `key`; None where there is none yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,99 +58,163 @@ class Counted:
         return SiteScores(sites=self.scores, pooled=pooled, together=self.together)
 
 
-def count_everywhere(
-    sites: Sites,
-    privacy: RunPrivacy,
-    architecture: Architecture,
-    state: StateDict,
-    splits: list[Split],
-    *,
-    run_id: str,
-    threads: int,
-    asked: Collection[str] | None = None,
-) -> dict[Split, Counted]:
-    """Return the predictions of a model on the images of every site, for each of `splits`.
+@dataclass(frozen=True)
+class Scorer:
+    """Asks sites what models say of their images.
 
-    A site that does not answer is left out, with a warning; so is one whose policy withholds its scores. Where all do, there
-    are counts of none.
-
-    Parameters
+    Attributes
     ----------
-    asked : the sites to ask; default: all
-
-    Raises
-    ------
-    ChainwardError
-        No site answered.
+    privacy : what the sites have signed
+    run_id : of the run, as the sites are told it
+    threads : CPU threads of a scoring
+    retries : so many times a secure sum is tried again
     """
-    task = EvaluateTask(run_id=run_id, architecture=architecture, splits=splits, threads=threads, digest=digest(state))
-    counted: dict[Split, Counted] = {split: Counted() for split in splits}
-    problems = []
-    answers = _ask(sites, privacy, task, state, sites.ids if asked is None else asked)
-    for site, answer in answers.items():
-        if isinstance(answer, Failure):
-            problems.append(answer.reason)
-            continue
-        if answer.result.release == "withhold":
-            logger.debug("site '%s' withholds its scores, as its policy says", site)
-            continue
+
+    sites: Sites
+    privacy: RunPrivacy
+    run_id: str
+    threads: int
+    retries: int = 0
+
+    def everywhere(
+        self,
+        architecture: Architecture,
+        state: StateDict,
+        splits: list[Split],
+        asked: Collection[str] | None = None,
+    ) -> dict[Split, Counted]:
+        """Return the predictions of a model on the images of every site, for each of `splits`.
+
+        A site that does not answer is left out, with a warning; so is one whose policy withholds its scores. Where all do, there
+        are counts of none.
+
+        Parameters
+        ----------
+        asked : the sites to ask; default: all
+
+        Raises
+        ------
+        ChainwardError
+            No site answered.
+        """
+        task = self._task(architecture, state, splits=splits)
+        counted: dict[Split, Counted] = {split: Counted() for split in splits}
+        problems = []
+        answers = self._ask(task, state, asked)
+        for site, answer in answers.items():
+            if isinstance(answer, Failure):
+                problems.append(answer.reason)
+                continue
+            if answer.result.release == "withhold":
+                logger.debug("site '%s' withholds its scores, as its policy says", site)
+                continue
+            try:
+                if answer.result.release == "noised":
+                    self.privacy.take(answer.result.statement, site, task.hop)
+                found = _checked(self.sites, site, answer, splits)
+            except (KeyError, ProtocolError, WeightsError, StatementError) as error:
+                problems.append(f"site '{site}' sent scores that can't be used: {error}")
+                continue
+            for split in splits:
+                counted[split].counts[site] = answer.counts[split]
+                counted[split].scores[site] = found[split]
+        for problem in problems:
+            logger.warning("scores are without a site: %s", problem)
+        if problems and len(problems) == len(answers):
+            raise ChainwardError(f"no site scored the model: {problems[0]}")
+        return counted
+
+    def in_secret(
+        self,
+        architecture: Architecture,
+        state: StateDict,
+        splits: list[Split],
+        asked: Collection[str] | None = None,
+    ) -> dict[Split, Counted]:
+        """Return the predictions of a model on the images of all sites together, of which those of no single site are seen.
+
+        A site that withholds its scores isn't asked. Where there is no secure sum there are counts of none, with a warning.
+        Parameters as of `everywhere`.
+        """
+        task, cards = self._task(architecture, state, splits=splits), self.sites.cards
+        metrics = {site: card.privacy.terms.metrics if card.privacy else "exact" for site, card in cards.items()}
+
+        def check(site: str, answer: MaskedSum) -> None:
+            if metrics[site] == "noised":
+                self.privacy.take(answer.statement, site, task.hop)
+
+        members = [site for site in cards if metrics[site] != "withhold" and (asked is None or site in asked)]
         try:
-            if answer.result.release == "noised":
-                privacy.take(answer.result.statement, site, task.hop)
-            found = _checked(sites, site, answer, splits)
-        except (KeyError, ProtocolError, WeightsError, StatementError) as error:
-            problems.append(f"site '{site}' sent scores that can't be used: {error}")
-            continue
-        for split in splits:
-            counted[split].counts[site] = answer.counts[split]
-            counted[split].scores[site] = found[split]
-    for problem in problems:
-        logger.warning("scores are without a site: %s", problem)
-    if problems and len(problems) == len(answers):
-        raise ChainwardError(f"no site scored the model: {problems[0]}")
-    return counted
+            summed = summed_everywhere(
+                self.sites,
+                "scores",
+                lambda site: self._work(site, task, state),
+                retries=self.retries,
+                asked=members,
+                check=check,
+            )
+            counts = counts_in(summed.state, task)
+            check_counted(
+                {split: pool([of]) for split, of in counts.items()},
+                card_of_all([cards[site] for site in summed.sites]),
+            )
+        except ChainwardError as error:
+            logger.warning("a model has no scores: %s", error)
+            return {split: Counted() for split in splits}
+        return {split: Counted(total=counts[split], together=summed.sites) for split in splits}
 
+    def localised(self, architecture: Architecture, state: StateDict) -> SiteLocalisation | None:
+        """Return how well a model's attention finds the regions of interest of every site's test images.
 
-def count_in_secret(
-    sites: Sites,
-    privacy: RunPrivacy,
-    architecture: Architecture,
-    state: StateDict,
-    splits: list[Split],
-    *,
-    run_id: str,
-    threads: int,
-    retries: int,
-    asked: Collection[str] | None = None,
-) -> dict[Split, Counted]:
-    """Return the predictions of a model on the images of all sites together, of which those of no single site are seen.
+        None where no site has regions, or where such a backbone's attention can't be read. A site that does not answer is
+        left out, with a warning.
+        """
+        try:
+            check_mappable(skeleton(architecture))
+        except ModelError as error:
+            logger.info("where the model looks is not scored: %s", error)
+            return None
+        sums = {}
+        for site, answer in self._ask(self._task(architecture, state, localisation=True), state).items():
+            if isinstance(answer, Failure):
+                logger.warning("where the model looks is scored without a site: %s", answer.reason)
+                continue
+            found = answer.result.localisation
+            if found is None or not found.n:
+                continue
+            try:
+                check_looks(found, self.sites.cards[site], architecture.image_size)
+            except ProtocolError as error:
+                logger.warning("where the model looks is scored without a site: site '%s': %s", site, error)
+                continue
+            sums[site] = found
+        if not sums:
+            return None
+        return SiteLocalisation(
+            sites={site: part.scores() for site, part in sums.items()}, pooled=pool_sums(sums.values()).scores()
+        )
 
-    A site that withholds its scores isn't asked. Where there is no secure sum there are counts of none, with a warning.
-    Parameters as of `count_everywhere`; `retries`: so many times a sum is tried again.
-    """
-    task = EvaluateTask(run_id=run_id, architecture=architecture, splits=splits, threads=threads, digest=digest(state))
+    def _task(
+        self, architecture: Architecture, state: StateDict, *, splits: Sequence[Split] = (), localisation: bool = False
+    ) -> EvaluateTask:
+        return EvaluateTask(
+            run_id=self.run_id,
+            architecture=architecture,
+            splits=list(splits),
+            localisation=localisation,
+            threads=self.threads,
+            digest=digest(state),
+        )
 
-    def check(site: str, answer: MaskedSum) -> None:
-        declared = sites.cards[site].privacy
-        if declared is not None and declared.terms.metrics == "noised":
-            privacy.take(answer.statement, site, task.hop)
+    def _work(self, site: str, task: EvaluateTask, state: StateDict) -> Work[EvaluateTask]:
+        return Work(task.model_copy(update={"seen_head": self.privacy.seen_head(site)}), {"model": state})
 
-    def work(site: str) -> Work[EvaluateTask]:
-        return Work(task.model_copy(update={"seen_head": privacy.seen_head(site)}), {"model": state})
-
-    telling = [
-        site for site, card in sites.cards.items() if not card.privacy or card.privacy.terms.metrics != "withhold"
-    ]
-    members = [site for site in telling if asked is None or site in asked]
-    try:
-        summed = summed_everywhere(sites, "scores", work, retries=retries, asked=members, check=check)
-        counts = counts_in(summed.state, task)
-        card = card_of_all([sites.cards[site] for site in summed.sites])
-        check_counted({split: pool([of]) for split, of in counts.items()}, card)
-    except ChainwardError as error:
-        logger.warning("a model has no scores: %s", error)
-        return {split: Counted() for split in splits}
-    return {split: Counted(total=counts[split], together=summed.sites) for split in splits}
+    def _ask(
+        self, task: EvaluateTask, state: StateDict, asked: Collection[str] | None = None
+    ) -> dict[str, Scored | Failure]:
+        return self.sites.evaluate(
+            {site: self._work(site, task, state) for site in (self.sites.ids if asked is None else asked)}
+        )
 
 
 def _checked(sites: Sites, site: str, answer: Scored, splits: list[Split]) -> dict[Split, Scores]:
@@ -161,57 +225,6 @@ def _checked(sites: Sites, site: str, answer: Scored, splits: list[Split]) -> di
     for split in splits:
         check_scores(found[split], answer.counts[split], declared.get(split))
     return found
-
-
-def localise_everywhere(
-    sites: Sites,
-    privacy: RunPrivacy,
-    architecture: Architecture,
-    state: StateDict,
-    *,
-    run_id: str,
-    threads: int,
-) -> SiteLocalisation | None:
-    """Return how well a model's attention finds the regions of interest of every site's test images.
-
-    None where no site has regions, or where such a backbone's attention can't be read. A site that does not answer is
-    left out, with a warning.
-    """
-    try:
-        check_mappable(skeleton(architecture))
-    except ModelError as error:
-        logger.info("where the model looks is not scored: %s", error)
-        return None
-    task = EvaluateTask(
-        run_id=run_id, architecture=architecture, splits=[], localisation=True, threads=threads, digest=digest(state)
-    )
-    sums = {}
-    for site, answer in _ask(sites, privacy, task, state, sites.ids).items():
-        if isinstance(answer, Failure):
-            logger.warning("where the model looks is scored without a site: %s", answer.reason)
-            continue
-        found = answer.result.localisation
-        if found is None or not found.n:
-            continue
-        try:
-            check_looks(found, sites.cards[site], architecture.image_size)
-        except ProtocolError as error:
-            logger.warning("where the model looks is scored without a site: site '%s': %s", site, error)
-            continue
-        sums[site] = found
-    if not sums:
-        return None
-    return SiteLocalisation(
-        sites={site: part.scores() for site, part in sums.items()}, pooled=pool_sums(sums.values()).scores()
-    )
-
-
-def _ask(
-    sites: Sites, privacy: RunPrivacy, task: EvaluateTask, state: StateDict, asked: Collection[str]
-) -> dict[str, Scored | Failure]:
-    return sites.evaluate(
-        {site: Work(task.model_copy(update={"seen_head": privacy.seen_head(site)}), {"model": state}) for site in asked}
-    )
 
 
 def link_metrics(scores: dict[Split, SiteScores]) -> LinkMetrics:

@@ -24,7 +24,7 @@ from chainward_server.context import Run, data_summary
 from chainward_server.method import run_method
 from chainward_server.privacy import RunPrivacy
 from chainward_server.results import Results
-from chainward_server.scoring import Split, count_everywhere
+from chainward_server.scoring import Scorer, Split
 from chainward_server.students import run_students
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
@@ -181,9 +181,8 @@ def score(
     """Return a model's scores at every site and pooled over them."""
     here = InProcessSites(sites)
     privacy = RunPrivacy(on=False, run_id=RUN, cards=here.cards)
-    threads = config.federation.cpu_threads
-    counted = count_everywhere(here, privacy, architecture, state, [split], run_id=RUN, threads=threads)
-    found = counted[split].site_scores
+    scorer = Scorer(here, privacy, RUN, config.federation.cpu_threads)
+    found = scorer.everywhere(architecture, state, [split])[split].site_scores
     return found.sites, found.pooled
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -31,22 +32,14 @@ _NAME = "chain"
 _JOURNAL, _SUMMARY = "tuning.log", "tuning.json"
 
 
-@dataclass(frozen=True)
-class Range:
-    """Where a setting is searched; `log`: evenly in its logarithm."""
-
-    low: float
-    high: float
-    log: bool = False
-
-
-SPACE: Mapping[str, Range] = {
-    "chain.learning-rate": Range(1e-4, 1e-2, log=True),
-    "chain.distillation-weight": Range(0.05, 0.95),
-    "chain.temperature": Range(1.0, 10.0, log=True),
-    "chain.temperature-decay": Range(0.7, 1.0),
-    "chain.attention-weight": Range(0.0, 3.0),
+SPACE: dict[str, FloatDistribution] = {
+    "chain.learning-rate": FloatDistribution(1e-4, 1e-2, log=True),
+    "chain.distillation-weight": FloatDistribution(0.05, 0.95),
+    "chain.temperature": FloatDistribution(1.0, 10.0, log=True),
+    "chain.temperature-decay": FloatDistribution(0.7, 1.0),
+    "chain.attention-weight": FloatDistribution(0.0, 3.0),
 }
+"""Where settings are searched."""
 
 
 @dataclass(frozen=True)
@@ -204,13 +197,10 @@ def _search(
                 study.sampler = optuna.samplers.TPESampler(
                     seed=derive_seed(SEED, "study", "tuning", len(study.trials)) % 2**32, n_startup_trials=8
                 )
-                asked = [study.ask() for _ in range(min(jobs, missing))]
-                units = []
-                for trial in asked:
-                    for key, limits in SPACE.items():
-                        trial.suggest_float(key, limits.low, limits.high, log=limits.log)
-                    units.append(TrialUnit(trial.number, _configured(base, _settings(trial)), objective))
-                workers.run(units)
+                asked = [study.ask({**SPACE}) for _ in range(min(jobs, missing))]
+                workers.run(
+                    [TrialUnit(trial.number, _configured(base, _settings(trial)), objective) for trial in asked]
+                )
                 for trial in asked:
                     tried = values[trial.number]
                     if tried.value is None:
