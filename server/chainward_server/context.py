@@ -170,18 +170,6 @@ def data_summary(cards: Sequence[SiteCard], source: str, notes: Sequence[str] | 
         classes=first.classes,
         image_size=first.image_size,
         channels=first.channels,
-        sites=[
-            SiteSummary(
-                site=card.site,
-                train=card.train,
-                val=card.val,
-                test=card.test,
-                class_counts=card.class_counts,
-                notes=card.notes,
-                preparation=card.preparation,
-                encoder=card.encoder,
-            )
-            for card in cards
-        ],
+        sites=[SiteSummary.model_validate(card, from_attributes=True) for card in cards],
         notes=list(notes_on_all({card.site: card.notes for card in cards}) if notes is None else notes),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chainward_server.results import Results
-from chainward_shared.privacy.record import PrivacyRecord
+from chainward_shared.privacy.record import PrivacyRecord, SiteFacts
 from chainward_shared.words import listed
 
 _RELEASES = {
@@ -15,47 +15,35 @@ _RELEASES = {
 }
 
 
+_MODES = {"dp-sgd": "private (DP-SGD)", "off": "without privacy", "no model": "no model came from it"}
+
+
 @dataclass(frozen=True)
 class PrivacyRow:
-    """One hospital. `mode`: what it did, in words; the rest is None where it did not train privately."""
+    """One hospital, and what privacy.json says of it."""
 
     site: str
-    mode: str
-    private: bool
-    unit: str | None = None
-    epsilon: float | None = None
-    lifetime: float | None = None
-    budget: float | None = None
-    left: float | None = None
-    delta: float | None = None
-    scores: str | None = None
-    seeded: bool = False
+    facts: SiteFacts
+
+    @property
+    def private(self) -> bool:
+        """Whether it trained privately."""
+        return self.facts.mode == "dp-sgd"
+
+    @property
+    def mode(self) -> str:
+        """What it did, in words."""
+        return _MODES[self.facts.mode]
+
+    @property
+    def scores(self) -> str | None:
+        """What became of its scores, in words; None where it did not train privately."""
+        return _RELEASES.get(str(self.facts.metrics)) if self.private else None
 
 
 def privacy_rows(record: PrivacyRecord) -> list[PrivacyRow]:
     """Return a row for each hospital that privacy.json knows."""
-    rows = []
-    for site, facts in record.sites.items():
-        if facts.mode != "dp-sgd":
-            without = "no model came from it" if facts.mode == "no model" else "without privacy"
-            rows.append(PrivacyRow(site, without, False))
-            continue
-        rows.append(
-            PrivacyRow(
-                site,
-                "private (DP-SGD)",
-                True,
-                facts.unit,
-                facts.epsilon,
-                facts.epsilon_lifetime,
-                facts.budget,
-                facts.left,
-                facts.delta,
-                _RELEASES.get(str(facts.metrics)),
-                bool(facts.seeded),
-            )
-        )
-    return rows
+    return [PrivacyRow(site, facts) for site, facts in record.sites.items()]
 
 
 def outside_the_guarantee(rows: list[PrivacyRow], results: Results) -> list[str]:
@@ -64,7 +52,7 @@ def outside_the_guarantee(rows: list[PrivacyRow], results: Results) -> list[str]
     if not private:
         return []
     found = []
-    if open_sites := [row.site for row in rows if row.mode == "without privacy"]:
+    if open_sites := [row.site for row in rows if row.facts.mode == "off"]:
         who = "this hospital" if len(open_sites) == 1 else "these hospitals"
         found.append(f"All that left {listed(open_sites)}: {who} trained without differential privacy.")
     if exact := [row.site for row in private if row.scores == _RELEASES["exact"]]:
@@ -76,7 +64,7 @@ def outside_the_guarantee(rows: list[PrivacyRow], results: Results) -> list[str]
         found.append(
             f"The numbers of training cases that {listed(declared)} declared or rounded; they are taken as public."
         )
-    if seeded := [row.site for row in private if row.seeded]:
+    if seeded := [row.site for row in private if row.facts.seeded]:
         found.append(f"Everything of {listed(seeded)}: noise came from a seed, which is for tests only.")
     if any(link.training and link.training.privacy for link in results.links):
         found.append("The time that trainings took, side channels, and software that a hospital did not install.")
