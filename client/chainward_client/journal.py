@@ -117,9 +117,12 @@ class Journal:
     def _note(self, asked: RecordDict, outcome: str, **facts: Any) -> None:
         try:
             kind = _WORK.get(kind_of(asked))
-            if kind is None or not self.path.parent.is_dir() or (kind in _BRIEF and outcome == "begun"):
-                return
-            task, _ = unpack(asked, kind)
+            task = None if kind is None else unpack(asked, kind)[0]
+        except ChainwardError:
+            return  # a request that can't be read is refused, and the log says why
+        if task is None or not self.path.parent.is_dir() or (isinstance(task, _BRIEF) and outcome == "begun"):
+            return
+        try:
             named = task.round if isinstance(task, SumKeysTask | SumSharesTask | SumUnmaskTask) else task
             entry = Entry(
                 time=datetime.now(UTC),
@@ -130,7 +133,7 @@ class Journal:
                 **facts,
             )
             self._append(entry.model_dump_json(exclude_defaults=True).encode() + b"\n")
-        except (OSError, ChainwardError, ValidationError) as error:
+        except (OSError, ValidationError) as error:
             logger.warning("%s: can't be written (%s); work goes on", self.path, error)
 
     def _append(self, line: bytes) -> None:

@@ -38,6 +38,8 @@ WORKER_PAUSE = 1.0
 POLL_SECONDS = 0.1
 LONGEST_POLL = 0.5
 """Between two questions to Flower for answers: it grows while none comes, since each costs the SuperLink, too."""
+PULLED_AT_ONCE = 4
+"""Answers that are fetched together: of fifty sites, fifty models at once would not fit into a machine's memory."""
 LOOK_SECONDS = 0.5
 """Between two looks at which nodes are connected."""
 TELL_SECONDS = 30.0
@@ -111,9 +113,11 @@ class Exchange:
             if asked.unsent and time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 yield from asked.send(looked)
-            for message in self.grid.pull_messages(list(asked.waiting)) if asked.waiting else ():
-                pause = POLL_SECONDS
-                yield from asked.receive(message)
+            waiting = list(asked.waiting)
+            for start in range(0, len(waiting), PULLED_AT_ONCE):
+                for message in self.grid.pull_messages(waiting[start : start + PULLED_AT_ONCE]):
+                    pause = POLL_SECONDS
+                    yield from asked.receive(message)
             yield from asked.overdue()
             if asked.open:
                 time.sleep(pause)

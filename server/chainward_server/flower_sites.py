@@ -42,6 +42,23 @@ def _architecture(task: LinkTask | StudentTask | EvaluateTask | StatisticsTask, 
     return task.architecture
 
 
+class _Packed:
+    """The models of one question to several sites, as arrays: one that goes to all of them is in memory once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str], tuple[StateDict, ArrayRecord]] = {}
+
+    def of(self, work: Work[Task]) -> dict[str, ArrayRecord]:
+        """Return the models that go with a site's work."""
+        return {name: self._arrays(state, _architecture(work.task, name)) for name, state in work.models.items()}
+
+    def _arrays(self, state: StateDict, architecture: Architecture) -> ArrayRecord:
+        key = id(state), architecture.model_dump_json()  # kept with its arrays: no other model has its id meanwhile
+        if key not in self._found:
+            self._found[key] = state, to_arrays(travelling(state, architecture))
+        return self._found[key][1]
+
+
 class FlowerSites(Sites):
     """Sites that are reached through Flower.
 
@@ -129,12 +146,12 @@ class FlowerSites(Sites):
         check: Callable[[str, MaskedSum], None] = lambda site, answer: None,
     ) -> Summed:
         task = next(iter(work.values())).task
-        one_after_another = self.simulated or isinstance(task, StudentTask)
+        one_after_another, packed = self.simulated or isinstance(task, StudentTask), _Packed()
         return SecureSum(
             self.exchange,
             work,
             summand_template(task, self.any_card.task),
-            lambda site: self._models(work[site]),
+            lambda site: packed.of(work[site]),
             threshold=self.federation.secure_threshold,
             deadline=self.federation.hop_deadline * (len(work) if one_after_another else 1),
             brief=self.federation.deadline,
@@ -175,24 +192,12 @@ class FlowerSites(Sites):
             yield site, Trained(reply.body, model, reply.seconds, down, reply.bytes)
 
     def _requests(self, message_type: str, work: Mapping[str, Work[Task]]) -> dict[str, Request]:
-        """Return what the sites are sent; a model that goes to several of them is packed once."""
-        packed: dict[tuple[int, str], ArrayRecord] = {}
-        requests = {}
+        """Return what the sites are sent."""
+        packed, requests = _Packed(), {}
         for site, one in work.items():
-            for name, state in one.models.items():
-                if (id(state), name) not in packed:
-                    packed[id(state), name] = self._packed(one.task, name, state)
             task = one.task.model_copy(update={"simulated": self.exchange.members[site].simulated})
-            models = {name: packed[id(state), name] for name, state in one.models.items()}
-            requests[site] = Request(message_type, task, models)
+            requests[site] = Request(message_type, task, packed.of(one))
         return requests
-
-    def _models(self, work: Work[Task]) -> dict[str, ArrayRecord]:
-        return {name: self._packed(work.task, name, state) for name, state in work.models.items()}
-
-    @staticmethod
-    def _packed(task: Task, name: str, state: StateDict) -> ArrayRecord:
-        return to_arrays(travelling(state, _architecture(task, name)))
 
     def _tensors(self, arrays: ArrayRecord, task: LinkTask | StudentTask | EvaluateTask | StatisticsTask) -> StateDict:
         """Return the model of which the part that was trained came; of a statistics task, the sums."""

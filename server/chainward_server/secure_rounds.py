@@ -66,12 +66,12 @@ def summed_everywhere(
 
 
 def card_of_all(cards: Sequence[SiteCard]) -> SiteCard:
-    """Return what all sites together would say of themselves, without the counts of classes."""
-    validation = [card.val for card in cards if card.val is not None]
-    return cards[0].model_copy(
-        update={
-            "train": sum(card.train for card in cards),
-            "val": sum(validation) if len(validation) == len(cards) else None,
-            "class_counts": {},
-        }
-    )
+    """Return what all sites together would say of themselves, without the counts of classes.
+
+    Of a split of which one doesn't say how many images it has, they don't either.
+    """
+    sizes: dict[str, int | None] = {}
+    for split in ("train", "val", "test"):
+        told = [getattr(card, split) for card in cards]
+        sizes[split] = None if None in told else sum(told)
+    return cards[0].model_copy(update=sizes | {"class_counts": {}})

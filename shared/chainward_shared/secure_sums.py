@@ -42,7 +42,7 @@ FRACTION_BITS = 24
 _CURVE = ec.SECP384R1()
 _KEY_BYTES = 48
 _SEED_BYTES = 32
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 _PURPOSE = "secure-sum"
 
 
@@ -165,7 +165,8 @@ def masked(
     values: np.ndarray, secrets: Secrets, site: str, offers: Sequence[Offer], senders: Iterable[str]
 ) -> np.ndarray:
     """Return a site's numbers with its own mask and those in common with the `senders` of shares on them, uint64 (n,)."""
-    total = values + _stream(bytes.fromhex(secrets.seed), len(values))
+    total = values.copy()
+    _add_stream(total, bytes.fromhex(secrets.seed))
     for offer in offers:
         if offer.site != site and offer.site in senders:
             _add_common(total, secrets.mask, offer, above=offer.site > site)
@@ -200,7 +201,7 @@ def unmasked(
     total = total.copy()
     by_site = {offer.site: offer for offer in offers}
     for site in answered:
-        total -= _stream(_combined(seeds.get(site, ()), round_.threshold, site, _SEED_BYTES), len(total))
+        _add_stream(total, _combined(seeds.get(site, ()), round_.threshold, site, _SEED_BYTES), opposite=True)
     for site in dropped:
         key = _combined(keys.get(site, ()), round_.threshold, site, _KEY_BYTES).hex()
         if _public(key) != by_site[site].mask:
@@ -295,22 +296,23 @@ def _agreed(private: str, public: str) -> bytes:
 
 def _add_common(total: np.ndarray, private: str, offer: Offer, *, above: bool) -> None:
     """Add the mask in common with another site, or take it off where that site's id is not the later one."""
-    mask = _stream(base64.urlsafe_b64decode(_agreed(private, offer.mask)), len(total))
-    if above:
-        total += mask
-    else:
-        total -= mask
+    _add_stream(total, base64.urlsafe_b64decode(_agreed(private, offer.mask)), opposite=not above)
 
 
-def _stream(key: bytes, n: int) -> np.ndarray:
-    """Return `n` numbers that nobody without the key can tell from random ones, uint64: AES-256 in counter mode."""
+def _add_stream(total: np.ndarray, key: bytes, *, opposite: bool = False) -> None:
+    """Add numbers that nobody without the key can tell from random ones, or take them off: AES-256 in counter mode.
+
+    Block by block: however many numbers there are, a mask takes no more memory than one block.
+    """
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()  # each key is used for one stream
-    numbers = np.empty(n, dtype=np.uint64)
-    nothing = bytes(8 * min(n, _BLOCK))
-    for start in range(0, n, _BLOCK):
-        size = min(_BLOCK, n - start)
-        numbers[start : start + size] = np.frombuffer(cipher.update(nothing[: 8 * size]), dtype="<u8")
-    return numbers
+    nothing = memoryview(bytes(8 * min(len(total), _BLOCK)))
+    for start in range(0, len(total), _BLOCK):
+        part = total[start : start + _BLOCK]
+        mask = np.frombuffer(cipher.update(nothing[: 8 * len(part)]), dtype="<u8")
+        if opposite:
+            part -= mask
+        else:
+            part += mask
 
 
 def _combined(shares: Sequence[bytes], threshold: int, site: str, size: int) -> bytes:

@@ -71,6 +71,15 @@ def test_what_is_asked_all_the_time_is_not_written_down(journal):
     assert [one.kind for one in journal.last(9)] == ["base-task"]
 
 
+def test_a_request_that_can_not_be_read_is_not_called_a_journal_that_can_not_be_written(journal, caplog):
+    request = pack(TASK)
+    request.config_records["chainward"]["body"] = '{"run_id": "\\n"}'
+    journal.begun(request)
+    journal.answered(request, pack(Refusal(reason="a bad field")), 0.0)
+    assert caplog.text == ""
+    assert journal.last(9) == []
+
+
 def test_work_goes_on_where_the_journal_can_not_be_written(tmp_path, caplog):
     (tmp_path / "journal.jsonl").mkdir()
     Journal(tmp_path).begun(pack(TASK))

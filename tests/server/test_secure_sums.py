@@ -8,23 +8,31 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
+from chainward_server.privacy import RunPrivacy
 from chainward_server.private_heads import private_head
 from chainward_server.rendezvous import meet
+from chainward_server.scoring import count_in_secret
+from chainward_server.secure_rounds import card_of_all
 from chainward_server.sites import TooFewSitesError, Trained, Work
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
-from chainward_shared.models import build_model
+from chainward_shared.models import build_model, skeleton
 from chainward_shared.models.of_run import student_architecture
+from chainward_shared.noisy_discriminant import public_frame
 from chainward_shared.pretrained.begin import begin
+from chainward_shared.privacy.dp_sgd import statistics_mechanisms
+from chainward_shared.private_sums import SumsForm
 from chainward_shared.protocol import (
     EvaluateTask,
     MaskedSum,
+    SharedNoise,
     StatisticsResult,
     StatisticsTask,
     StudentTask,
     SumKeysTask,
     SumSharesTask,
     SumTask,
+    SumUnmasking,
     SumUnmaskTask,
     kind_of,
     unpack,
@@ -88,6 +96,38 @@ def student_work(waiting):
 
 
 @pytest.fixture
+def shared_noise(waiting, loopback, tmp_path):
+    """Let private hospitals add up a release to which each adds a share of the noise, that of `together` enough; return the sum,
+    and the noise of a whole release."""
+
+    def of(together, interference):
+        private = {"privacy.mode": "dp-sgd", "privacy.delta": 1e-3, "chain.head": "statistics", "chain.laps": 0}
+        private |= {"student.rounds": 0, "chain.compare-alone": False, "privacy.simulated-metrics": "exact"}
+        config = RunConfig.from_flat(waiting | private)
+        sites = meet(loopback(2, interference), config, tmp_path)
+        architecture = begin(config, classes=3, channels=1, image_size=32).architecture
+        state, recipe = build_model(architecture, seed=0).state_dict(), config.privacy_recipe()
+        frame = public_frame(torch.randn(50, skeleton(architecture).num_features, dtype=torch.float64), 4)
+        noise = statistics_mechanisms(recipe)[-1].noise_multiplier
+        task = StatisticsTask(
+            run_id="r",
+            hop="head",
+            architecture=architecture,
+            label_fraction=1.0,
+            seed=0,
+            threads=1,
+            digest=digest(state),
+            privacy=recipe,
+            form=SumsForm(dimension=4, labels=True, moments=False),
+            frame_digest=digest(frame.state()),
+            shared_noise=SharedNoise.of(noise, together),
+        )
+        return sites.summed(dict.fromkeys(SITES, Work(task, {"model": state, "frame": frame.state()}))), noise
+
+    return of
+
+
+@pytest.fixture
 def scores_work(consortium):
     """Return the scoring of a model at all sites."""
     _, work = consortium()
@@ -132,6 +172,29 @@ def test_counts_of_predictions_add_up_exactly(consortium, scores_work):
             )
         expected = sum(one.counts[split].calibration for one in answers.values())
         assert np.allclose(counts.calibration, expected, rtol=0, atol=len(SITES) * 2.0**-24)
+
+
+def test_scores_that_are_added_up_in_secret_are_those_of_all_images_of_all_sites(consortium, scores_work):
+    """Also of splits of which the sites have more together than any of them."""
+    (sites, _), work = consortium(), scores_work["ash"]
+    privacy, task = RunPrivacy(on=False, run_id="r", cards=sites.cards), work.task
+    found = count_in_secret(
+        sites, privacy, task.architecture, work.models["model"], task.splits, run_id="r", threads=1, retries=0
+    )
+    for split, counted in found.items():
+        assert counted.together == SITES
+        assert counted.total is not None
+        assert int(counted.total.confusion.sum()) == sum(getattr(card, split) for card in sites.cards.values())
+
+
+@pytest.mark.parametrize("silent", [(), ("val",), ("val", "test")])
+def test_the_card_of_all_sites_has_as_many_images_as_their_cards_together(consortium, silent):
+    cards = list(consortium()[0].cards.values())
+    cards[1] = cards[1].model_copy(update=dict.fromkeys(silent))
+    together = card_of_all(cards)
+    for split in ("train", "val", "test"):
+        expected = None if split in silent else sum(getattr(card, split) for card in cards)
+        assert getattr(together, split) == expected
 
 
 @pytest.mark.parametrize("kind", ["students", "scores"])
@@ -211,6 +274,31 @@ def test_a_site_that_drops_out_at_any_step_costs_its_own_numbers_alone(consortiu
     assert summed.sites == answered
     assert list(summed.failed) == ["birch"]
     assert is_sum_of(summed.state, plain, answered)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.KIND)
+def test_shared_noise_is_enough_whoever_drops_out_as_long_as_so_many_are_left(shared_noise, step):
+    summed, noise = shared_noise(3, silent_at(step, "birch"))
+    assert summed.sites == (SITES if step is SumUnmaskTask else ["ash", "cedar", "dogwood"])
+    assert summed.noise == pytest.approx(noise * (len(summed.sites) / 3) ** 0.5)
+    assert summed.noise >= noise * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.KIND)
+def test_what_has_too_few_shares_of_noise_is_not_released(shared_noise, step):
+    """Whoever is missing, nobody gives the shares that take the masks off; at the last step they are too few to do so."""
+    unmasked, silent = [], silent_at(step, "birch")
+
+    def interfere(message, answer):
+        reply = silent(message, answer)
+        if reply is not None and kind_of(reply.content) == SumUnmasking.KIND:
+            unmasked.append(reply)
+        return reply
+
+    with pytest.raises(TooFewSitesError, match=r"3 of 4 sites .*; a secure sum takes 4 here") as error:
+        shared_noise(4, interfere)
+    assert list(error.value.failed) == ["birch"]
+    assert len(unmasked) == (3 if step is SumUnmaskTask else 0), "of four that it takes"
 
 
 def test_the_coordinator_is_sent_nothing_from_which_fewer_than_all_sites_can_be_told(consortium, plain):

@@ -224,6 +224,18 @@ class Nodes:
         return [self.replies.pop(name) for name in ids if name in self.replies]
 
 
+def test_however_many_sites_have_answered_few_answers_are_in_memory_at_once(monkeypatch):
+    """Each may be a model: those of fifty hospitals, fetched together, would not fit."""
+    sites = {f"site-{number}": number for number in range(1, 12)}
+    grid = Nodes(Clock(monkeypatch), {number: (site, 0, 999) for site, number in sites.items()})
+    pulled, pull = [], grid.pull_messages
+    grid.pull_messages = lambda ids: pulled.append(len(ids)) or pull(ids)
+    talk = Exchange(grid, {site: Member(site, number) for site, number in sites.items()})
+    answers = talk.ask(dict.fromkeys(sites, Request("query", CardRequest())), Hello, deadline=60.0)
+    assert [answers[site].body.site for site in sites] == list(sites)
+    assert max(pulled) == exchange.PULLED_AT_ONCE < len(sites)
+
+
 def outcome(monkeypatch, nodes, patience, *, hello=HELLO):
     clock = Clock(monkeypatch)
     grid = Nodes(clock, nodes)
