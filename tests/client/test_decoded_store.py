@@ -135,7 +135,7 @@ def direct_decode(path: Path) -> SiteData:
 
 def assert_same(one: SiteData, other: SiteData) -> None:
     """All that a site's data hold is the same, pixel for pixel."""
-    for name in ("site", "classes", "task", "notes", "privileged", "has_patient_ids", "left_out", "key"):
+    for name in ("site", "classes", "task", "notes", "privileged", "has_patient_ids", "left_out", "key", "preparation"):
         assert getattr(one, name) == getattr(other, name), name
     assert (one.scale is None) == (other.scale is None)
     if one.scale is not None and other.scale is not None:

@@ -14,15 +14,12 @@ from chainward_client.data.scale import Scale
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
 from chainward_client.data.sources import privileged_setup
 
+_PLAIN = ("classes", "task", "notes", "has_patient_ids", "left_out")
+
 
 def snapshot(data: SiteData) -> dict[str, Any]:
     """Return all of a deployed site's data that is neither pixels, nor the site's secret, nor in its data file."""
-    return {
-        "classes": data.classes,
-        "task": data.task,
-        "notes": data.notes,
-        "has_patient_ids": data.has_patient_ids,
-        "left_out": data.left_out,
+    return {name: getattr(data, name) for name in _PLAIN} | {
         "scale": None if data.scale is None else _of_scale(data.scale),
         "splits": {split: _of_cases(data.splits[split]) for split in SPLITS},
     }
@@ -50,11 +47,7 @@ def restored(
         start, end = end, end + len(of_split["labels"])
         labels = torch.tensor(of_split["labels"], dtype=torch.int64 if content["task"] == "single" else torch.float32)
         privileged = PrivilegedCases(
-            texts=None if of_split["texts"] is None else tuple(of_split["texts"]),
-            table=None
-            if of_split["table"] is None
-            else {name: tuple(values) for name, values in of_split["table"].items()},
-            masks=None if masks is None else masks[start:end],
+            _tuples(of_split["texts"]), _tuples(of_split["table"]), None if masks is None else masks[start:end]
         )
         if content["task"] == "multilabel":
             labels = labels.reshape(-1, len(content["classes"]))
@@ -62,16 +55,20 @@ def restored(
     scale = content["scale"]
     return SiteData(
         site,
-        tuple(content["classes"]),
-        splits,
-        notes=tuple(content["notes"]),
-        task=content["task"],
+        splits=splits,
         privileged=privileged_setup(description) if isinstance(description, ManifestDescription) else PrivilegedSetup(),
-        has_patient_ids=content["has_patient_ids"],
-        left_out=tuple(content["left_out"]),
         scale=None if scale is None else _scale(*scale),
+        preparation=description.preparation,
         key=key,
+        **{name: _tuples(content[name]) for name in _PLAIN},
     )
+
+
+def _tuples(value: Any) -> Any:
+    """Return lists that JSON made of tuples as tuples again, also in a mapping."""
+    if isinstance(value, dict):
+        return {name: _tuples(of_name) for name, of_name in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _of_scale(scale: Scale) -> list[Any]:
