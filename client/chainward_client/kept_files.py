@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,14 @@ def mapped(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Tensor:
     Copy-on-write, since PyTorch wants memory that it may write to; the file never changes.
     """
     return torch.from_numpy(np.memmap(path, dtype=dtype, mode="c", shape=shape))
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package; None where it isn't installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 class Making:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from chainward_client.data.dicom_headers import Facts
 from chainward_client.data.formats.dicom import EXTENSIONS, DicomManifest
 from chainward_client.data.formats.npz import NpzCases
-from chainward_client.data.image_store import ImageStore, opened
+from chainward_client.data.image_store import ImageStore, opened, stamp
 from chainward_client.data.manifest import Manifest
 from chainward_client.data.unusable import ImageProblem
 
@@ -181,8 +181,8 @@ class RowKeys:
         table = self.table
         if isinstance(table, NpzCases):
             path = table.description.images
-            stamp = (path.stat().st_size, path.stat().st_mtime_ns)
-            return [self._key(str(path), stamp, str(table.splits[row]), int(table.positions[row])) for row in rows]
+            file = str(path), stamp(path)
+            return [self._key(*file, str(table.splits[row]), int(table.positions[row])) for row in rows]
         endings = EXTENSIONS if isinstance(table, DicomManifest) else ()
         with (
             opened(table.description.image_location, endings) as images,

@@ -17,7 +17,6 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,12 @@ from chainward_client.data.decoding import Decoding, NoRoom
 from chainward_client.data.description import DataDescription, load_description
 from chainward_client.data.dicom_headers import digest_with
 from chainward_client.data.formats import format_of
-from chainward_client.data.image_store import files_below, keep_open
+from chainward_client.data.image_store import files_below, keep_open, stamp
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.snapshot import restored, snapshot
 from chainward_client.data.sources import Decoded, Table, decoded_in_memory, local_site
 from chainward_client.data.unusable import UnusableFiles
-from chainward_client.kept_files import mapped
+from chainward_client.kept_files import installed, mapped
 from chainward_client.private_files import for_the_owner_alone
 from chainward_client.work_lock import WorkLock
 from chainward_shared.errors import DataError, StoreError
@@ -160,20 +159,18 @@ class DecodedStore:
         found = hashlib.sha256()
         for location, names in zip(description.locations, used, strict=True):
             if location.is_file():
-                stamps = [location.stat()]
+                stamps = [stamp(location)]
             else:
                 own = f"{self.state}{os.sep}"
                 files = {name: entry for name, entry in files_below(location) if not entry.path.startswith(own)}
                 found.update("\0".join(sorted(files)).encode("utf-8", "surrogateescape"))
-                stamps = [files[name].stat() if name in files else (location / name).stat() for name in names]
-            for status in stamps:
-                found.update(b"%d %d\n" % (status.st_size, status.st_mtime_ns))
+                stamps = [stamp(Path(files[name]) if name in files else location / name) for name in names]
+            for of_file in stamps:
+                found.update(b"%d %d\n" % of_file)
         return found.hexdigest()
 
     def _is_whole(self, folder: Path, content: dict[str, Any]) -> bool:
-        if {name: _stamp(folder / name) for name in content["files"]} != {
-            name: tuple(stamp) for name, stamp in content["files"].items()
-        }:
+        if any(stamp(folder / name) != tuple(noted) for name, noted in content["files"].items()):
             return False
         return all(
             read_row("", KeptRow(folder, int(row), digest, None, None), content["shape"], masks=content["masks"])
@@ -192,13 +189,7 @@ class DecodedStore:
         """Decode what hasn't been, and leave one store: this."""
         digest_with(self._secret)
         folder = self.folder / secrets.token_hex(8)
-        settings = json.dumps(
-            [
-                description.image.model_dump(mode="json"),
-                description.pixel_settings,
-                _versions(),
-            ]
-        )
+        settings = json.dumps([description.image.model_dump(mode="json"), description.pixel_settings, _versions()])
         making: list[Decoding] = []
 
         def decode(table: Table, rows: np.ndarray) -> Decoded:
@@ -237,7 +228,7 @@ class DecodedStore:
             "rows": len(digests),
             "shape": made.shape,
             "masks": MASKS in names,
-            "files": {name: _stamp(folder / name) for name in names},
+            "files": {name: stamp(folder / name) for name in names},
             "tried": {row: digests[row] for row in tried},
             "data": snapshot(opened),
         }
@@ -253,17 +244,6 @@ def expected_bytes(data: SiteData) -> int:
     return sum(parts)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 @cache
 def _versions() -> list[str]:
-    found = []
-    for name in _DECODERS:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return found
+    return [f"{name} {found}" for name in _DECODERS if (found := installed(name)) is not None]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import ImageProblem, unreadable
 from chainward_shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,10 +85,6 @@ def parse(data: bytes) -> FileDataset:
 def is_dicom(data: bytes) -> bool:
     """Return whether the bytes begin as a DICOM file does."""
     return data[128:132] == b"DICM"
-
-
-def unreadable(reason: str) -> ImageProblem:
-    return ImageProblem("unreadable {}", reason)
 
 
 class Header:

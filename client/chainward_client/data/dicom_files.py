@@ -11,7 +11,7 @@ import numpy as np
 from chainward_client.data.dicom_headers import digest, person_name
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import Manifest
-from chainward_client.data.unusable import ImageProblem, attempt_all, counted
+from chainward_client.data.unusable import ImageProblem, attempt_all, counted, unreadable
 from chainward_shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def file_bytes(store: ImageStore, member: str | ImageProblem) -> bytes:
         return store.read(member)
     except Exception as error:  # a bad checksum, an encrypted member, no permission; the text may name the file
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ImageProblem("unreadable {}", reason) from None
+        raise unreadable(reason) from None
 
 
 def _header(store: ImageStore, member: str, keyword: str) -> Dataset:
@@ -48,10 +48,10 @@ def _header(store: ImageStore, member: str, keyword: str) -> Dataset:
     except MemoryError:
         raise
     except InvalidDicomError:
-        raise ImageProblem("unreadable {}", "not a DICOM file (no DICM at byte 128)") from None
+        raise unreadable("not a DICOM file (no DICM at byte 128)") from None
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"damaged ({type(error).__name__} while its elements were read)"
-        raise ImageProblem("unreadable {}", reason) from None
+        raise unreadable(reason) from None
 
 
 def located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from chainward_client.data.dicom_file import PHOTOMETRIC, Header, unreadable
+from chainward_client.data.dicom_file import PHOTOMETRIC, Header
 from chainward_client.data.dicom_stream import StreamFormat
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import ImageProblem, unreadable
 
 MAX_PIXELS = 178_956_970
 """As Pillow's: what claims more is damaged, or no image for a classifier."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from chainward_client.data.dicom_file import Header, unreadable
+from chainward_client.data.dicom_file import Header
 from chainward_client.data.dicom_format import MAX_PIXELS
 from chainward_client.data.dicom_settings import DicomBlock
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import ImageProblem, unreadable
 
 MAX_ASPECT = 16.0
 """Pixels that are more oblong than this are a wrong PixelSpacing or PixelAspectRatio."""

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from chainward_client.data.dicom_file import Header, transfer_syntax, unreadable
+from chainward_client.data.dicom_file import Header, transfer_syntax
 from chainward_client.data.dicom_pixels import Stored
 from chainward_client.data.dicom_settings import DicomBlock
 from chainward_client.data.scale import Scale, measure
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import ImageProblem, unreadable
 
 Contrast = Literal["window", "VOI LUT", "own window", "all bits", "scale of the set", "colour"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chainward_client.data.dicom_picture import Origin
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import unreadable
 
 if TYPE_CHECKING:
     from pydicom import Dataset, FileDataset
@@ -49,27 +49,7 @@ ImageComments StudyComments VisitComments RequestedProcedureComments TextComment
 """
 IDENTIFYING = frozenset((_PATIENT + _STUDY + _PLACE + _FREE_TEXT).split())
 
-_MODALITIES = [
-    "CR",
-    "CT",
-    "DX",
-    "ES",
-    "GM",
-    "IO",
-    "MG",
-    "MR",
-    "NM",
-    "OP",
-    "OPT",
-    "OT",
-    "PT",
-    "PX",
-    "RF",
-    "SM",
-    "US",
-    "XA",
-    "XC",
-]
+_MODALITIES = "CR CT DX ES GM IO MG MR NM OP OPT OT PT PX RF SM US XA XC"
 _MAX_DEPTH = 8
 _KEY = secrets.token_bytes(32)
 
@@ -128,7 +108,7 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
         declared_clean=_text(dataset, "PatientIdentityRemoved").upper() == "YES",
         burned_in=_text(dataset, "BurnedInAnnotation").upper() == "YES",
         overlays=overlays,
-        modality=found if (found := _text(dataset, "Modality").upper()) in _MODALITIES else "",
+        modality=found if (found := _text(dataset, "Modality").upper()) in _MODALITIES.split() else "",
         instance=digest(_text(dataset, "SOPInstanceUID")),
         person=person(dataset),
         origin=origin,
@@ -181,7 +161,7 @@ def _text(dataset: Dataset, keyword: str) -> str:
     except MemoryError:
         raise
     except Exception:
-        raise ImageProblem("unreadable {}", f"{keyword} can't be read") from None
+        raise unreadable(f"{keyword} can't be read") from None
 
 
 def _elements(dataset: Dataset, depth: int) -> Iterator[DataElement | RawDataElement | None]:
@@ -192,7 +172,7 @@ def _elements(dataset: Dataset, depth: int) -> Iterator[DataElement | RawDataEle
             if element is None:
                 continue
             nested = []
-            if depth < _MAX_DEPTH and not element.tag.is_private and _is_sequence(element):
+            if depth < _MAX_DEPTH and not element.tag.is_private and _representation(element) == "SQ":
                 nested = list(dataset[tag].value)
         except MemoryError:
             raise
@@ -202,10 +182,6 @@ def _elements(dataset: Dataset, depth: int) -> Iterator[DataElement | RawDataEle
         yield element
         for item in nested:
             yield from _elements(item, depth + 1)
-
-
-def _is_sequence(element: DataElement | RawDataElement) -> bool:
-    return _representation(element) == "SQ"
 
 
 def _representation(element: DataElement | RawDataElement) -> str:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from chainward_client.data.dicom_file import Header, parse, unreadable
+from chainward_client.data.dicom_file import Header, parse
 from chainward_client.data.dicom_format import frame_index
 from chainward_client.data.dicom_geometry import Geometry, geometry_of, known_directions, known_side
 from chainward_client.data.dicom_grey import Contrast, grey_picture, grey_values, lut_entries, windows_of
 from chainward_client.data.dicom_pixels import Stored, stored_values
 from chainward_client.data.dicom_settings import DicomBlock
 from chainward_client.data.scale import Scale
+from chainward_client.data.unusable import unreadable
 
 if TYPE_CHECKING:
     from pydicom import FileDataset

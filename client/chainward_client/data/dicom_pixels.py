@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from chainward_client.data.dicom_file import Header, transfer_syntax, unreadable
+from chainward_client.data.dicom_file import Header, transfer_syntax
 from chainward_client.data.dicom_format import YBR, Format, declared_format
 from chainward_client.data.dicom_stream import StreamFormat, has_end, stream_format
 from chainward_client.data.dicom_workers import DecodingError, decode_in_process
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import ImageProblem, unreadable
 
 OUTSIDE = 0.02
 """Share of the pixels that may be colours that no RGB has, before YBR is taken to be a wrong tag."""

@@ -98,8 +98,7 @@ class ImageStore:
         if self._zip is not None:
             info = self._zip.getinfo(member)
             return info.file_size, info.CRC
-        status = (self.location / member).stat()
-        return status.st_size, status.st_mtime_ns
+        return stamp(self.location / member)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -162,6 +161,18 @@ class ImageStore:
                 )
             return self._zip.read(member)
         return (self.location / member).read_bytes()
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return size and time of modification (ns) of a file.
+
+    Raises
+    ------
+    OSError
+        It is not there, or nobody may look at it.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _plain(name: str) -> str:

@@ -15,17 +15,9 @@ from chainward_client.data.description import ImageShape
 from chainward_client.data.image_store import NOT_FOUND, ImageStore, opened
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale
-from chainward_client.data.unusable import ImageProblem, attempt_all
+from chainward_client.data.unusable import ImageProblem, attempt_all, unreadable
 
 _Decoded = TypeVar("_Decoded")
-
-
-def _unreadable(reason: str) -> ImageProblem:
-    return ImageProblem("unreadable {}", reason)
-
-
-def _wrong_mode(mode: str) -> ImageProblem:
-    return ImageProblem("{} of a wrong mode", f"mode {mode}; expected grey, RGB or palette: convert it")
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -37,7 +29,7 @@ def open_image(data: bytes) -> Image.Image:
         If the bytes are not one whole image.
     """
     if not data:
-        raise _unreadable("the file is empty")
+        raise unreadable("the file is empty")
     try:
         image = Image.open(io.BytesIO(data))
         # Cameras store a preview as a second frame (MPO); several frames elsewhere are several images.
@@ -45,13 +37,13 @@ def open_image(data: bytes) -> Image.Image:
         image.load()
         upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise _unreadable("not an image file of a known kind") from None
+        raise unreadable("not an image file of a known kind") from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything inside a decoder
-        raise _unreadable(str(error) or type(error).__name__) from None
+        raise unreadable(str(error) or type(error).__name__) from None
     if frames > 1:
-        raise _unreadable(f"{frames} images in one file; expected one")
+        raise unreadable(f"{frames} images in one file; expected one")
     return upright
 
 
@@ -74,7 +66,7 @@ def to_channels(image: Image.Image, channels: int, scale: Callable[[], Scale]) -
     if deep(image):
         values = np.asarray(image)
         if not np.isfinite(values).all():
-            raise _unreadable("pixels that are not finite numbers")
+            raise unreadable("pixels that are not finite numbers")
         image = Image.fromarray(scale().eight_bits(values))
     elif mode in ("LA", "PA", "RGBA") or (mode == "P" and "transparency" in image.info):
         rgba = image.convert("RGBA")
@@ -82,7 +74,7 @@ def to_channels(image: Image.Image, channels: int, scale: Callable[[], Scale]) -
     elif mode == "P":
         image = image.convert("RGB")
     elif mode not in ("1", "L", "RGB"):
-        raise _wrong_mode(mode)
+        raise ImageProblem("{} of a wrong mode", f"mode {mode}; expected grey, RGB or palette: convert it")
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -126,20 +118,25 @@ def load_images(
 
     def decode(data: bytes, _: int) -> tuple[np.ndarray, tuple[int, int]]:
         image = open_image(data)
-        converted = to_channels(image, shape.channels, scale)
-        return _array(fit_image(converted, shape.size, shape.fit, resample=Image.Resampling.BICUBIC)), image.size
+        return fitted(to_channels(image, shape.channels, scale), shape), image.size
 
     decoded = decode_all("image", location, names, rows, decode)
-    images = np.empty((len(decoded), shape.channels, shape.size, shape.size), dtype=np.uint8)
-    for position, (array, _) in enumerate(decoded):
-        images[position] = array
-    return torch.from_numpy(images), [size for _, size in decoded]
+    return stacked([array for array, _ in decoded], shape), [size for _, size in decoded]
 
 
-def _array(image: Image.Image) -> np.ndarray:
-    """Return uint8 (channels, H, W)."""
-    array = np.asarray(image)
+def fitted(image: Image.Image, shape: ImageShape) -> np.ndarray:
+    """Return an image of mode L or RGB as it is trained on, uint8 (channels, size, size)."""
+    image = image.convert("L" if shape.channels == 1 else "RGB")
+    array = np.asarray(fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def stacked(arrays: Sequence[np.ndarray], shape: ImageShape) -> torch.Tensor:
+    """Return what `fitted` made of images as one tensor, (n, channels, size, size)."""
+    images = np.empty((len(arrays), shape.channels, shape.size, shape.size), dtype=np.uint8)
+    for position, array in enumerate(arrays):
+        images[position] = array
+    return torch.from_numpy(images)
 
 
 def decode_all(
@@ -164,7 +161,7 @@ def decode_all(
                 data = store.read(member)
             except Exception as error:  # a bad checksum, an encrypted member, no permission
                 reason = getattr(error, "strerror", None) or (str(error) if quoted else type(error).__name__)
-                raise _unreadable(reason) from None
+                raise unreadable(reason) from None
             return decode(data, position)
 
         def shown(position: int, problem: ImageProblem, first: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,13 +97,7 @@ class Manifest:
 
     def with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
         """Return the cases of decoded images and masks."""
-        privileged = PrivilegedCases(
-            texts=None if self.texts is None else tuple(self.texts[index] for index in indices),
-            table=None
-            if self.table is None
-            else {name: tuple(values[index] for index in indices) for name, values in self.table.items()},
-            masks=masks,
-        )
+        privileged = replace(PrivilegedCases(self.texts, self.table).take(indices.tolist()), masks=masks)
         return Cases(images, torch.from_numpy(self.labels[indices]), self.patients[indices], privileged)
 
 
@@ -138,34 +132,27 @@ def read_manifest(
         labels = check.findings(columns.label, description.classes, description.no_finding)
     else:
         labels = check.labels(columns.label, description.classes)
-    patients = images if columns.patient is None else check.patients(columns.patient)
-    splits = None if columns.split is None else check.splits(columns.split)
-    sites = None if columns.site is None else check.filled(columns.site)
-    texts = None if columns.text is None else check.texts(columns.text)
-    table = {name: check.tabular(name, column) for name, column in columns.tabular.items()}
-    masks = None if columns.mask is None else check.file_names(columns.mask)
-    boxes = None if columns.box is None else check.boxes(columns.box)
-    check.no_repeats(columns.image, images, quoted=quoted)
-    if columns.patient is not None and splits is not None:
-        check.patients_in_one_split(columns.patient, patients, splits, quoted=quoted)
-    if check.problems:
-        raise _refusal(path, "; ".join(check.problems))
-
-    return Manifest(
+    manifest = Manifest(
         description=description,
         classes=description.classes,
         rows=check.rows,
         images=images,
         labels=labels,
-        patients=patients,
-        splits=splits,
-        sites=sites,
-        texts=texts,
-        table=table or None,
-        masks=masks,
-        boxes=boxes,
+        patients=images if columns.patient is None else check.patients(columns.patient),
+        splits=None if columns.split is None else check.splits(columns.split),
+        sites=None if columns.site is None else check.filled(columns.site),
+        texts=None if columns.text is None else check.texts(columns.text),
+        table={name: check.tabular(name, column) for name, column in columns.tabular.items()} or None,
+        masks=None if columns.mask is None else check.file_names(columns.mask),
+        boxes=None if columns.box is None else check.boxes(columns.box),
         notes=((NO_PATIENTS,) if columns.patient is None else ()) + tuple(check.notes),
     )
+    check.no_repeats(columns.image, images, quoted=quoted)
+    if columns.patient is not None and manifest.splits is not None:
+        check.patients_in_one_split(columns.patient, manifest.patients, manifest.splits, quoted=quoted)
+    if check.problems:
+        raise _refusal(path, "; ".join(check.problems))
+    return manifest
 
 
 def _check_columns(path: Path, frame: pd.DataFrame, by_key: Mapping[str, str]) -> None:

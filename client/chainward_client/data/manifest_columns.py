@@ -216,17 +216,8 @@ class ManifestColumns:
         self, column: str, patients: np.ndarray, splits: np.ndarray, *, quoted: bool = True
     ) -> None:
         """A patient in train and in test makes the test worthless."""
-        torn: list[str] = []
-        for patient, found in _positions(patients).items():
-            first_row: dict[str, int] = {}
-            for index in found:
-                first_row.setdefault(str(splits[index]), int(self.rows[index]))
-            first_row = {split: row for split, row in first_row.items() if split in SPLITS}
-            if len(first_row) > 1 and patient not in _MISSING:
-                where = " and ".join(f"{split} (row {row})" for split, row in first_row.items())
-                who = f"'{patient}' in " if quoted else ""
-                torn.append(f"{who}{where}; put all rows of a patient into one split")
-        self._report(column, "patient in more than one split", "patients in more than one split", torn)
+        if torn := torn_patients(patients, splits, self.rows, quoted=quoted):
+            self.problems.append(f"column '{column}': {torn}")
 
     def _numbers(self, column: str, declared: NumberColumn) -> tuple[float | None, ...]:
         values: list[float | None] = []
@@ -263,6 +254,21 @@ class ManifestColumns:
     def _report(self, column: str, kind: str, kinds: str, found: list[str]) -> None:
         if found:
             self.problems.append(f"column '{column}': {counted(kind, kinds, found)}")
+
+
+def torn_patients(patients: np.ndarray, splits: np.ndarray, rows: np.ndarray, *, quoted: bool) -> str:
+    """Return which patients are in more than one split, all (n,); an empty text where none is."""
+    torn: list[str] = []
+    for patient, found in _positions(patients).items():
+        first_row: dict[str, int] = {}
+        for index in found:
+            if splits[index] in SPLITS:
+                first_row.setdefault(str(splits[index]), int(rows[index]))
+        if len(first_row) > 1 and patient not in _MISSING:
+            where = " and ".join(f"{split} (row {row})" for split, row in first_row.items())
+            who = f"'{patient}' in " if quoted else ""
+            torn.append(f"{who}{where}; put all rows of a patient into one split")
+    return counted("patient in more than one split", "patients in more than one split", torn) if torn else ""
 
 
 def _same_number(cell: str) -> str:

@@ -22,7 +22,6 @@ MOST_IMAGES = 256
 
 _VALUES_PER_IMAGE = 1024
 _BARS = " ▁▂▃▄▅▆▇█"
-_ASCII_BARS = " .:-=+*#@"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Scale:
             f"[{self.low:g}, {self.high:g}] declares it, for all hospitals alike"
         )
 
-    def histogram(self, bars: int = 16, *, unicode: bool = True) -> str:
+    def histogram(self, bars: int = 16) -> str:
         """Return the measured values as a line of bars from the smallest to the largest, between the two; else an empty text.
 
         A bar's height goes with the square root of its count, so that tissue is seen beside a black background.
@@ -69,9 +68,8 @@ class Scale:
         if self.values is None or not len(self.values):
             return ""
         counts, edges = np.histogram(self.values, bars)
-        marks = _BARS if unicode else _ASCII_BARS
-        heights = np.ceil(np.sqrt(counts / counts.max()) * (len(marks) - 1)).astype(int)
-        return f"{edges[0]:g} |{''.join(marks[height] for height in heights)}| {edges[-1]:g}"
+        heights = np.ceil(np.sqrt(counts / counts.max()) * (len(_BARS) - 1)).astype(int)
+        return f"{edges[0]:g} |{''.join(_BARS[height] for height in heights)}| {edges[-1]:g}"
 
 
 def measure(count: int, deep_values: Callable[[int], np.ndarray | None]) -> Scale:

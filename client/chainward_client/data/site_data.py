@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from chainward_shared.task import Task
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+
+_Cell = TypeVar("_Cell")
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,16 @@ class PrivilegedCases:
     table: Mapping[str, tuple[float | str | None, ...]] | None = None
     masks: torch.Tensor | None = None
 
-    def take(self, rows: Sequence[int]) -> PrivilegedCases:
-        """Return what belongs to the images `rows`, in that order."""
+    def take(self, rows: list[int] | slice) -> PrivilegedCases:
+        """Return what belongs to the images `rows`, in that order; of a slice the masks are a view."""
+
+        def taken(values: tuple[_Cell, ...]) -> tuple[_Cell, ...]:
+            return values[rows] if isinstance(rows, slice) else tuple(values[row] for row in rows)
+
         return PrivilegedCases(
-            texts=None if self.texts is None else tuple(self.texts[row] for row in rows),
-            table=None
-            if self.table is None
-            else {name: tuple(values[row] for row in rows) for name, values in self.table.items()},
-            masks=None if self.masks is None else self.masks[list(rows)],
+            texts=None if self.texts is None else taken(self.texts),
+            table=None if self.table is None else {name: taken(values) for name, values in self.table.items()},
+            masks=None if self.masks is None else self.masks[rows],
         )
 
 
@@ -67,9 +71,9 @@ class Cases:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> Cases:
-        """Return the cases `rows`, in that order."""
-        chosen = [int(row) for row in rows]
+    def take(self, rows: Sequence[int] | np.ndarray | slice) -> Cases:
+        """Return the cases `rows`, in that order; of a slice the tensors are views."""
+        chosen = rows if isinstance(rows, slice) else [int(row) for row in rows]
         return Cases(self.images[chosen], self.labels[chosen], self.patients[chosen], self.privileged.take(chosen))
 
 

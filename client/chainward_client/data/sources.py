@@ -16,7 +16,7 @@ from chainward_client.data.formats import format_of
 from chainward_client.data.formats.dicom import DicomManifest
 from chainward_client.data.formats.npz import NpzCases
 from chainward_client.data.manifest import Manifest
-from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import split_by_key
 from chainward_client.data.unusable import UnusableFile, without_unusable
 from chainward_shared.data_notes import NO_PATIENTS, copies_in_two_splits
@@ -131,7 +131,7 @@ def site_data(
         notes += (table.scale.measured.note,)
     ends = np.cumsum([len(part) for part in by_split]).tolist()
     data = {
-        split: _between(cases, end - len(part), end) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
+        split: cases.take(slice(end - len(part), end)) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
     }
     privileged = PrivilegedSetup()
     if isinstance(table, Manifest):
@@ -170,23 +170,6 @@ def _lost_regions(table: Manifest, rows: np.ndarray, cases: Cases) -> tuple[str,
     given = 0 if table.boxes is None else int((~np.isnan(table.boxes[rows[empty]]).all(axis=1)).sum())
     what = "box" if given == 1 else "boxes"
     return (f"{given} {what} outside the cropped image: left out of localisation scores",) if given else ()
-
-
-def _between(cases: Cases, start: int, end: int) -> Cases:
-    """Return the cases from `start` up to `end`; the tensors are views."""
-    privileged = cases.privileged
-    return Cases(
-        cases.images[start:end],
-        cases.labels[start:end],
-        cases.patients[start:end],
-        PrivilegedCases(
-            texts=None if privileged.texts is None else privileged.texts[start:end],
-            table=None
-            if privileged.table is None
-            else {name: values[start:end] for name, values in privileged.table.items()},
-            masks=None if privileged.masks is None else privileged.masks[start:end],
-        ),
-    )
 
 
 def _findings(site: SiteData) -> tuple[str, ...]:

@@ -32,6 +32,10 @@ class ImageProblem(Exception):
         self.kind = kind
 
 
+def unreadable(reason: str) -> ImageProblem:
+    return ImageProblem("unreadable {}", reason)
+
+
 @dataclass(frozen=True)
 class UnusableFile:
     """One file that can't be used.

@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.kept_files import installed
 from chainward_client.private_site import Prepared
 from chainward_client.privileged.encoder import encoder_digest
 from chainward_client.privileged.image import SeenImages
@@ -60,7 +60,7 @@ def key_of(
     setup, privileged = data.privileged, cases.privileged
     decides = {
         "format": _FORMAT,
-        "versions": {name: _version(name) for name in ("chainward", "torch", "scikit-learn", "numpy", "transformers")},
+        "versions": {name: installed(name) for name in ("chainward", "torch", "scikit-learn", "numpy", "transformers")},
         "site": data.site,
         "classes": data.classes,
         # the weights in the student's loss decide nothing here
@@ -79,13 +79,6 @@ def key_of(
     if image is not None:
         decides["image"] = image.key
     return hashlib.sha256(json.dumps(decides, ensure_ascii=True).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def path_of(cache: Path, key: str, *, private: bool = False) -> Path:

@@ -28,13 +28,13 @@ from chainward_client.data.dicom_settings import DicomBlock, OwnWindow
 from chainward_client.data.dicom_workers import close_decoders
 from chainward_client.data.formats import data_format
 from chainward_client.data.image_store import ImageStore, opened
-from chainward_client.data.images import open_image
+from chainward_client.data.images import fitted, open_image, stacked
 from chainward_client.data.manifest import Manifest, read_manifest
-from chainward_client.data.placement import fit_image
+from chainward_client.data.manifest_columns import torn_patients
 from chainward_client.data.regions import box_masks, load_masks
 from chainward_client.data.scale import Scale, measure
 from chainward_client.data.site_data import Cases
-from chainward_client.data.unusable import ImageProblem, attempt_all, counted
+from chainward_client.data.unusable import ImageProblem, attempt_all
 from chainward_shared.errors import DataError
 from chainward_shared.preparation import Preparation
 
@@ -66,14 +66,11 @@ class DicomDescription(ManifestDescription):
     @property
     def preparation(self) -> Preparation:
         """Return how its images become what a model sees, as the site's card says it."""
-        block, window = self.block, self.block.window
+        window = self.block.window
         return Preparation(
             fit=self.image.fit,
             scale=None if window is None else (window.center - window.width / 2, window.center + window.width / 2),
-            view=block.view,
-            frame=block.frame,
-            orientation=block.orientation,
-            laterality=block.laterality,
+            **self.block.model_dump(exclude={"window"}),
         )
 
     @property
@@ -135,14 +132,11 @@ class DicomManifest(Manifest):
             As `cases`.
         """
         require_pydicom()
-        shape = self.description.image
         decoded = self._decoded(indices)
-        images = np.empty((len(indices), shape.channels, shape.size, shape.size), dtype=np.uint8)
-        for position, (array, _) in enumerate(decoded):
-            images[position] = array
+        images = stacked([array for array, _ in decoded], self.description.image)
         found = [file for _, file in decoded]
         masks = self._masks(indices, [file.origin.geometry for file in found])
-        return self.with_labels(indices, torch.from_numpy(images), masks), found
+        return self.with_labels(indices, images, masks), found
 
     def notes_on(self, found: Sequence[Facts], patients: np.ndarray) -> tuple[str, ...]:
         """Return what a person should know about files, one for each of `patients` (n,): keywords and counts."""
@@ -167,15 +161,13 @@ class DicomManifest(Manifest):
             return None
 
     def _decoded(self, indices: np.ndarray) -> list[tuple[np.ndarray, Facts]]:
-        shape, rows = self.description.image, self.rows[indices]
+        rows = self.rows[indices]
         with opened(self.description.image_location, EXTENSIONS) as store, _quiet():
 
             def attempt(position: int) -> tuple[np.ndarray, Facts]:
                 dataset = parse(file_bytes(store, self.members[indices[position]]))
                 shown = picture(dataset, self.block, self.scale)
-                image = shown.image.convert("L" if shape.channels == 1 else "RGB")
-                array = np.asarray(fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC))
-                return array if array.ndim == 2 else array.transpose(2, 0, 1), facts(dataset, shown.origin)
+                return fitted(shown.image, self.description.image), facts(dataset, shown.origin)
 
             return attempt_all(
                 "image",
@@ -255,14 +247,5 @@ def _check_splits(manifest: Manifest, patients: np.ndarray) -> None:
     """A patient in train and in test makes the test worthless."""
     if manifest.splits is None:
         return
-    first_row: dict[str, dict[str, int]] = {}
-    for patient, split, row in zip(patients.tolist(), manifest.splits.tolist(), manifest.rows.tolist(), strict=True):
-        first_row.setdefault(patient, {}).setdefault(split, row)
-    torn = [
-        f"{' and '.join(f'{split} (row {row})' for split, row in rows.items())}; put all rows of a patient into one split"
-        for rows in first_row.values()
-        if len(rows) > 1
-    ]
-    if torn:
-        problem = counted("patient in more than one split", "patients in more than one split", torn)
-        raise DataError(f"{manifest.description.manifest.name}: PatientID of the files: {problem}")
+    if torn := torn_patients(patients, manifest.splits, manifest.rows, quoted=False):
+        raise DataError(f"{manifest.description.manifest.name}: PatientID of the files: {torn}")

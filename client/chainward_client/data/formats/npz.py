@@ -17,8 +17,8 @@ from PIL import Image
 
 from chainward_client.data.description import DataDescription
 from chainward_client.data.formats import data_format
+from chainward_client.data.images import fitted
 from chainward_client.data.paths import FilePath
-from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale, ScaleOfSet, measure
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SplitName
 from chainward_client.data.unusable import counted
@@ -111,10 +111,7 @@ class NpzCases:
                     pixels = stored[self.positions[indices[place]]]
                     if pixels.dtype != np.uint8:
                         pixels = self.scale().eight_bits(pixels)
-                    image = Image.fromarray(pixels).convert("L" if shape.channels == 1 else "RGB")
-                    image = fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC)
-                    array = np.asarray(image)
-                    images[place] = array if shape.channels == 1 else array.transpose(2, 0, 1)
+                    images[place] = fitted(Image.fromarray(pixels), shape)
         return self.with_labels(indices, torch.from_numpy(images), None)
 
     def with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
@@ -141,27 +138,23 @@ def read_npz(description: NpzDescription) -> NpzCases:
         if missing:
             there = ", ".join(archive.files) or "nothing"
             raise DataError(f"{path.name} lacks {', '.join(missing)}; arrays there: {there}")
-        if description.task == "multilabel":
-            labels = {split: _findings(archive, path, split) for split in SPLITS}
-            columns = {split: values.shape[1] for split, values in labels.items()}
-            classes = description.classes or tuple(str(index) for index in range(max(columns.values())))
-            _check_findings(path, labels, classes)
-            labels = {split: values.astype(np.float32) for split, values in labels.items()}
-        else:
-            found = {split: _labels(archive, path, split) for split in SPLITS}
+        read = _findings if description.task == "multilabel" else _labels
+        labels = {split: read(archive, path, split) for split in SPLITS}
     notes: tuple[str, ...] = (NO_PATIENTS,)
-    kept = {
-        split: np.arange(len(values))
-        for split, values in (labels if description.task == "multilabel" else found).items()
-    }
-    if description.task == "single":
-        kept = {split: np.flatnonzero(~np.isin(values, description.ignore_labels)) for split, values in found.items()}
-        ignored = sum(len(found[split]) - len(kept[split]) for split in SPLITS)
+    kept = {split: np.arange(len(values)) for split, values in labels.items()}
+    if description.task == "multilabel":
+        columns = max(values.shape[1] for values in labels.values())
+        classes = description.classes or tuple(map(str, range(columns)))
+        _check_findings(path, labels, classes)
+        labels = {split: values.astype(np.float32) for split, values in labels.items()}
+    else:
+        kept = {split: np.flatnonzero(~np.isin(values, description.ignore_labels)) for split, values in labels.items()}
+        ignored = sum(len(labels[split]) - len(kept[split]) for split in SPLITS)
         if ignored:
             notes += (f"{ignored} images left out: their label is one of ignore_labels",)
-        found = {split: found[split][kept[split]] for split in SPLITS}
-        classes = description.classes or _occurring(path, found)
-        labels = _indices(path, found, classes)
+        labels = {split: labels[split][kept[split]] for split in SPLITS}
+        classes = description.classes or _occurring(path, labels)
+        labels = _indices(path, labels, classes)
     return NpzCases(
         description,
         classes,
