@@ -41,6 +41,14 @@ def finite(embeddings: Tensor) -> Tensor:
     return torch.nan_to_num(embeddings.double(), nan=0.0, posinf=LARGEST, neginf=-LARGEST).clamp(-LARGEST, LARGEST)
 
 
+def symmetric(triangle: np.ndarray, size: int) -> np.ndarray:
+    """Return the symmetric matrix, (size, size), of its upper triangle by rows, (size (size + 1) / 2,)."""
+    matrix = np.zeros((size, size))
+    rows, columns = np.triu_indices(size)
+    matrix[rows, columns] = matrix[columns, rows] = triangle
+    return matrix
+
+
 @dataclass(frozen=True)
 class HeadSums:
     """Sums over images, all float64.
@@ -125,11 +133,7 @@ class HeadSums:
     @cached_property
     def second_moments(self) -> np.ndarray:
         """The whole symmetric matrix of `moments`, (d, d)."""
-        size = len(self.total)
-        matrix = np.zeros((size, size))
-        rows, columns = np.triu_indices(size)
-        matrix[rows, columns] = matrix[columns, rows] = self.moments.numpy()
-        return matrix
+        return symmetric(self.moments.numpy(), len(self.total))
 
     def groups(self, finding: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Return counts and sums, (k,) and (k, d), of the classes, or of the images without and with a finding."""

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from chainward_shared.errors import ModelError
-from chainward_shared.outside import Count, Positive
+from chainward_shared.outside import Count, Positive, Record
 from chainward_shared.words import first_problem
 
 if TYPE_CHECKING:  # PyTorch: whoever only reads a file's record need not wait for it
     from chainward_shared.discriminant import HeadSums
-
-FAMILIARITY_KEY: Final = "chainward.familiarity"
 
 FAMILIAR_WITHIN = 3.0
 """Times the mean distance of validation images up to which an image counts as one of their kind. Of images like them no more than
@@ -41,7 +39,33 @@ _FLOOR = 1e-4
 _Packed = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]*={0,2}$", max_length=2**24)]
 
 
-class Familiarity(BaseModel):
+class MetadataRecord(Record):
+    """What a model file says in its metadata, under a key of its own."""
+
+    KEY: ClassVar[str]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return it as metadata of a safetensors or ONNX file."""
+        return {self.KEY: self.model_dump_json()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Self | None:
+        """Return what `to_metadata` wrote; None where nothing is written.
+
+        Raises
+        ------
+        ModelError
+            It is damaged, or of a later version.
+        """
+        if cls.KEY not in metadata:
+            return None
+        try:
+            return cls.model_validate_json(metadata[cls.KEY])
+        except ValidationError as error:
+            raise ModelError(f"the file's '{cls.KEY}' is damaged: {first_problem(error)}") from error
+
+
+class Familiarity(MetadataRecord):
     """A normal distribution of embeddings, and how far validation images are from its middle.
 
     Arrays are base64 of little-endian float32.
@@ -57,7 +81,7 @@ class Familiarity(BaseModel):
     train, validation : how many images it follows from
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    KEY: ClassVar[str] = "chainward.familiarity"
 
     size: Positive
     mean: _Packed
@@ -127,26 +151,6 @@ class Familiarity(BaseModel):
         if (len(flat["mean"]), len(flat["beside"]), len(flat["axes"])) != (self.size, self.size, shape[0] * shape[1]):
             raise ValueError(f"its arrays are not those of {shape[0]} axes and embeddings of {self.size} numbers")
         return flat | {"axes": flat["axes"].reshape(shape)}
-
-    def to_metadata(self) -> dict[str, str]:
-        """Return it as metadata of a safetensors file."""
-        return {FAMILIARITY_KEY: self.model_dump_json()}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Familiarity | None:
-        """Return what `to_metadata` wrote; None where nothing is written.
-
-        Raises
-        ------
-        ModelError
-            It is damaged.
-        """
-        if FAMILIARITY_KEY not in metadata:
-            return None
-        try:
-            return cls.model_validate_json(metadata[FAMILIARITY_KEY])
-        except ValidationError as error:
-            raise ModelError(f"the file's '{FAMILIARITY_KEY}' is damaged: {first_problem(error)}") from error
 
 
 _ARRAYS, _TYPE = ("mean", "axes", "along", "beside"), np.dtype("<f4")

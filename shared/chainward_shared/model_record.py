@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from chainward_shared.errors import ModelError
 from chainward_shared.evaluation.operating import Calibration, OperatingPoint
-from chainward_shared.familiarity import Familiarity
+from chainward_shared.familiarity import Familiarity, MetadataRecord
 from chainward_shared.outside import BySite, Count, Figure, Name, PerClass, RunId, Word
 from chainward_shared.preparation import Preparation
 from chainward_shared.task import Task
-from chainward_shared.words import first_problem
-
-RECORD_KEY: Final = "chainward.record"
 
 
-class ModelRecord(BaseModel):
+class ModelRecord(MetadataRecord):
     """The whole way from an image to an answer.
 
     Attributes
@@ -37,7 +33,7 @@ class ModelRecord(BaseModel):
     familiarity : by which an image unlike the training images is noticed; None where no statistics round told it
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    KEY: ClassVar[str] = "chainward.record"
 
     version: Literal[1] = 1
     run: RunId
@@ -72,26 +68,6 @@ class ModelRecord(BaseModel):
         content: dict[str, Any] = self.model_dump(mode="json", exclude={"familiarity"})
         known = self.familiarity
         return content | {"familiarity": known and known.model_dump(include={"size", "train", "validation"})}
-
-    def to_metadata(self) -> dict[str, str]:
-        """Return the record as metadata of a safetensors or ONNX file."""
-        return {RECORD_KEY: self.model_dump_json()}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> ModelRecord | None:
-        """Return the record that `to_metadata` wrote; None in files of runs that wrote none.
-
-        Raises
-        ------
-        ModelError
-            It is damaged, or of a later version.
-        """
-        if RECORD_KEY not in metadata:
-            return None
-        try:
-            return cls.model_validate_json(metadata[RECORD_KEY])
-        except ValidationError as error:
-            raise ModelError(f"the file's '{RECORD_KEY}' is damaged: {first_problem(error)}") from error
 
 
 def class_log_odds(logits: np.ndarray, task: Task) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 LONGEST = 4_000
 """Characters of a message of our own, which may quote several texts from outside."""
@@ -113,6 +113,12 @@ class Shown:
             value = getattr(self, field.name)
             if isinstance(value, str):
                 object.__setattr__(self, field.name, visible(value, LONGEST))
+
+
+class Record(BaseModel):
+    """Base of what is written down or sent as it is: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def few(lines: Any, most: int = MAX_LINES) -> Any:

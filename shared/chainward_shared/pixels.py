@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from chainward_shared.outside import Record
 
 PIXEL_MEAN, PIXEL_SCALE = 0.5, 0.25
 """Where nothing else is said: fixed, not fitted to anybody's images (`chainward_shared.preprocessing`)."""
 
 
-class Pixels(BaseModel):
+class Pixels(Record):
     """How a model's pixels are scaled: within 0 and 1, less `mean`, over `std`, both by channel."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mean: tuple[Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)], ...] = Field(min_length=1, max_length=64)
     std: tuple[Annotated[float, Field(ge=1e-4, le=10, allow_inf_nan=False)], ...] = Field(min_length=1, max_length=64)

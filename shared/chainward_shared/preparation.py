@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from chainward_shared.outside import Figure
+from chainward_shared.outside import Figure, Record
 
 Fit = Literal["pad", "crop", "stretch"]
 """How another shape becomes square: the whole image between black bars, its centre, or with other proportions."""
 
 
-class Preparation(BaseModel):
+class Preparation(Record):
     """The settings of a data file that decide the pixels of an image, beside its size and channels.
 
     Attributes
@@ -25,8 +25,6 @@ class Preparation(BaseModel):
     orientation : whether DICOM pictures lie as stored, the default, or are turned to the standard position
     laterality : "left" or "right": DICOM images of the other side are mirrored; default "stored"
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     fit: Fit = "pad"
     scale: tuple[Figure, Figure] | None = None

@@ -18,10 +18,11 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from chainward_shared.discriminant import finite
+from chainward_shared.discriminant import finite, symmetric
+from chainward_shared.outside import Record
 
 LENGTH = 1.0
 """What one patient (or image) adds is no longer than this."""
@@ -43,14 +44,12 @@ _OCTAVES = 12.0
 """Lengths are told from 2^-12 to 2^12 of what the frame makes 1."""
 
 
-class SumsForm(BaseModel):
+class SumsForm(Record):
     """What private sums consist of. It travels with the task, and the same form goes to every site.
 
     `dimension`: of embeddings in the frame. `labels`: whether classes are told apart; False: all images are one group.
     `moments`: whether second moments are among them, which only those that tell classes apart have.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dimension: Annotated[int, Field(ge=1, le=MOST_DIMENSIONS)]
     labels: bool
@@ -178,8 +177,7 @@ class NoisySums:
         moments = None
         if form.moments:
             rows, columns = np.triu_indices(form.dimension)
-            moments = np.zeros((form.dimension, form.dimension))
-            moments[rows, columns] = moments[columns, rows] = parts["moments"] / np.where(rows == columns, 1, 2**0.5)
+            moments = symmetric(parts["moments"] / np.where(rows == columns, 1, 2**0.5), form.dimension)
         sums = parts["sums"].reshape(groups, form.dimension)
         mean = float(parts["lengths"][0]) / max(1.0, float(parts["members"].sum()))
         length = 2.0 ** (_OCTAVES * min(1.0, max(-1.0, mean)))

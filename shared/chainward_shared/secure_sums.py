@@ -28,11 +28,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from chainward_shared.errors import ModelError, ProtocolError
-from chainward_shared.outside import SiteId
+from chainward_shared.outside import Record, SiteId
 from chainward_shared.privacy.signing import canonical_json, is_signed, public_text, sign
 from chainward_shared.protocol import Offer, Round
 
@@ -46,10 +46,8 @@ _BLOCK = 1 << 16
 _PURPOSE = "secure-sum"
 
 
-class Secrets(BaseModel):
+class Secrets(Record):
     """What a site keeps to itself between the messages of a round: private keys and the seed of its own mask, hexadecimal."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     channel: str = Field(pattern=rf"^[0-9a-f]{{{2 * _KEY_BYTES}}}$")
     mask: str = Field(pattern=rf"^[0-9a-f]{{{2 * _KEY_BYTES}}}$")
@@ -152,9 +150,7 @@ def opened(secrets: Secrets, site: str, offers: Sequence[Offer], received: Mappi
     return held
 
 
-class _Share(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=False)
-
+class _Share(Record):
     sender: SiteId = Field(alias="from")
     receiver: SiteId = Field(alias="to")
     seed: str = Field(pattern=r"^([0-9a-f]{2})+$", max_length=1_024)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from chainward_shared.outside import Count, Lines, Loss, PerEpoch, Seconds, Word
+from chainward_shared.outside import Count, Lines, Loss, PerEpoch, Record, Seconds, Word
 from chainward_shared.privacy.dp_sgd import DpSgd
 
 
-class TrainingLog(BaseModel):
+class TrainingLog(Record):
     """How one training went; lists hold one value per epoch, `seconds` is the whole of it.
 
     `images` counts labelled images times epochs; `unlabelled`: images without labels that were used beside them.
@@ -16,8 +16,6 @@ class TrainingLog(BaseModel):
     `privacy`: the DP-SGD parameters of a private training, of which nothing else but `seconds` tells anything: the
     lists are empty and `images` is the expected number. `notes`: what the site switched off, a line each.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: Count
     steps: Count

@@ -10,7 +10,7 @@ import torch
 
 from chainward_shared.discriminant import HeadSums, class_weights
 from chainward_shared.errors import ModelError
-from chainward_shared.familiarity import FAMILIAR_WITHIN, FAMILIARITY_KEY, FEWEST_VALIDATION, Familiarity
+from chainward_shared.familiarity import FAMILIAR_WITHIN, FEWEST_VALIDATION, Familiarity
 
 SIZE, CLASSES = 12, 3
 
@@ -87,4 +87,4 @@ def test_it_travels_in_a_models_file_and_a_damaged_one_is_refused(known):
     ):
         damaged = known.model_copy(update=damage).model_dump_json()
         with pytest.raises(ModelError, match=r"'chainward\.familiarity' is damaged"):
-            Familiarity.from_metadata({FAMILIARITY_KEY: damaged})
+            Familiarity.from_metadata({Familiarity.KEY: damaged})

@@ -68,8 +68,3 @@ def _plain(value: float) -> str:
     if value == 2**63:
         return "2^63"
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
-
-
-def lower_first(text: str) -> str:
-    """Return the text with a small first letter."""
-    return text[:1].lower() + text[1:]

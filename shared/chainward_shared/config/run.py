@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from chainward_shared.bounds import Seed
 from chainward_shared.config.contradictions import contradictions
-from chainward_shared.config.options import ConfigScalar, Option, lower_first, options_of
+from chainward_shared.config.options import ConfigScalar, Option, options_of
 from chainward_shared.config.output import OutputConfig
 from chainward_shared.config.tables import (
     ChainConfig,
@@ -42,6 +42,7 @@ from chainward_shared.settings import (
     StudentSettings,
     values_of,
 )
+from chainward_shared.words import lower_first
 
 
 class RunConfig(Table):

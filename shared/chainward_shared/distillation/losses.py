@@ -115,16 +115,7 @@ def distillation_loss(
     `multilabel`: the mean over the classes of ``T^2 KL(sigmoid(teacher/T) || sigmoid(student/T))``, each a divergence of two
     Bernoulli distributions.
     """
-    if multilabel:
-        divergence = torch.zeros_like(logits)
-        for sign in (1, -1):  # the finding is there, it isn't
-            of_teacher = functional.logsigmoid(sign * teacher_logits / temperature)
-            of_student = functional.logsigmoid(sign * logits / temperature)
-            divergence = divergence + functional.kl_div(of_student, of_teacher, reduction="none", log_target=True)
-        return temperature**2 * divergence.mean(dim=1)
-    teacher = functional.log_softmax(teacher_logits / temperature, dim=1)
-    student = functional.log_softmax(logits / temperature, dim=1)
-    return temperature**2 * functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    return ensemble_distillation_loss(logits, teacher_logits[None], temperature, multilabel=multilabel)
 
 
 def ensemble_distillation_loss(

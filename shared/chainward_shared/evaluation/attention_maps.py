@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from chainward_shared.models.taps import (
     check_feature_map,
     conv_stages,
     hook_queries_and_keys,
+    hooked,
     is_transformer,
     reads_class_token,
     unwrapped,
@@ -144,7 +145,7 @@ def _gradcam(model: nn.Module, images: Tensor, classes: Tensor | None) -> Tensor
         features[:] = [output.detach().requires_grad_()]
         return features[0]
 
-    with _hooked(conv_stages(model), begin_graph_here), torch.enable_grad():
+    with hooked(conv_stages(model), begin_graph_here), torch.enable_grad():
         logits = model(images)
         if classes is None:
             classes = logits.argmax(dim=1)
@@ -161,7 +162,7 @@ def _activation_map(model: nn.Module, images: Tensor) -> Tensor:
         if _is_mapped(output, features):
             features[:] = [output]
 
-    with _hooked(conv_stages(model), keep):
+    with hooked(conv_stages(model), keep):
         model(images)
     return features[0].square().mean(dim=1)
 
@@ -169,16 +170,6 @@ def _activation_map(model: nn.Module, images: Tensor) -> Tensor:
 def _is_mapped(output: Tensor, before: list[Tensor]) -> bool:
     """Tell whether a stage's output replaces that of the stages before it; the first is better than none."""
     return not before or min(output.shape[2:]) >= MIN_SIDE
-
-
-@contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _transformer_map(model: VisionTransformer, images: Tensor, *, rollout: bool) -> Tensor:

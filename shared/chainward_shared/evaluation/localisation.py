@@ -12,10 +12,10 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from chainward_shared.errors import DataError
-from chainward_shared.outside import Count, Figure, Total
+from chainward_shared.outside import Count, Figure, Record, Total
 from chainward_shared.seeds import numpy_generator
 
 if TYPE_CHECKING:
@@ -121,12 +121,6 @@ def _score(values: np.ndarray, inside: np.ndarray) -> tuple[float, float, float,
         float(average_precision_score(inside, values)),
         float(shared / (2 * area - shared)),
     )
-
-
-class Record(BaseModel):
-    """Base: immutable, unknown fields and values that aren't numbers refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Interval(Record):

@@ -14,11 +14,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from chainward_shared.evaluation.classification import LOG_ODDS_RANGE, SCORE_BINS, PredictionCounts
 from chainward_shared.evaluation.intervals import wilson
-from chainward_shared.outside import Count, Figure, Fraction, Line, PerClass
+from chainward_shared.outside import Count, Figure, Fraction, Line, PerClass, Record
 
 MIN_CASES = 10
 """Validation images of a class, and of all others, from which a threshold is chosen; test images below which a report warns."""
@@ -34,12 +34,6 @@ THRESHOLDS = tuple(step / 50 for step in range(1, 50))
 """Probabilities at which the net benefit of a decision curve is computed."""
 
 Interval = tuple[float, float] | None
-
-
-class Record(BaseModel):
-    """Base: immutable, unknown fields refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Tally(Record):

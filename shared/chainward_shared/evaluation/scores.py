@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
-from chainward_shared.outside import Count, Fraction
+from chainward_shared.outside import Count, Fraction, Record
 
 
-class Scores(BaseModel):
+class Scores(Record):
     """Metrics of one model on one set of cases.
 
     Attributes
@@ -25,8 +23,6 @@ class Scores(BaseModel):
     macro_auc : mean area over the same findings
     ece : over all decisions; the confidence of one is the probability of what was decided
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: Count
     accuracy: Fraction | None

@@ -15,8 +15,6 @@ from typing import Any, Final
 
 import torch
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -33,14 +31,14 @@ from chainward_shared.models.families import Family, describe_families, find_fam
 from chainward_shared.models.multipliers import MULTIPLIERS, create_multiplied, generator_of
 from chainward_shared.models.options import MOST_OPTIONS, OptionName, check_options
 from chainward_shared.models.parts import trained_names
-from chainward_shared.outside import Name
+from chainward_shared.outside import Name, Record
 from chainward_shared.pixels import Pixels
 from chainward_shared.words import first_line, first_problem
 
 METADATA_KEY: Final = "chainward.architecture"
 
 
-class Start(BaseModel):
+class Start(Record):
     """Pretrained weights that a model starts from, and which part of it is trained further.
 
     Attributes
@@ -51,15 +49,13 @@ class Start(BaseModel):
     part : "all", "head", "norms-and-biases" or "last-N"; see `models.parts`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: Name = Field(min_length=1)
     file: Sha256
     digest: Sha256
     part: Part = "all"
 
 
-class Architecture(BaseModel):
+class Architecture(Record):
     """Everything that decides a model's shapes, so that plain timm can rebuild it, and what it starts from.
 
     Attributes
@@ -80,8 +76,6 @@ class Architecture(BaseModel):
     pydantic.ValidationError
         A field is missing, unknown, of another type, or a size is below 1.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=128)
     num_classes: int = Field(ge=1, le=10_000)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from chainward_shared.models.taps import hooked
+
 _BLOCKS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -20,7 +22,7 @@ def unfilled_patches(model: nn.Module, images: torch.Tensor) -> int:
     """
     found: list[int] = []
 
-    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
         kernel, stride, padding = (_side(getattr(module, name)) for name in ("kernel_size", "stride", "padding"))
         if kernel < 2 or not stride or not inputs or inputs[0].ndim != 4:
             return
@@ -29,13 +31,8 @@ def unfilled_patches(model: nn.Module, images: torch.Tensor) -> int:
         if last < side - 1:
             found.append(stride)
 
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, _BLOCKS)]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked((module for module in model.modules() if isinstance(module, _BLOCKS)), look), torch.no_grad():
+        model(images)
     return found[0] if found else 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,8 +51,7 @@ class Taps:
                 self._tap_blocks(model)
             else:
                 for index, stage in enumerate(conv_stages(model)):
-                    handle = stage.register_forward_hook(partial(self._keep_activation, index))
-                    self._hooks.callback(handle.remove)
+                    self._hooks.enter_context(hooked([stage], partial(self._keep_activation, index)))
         if classifier is not None:
             handle = classifier.register_forward_pre_hook(self._keep_embedding)
             self._hooks.callback(handle.remove)
@@ -220,15 +219,17 @@ def hook_queries_and_keys(layer: Attention, receive: Callable[[Tensor, Tensor], 
     def receive_both(module: nn.Module, args: Any, output: Tensor) -> None:
         receive(waiting.pop(), output)
 
-    handles = [
-        layer.q_norm.register_forward_hook(keep_queries),
-        layer.k_norm.register_forward_hook(receive_both),
-    ]
-    try:
+    with hooked([layer.q_norm], keep_queries), hooked([layer.k_norm], receive_both):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Have `hook` called with each module, its arguments and its output, after every pass through it."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from chainward_shared.outside import Line, Name
+from chainward_shared.outside import Line, Name, Record
 from chainward_shared.pixels import Pixels
 
 UNKNOWN = "unknown"
 
 
-class WeightsCard(BaseModel):
+class WeightsCard(Record):
     """The card of one file of weights.
 
     Attributes
@@ -30,8 +30,6 @@ class WeightsCard(BaseModel):
     parameters : values in the file, buffers left out
     precision : of the file's numbers, e.g. "float16"; computed is in float32
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     backbone: Name = Field(min_length=1)

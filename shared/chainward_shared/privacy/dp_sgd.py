@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from chainward_shared.errors import PolicyRefusal, PrivacyError
-from chainward_shared.outside import Figure, Positive
+from chainward_shared.outside import Figure, Positive, Record
 from chainward_shared.privacy.accounting import Mechanism, solve_noise_multiplier, spent
 from chainward_shared.privacy.calibration import release_mechanisms, release_noise
 from chainward_shared.recipes import PlannedTraining, PrivacyRecipe
@@ -19,14 +19,12 @@ MOST_STEPS = 1_000_000
 """Private steps of a run at one site: finding the noise for as many takes half a minute, for more it soon takes for ever."""
 
 
-class DpSgd(BaseModel):
+class DpSgd(Record):
     """DP-SGD of one private training (Abadi et al. 2016). Nothing of it depends on data, and nothing changes on the way.
 
     `sample_rate`: probability with which a unit is in a step. `expected_batch`: by which the sum of a step's gradients
     is divided, whatever came out of the draw. `noise_multiplier`: standard deviation of the noise over `clip`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: PrivacyUnit
     delta: float = Field(gt=0, lt=1)

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chainward_shared.bounds import Sha256
-from chainward_shared.outside import MAX_LINE, Figure, Positive, visible, visible_values
+from chainward_shared.outside import MAX_LINE, Figure, Positive, Record, visible, visible_values
 from chainward_shared.privacy.accounting import Mechanism, MechanismKind
 from chainward_shared.settings import PrivacyUnit
 
@@ -22,19 +22,15 @@ State = Literal["created", "reserved", "committed", "released"]
 NO_HASH = "0" * 64
 
 
-class Head(BaseModel):
+class Head(Record):
     """How far a ledger goes: number of its last entry (1-based; 0: none yet) and that entry's hash."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sequence: int = Field(ge=0, le=10**12)
     hash: Sha256
 
 
-class MechanismRecord(BaseModel):
+class MechanismRecord(Record):
     """A `Mechanism`, and the norm to which what each unit adds was clipped (None: not clipped, a Laplace release)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: MechanismKind
     noise_multiplier: Figure = Field(ge=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from chainward_shared.outside import Record
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.settings import PrivacyUnit
 
@@ -15,7 +16,7 @@ ClassName = Annotated[str, Field(max_length=1_000)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class Terms(BaseModel):
+class Terms(Record):
     """What of a site's policy others may know.
 
     Attributes
@@ -27,8 +28,6 @@ class Terms(BaseModel):
     metrics : what of scores and counts may leave: nothing ("withhold"), with Laplace noise that is charged to the ledger
         ("noised"), or as they are ("exact"), which no guarantee covers
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epsilon: Budget
     delta: float = Field(gt=0, lt=1, allow_inf_nan=False)

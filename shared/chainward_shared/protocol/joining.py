@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from chainward_shared import __version__
 from chainward_shared.bounds import LabelSkew, Location, Seed, Sha256, SiteCount, SiteIndex
 from chainward_shared.models import Architecture
-from chainward_shared.outside import MAX_SITES, Base64, Count, Digest, Line, Lines, Name, PerClass, RunId, SiteId
+from chainward_shared.outside import (
+    MAX_SITES,
+    Base64,
+    Count,
+    Digest,
+    Line,
+    Lines,
+    Name,
+    PerClass,
+    Record,
+    RunId,
+    SiteId,
+)
 from chainward_shared.preparation import Preparation
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import PrivacyPolicy, Terms
@@ -85,11 +97,9 @@ class AtWork(Body):
     at_work: bool
 
 
-class SitePrivacy(BaseModel):
+class SitePrivacy(Record):
     """What a site says of its privacy policy: its terms, whether it refuses runs without privacy, and how far its ledger
     goes; None where the ledger can't be read, which the site's own log explains."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     terms: Terms
     required: bool

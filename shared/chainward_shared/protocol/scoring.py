@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from chainward_shared.bounds import PositiveFraction, Seed, Sha256, Threads
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import scores_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import MAX_CLASSES, MAX_SITES, Count, Digest, Figure, HopKey, RunId, SiteId
+from chainward_shared.outside import MAX_CLASSES, MAX_SITES, Count, Digest, Figure, HopKey, Record, RunId, SiteId
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.policy import MetricsRelease
 from chainward_shared.privacy.statements import Statement
@@ -62,13 +62,11 @@ class EvaluateResult(Body):
     statement: Statement | None = None
 
 
-class SharedNoise(BaseModel):
+class SharedNoise(Record):
     """Noise that the sites of a secure sum add together: each adds `each`, and that of any `sites` of them is enough.
 
     `each`: standard deviation of the Gaussian noise in every number, as of one site (Goryczka and Xiong 2017, section 4).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sites: int = Field(ge=2, le=MAX_SITES)
     each: Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from chainward_shared.bounds import FEWEST_SITES, PositiveFraction, Sha256
-from chainward_shared.outside import MAX_SITES, Base64, BySite, Digest, Figure, HopKey, RunId, SiteId
+from chainward_shared.outside import MAX_SITES, Base64, BySite, Digest, Figure, HopKey, Record, RunId, SiteId
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.protocol.envelope import Body
 from chainward_shared.protocol.joining import SimulatedSite
@@ -27,7 +27,7 @@ SumWork = StatisticsTask | StudentTask | EvaluateTask
 """Work whose result is a sum over the sites: of embeddings, of a student's updates, of predictions that were counted."""
 
 
-class Round(BaseModel):
+class Round(Record):
     """One secure sum, as all that take part must see it; each signs it with its keys.
 
     Attributes
@@ -38,8 +38,6 @@ class Round(BaseModel):
     threshold : of how many the answers must be there at the end
     weights : what each member's numbers are multiplied by, in the order of the members; empty: by 1
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: RunId
     hop: HopKey
@@ -66,7 +64,7 @@ class Round(BaseModel):
         return site, weights[site] / sum(weights.values())
 
 
-class Offer(BaseModel):
+class Offer(Record):
     """A site's public keys for one round.
 
     Attributes
@@ -75,8 +73,6 @@ class Offer(BaseModel):
     mask : for the masks in common with other sites
     identity, signature : the site's own public key, and its signature of round and keys; None in simulations
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     site: SiteId
     channel: Base64

@@ -57,10 +57,6 @@ class Family(ABC):
         teacher."""
 
     @abstractmethod
-    def patch_size(self, model: Any) -> int:
-        """Return the side in pixels of the patches that the model cuts its image into; 0 if it does not."""
-
-    @abstractmethod
     def scaled_options(self, model: Any, width: float, depth: float) -> dict[str, JsonValue]:
         """Return the timm arguments of the same model with its widths and depths multiplied."""
 
@@ -73,6 +69,10 @@ class Family(ABC):
         ModelError
             The kind of selection does not suit the models.
         """
+
+    def patch_size(self, model: Any) -> int:
+        """Return the side in pixels of the patches that the model cuts its image into; by default 0: it does not."""
+        return 0
 
     def default_options(self, model: Any) -> dict[str, JsonValue]:
         """Return the timm arguments with which the chain builds a model of this family unless told otherwise."""

@@ -80,9 +80,6 @@ class EfficientNets(Family):
             sizes[f"squeezed width of block {j} of stage {i}"] = _squeezed(block)
         return sizes
 
-    def patch_size(self, model: Any) -> int:
-        return 0
-
     def scaled_options(self, model: Any, width: float, depth: float) -> dict[str, JsonValue]:
         # timm rounds widths to multiples of 8, never down by more than a tenth, and depths up
         of_name = multipliers_of(model.pretrained_cfg["architecture"])

@@ -86,9 +86,6 @@ class ResNetV2s(Family):
             sizes[f"number of blocks of stage {i}"] = _depth(stage)
         return sizes
 
-    def patch_size(self, model: Any) -> int:
-        return 0
-
     def default_options(self, model: Any) -> dict[str, JsonValue]:
         if not any(isinstance(norm, nn.BatchNorm2d) for norm in _norms(model)):
             return {}
