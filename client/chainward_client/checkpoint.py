@@ -118,7 +118,7 @@ def training_state(
     objective : the objective's own state
     """
     tensors = {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
-    for number, parameter in enumerate(_parameters(optimizer)):
+    for number, parameter in enumerate(optimised(optimizer)):
         tensors[f"parameter.{number}"] = parameter
         tensors |= {f"optimizer.{number}.{name}": value for name, value in optimizer.state[parameter].items()}
     tensors |= {f"objective.{name}": value for name, value in objective.items()}
@@ -146,7 +146,7 @@ def restore_training(
     try:
         for name, buffer in model.named_buffers():
             buffer.copy_(tensors[f"buffer.{name}"])
-        for number, parameter in enumerate(_parameters(optimizer)):
+        for number, parameter in enumerate(optimised(optimizer)):
             parameter.copy_(tensors[f"parameter.{number}"])
             start = f"optimizer.{number}."
             values = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
@@ -161,5 +161,6 @@ def restore_training(
     return {name.removeprefix("objective."): value for name, value in tensors.items() if name.startswith("objective.")}
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def optimised(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimiser changes, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

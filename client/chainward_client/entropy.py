@@ -82,7 +82,10 @@ class SeededForTests:
         return self._generator.random(n)
 
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
-        return _normal(self._generator, shapes, device)
+        return [
+            torch.as_tensor(self._generator.standard_normal(tuple(shape), dtype=np.float32)).to(device)
+            for shape in shapes
+        ]
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.integer())
@@ -112,12 +115,3 @@ _BLOCK = 1 << 15
 
 _WORDS = 624  # of the Mersenne twister; PyTorch keeps each in 8 bytes, behind 24 bytes of seed and counters
 _STATE_START = 24
-
-
-def _normal(generator: np.random.Generator, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
-    return [
-        torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)).to(device)
-        if len(shape)
-        else torch.tensor(generator.standard_normal(dtype=np.float32), device=device)
-        for shape in shapes
-    ]

@@ -1,27 +1,21 @@
-"""Over which sites a hospital has unmasked secure sums, so that no two of them give away a single one; and how sums are kept."""
+"""Over which sites a hospital has unmasked secure sums, so that no two of them give away a single one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from chainward_client.kept_records import locked, read_kept, write_kept
 from chainward_shared.bounds import PositiveFraction
-from chainward_shared.errors import PolicyRefusal, StoreError
-from chainward_shared.files import write_atomically
+from chainward_shared.errors import PolicyRefusal
 from chainward_shared.outside import SiteId
-from chainward_shared.words import first_problem
 
 Kind = Literal["statistics", "students", "scores"]
 """Of which numbers a sum is: from sums of two kinds no difference can be taken."""
-
-LONGEST_ANSWER = 60.0
-"""Seconds that a question waits for another one about the same sum."""
 
 
 class _Sets(BaseModel):
@@ -89,43 +83,3 @@ def singled_out(sums: Sequence[Mapping[str, float]]) -> str | None:
         if np.linalg.matrix_rank(np.vstack([rows, alone])) == rank:
             return site
     return None
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Let no other process work on a file meanwhile.
-
-    Raises
-    ------
-    StoreError
-        Its folder can't be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(file.with_suffix(".lock"), timeout=LONGEST_ANSWER, mode=0o600)
-        lock.acquire()
-    except OSError as error:
-        raise StoreError(f"{file.parent}: can't be written ({error}); free space or fix its rights") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def read_kept(file: Path, model: type[M]) -> M | None:
-    """Return what was kept in a file; None where there is none. Raises `StoreError` where it can't be read."""
-    try:
-        return model.model_validate_json(file.read_bytes()) if file.exists() else None
-    except (OSError, ValidationError) as error:
-        raise StoreError(f"{file}: damaged ({first_problem(error)}); restore it from a backup") from error
-
-
-def write_kept(file: Path, model: BaseModel) -> None:
-    """Keep something in a file, for its owner alone. Raises `StoreError` where it can't be written."""
-    try:
-        write_atomically(file, model.model_dump_json().encode(), mode=0o600)
-    except OSError as error:
-        raise StoreError(f"{file}: can't be written ({error.strerror}); free space or fix its rights") from error

@@ -21,11 +21,7 @@ from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
 from chainward_client.training.link import train_link
 from chainward_shared.console import show_progress
-from chainward_shared.errors import (
-    ChainwardError,
-    PolicyRefusal,
-    PrivacyError,
-)
+from chainward_shared.errors import ChainwardError, PolicyRefusal, PrivacyError
 from chainward_shared.models.start import travelling
 from chainward_shared.protocol import (
     AtWorkRequest,
@@ -103,8 +99,8 @@ def query(message: Message, node: Node) -> RecordDict:
         task, arrays = unpack(content, BaseTask)
         name, bases = node.bases(task)
         return pack(bases.answer(task, arrays.get("piece"), name))
-    if (step := _SUM_STEPS.get(kind_of(content))) is not None:
-        return step(content, node)
+    if kind_of(content) in _SUM_STEPS:
+        return _sum_step(content, node)
     if kind_of(content) == RunPlan.KIND:
         return pack(node.consider(unpack(content, RunPlan)[0]))
     site = node.open(unpack(content, CardRequest)[0].simulated)
@@ -119,8 +115,8 @@ def _site_privacy(site: OpenSite) -> SitePrivacy | None:
         return None
     head = None
     try:
-        privacy = site.open_privacy()
-        head = None if privacy is None else privacy.ledger.head
+        if (privacy := site.open_privacy()) is not None:
+            head = privacy.ledger.head
     except PrivacyError as error:
         logger.error("nothing can be trained privately here: %s", error)
     return SitePrivacy(terms=site.policy.terms, required=site.policy.required, head=head)
@@ -211,30 +207,17 @@ def _masked_sum(message: Message, node: Node) -> RecordDict:
         return pack(answer, {"sum": to_arrays(sums)})
 
 
-def _sum_keys(content: RecordDict, node: Node) -> RecordDict:
-    task, _ = unpack(content, SumKeysTask)
-    return pack(
-        SumKeys(offer=node.open_for_sum(task.round.run_id, task.simulated).participation(task.round).offer(task.round))
-    )
-
-
-def _sum_shares(content: RecordDict, node: Node) -> RecordDict:
-    task, _ = unpack(content, SumSharesTask)
-    return pack(
-        node.open_for_sum(task.round.run_id, task.simulated).participation(task.round).share(task.round, task.offers)
-    )
-
-
-def _sum_unmasking(content: RecordDict, node: Node) -> RecordDict:
-    task, _ = unpack(content, SumUnmaskTask)
-    return pack(
-        node.open_for_sum(task.round.run_id, task.simulated).participation(task.round).unmask(task.round, task.answered)
-    )
-
-
-_SUM_STEPS = {
-    SumKeysTask.KIND: _sum_keys,
-    SumSharesTask.KIND: _sum_shares,
-    SumUnmaskTask.KIND: _sum_unmasking,
+_SUM_STEPS: dict[str, type[SumKeysTask | SumSharesTask | SumUnmaskTask]] = {
+    task.KIND: task for task in (SumKeysTask, SumSharesTask, SumUnmaskTask)
 }
 """The steps of a secure sum for which no data are read."""
+
+
+def _sum_step(content: RecordDict, node: Node) -> RecordDict:
+    task, _ = unpack(content, _SUM_STEPS[kind_of(content)])
+    part = node.open_for_sum(task.round.run_id, task.simulated).participation(task.round)
+    if isinstance(task, SumKeysTask):
+        return pack(SumKeys(offer=part.offer(task.round)))
+    if isinstance(task, SumSharesTask):
+        return pack(part.share(task.round, task.offers))
+    return pack(part.unmask(task.round, task.answered))

@@ -56,9 +56,9 @@ _WORK: Mapping[str, type[Body]] = {
         SumUnmaskTask,
     )
 }
+"""The requests that are written down; who is there, what is described and whether somebody is at work is asked all the time."""
 _BRIEF = (BaseTask, SumKeysTask, SumSharesTask, SumUnmaskTask)
 """Requests without work of their own, of which only the answer is written down."""
-"""The requests that are written down; who is there, what is described and whether somebody is at work is asked all the time."""
 
 
 class Entry(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,24 +118,25 @@ def _is_particular(value: float) -> bool:
 
 def _protocol_words() -> frozenset[str]:
     """Return the words that the protocol itself has: names of fields and kinds, and the values of choices."""
-    words: set[str] = set()
-
-    def visit(node: Any) -> None:
-        if isinstance(node, dict):
-            words.update(node.get("properties", {}))
-            words.update(str(value) for value in (*node.get("enum", ()), node.get("const", "")))
-            for value in node.values():
-                visit(value)
-        elif isinstance(node, list):
-            for value in node:
-                visit(value)
-
+    words = {"train", "val", "test", "chainward"}
     for thing in vars(protocol).values():
         if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.__module__.startswith(protocol.__name__):
-            visit(thing.model_json_schema())
+            for node in _nodes(thing.model_json_schema()):
+                if isinstance(node, dict):
+                    words.update(node.get("properties", {}))
+                    words.update(str(value) for value in (*node.get("enum", ()), node.get("const", "")))
             words.add(getattr(thing, "KIND", ""))
-    words.update(("train", "val", "test", "chainward"))
     return frozenset(word.casefold() for word in words)
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    """Yield parsed JSON, and all that is in it: values, and the keys of objects."""
+    yield node
+    if isinstance(node, dict):
+        node = [*node, *node.values()]
+    if isinstance(node, list):
+        for item in node:
+            yield from _nodes(item)
 
 
 PROTOCOL_WORDS = _protocol_words()
@@ -236,39 +237,15 @@ def _texts(answer: RecordDict) -> Iterator[str]:
             if not isinstance(value, str):
                 continue
             try:
-                yield from _strings(json.loads(value))
+                yield from (node for node in _nodes(json.loads(value)) if isinstance(node, str))
             except ValueError:
                 yield value
 
 
-def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield str(key)
-            yield from _strings(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _strings(value)
-    elif isinstance(node, str):
-        yield node
-
-
 def _numbers(answer: RecordDict) -> Iterator[float]:
     """Yield every number of a message's texts and metrics."""
-
-    def visit(node: Any) -> Iterator[float]:
-        if isinstance(node, Mapping):
-            for value in node.values():
-                yield from visit(value)
-        elif isinstance(node, list):
-            for value in node:
-                yield from visit(value)
-        elif isinstance(node, int | float) and not isinstance(node, bool):
+    configs = (value for config in answer.config_records.values() for value in config.values())
+    parsed = [json.loads(value) for value in configs if isinstance(value, str) and value[:1] in ("{", "[")]
+    for node in _nodes([*parsed, *map(dict, answer.metric_records.values())]):
+        if isinstance(node, int | float) and not isinstance(node, bool):
             yield float(node)
-
-    for config in answer.config_records.values():
-        for value in config.values():
-            if isinstance(value, str) and value[:1] in ("{", "["):
-                yield from visit(json.loads(value))
-    for metrics in answer.metric_records.values():
-        yield from visit(dict(metrics))

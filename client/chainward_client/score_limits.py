@@ -7,7 +7,6 @@ guarantee, as noise is.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, RootModel
 
 from chainward_client.data.site_data import SiteData, SplitName
+from chainward_client.kept_records import locked, read_kept, write_kept
 from chainward_client.site_config import ScoreLimits
-from chainward_shared.errors import StoreError
 from chainward_shared.evaluation.classification import PredictionCounts
-from chainward_shared.files import write_atomically
 from chainward_shared.protocol import EvaluateTask
 
 logger = logging.getLogger("chainward.client")
 
 KEPT_DAYS = 30
-_SECONDS_TO_WAIT = 60.0
 _CONFIDENCE_DECIMALS = 2
 
 
@@ -52,6 +49,18 @@ def coarse(counts: PredictionCounts) -> PredictionCounts:
     calibration = counts.calibration.copy()
     calibration[:, 1] = np.round(calibration[:, 1], _CONFIDENCE_DECIMALS)
     return PredictionCounts(counts.confusion, calibration, counts.histograms)
+
+
+class _Scored(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    day: str
+    run: str
+    model: str
+
+
+class _Noted(RootModel[list[_Scored]]):
+    pass
 
 
 @dataclass(frozen=True)
@@ -85,19 +94,16 @@ class ScoredModels:
         StoreError
             The file can't be read or written, or is damaged; nothing may be scored then.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock", timeout=_SECONDS_TO_WAIT, mode=0o600):
-                return self._admit(run, model, limits)
-        except (OSError, Timeout) as error:
-            raise StoreError(f"{self.path}: can't be used ({error}); free space or fix its rights") from error
+        with locked(self.path):
+            return self._admit(run, model, limits)
 
     def _admit(self, run: str, model: str, limits: ScoreLimits) -> bool:
-        today, noted = self.today(), self._noted()
-        if any((run, model) == (one["run"], one["model"]) for one in noted):
+        known = read_kept(self.path, _Noted, "remove it, and the count of scored models begins anew")
+        today, noted = self.today(), [] if known is None else known.root
+        if any((run, model) == (one.run, one.model) for one in noted):
             return True
-        of_run = sum(one["run"] == run for one in noted)
-        of_day = sum(one["day"] == today for one in noted)
+        of_run = sum(one.run == run for one in noted)
+        of_day = sum(one.day == today for one in noted)
         for what, found, most in (("run", of_run, limits.per_run), ("day", of_day, limits.per_day)):
             if found >= most:
                 logger.warning(
@@ -108,20 +114,7 @@ class ScoredModels:
                     most,
                 )
                 return False
-        kept = sorted({one["day"] for one in noted} | {today})[-KEPT_DAYS:]
-        noted = [one for one in noted if one["day"] in kept] + [{"day": today, "run": run, "model": model}]
-        write_atomically(self.path, json.dumps(noted).encode(), mode=0o600)
+        kept = sorted({one.day for one in noted} | {today})[-KEPT_DAYS:]
+        noted = [one for one in noted if one.day in kept] + [_Scored(day=today, run=run, model=model)]
+        write_kept(self.path, _Noted(noted))
         return True
-
-    def _noted(self) -> list[dict[str, str]]:
-        try:
-            noted = json.loads(self.path.read_bytes())
-            if isinstance(noted, list) and all(
-                isinstance(one, dict) and set(one) == {"day", "run", "model"} for one in noted
-            ):
-                return noted
-        except FileNotFoundError:
-            return []
-        except ValueError:
-            pass
-        raise StoreError(f"{self.path}: damaged; remove it, and the count of scored models begins anew")

@@ -19,22 +19,11 @@ from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
 from chainward_shared.errors import SpentError
-from chainward_shared.evaluation.classification import (
-    COUNT_FIELDS,
-    PredictionCounts,
-    counts_from_state,
-    counts_to_arrays,
-    counts_to_state,
-    evaluate,
-    pool,
-)
+from chainward_shared.evaluation.classification import PredictionCounts, counts_to_arrays, evaluate, pool
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.protocol import (
-    EvaluateResult,
-    EvaluateTask,
-    pack,
-)
+from chainward_shared.protocol import EvaluateResult, EvaluateTask, pack
+from chainward_shared.summands import counts_in, counts_summand
 
 Counts = dict[str, PredictionCounts]
 """Of each split."""
@@ -122,16 +111,7 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
             result, counts = noised_scores(task, data, privacy, model, site.features)
         except Exception as error:
             raise SpentError(f"scoring failed after its release was charged: {error}") from error
-        stored = {
-            f"counts_{split}.{part}": tensor
-            for split, of in counts.items()
-            for part, tensor in counts_to_state(of).items()
-        }
-        answer = result, stored
+        answer = result, counts_summand(counts)
         store.save_answer(task, *answer)
-    result, state = answer
-    found: Counts = {
-        split: counts_from_state({name: state[f"counts_{split}.{name}"] for name in COUNT_FIELDS})
-        for split in task.splits
-    }
-    return result.model_copy(update={"statement": work.statement()}), found
+    result, stored = answer
+    return result.model_copy(update={"statement": work.statement()}), counts_in(stored, task)

@@ -16,7 +16,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict
 
-from chainward_client.given_sums import GivenSums, Kind, locked, read_kept, write_kept
+from chainward_client.given_sums import GivenSums, Kind
+from chainward_client.kept_records import locked, read_kept, write_kept
 from chainward_client.site_config import SecureSums
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.outside import SiteId

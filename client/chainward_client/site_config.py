@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from chainward_shared.bounds import FEWEST_SITES, Epochs, ImageSize, Laps, Threads
 from chainward_shared.errors import DataError, nearest
-from chainward_shared.outside import SiteId
+from chainward_shared.outside import Record, SiteId
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.words import first_problem
 
 WeightsPolicy = Literal["any", "only-reviewed"]
 
 
-class SiteLimits(BaseModel):
+class SiteLimits(Record):
     """The `limits` block of site.yaml: the most of each that one request may ask for, and the fewest images that sums go over.
 
     Attributes
@@ -37,8 +37,6 @@ class SiteLimits(BaseModel):
         finding); the sums over a class of one image are that image's embedding. 1: any number
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     epochs: Epochs = 1_000
     rounds: Annotated[int, Field(ge=1, le=20_000)] = 1_000
     laps: Laps = 100
@@ -51,7 +49,7 @@ class SiteLimits(BaseModel):
     statistics_class: Annotated[int, Field(ge=1, le=10**9)] = 1
 
 
-class ScoreLimits(BaseModel):
+class ScoreLimits(Record):
     """The block `scores` of a site.yaml: what of exact scores may leave.
 
     Attributes
@@ -60,14 +58,12 @@ class ScoreLimits(BaseModel):
     per_run, per_day : models that are scored in one run, and on one day (UTC) over all runs; the others are withheld
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     min_cases: int = Field(10, ge=1, le=1_000_000)
     per_run: int = Field(500, ge=0, le=1_000_000)
     per_day: int = Field(1000, ge=0, le=1_000_000)
 
 
-class SecureSums(BaseModel):
+class SecureSums(Record):
     """The `secure_sums` block of site.yaml: with whom the site adds up numbers that nobody sees.
 
     Attributes
@@ -83,8 +79,6 @@ class SecureSums(BaseModel):
         each adds ``1 / sqrt(noise_from)`` of it. Default 1: this site adds all of it, and relies on nobody. With more, the
         guarantee holds where so many of the sites in the sum added their share and keep it to themselves
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     partners: dict[SiteId, str] = Field(min_length=FEWEST_SITES - 1, max_length=10_000)
     required: bool = False
@@ -103,7 +97,7 @@ class SecureSums(BaseModel):
         return self
 
 
-class SiteConfig(BaseModel):
+class SiteConfig(Record):
     """A hospital's own site.yaml.
 
     Attributes
@@ -121,8 +115,6 @@ class SiteConfig(BaseModel):
 
     Both paths may be relative to site.yaml.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     site: SiteId
     data: str

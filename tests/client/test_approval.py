@@ -138,7 +138,7 @@ def test_nothing_is_done_before_a_person_has_approved_and_the_coordinator_hears_
         assert said.waiting and not said.final
         assert "waits for the approval of a person at this hospital" in said.reason
     left = {path.name for path in (tmp_path / "state").rglob("*")}
-    assert left == {"approvals.json", "approvals.json.lock", "journal.jsonl"}, "no lock, no base, no reservation"
+    assert left == {"approvals.json", "approvals.lock", "journal.jsonl"}, "no lock, no base, no reservation"
 
 
 @KINDS

@@ -7,15 +7,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from chainward_client.kept_records import read_kept
 from chainward_shared import __version__
 from chainward_shared.bounds import Sha256
-from chainward_shared.errors import StoreError
 from chainward_shared.outside import Count, Line, RunId
-from chainward_shared.words import first_problem
 
 FILE = "approvals.json"
+ANEW = "remove it, and runs ask for approval anew"
 KEPT = 100
 """Plans that are remembered; decided ones go first, the oldest of them before the others."""
 
@@ -92,18 +92,11 @@ def listed_runs(state_dir: Path) -> list[ListedRun]:
         The file can't be read, or is damaged.
     """
     path = state_dir / FILE
-    try:
-        content = path.read_bytes()
-        if _Writer.model_validate_json(content).written_by != __version__:
-            return _of_another_build(state_dir)
-        found = _Listed.model_validate_json(content).runs
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StoreError(f"{path}: can't be read ({error.strerror}); fix its rights") from error
-    except ValidationError as error:
-        raise damaged(path, error) from error
-    return sorted(found, key=lambda one: one.asked, reverse=True)
+    writer = read_kept(path, _Writer, ANEW)
+    if writer is not None and writer.written_by != __version__:
+        return _of_another_build(state_dir)
+    found = read_kept(path, _Listed, ANEW) or _Listed()
+    return sorted(found.runs, key=lambda one: one.asked, reverse=True)
 
 
 def _of_another_build(state_dir: Path) -> list[ListedRun]:
@@ -111,8 +104,3 @@ def _of_another_build(state_dir: Path) -> list[ListedRun]:
     from chainward_client.approval.record import Approvals
 
     return [ListedRun.model_validate(one.model_dump()) for one in Approvals(state_dir).runs()]
-
-
-def damaged(path: Path, error: ValidationError) -> StoreError:
-    """Return what is said of a record that can't be used."""
-    return StoreError(f"{path}: damaged ({first_problem(error)}); remove it, and runs ask for approval anew")

@@ -13,14 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from chainward_client.approval.listing import FILE, KEPT, Asked, Decision, damaged
-from chainward_client.private_files import for_the_owner_alone
+from chainward_client.approval.listing import ANEW, FILE, KEPT, Asked, Decision
+from chainward_client.kept_records import locked, read_kept, write_kept
 from chainward_shared import __version__
-from chainward_shared.errors import ApprovalNeeded, ConfigError, PolicyRefusal, StoreError
-from chainward_shared.files import write_atomically
+from chainward_shared.errors import ApprovalNeeded, ConfigError, PolicyRefusal
 from chainward_shared.outside import Line
 from chainward_shared.protocol import LinkTask, StudentTask, fingerprint
 from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, beyond
@@ -34,7 +32,6 @@ DAYS = 30.0
 LONGEST_DAYS = 366.0
 SPARE = 2
 """A plan's trainings may be asked for so many times as often: links that are made up for are trained under another name."""
-_SECONDS_TO_WAIT = 60.0
 
 
 class AskedRun(Asked):
@@ -228,16 +225,11 @@ class Approvals:
     @contextmanager
     def _changing(self) -> Iterator[_Record]:
         """Hand out the record to be changed, nobody else changing it meanwhile, and write it."""
-        try:
-            with for_the_owner_alone():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock", timeout=_SECONDS_TO_WAIT, mode=0o600):
-                record = self._read()
-                yield record
-                record.runs, record.written_by = self._kept(record.runs), __version__
-                write_atomically(self.path, record.model_dump_json(by_alias=True, indent=1).encode(), mode=0o600)
-        except (OSError, Timeout) as error:
-            raise StoreError(f"{self.path}: can't be used ({error}); free space or fix its rights") from error
+        with locked(self.path):
+            record = self._read()
+            yield record
+            record.runs, record.written_by = self._kept(record.runs), __version__
+            write_kept(self.path, record)
 
     def _kept(self, runs: list[AskedRun]) -> list[AskedRun]:
         now = self.now()
@@ -248,11 +240,4 @@ class Approvals:
         return [one for one in runs if one in best]
 
     def _read(self) -> _Record:
-        try:
-            return _Record.model_validate_json(self.path.read_bytes())
-        except FileNotFoundError:
-            return _Record()
-        except OSError as error:
-            raise StoreError(f"{self.path}: can't be read ({error.strerror}); fix its rights") from error
-        except ValidationError as error:
-            raise damaged(self.path, error) from error
+        return read_kept(self.path, _Record, ANEW) or _Record()

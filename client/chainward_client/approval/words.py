@@ -114,7 +114,7 @@ def _start(model: Architecture) -> list[str]:
 
 def _cost(asked: AskedRun, config: SiteConfig, site_yaml: Path) -> Paragraph:
     title, recipe, policy = "What it costs in privacy", asked.plan.link.privacy, config.privacy
-    if recipe is None or policy is None or (recipe.sites == "by-policy" and policy is None):
+    if recipe is None or policy is None:
         if policy is not None and policy.required:
             return Paragraph(
                 title, ("the run has no differential privacy; this site's policy would refuse to train",), True

@@ -18,11 +18,11 @@ SOON = timedelta(days=30)
 """A certificate that expires within this time is worth a warning."""
 
 
-def check_root_certificates(path: Path, now: datetime | None = None) -> Check:
+def check_root_certificates(path: Path) -> Check:
     """Check the file with the certificates by which the coordinator's is to be verified."""
     name = "root certificates"
     ask = "ask the coordinator for the root certificate (a PEM file), and compare its fingerprint by phone"
-    now = now or datetime.now(UTC)
+    now = datetime.now(UTC)
     try:
         content = path.read_bytes()
     except OSError as error:

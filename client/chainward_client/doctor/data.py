@@ -93,59 +93,49 @@ def checks_of(path: Path, data: SiteData) -> list[Check]:
     return [
         *check_counts(data),
         *check_images(path, data),
-        *check_patients(data),
+        check_patients(data),
         *check_privileged(data),
         *_notes(data),
     ]
 
 
-def check_counts(data: SiteData) -> list[Check]:
+def check_counts(data: SiteData) -> Iterator[Check]:
     """Count cases per class and split."""
-    checks = []
     for split in SPLITS:
         cases = data.splits[split]
         counts = ", ".join(
             f"{name} {count}" for name, count in zip(data.classes, data.class_counts(split), strict=True)
         )
         patients = f" of {number_of(len(np.unique(cases.patients)), 'patient')}" if data.has_patient_ids else ""
-        found = f"{number_of(len(cases), 'image')}{patients}: {counts}"
         if len(cases):
-            checks.append(ok(f"cases: {split}", found))
+            yield ok(f"cases: {split}", f"{number_of(len(cases), 'image')}{patients}: {counts}")
         else:
-            checks.append(
-                warning(f"cases: {split}", "none", "without them the site can't score models on its own images")
-            )
-    return checks
+            yield warning(f"cases: {split}", "none", "without them the site can't score models on its own images")
 
 
 # --- images ---
 
 
-def check_images(path: Path, data: SiteData) -> list[Check]:
+def check_images(path: Path, data: SiteData) -> Iterator[Check]:
     """Look for pictures that are unlike the others: turned, small, long, of another size or colour, or all of one value."""
     total = sum(len(cases) for cases in data.splits.values())
     side = next(iter(data.splits.values())).images.shape[-1]
-    checks = [ok("images", f"all {total} can be read; training sees them at {side} px")]
+    yield ok("images", f"all {total} can be read; training sees them at {side} px")
     table = read_table(path)
     if type(table) is Manifest:  # of pictures that Pillow opens
-        checks += odd_headers(read_headers(table), table.description.image)
-    checks += check_scale(data)
+        yield from odd_headers(read_headers(table), table.description.image)
+    yield from check_scale(data)
     blank = sum(_blank(data, split) for split in SPLITS)
     if blank:
-        checks.append(
-            warning("images: blank", f"{blank} of {total} have the same value in every pixel", "are the files whole?")
-        )
-    return checks
+        yield warning("images: blank", f"{blank} of {total} have the same value in every pixel", "are the files whole?")
 
 
-def check_scale(data: SiteData) -> list[Check]:
+def check_scale(data: SiteData) -> Iterator[Check]:
     """Show which values of more than 8 bits become black and white, and how the others lie between them."""
-    if data.scale is None:
-        return []
-    scale = data.scale
-    found = f"black {scale.low:g}, white {scale.high:g}, measured on {scale.images} images: {scale.histogram()}"
-    advice = f"declare it, so that all hospitals have the same: image.scale: [{scale.low:g}, {scale.high:g}]"
-    return [warning("images: grey scale", found, advice)]
+    if (scale := data.scale) is not None:
+        found = f"black {scale.low:g}, white {scale.high:g}, measured on {scale.images} images: {scale.histogram()}"
+        advice = f"declare it, so that all hospitals have the same: image.scale: [{scale.low:g}, {scale.high:g}]"
+        yield warning("images: grey scale", found, advice)
 
 
 def _blank(data: SiteData, split: str) -> int:
@@ -233,24 +223,19 @@ def _odd_sizes(headers: Sequence[Header], shape: ImageShape) -> Iterator[_Oddity
 # --- patients, privileged data, notes ---
 
 
-def check_patients(data: SiteData) -> list[Check]:
-    """Check that no patient, and no picture, is on both sides of a split."""
-    checks = []
-    if not data.has_patient_ids:
-        checks.append(
-            warning(
-                "patients",
-                "the data don't say which images are of one patient: one may be on both sides of a split, and privacy can "
-                "only protect single images",
-                "name the column in columns.patient",
-            )
-        )
-    else:
-        checks.append(ok("patients", "none is in two splits"))
-    return checks
+def check_patients(data: SiteData) -> Check:
+    """Check that no patient is on both sides of a split."""
+    if data.has_patient_ids:
+        return ok("patients", "none is in two splits")
+    return warning(
+        "patients",
+        "the data don't say which images are of one patient: one may be on both sides of a split, and privacy can only protect "
+        "single images",
+        "name the column in columns.patient",
+    )
 
 
-def check_privileged(data: SiteData) -> list[Check]:
+def check_privileged(data: SiteData) -> Iterator[Check]:
     """Say what reports and table there are for privileged teachers."""
     cases = data.splits["train"]
     texts, table = cases.privileged.texts, cases.privileged.table
@@ -260,11 +245,11 @@ def check_privileged(data: SiteData) -> list[Check]:
     if table is not None and data.privileged.columns:
         parts.append(f"table columns {listed(list(data.privileged.columns))}")
     if not parts:
-        return [skipped("privileged columns", "none is declared; the site takes part without privileged teachers")]
-    checks = [ok("privileged columns", f"{'; '.join(parts)}. They never leave")]
+        yield skipped("privileged columns", "none is declared; the site takes part without privileged teachers")
+        return
+    yield ok("privileged columns", f"{'; '.join(parts)}. They never leave")
     if data.privileged.encoder is not None:
-        checks.append(_check_encoder(data.privileged.encoder))
-    return checks
+        yield _check_encoder(data.privileged.encoder)
 
 
 def _check_encoder(folder: Path) -> Check:

@@ -75,28 +75,27 @@ def check_state(state: Path, mounts: Mapping[str, str] | None = None) -> list[Ch
     """
     there = _nearest(state)
     made = "" if there == state else f" (not there yet; {there} is)"
-    checks = [_writable(state, there, made)]
-    point, kind = file_system(there, mounts if mounts is not None else mounted())
+    return [
+        _writable(state, there, made),
+        _lasting(state, *file_system(there, mounted() if mounts is None else mounts)),
+    ]
+
+
+def _lasting(state: Path, point: str, kind: str) -> Check:
     if kind in NETWORK_DISKS or kind.startswith("fuse."):
-        checks.append(
-            problem(
-                "state disk",
-                f"{point} is a network disk ({kind}): locks and written data can't be relied on, and with them the ledger",
-                "set `state` in site.yaml to a folder on a local disk",
-            )
+        return problem(
+            "state disk",
+            f"{point} is a network disk ({kind}): locks and written data can't be relied on, and with them the ledger",
+            "set `state` in site.yaml to a folder on a local disk",
         )
-    elif kind in PASSING_DISKS:
+    if kind in PASSING_DISKS:
         lost = "with the container" if kind in ("overlay", "aufs") else "at the next start of the machine"
-        checks.append(
-            warning(
-                "state disk",
-                f"{state} lies on {kind}: it is gone {lost}, the ledger and its key included",
-                "put the state folder on a local disk or a volume that stays",
-            )
+        return warning(
+            "state disk",
+            f"{state} lies on {kind}: it is gone {lost}, the ledger and its key included",
+            "put the state folder on a local disk or a volume that stays",
         )
-    else:
-        checks.append(ok("state disk", f"{kind or 'unknown file system'} at {point}, local"))
-    return checks
+    return ok("state disk", f"{kind or 'unknown file system'} at {point}, local")
 
 
 def _writable(state: Path, there: Path, made: str) -> Check:
@@ -298,29 +297,28 @@ def check_flower(nodes: Iterable[SuperNode], environment: Mapping[str, str] | No
     """
     running = list(nodes)
     own = os.environ if environment is None else environment
-    checks = [
+    return [
         _switched_off(running, own, "Flower telemetry", "FLWR_TELEMETRY_ENABLED", "0"),
         _switched_off(running, own, "Flower update check", "FLWR_DISABLE_UPDATE_CHECK", "1"),
+        _installs_nothing(running),
+        _trusted_entities(running),
     ]
-    option = "--allow-runtime-dependency-installation"
-    name = "runtime installation"
-    if allowing := [node for node in running if option in node.arguments]:
-        checks.append(
-            problem(
+
+
+def _installs_nothing(running: Sequence[SuperNode]) -> Check:
+    name, option = "runtime installation", "--allow-runtime-dependency-installation"
+    if not running:
+        return skipped(
+            name, "no SuperNode runs here to look at; it is off by default", f"start the SuperNode without {option}"
+        )
+    for node in running:
+        if option in node.arguments:
+            return problem(
                 name,
-                f"{allowing[0].name} has {option}: an app could install and run anything here",
+                f"{node.name} has {option}: an app could install and run anything here",
                 "start it without; what runs is what the hospital installed",
             )
-        )
-    elif running:
-        checks.append(ok(name, f"off: {running[0].name} has no {option}"))
-    else:
-        checks.append(
-            skipped(
-                name, "no SuperNode runs here to look at; it is off by default", f"start the SuperNode without {option}"
-            )
-        )
-    return [*checks, _trusted_entities(running)]
+    return ok(name, f"off: {running[0].name} has no {option}")
 
 
 def _switched_off(running: Sequence[SuperNode], own: Mapping[str, str], name: str, variable: str, wanted: str) -> Check:

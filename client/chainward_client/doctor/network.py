@@ -12,7 +12,6 @@ import os
 import socket
 import ssl
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,7 +32,6 @@ from chainward_shared.words import listed
 
 TIMEOUT = 8.0
 """Seconds to wait for an answer of the network."""
-
 
 AHEAD, BEHIND = 5, 300
 """Seconds by which a site's clock may differ from the SuperLink's: Flower refuses signed requests beyond (flwr 1.41 and 1.42)."""
@@ -92,9 +90,6 @@ def check_network(
         checks.append(check_auth_key(auth_key))
     checks.append(skipped("health", "not looked at", "give --health") if health is None else check_health(health))
     return checks
-
-
-# --- certificates ---
 
 
 # --- the SuperLink ---
@@ -172,15 +167,20 @@ def _handshake(endpoint: Endpoint, roots: Path | None) -> tuple[list[Check], ssl
     except (OSError, ssl.SSLError):
         return [skipped("TLS", "not looked at: the root certificates can't be used")], None
     try:
-        with (
-            socket.create_connection((endpoint.host, endpoint.port), timeout=TIMEOUT) as raw,
-            context.wrap_socket(raw, server_hostname=endpoint.host) as tls,
-        ):
-            version, der = tls.version(), tls.getpeercert(binary_form=True)
+        version, der = _shown(endpoint, context)
     except (OSError, ValueError) as error:
         return [_tls_problem(endpoint, roots, error)], None
     assert der is not None
     return [ok("TLS", f"{version}, verified by {_trust(roots)}"), check_server_certificate(der)], context
+
+
+def _shown(endpoint: Endpoint, context: ssl.SSLContext) -> tuple[str | None, bytes | None]:
+    """Return the version of TLS, and the certificate that the server shows."""
+    with (
+        socket.create_connection((endpoint.host, endpoint.port), timeout=TIMEOUT) as raw,
+        context.wrap_socket(raw, server_hostname=endpoint.host) as tls,
+    ):
+        return tls.version(), tls.getpeercert(binary_form=True)
 
 
 def _trust(roots: Path | None) -> str:
@@ -254,11 +254,7 @@ def _unverified(endpoint: Endpoint) -> x509.Certificate | None:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
-        with (
-            socket.create_connection((endpoint.host, endpoint.port), timeout=TIMEOUT) as raw,
-            context.wrap_socket(raw, server_hostname=endpoint.host) as tls,
-        ):
-            der = tls.getpeercert(binary_form=True)
+        _, der = _shown(endpoint, context)
         return None if der is None else x509.load_der_x509_certificate(der)
     except (OSError, ValueError):
         return None
@@ -327,33 +323,8 @@ def compare_clocks(date: str | None, sent: datetime, received: datetime) -> Chec
 # --- key and health ---
 
 
-def check_health(endpoint: Endpoint, ask: Callable[[Endpoint], str] | None = None) -> Check:
+def check_health(endpoint: Endpoint) -> Check:
     """Ask the SuperLink's gRPC health server, which has no TLS and is for the coordinator's own network."""
-    try:
-        status = (ask or grpc_status)(endpoint)
-    except HealthError as error:
-        return problem(
-            "health",
-            f"{endpoint}: {error}",
-            "ask the coordinator whether the SuperLink runs with --health-server-address, and whether you may reach it",
-        )
-    if status != "SERVING":
-        return problem("health", f"{endpoint}: {status}", "ask the coordinator: the SuperLink is not working")
-    return ok("health", f"{endpoint}: SERVING (gRPC health)")
-
-
-class HealthError(Exception):
-    """No answer of a health server; one line."""
-
-
-def grpc_status(endpoint: Endpoint) -> str:
-    """Return what the health server says, "SERVING" if all is well.
-
-    Raises
-    ------
-    HealthError
-        No answer, or none of a health server.
-    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes to stderr from C++
     import grpc
     from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
@@ -365,8 +336,15 @@ def grpc_status(endpoint: Endpoint) -> str:
             answer = HealthStub(channel).Check(HealthCheckRequest(), timeout=TIMEOUT)
         except grpc.RpcError as error:
             code = error.code().name.lower().replace("_", " ")
-            raise HealthError(f"no answer of a gRPC health server ({code}: {_short(error.details())})") from error
-    return str(HealthCheckResponse.ServingStatus.Name(answer.status))
+            return problem(
+                "health",
+                f"{endpoint}: no answer of a gRPC health server ({code}: {_short(error.details())})",
+                "ask the coordinator whether the SuperLink runs with --health-server-address, and whether you may reach it",
+            )
+    status = HealthCheckResponse.ServingStatus.Name(answer.status)
+    if status != "SERVING":
+        return problem("health", f"{endpoint}: {status}", "ask the coordinator: the SuperLink is not working")
+    return ok("health", f"{endpoint}: SERVING (gRPC health)")
 
 
 def _is_local(host: str) -> bool:
@@ -376,6 +354,6 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _short(text: str | None, most: int = 120) -> str:
+def _short(text: str | None) -> str:
     text = " ".join((text or "").split())
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -18,7 +18,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -88,16 +87,16 @@ def privileged_targets(
     if cache is not None and (kept := load(path_of(cache, key), key, cases, data)) is not None:
         return kept
     started = time.monotonic()
-    parts = {
-        name: _modality(name, vectors, available, data, cases, recipe, training)
+    parts = [
+        _modality(name, vectors, available, data, cases, recipe, training)
         for name, (vectors, available) in (
             (name, read()) for name, read in _readers(data, cases, recipe, image).items()
         )
         if _enough(name, available, data, cases)
-    }
+    ]
     if not parts:
         return None
-    targets = _merged(list(parts.values()), cases.labels.ndim == 2)
+    targets = _merged(parts)
     shown = ", ".join(
         f"{name} {report.balanced_accuracy:.3f} on {report.cases} of {len(cases)} cases"
         for name, report in targets.report.items()
@@ -111,18 +110,6 @@ def privileged_targets(
     if cache is not None:
         save(targets, path_of(cache, key), key)
     return targets
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """What one teacher says of all cases; the fields as in `PrivilegedTargets`."""
-
-    name: str
-    logits: Tensor
-    taught: Tensor
-    embeddings: Tensor
-    available: Tensor
-    report: TeacherReport
 
 
 def _seen(recipe: PrivilegedRecipe, image: SeenImages | None) -> SeenImages | None:
@@ -167,7 +154,7 @@ def _private_targets(
         _private_modality(name, read, data, cases, recipe, prepared, cache, work, image)
         for name, read in _readers(data, cases, recipe, image).items()
     ]
-    return _merged(parts, cases.labels.ndim == 2, private=True) if parts else None
+    return _merged(parts) if parts else None
 
 
 def _private_modality(
@@ -180,7 +167,7 @@ def _private_modality(
     cache: Path | None,
     work: PrivateWork,
     image: SeenImages | None,
-) -> _Answers:
+) -> PrivilegedTargets:
     """Find what the private teacher of one modality says, or train it, pay for it, and keep it.
 
     Each modality is kept by itself, so that what goes wrong in the second does not let the first be paid for twice.
@@ -192,7 +179,7 @@ def _private_modality(
     if path is not None and _paid(work, phase, dp_sgd):
         kept = load(path, key, cases, data, private=True)
         if kept is not None:
-            return _Answers(name, kept.logits, kept.taught, kept.embeddings, kept.available, kept.report[name])
+            return kept
     started = time.monotonic()
     inputs, there = (torch.from_numpy(part) for part in read())
     with work.training(
@@ -219,23 +206,45 @@ def _private_modality(
         data.site,
         name,
         time.monotonic() - started,
-        *(answers.report.balanced_accuracy, answers.report.cases, len(cases)),
+        *(answers.report[name].balanced_accuracy, answers.report[name].cases, len(cases)),
     )
     if path is not None:
-        save(_merged([answers], cases.labels.ndim == 2, private=True), path, key)
+        save(answers, path, key)
     return answers
 
 
 def _answers_of(
     name: str, teacher: PrivilegedTeacher, inputs: Tensor, there: Tensor, labels: Tensor, threads: int
-) -> _Answers:
-    """Return what one teacher, trained on all cases, says of those that have its modality."""
+) -> PrivilegedTargets:
+    """Return what one private teacher, trained on all cases, says of those that have its modality."""
     with training_environment(threads, seed=0), torch.no_grad():
         logits = torch.where(there[:, None], teacher(inputs), 0.0)
         embeddings = torch.nn.functional.normalize(teacher.embed(inputs), dim=1) * there[:, None]
     taught = there[:, None].expand_as(logits).contiguous()
-    report = TeacherReport(int(there.sum()), _balanced_accuracy(logits[there], taught[there], labels[there]))
-    return _Answers(name, logits, taught, embeddings, there, report)
+    return _of_one(name, logits, taught, embeddings, there, labels, private=True)
+
+
+def _of_one(
+    name: str,
+    logits: Tensor,
+    taught: Tensor,
+    embeddings: Tensor,
+    there: Tensor,
+    labels: Tensor,
+    *,
+    private: bool = False,
+) -> PrivilegedTargets:
+    """Return what the teacher of one modality says of all cases, n; `there`: which have it, bool (n,)."""
+    accuracy = _balanced_accuracy(logits[there], taught[there], labels[there])
+    return PrivilegedTargets(
+        logits=logits,
+        taught=taught,
+        embeddings=embeddings,
+        present=there[:, None].expand_as(embeddings).contiguous(),
+        multilabel=labels.ndim == 2,
+        report={name: TeacherReport(int(there.sum()), accuracy)},
+        private=private,
+    )
 
 
 def _paid(work: PrivateWork, phase: str, dp_sgd: DpSgd) -> bool:
@@ -275,7 +284,7 @@ def _modality(
     cases: Cases,
     recipe: PrivilegedRecipe,
     training: TrainingRecipe,
-) -> _Answers:
+) -> PrivilegedTargets:
     """Train the teachers of one modality: one for each fold, for the logits, and one on all, for the embeddings."""
     classes = len(data.classes)
     rows = np.flatnonzero(available)
@@ -296,8 +305,7 @@ def _modality(
         whole = train_teacher(inputs, labels, classes, recipe, training, *purpose, "all")
         with torch.no_grad():
             embeddings[rows] = torch.nn.functional.normalize(whole.embed(inputs), dim=1)
-    report = TeacherReport(len(rows), _balanced_accuracy(logits[rows], taught[rows], labels))
-    return _Answers(name, logits, taught, embeddings, torch.from_numpy(available), report)
+    return _of_one(name, logits, taught, embeddings, torch.from_numpy(available), cases.labels)
 
 
 def _told_apart(labels: Tensor, classes: int) -> Tensor:
@@ -306,7 +314,7 @@ def _told_apart(labels: Tensor, classes: int) -> Tensor:
     return counts > 0 if counts.ndim == 1 else (counts > 0).all(dim=1)
 
 
-def _merged(parts: Sequence[_Answers], multilabel: bool, *, private: bool = False) -> PrivilegedTargets:
+def _merged(parts: Sequence[PrivilegedTargets]) -> PrivilegedTargets:
     have = torch.stack([part.available for part in parts])  # (modalities, n)
     taught = torch.stack([part.taught | ~part.available[:, None] for part in parts]).all(dim=0)
     taught &= have.any(dim=0)[:, None]
@@ -315,10 +323,10 @@ def _merged(parts: Sequence[_Answers], multilabel: bool, *, private: bool = Fals
         logits=torch.where(taught, logits, 0.0),
         taught=taught,
         embeddings=torch.cat([part.embeddings for part in parts], dim=1),
-        present=torch.cat([part.available[:, None].expand_as(part.embeddings) for part in parts], dim=1).contiguous(),
-        multilabel=multilabel,
-        report={part.name: part.report for part in parts},
-        private=private,
+        present=torch.cat([part.present for part in parts], dim=1),
+        multilabel=parts[0].multilabel,
+        report={name: report for part in parts for name, report in part.report.items()},
+        private=parts[0].private,
     )
 
 

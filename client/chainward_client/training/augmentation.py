@@ -66,11 +66,6 @@ def augmented(images: Tensor, kind: Augmentation, generator: torch.Generator, pi
     return _changed(values, _drawn(len(images), STRENGTHS[kind], generator), pixels)
 
 
-def number_of_views(kind: Augmentation) -> int:
-    """Return how many fixed views there are of each image."""
-    return FIXED_VIEWS[kind]
-
-
 def fixed_view(images: Tensor, kind: Augmentation, view: int, pixels: Pixels | None = None) -> Tensor:
     """Return view number `view` of each image, float32 (n, c, h, w), scaled as by `to_float`: the same change of all images.
 

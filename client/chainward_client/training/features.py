@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chainward_client.kept_files import Making, mapped
 from chainward_client.precision import best_device, training_environment
-from chainward_client.training.augmentation import fixed_view, number_of_views
+from chainward_client.training.augmentation import FIXED_VIEWS, fixed_view
 from chainward_shared.models.architecture import architecture_of
 from chainward_shared.models.trunk import Trunk, trunk_of
 from chainward_shared.preprocessing import pixels_of, resized
@@ -73,7 +73,7 @@ class Features:
             return None
         architecture = architecture_of(model)
         assert architecture is not None and architecture.start is not None
-        views, pixels, size = number_of_views(augmentation), pixels_of(model), architecture.image_size
+        views, pixels, size = FIXED_VIEWS[augmentation], pixels_of(model), architecture.image_size
         kind = torch.float32 if augmentation == "none" else torch.float16
         largest = torch.finfo(kind).max
 
@@ -116,10 +116,7 @@ class Features:
 
     def _get(self, what: str, images: Tensor, shape: tuple[int, ...], kind: torch.dtype, compute: Compute) -> Tensor:
         """Return the features of all images, of this shape and kind; `what`: all that decides them but the images."""
-        digest = hashlib.sha256(what.encode())
-        for part in images.split(4096):
-            digest.update(part.contiguous().numpy())
-        key = digest.hexdigest()
+        key = digest_of_images(images, what)
         if self.folder is None:
             if key not in self._held:
                 self._held[key] = torch.cat([compute(some).to(kind) for some in images.split(BLOCK)])
@@ -161,6 +158,14 @@ class Features:
                 total += file.stat().st_size
                 if total > self.limit:
                     file.unlink(missing_ok=True)
+
+
+def digest_of_images(images: Tensor, what: str = "") -> str:
+    """Return the SHA-256 of `what`, and of all pixels."""
+    digest = hashlib.sha256(what.encode())
+    for part in images.split(4096):
+        digest.update(part.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def number_type(kind: torch.dtype) -> type[np.floating]:

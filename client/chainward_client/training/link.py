@@ -6,7 +6,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.start import initial_model
 from chainward_shared.models.taps import Taps, embedding_size
 from chainward_shared.models.trunk import Trunk, trunk_of
-from chainward_shared.protocol import TrainingLog
+from chainward_shared.protocol import StatisticsTask, TrainingLog
 from chainward_shared.recipes import LinkRecipe, TrainingRecipe
 from chainward_shared.seeds import derive_seed
 from chainward_shared.weights import StateDict
@@ -84,9 +83,6 @@ class LinkObjective(Objective):
             self.predecessor.to(device).eval().requires_grad_(False)
         if self.privileged is not None:
             self.privileged.to(device)
-
-    def extra_parameters(self) -> list[nn.Parameter]:
-        return [] if self.privileged is None else list(self.privileged.parameters())
 
     def extra_modules(self) -> list[nn.Module]:
         return [] if self.privileged is None else [self.privileged]
@@ -138,14 +134,8 @@ class LinkObjective(Objective):
         return means if self.predecessor is None else {"temperature": self.temperature, **means}
 
 
-class Labelling(Protocol):
-    """What decides which training cases have a label: a recipe, or a task that needs none."""
-
-    @property
-    def label_fraction(self) -> float: ...
-
-    @property
-    def seed(self) -> int: ...
+Labelling = TrainingRecipe | StatisticsTask
+"""What decides which training cases have a label: a recipe, or a task that needs none."""
 
 
 def labelled_rows(data: SiteData, recipe: Labelling, *, private: bool = False) -> np.ndarray:

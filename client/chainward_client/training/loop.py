@@ -140,21 +140,15 @@ class _Epochs:
 
     def log(self, seconds: float, unlabelled: int) -> TrainingLog:
         """Return how the training went, in `seconds`, with so many images without label."""
-        training, curves = self.training, self.curves
-        epochs = training.recipe.epochs
+        training, epochs = self.training, self.training.recipe.epochs
         return TrainingLog(
             epochs=epochs,
             steps=epochs * training.steps_per_epoch,
             images=epochs * len(training.labels),
-            loss=curves["loss"],
             unlabelled=unlabelled,
-            temperature=curves.get("temperature", []),
-            teacher_trust=curves.get("teacher_trust", []),
-            attention=curves.get("attention", []),
-            unlabelled_loss=curves.get("unlabelled_loss", []),
-            privileged=curves.get("privileged", []),
             seconds=seconds,
             precision=self.precision,
+            **self.curves,
         )
 
     def _resume(self) -> int:

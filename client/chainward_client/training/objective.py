@@ -48,13 +48,14 @@ class Objective:
     def start(self, device: torch.device, steps_per_epoch: int) -> None:
         """Prepare for a training on `device`."""
 
-    def extra_parameters(self) -> list[nn.Parameter]:
-        """Return what is trained beside the model and never leaves: a projector, say."""
+    def extra_modules(self) -> list[nn.Module]:
+        """Return what is trained beside the model and never leaves: a projector, say. Private training clips its gradients with
+        the model's."""
         return []
 
-    def extra_modules(self) -> list[nn.Module]:
-        """Return the modules of `extra_parameters`: private training clips their gradients with the model's."""
-        return []
+    def extra_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of `extra_modules`."""
+        return [parameter for module in self.extra_modules() for parameter in module.parameters()]
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare for `epoch`, 0-based."""

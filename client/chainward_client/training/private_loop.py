@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chainward_client.checkpoint import optimised
 from chainward_client.training.setup import Training
 from chainward_shared.errors import ModelError
 from chainward_shared.protocol import TrainingLog
@@ -78,7 +79,7 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
     """
     recipe, steps, n = training.recipe, private.dp_sgd.steps, len(training.labels)
     device = training.labels.device
-    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
+    parameters = optimised(training.optimizer)
     private.start(training.model, training.objective.extra_modules(), parameters, patients)
     average = WeightAverage(parameters, private.average_decay)
     views = private.secret_generator(device)

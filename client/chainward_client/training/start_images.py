@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from chainward_client.training.features import Features
+from chainward_client.training.features import Features, digest_of_images
 from chainward_client.training.passes import passes
 from chainward_shared.models import Architecture
 from chainward_shared.models.start import initial_model
@@ -43,10 +42,7 @@ class StartImages:
     @property
     def key(self) -> list[str]:
         """What decides the vectors: the architecture, with the digest of its start, and the SHA-256 of the images."""
-        digest = hashlib.sha256()
-        for part in self.images.split(4096):
-            digest.update(part.contiguous().numpy())
-        return [self.architecture.model_dump_json(), digest.hexdigest()]
+        return [self.architecture.model_dump_json(), digest_of_images(self.images)]
 
     def vectors(self) -> np.ndarray:
         """Return the input of the start's classifier, float32 (n, d), every row scaled to mean square 1."""

@@ -85,9 +85,6 @@ class StudentObjective(Objective):
         if self.privileged is not None:
             self.privileged[0].to(device)
 
-    def extra_parameters(self) -> list[nn.Parameter]:
-        return [] if self.privileged is None else list(self.privileged[0].parameters())
-
     def extra_modules(self) -> list[nn.Module]:
         return [] if self.privileged is None else [self.privileged[0]]
 

@@ -43,8 +43,8 @@ class ProximalObjective(Objective):
         self.inner.start(device, steps_per_epoch)
         self.start_weights = [tensor.to(device) for tensor in self.start_weights]
 
-    def extra_parameters(self) -> list[nn.Parameter]:
-        return self.inner.extra_parameters()
+    def extra_modules(self) -> list[nn.Module]:
+        return self.inner.extra_modules()
 
     def start_epoch(self, epoch: int) -> None:
         self.inner.start_epoch(epoch)
