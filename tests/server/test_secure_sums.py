@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from chainward_server.privacy import RunPrivacy
 from chainward_server.private_heads import private_head
 from chainward_server.rendezvous import meet
-from chainward_server.scoring import count_in_secret
+from chainward_server.scoring import Scorer
 from chainward_server.secure_rounds import card_of_all
 from chainward_server.sites import TooFewSitesError, Trained, Work
 from chainward_shared.config import RunConfig
@@ -177,10 +177,8 @@ def test_counts_of_predictions_add_up_exactly(consortium, scores_work):
 def test_scores_that_are_added_up_in_secret_are_those_of_all_images_of_all_sites(consortium, scores_work):
     """Also of splits of which the sites have more together than any of them."""
     (sites, _), work = consortium(), scores_work["ash"]
-    privacy, task = RunPrivacy(on=False, run_id="r", cards=sites.cards), work.task
-    found = count_in_secret(
-        sites, privacy, task.architecture, work.models["model"], task.splits, run_id="r", threads=1, retries=0
-    )
+    scorer = Scorer(sites, RunPrivacy(on=False, run_id="r", cards=sites.cards), "r", threads=1)
+    found = scorer.in_secret(work.task.architecture, work.models["model"], work.task.splits)
     for split, counted in found.items():
         assert counted.together == SITES
         assert counted.total is not None
