@@ -328,6 +328,21 @@ def test_a_terminal_shows_the_last_hops_and_what_went_wrong(run):
     assert "no sign of life for 1 min 36 s" in screen.getvalue()
 
 
+@pytest.mark.parametrize("height", [24, 40])
+def test_a_terminal_of_few_lines_shows_the_last_of_everything(tmp_path, height):
+    run = ScriptedRun(tmp_path)
+    run.enter("chain", 0)
+    for number in range(1, 21):
+        status = "skipped" if number % 2 else "done"
+        run.hop("ash", number, took=1, status=status, reason="away" if number % 2 else None)
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(picture(seen(run, 20), height))
+    lines = screen.getvalue().splitlines()
+    assert len(lines) <= height
+    assert any(re.search(r"\b20\b.*done", line) for line in lines), "the last hop"
+    assert "skipped. away" in lines[-1], "the last incident"
+
+
 def test_scores_that_no_site_lets_out_are_dashes(run):
     run.enter("chain", 0)
     run.hop("ash", 3, took=2, value=None)

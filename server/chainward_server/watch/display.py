@@ -16,7 +16,9 @@ from chainward_server.watch.snapshot import Snapshot, before, validation
 from chainward_shared.words import listed
 
 ROWS = 12
-"""Hops, and incidents, that a terminal shows; the last ones."""
+"""Hops, rounds and incidents that a terminal shows at most; the last ones, and fewer on one of few lines."""
+_HEADLINES, _FRAME = 3, 5
+"""Lines above the tables, and of a table's frame and header: what does not fit below is not shown by a terminal at all."""
 
 QUIET = 60.0
 """Seconds without a sign of life from which on it is said. A hop gives none until it has finished."""
@@ -153,13 +155,16 @@ def as_json(run: Snapshot, event: str) -> dict[str, Any]:
     }
 
 
-def picture(run: Snapshot) -> RenderableType:
-    """Return what a terminal shows: where the run is, the last hops and rounds, and what went wrong."""
+def picture(run: Snapshot, height: int = 100) -> RenderableType:
+    """Return what a terminal of `height` lines shows: where the run is, the last hops and rounds, and what went wrong."""
+    tables = bool(run.links) + bool(run.rounds)
+    room = height - _HEADLINES - _FRAME * tables
+    rows = max(1, min(ROWS, room // max(1, tables + bool(run.incidents))))
     parts: list[RenderableType] = [Text(headline(run), style="bold")]
     parts += [Text(warning, style="yellow") for warning in (approval(run), silence(run)) if warning]
     if run.links:
         table = Table("hop", "site", "status", "attempts", "time", "validation balanced accuracy")
-        for number, link in list(enumerate(run.links, 1))[-ROWS:]:
+        for number, link in list(enumerate(run.links, 1))[-rows:]:
             style = None if link.status in ("done", "retried") else "red"
             figures = f"{score(before(link, run.links))} → {score(validation(link))}" if link.metrics else ""
             table.add_row(
@@ -173,11 +178,11 @@ def picture(run: Snapshot) -> RenderableType:
         parts.append(table)
     if run.rounds:
         table = Table("student round", "sites", "time", "validation balanced accuracy")
-        for round_ in run.rounds[-ROWS:]:
+        for round_ in run.rounds[-rows:]:
             which, took = f"{round_.round} of {run.total_rounds}", duration(round_.seconds)
             table.add_row(which, str(len(round_.sites)), took, score(validation(round_)))
         parts.append(table)
-    for incident in run.incidents[-ROWS:]:
+    for incident in run.incidents[-rows:]:
         why = f". {incident.reason}" if incident.reason else ""
         parts.append(Text(f"{incident.what}: {incident.status}{why}", style="red"))
     return Group(*parts)

@@ -100,7 +100,7 @@ def watch(
         while True:
             run = _look(path, now, sleep)
             if live:
-                live.update(picture(run))
+                live.update(picture(run, console.height))
             elif output == "lines":
                 for line in news(old, run):
                     write(f"{run.time.astimezone():%H:%M:%S}  {line}")
