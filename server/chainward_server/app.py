@@ -370,7 +370,7 @@ def _tell_outcome(results: Results) -> None:
 
 def _to_go_on(folder: RunFolder) -> str:
     how = folder.how_to_resume
-    return f". To go on from the last finished piece of work: {how}" if how else ""
+    return f". To go on from the last finished piece of work: the same command with {how}" if how else ""
 
 
 def _note_failure(folder: RunFolder, reason: str, *, resumable: bool) -> None:
@@ -380,6 +380,6 @@ def _note_failure(folder: RunFolder, reason: str, *, resumable: bool) -> None:
         if folder.load_results() is not None:
             write_report(folder)
         if folder.how_to_resume:
-            logger.info("to go on from the last finished piece of work: %s", folder.how_to_resume)
+            logger.info("to go on from the last finished piece of work: the same command with %s", folder.how_to_resume)
     except Exception as error:  # the reason of the failure itself must not be lost behind this one
         logger.error("the run folder could not be brought up to date: %s", error)

@@ -72,7 +72,7 @@ def stop(
         what = "stopped" if one.was_running else "was gone already"
         typer.echo(f"run {one.run} {what}; {_ended(one.ended)}")
         if how := open_run(str(one.path), directory).how_to_resume:
-            typer.echo(f"to go on from the last finished piece of work: {how}")
+            typer.echo(f"to go on from the last finished piece of work: the same command with {how}")
 
 
 @app.command()

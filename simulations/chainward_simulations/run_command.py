@@ -118,7 +118,7 @@ def _left_to_itself(
         stopped = stop_run(folder)
         say(f"run {stopped.run} is stopped")
         if how := RunFolder.open(folder).how_to_resume:
-            say(f"to go on from the last finished piece of work: {how}")
+            say(f"to go on from the last finished piece of work: the same command with {how}")
         return False
     link.leave_to_keeper()
     say(f"to follow it:  chainward watch {name}")

@@ -58,7 +58,7 @@ def silence(run: Snapshot) -> str | None:
         )
     return (
         f"no sign of life for {duration(run.silent)}, longer than federation.hop-deadline ({duration(patience)}): the "
-        f"coordinator may have died; to go on, once it has: {run.how_to_resume}"
+        f"coordinator may have died; to go on, once it has: the same command with {run.how_to_resume}"
     )
 
 
@@ -81,7 +81,7 @@ def outcome(run: Snapshot) -> list[str]:
     report = run.path / "report.html"
     lines += [f"report: {report}"] if report.is_file() else []
     if run.how_to_resume:
-        lines.append(f"to go on from the last finished piece of work: {run.how_to_resume}")
+        lines.append(f"to go on from the last finished piece of work: the same command with {run.how_to_resume}")
     return lines
 
 

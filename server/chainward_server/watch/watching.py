@@ -136,7 +136,7 @@ def _close(run: Snapshot, output: Output, timeout: float, write: Callable[[str],
     else:
         write(
             f"run {run.run}: no sign of life for {duration(run.silent)} (--timeout {timeout:g}); it may have died. "
-            f"Its phase: {run.phase}; to go on from the last finished piece of work: {run.how_to_resume}"
+            f"Its phase: {run.phase}; to go on from the last finished piece of work: the same command with {run.how_to_resume}"
         )
     return code
 
