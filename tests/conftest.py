@@ -109,6 +109,12 @@ def settings(small_consortium: Path, tmp_path: Path) -> dict[str, Any]:
     return whole_run(small_consortium, tmp_path / "runs")
 
 
+@pytest.fixture
+def chain_only(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same for the chain alone, one epoch a hop."""
+    return settings | CHAIN_ONLY
+
+
 @pytest.fixture(scope="session")
 def coordinated() -> Callable[..., tuple[RunFolder, Results]]:
     """Run a configuration over a loopback grid; return the run folder and the results."""

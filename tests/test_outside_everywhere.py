@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ledgers import KEY, gaussian, new_ledger, spend
 from pydantic import BaseModel
 from typer.testing import CliRunner
-from written_run import KEY, a_run
+from written_run import a_run
 
 from chainward_server.by_class import model_record
 from chainward_server.cli import app
@@ -32,10 +33,8 @@ from chainward_shared.errors import ChainwardError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import resolve_architecture
-from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.audit import audit_ledger, audit_statements
 from chainward_shared.privacy.console import print_audit
-from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import PrivacyRecord, read_privacy_record
 from chainward_shared.privacy.report import render_audit
@@ -299,12 +298,8 @@ def test_words_of_a_site_are_shown_and_do_nothing(name, where, text, tmp_path, r
 
 @pytest.mark.parametrize("text", [text[:250] for text in HOSTILE])
 def test_what_a_coordinator_once_wrote_into_a_ledger_is_shown_by_its_audit_and_does_nothing(text, tmp_path):
-    ledger = Ledger.create(tmp_path / "ledger.jsonl", "ash", KEY)
-    reserved = ledger.reserve(
-        Mechanism("dp-sgd", 20.0, 1.0, 20), run=text, hop=text, phase="chain", unit="patient", delta=1e-5
-    )
-    reserved.begin()
-    ledger.commit(reserved, 20)
+    ledger = new_ledger(tmp_path, "ash")
+    spend(ledger, gaussian(20), 20, run=text, hop=text)
     audit = audit_ledger(ledger.path, KEY.public_key(), "ash", terms=Terms(epsilon=4.0, delta=1e-5))
     assert audit.verdict == "fine", "the ledger itself keeps every character that its hashes are over"
     outputs = dict(audit_outputs(audit))

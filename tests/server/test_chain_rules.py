@@ -16,11 +16,6 @@ from chainward_shared.weights import rounded
 from chainward_simulations.runner import equal
 
 
-@pytest.fixture
-def chain_only(settings):
-    return settings | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 1}
-
-
 def model(folder: RunFolder, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder.model_path(name))
 

@@ -41,12 +41,6 @@ from chainward_simulations.runner import equal
 from chainward_simulations.simulated_sites import simulated_site
 
 
-@pytest.fixture
-def chain_only(settings):
-    """Settings without students and without the sites alone: the chain itself."""
-    return settings | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 1}
-
-
 def link_site(message: Message) -> str | None:
     """Return which simulated site a link task is for; None for other messages."""
     if kind_of(message.content) != LinkTask.KIND:

@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import statement_of_spending
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -45,11 +45,8 @@ from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import build_model, compact_architecture, resolve_architecture
 from chainward_shared.preparation import Preparation
 from chainward_shared.preprocessing import to_float
-from chainward_shared.privacy.accounting import Mechanism
-from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import privacy_record
-from chainward_shared.privacy.statements import Statements, sign_statement
+from chainward_shared.privacy.statements import Statements
 
 CLASSES = ["clear", "mass", "fluid"]
 FILES = {"README.md", "config.json", "model.safetensors", "model.onnx", "preprocessing.py", "configs", "SHA256SUMS"}
@@ -582,17 +579,9 @@ def test_the_card_holds_settings_but_no_path_of_the_coordinator(make_run, tmp_pa
     assert str(tmp_path) not in card
 
 
-def privately(folder: RunFolder, ledger_file: Path, **changes) -> None:
+def privately(folder: RunFolder, place: Path, **changes) -> None:
     """Write the privacy.json of a run in which ash trained privately and birch did not; `changes` are not signed."""
-    key = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
-    ledger = Ledger.create(ledger_file, "ash", key)
-    run = folder.state.run_id
-    work = ledger.reserve(
-        Mechanism("dp-sgd", 20.0, 1.0, 20), run=run, hop="h", phase="chain", unit="patient", delta=1e-5
-    )
-    work.begin()
-    ledger.commit(work, 20)
-    statement = sign_statement(ledger, key, run, "h", Terms(epsilon=4.0, delta=1e-5))
+    statement = statement_of_spending(place, folder.state.run_id)
     record = privacy_record(Statements([statement]), ["ash", "birch"]).to_json()
     record["statements"][0] |= changes
     (folder.path / "privacy.json").write_text(json.dumps(record))
@@ -600,7 +589,7 @@ def privately(folder: RunFolder, ledger_file: Path, **changes) -> None:
 
 def test_a_private_sites_epsilon_and_what_no_guarantee_covers_are_on_the_card(make_run, tmp_path):
     folder = make_run()
-    privately(folder, tmp_path / "ledger.jsonl")
+    privately(folder, tmp_path)
     done = export_run(folder, tmp_path / "out", onnx=False)
     card = (done.path / "README.md").read_text()
     record = json.loads((folder.path / "privacy.json").read_text())
@@ -614,7 +603,7 @@ def test_a_private_sites_epsilon_and_what_no_guarantee_covers_are_on_the_card(ma
 
 def test_a_privacy_statement_that_was_changed_is_said_on_the_card_and_to_the_exporter(make_run, tmp_path):
     folder = make_run()
-    privately(folder, tmp_path / "ledger.jsonl", epsilon_run=0.1)
+    privately(folder, tmp_path, epsilon_run=0.1)
     done = export_run(folder, tmp_path / "out", onnx=False)
     assert any("the privacy audit of the run is" in warning for warning in done.warnings)
     card = (done.path / "README.md").read_text()

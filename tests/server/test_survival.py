@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from safetensors.torch import load_file
+from whole_run import CHAIN_ONLY
 
 from chainward_server import exchange
 from chainward_server.exchange import Exchange, Member
@@ -50,7 +51,7 @@ def identity(loopback):
 
 @pytest.fixture
 def chain_only(settings):
-    return settings | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 1, "chain.retries": 0}
+    return settings | CHAIN_ONLY | {"chain.retries": 0}
 
 
 def task_of(message, kind=LinkTask):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import KEY
 
 from chainward_shared import files as files_module
 from chainward_shared.errors import LedgerError
@@ -27,7 +27,6 @@ from chainward_shared.privacy import ledger_file as ledger_module
 from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.ledger import Ledger
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 WORK: dict[str, Any] = {"run": "r", "phase": "chain", "unit": "patient", "delta": 1e-5}
 Hit = Callable[[], None]
 

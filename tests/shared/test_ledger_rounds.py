@@ -7,7 +7,7 @@ import resource
 import signal
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import KEY, WORK, new_ledger, spend
 
 from chainward_shared.errors import LedgerError
 from chainward_shared.privacy.accounting import Mechanism, epsilons
@@ -16,16 +16,13 @@ from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.statements import Statement, sign_statement
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 TERMS = Terms(epsilon=8.0, delta=1e-5)
 ROUND = Mechanism("dp-sgd", 1.0, 0.1, 10)
-WORK = {"run": "r", "phase": "link", "unit": "patient", "delta": 1e-5}
 
 
 @pytest.fixture
 def path(tmp_path):
-    Ledger.create(tmp_path / "ledger.jsonl", "oak", KEY)
-    return tmp_path / "ledger.jsonl"
+    return new_ledger(tmp_path).path
 
 
 def ten_rounds(path, ledger: type[Ledger] = Ledger) -> list[Statement]:
@@ -33,9 +30,7 @@ def ten_rounds(path, ledger: type[Ledger] = Ledger) -> list[Statement]:
     told = []
     for turn in range(10):
         opened = ledger.open(path, KEY, "oak")
-        reservation = opened.reserve(ROUND, hop=f"round-{turn}", **WORK)
-        reservation.begin()
-        opened.commit(reservation, ROUND.steps)
+        spend(opened, ROUND, ROUND.steps, hop=f"round-{turn}")
         told.append(sign_statement(opened, KEY, "r", f"round-{turn}", TERMS))
     return told
 
@@ -88,7 +83,7 @@ def in_a_child(act) -> int:
 
 
 def test_a_file_that_the_kernel_lets_grow_no_further_stops_the_training(path):
-    Ledger.open(path, KEY, "oak").reserve(ROUND, hop="before", **WORK)
+    Ledger.open(path, KEY, "oak").reserve(ROUND, **WORK | {"hop": "before"})
     size = path.stat().st_size
 
     def act() -> None:
@@ -96,7 +91,7 @@ def test_a_file_that_the_kernel_lets_grow_no_further_stops_the_training(path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))
         try:
-            ledger.reserve(ROUND, hop="too much", **WORK)
+            ledger.reserve(ROUND, **WORK | {"hop": "too much"})
         except LedgerError as error:
             os._exit(7 if "can't be written (File too large); nothing is trained" in str(error) else 8)
 
@@ -104,7 +99,7 @@ def test_a_file_that_the_kernel_lets_grow_no_further_stops_the_training(path):
     again = Ledger.open(path, KEY, "oak")
     assert again.torn_bytes == 100, "the kernel took a part of the line"
     assert [mechanism.steps for mechanism in again.mechanisms()] == [10]
-    again.reserve(ROUND, hop="after", **WORK)
+    again.reserve(ROUND, **WORK | {"hop": "after"})
     assert [mechanism.steps for mechanism in Ledger.open(path, KEY, "oak").mechanisms()] == [20]
 
 
@@ -114,4 +109,4 @@ def test_a_folder_that_may_only_be_read_stops_the_training(path):
     path.parent.chmod(0o500)
     path.chmod(0o400)
     with pytest.raises(LedgerError, match=r"can't be written \(Permission denied\); nothing is trained"):
-        ledger.reserve(ROUND, hop="x", **WORK)
+        ledger.reserve(ROUND, **WORK | {"hop": "x"})

@@ -13,11 +13,6 @@ from chainward_simulations.in_process_sites import InProcessSites
 from chainward_simulations.runner import equal, in_process, open_sites, run_in_process
 
 
-@pytest.fixture
-def chain_only(settings):
-    return settings | {"student.rounds": 0, "chain.compare-alone": False, "chain.epochs": 1}
-
-
 def records_of(flat):
     """Run `flat` in this process and return the links' records."""
     config = RunConfig.from_flat(flat)

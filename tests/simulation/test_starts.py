@@ -13,6 +13,7 @@ from flwr.app import Message
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+from whole_run import CHAIN_ONLY
 
 from chainward_server.cli import app
 from chainward_server.export import export_run
@@ -88,7 +89,7 @@ def test_a_run_from_a_start_over_flower_is_the_run_in_process(
 
 @pytest.mark.parametrize("trainable", ["head", "last-1", "all"])
 def test_only_what_is_trained_travels_and_is_written_at_every_hop(trainable, settings, start, coordinated):
-    settings |= start("test_vit", trainable) | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False}
+    settings |= start("test_vit", trainable) | CHAIN_ONLY
     folder, results = coordinated(settings)
     architecture = Architecture.from_metadata(_metadata(folder, "chain"))
     trained = travelling_names(architecture)
@@ -110,7 +111,7 @@ def test_only_what_is_trained_travels_and_is_written_at_every_hop(trainable, set
 
 
 def test_the_weights_are_sent_once_and_a_second_run_of_the_sites_sends_none(settings, start, coordinated, loopback):
-    settings |= start("test_vit", "head") | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False}
+    settings |= start("test_vit", "head") | CHAIN_ONLY
     first, second = loopback(2), loopback(2)
     folder, results = coordinated(settings, first)
     sent = results.start.bytes_sent
@@ -138,7 +139,7 @@ def test_the_weights_are_sent_once_and_a_second_run_of_the_sites_sends_none(sett
 
 
 def test_a_piece_that_is_lost_is_sent_again(settings, start, coordinated, loopback):
-    settings |= start("test_vit", "head") | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False}
+    settings |= start("test_vit", "head") | CHAIN_ONLY
     lost = []
 
     def interfere(message: Message, answer):
@@ -152,7 +153,7 @@ def test_a_piece_that_is_lost_is_sent_again(settings, start, coordinated, loopba
 
 
 def test_a_site_without_the_weights_fails_in_words_and_the_chain_goes_on(settings, start, coordinated, loopback):
-    settings |= start("test_vit", "head") | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False}
+    settings |= start("test_vit", "head") | CHAIN_ONLY
     settings |= {"chain.retries": 0}
 
     def interfere(message: Message, answer):
@@ -250,7 +251,7 @@ def test_attention_transfer_is_refused_where_nothing_but_the_head_is_trained(set
 
 
 def test_a_file_is_taken_into_the_store_by_its_path(settings, start, coordinated, tmp_path):
-    settings |= start("test_vit", "head") | {"chain.epochs": 1, "student.rounds": 0, "chain.compare-alone": False}
+    settings |= start("test_vit", "head") | CHAIN_ONLY
     settings["federation.sites"] = "ash"
     by_name, _ = coordinated(settings)
     by_path, _ = coordinated(settings | {"chain.start-from": str(tmp_path / "test_vit.safetensors")})
@@ -291,7 +292,7 @@ def test_report_card_and_export_name_the_start_and_scale_pixels_as_it_does(setti
 
 
 def test_the_audit_names_the_start(settings, start, coordinated):
-    settings |= start("test_vit", "head") | {"chain.epochs": 1, "chain.compare-alone": False, "student.rounds": 0}
+    settings |= start("test_vit", "head") | CHAIN_ONLY
     folder, results = coordinated(settings | {"federation.sites": "ash"})
     said = CliRunner().invoke(app, ["audit", str(folder.path)])
     assert results.start.sha256 in said.output and "MIT" in said.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from ledgers import statement_of_spending
 
 from chainward_server.results import (
     AloneRecord,
@@ -21,14 +21,9 @@ from chainward_server.results import (
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
-from chainward_shared.privacy.accounting import Mechanism
-from chainward_shared.privacy.ledger import Ledger
-from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.record import privacy_record
-from chainward_shared.privacy.statements import Statements, sign_statement
+from chainward_shared.privacy.statements import Statements
 from chainward_shared.protocol import TrainingLog
-
-KEY = Ed25519PrivateKey.from_private_bytes(bytes([1] * 32))
 
 
 def scores(value: float) -> Scores:
@@ -69,13 +64,7 @@ def a_run(directory: Path) -> RunFolder:
     results.final = {"chain": everywhere(0.6)}
     results.models = {"chain": ModelSummary(architecture="x", parameters=10, file_bytes=40, latency_ms=1.0)}
     folder.commit(results, *(link.key for link in results.links), "alone-ash", "student-round-1")
-    ledger = Ledger.create(directory / "ledger.jsonl", "ash", KEY)
-    work = ledger.reserve(
-        Mechanism("dp-sgd", 20.0, 1.0, 20), run=folder.state.run_id, hop="h", phase="chain", unit="patient", delta=1e-5
-    )
-    work.begin()
-    ledger.commit(work, 20)
-    statement = sign_statement(ledger, KEY, folder.state.run_id, "h", Terms(epsilon=4.0, delta=1e-5))
+    statement = statement_of_spending(directory, folder.state.run_id)
     folder.write_privacy(privacy_record(Statements([statement]), ["ash"]))
     folder.end("failed", "the reason")
     return folder
