@@ -162,8 +162,12 @@ def test_a_private_dry_run_spends_nothing_and_leaves_nothing_behind(hospital):
     state = hospital.parent / "state"
     before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
     assert ledger_path(state) in before
-    found = run(hospital, PRIVATE)
+    found = run(hospital, f"{PRIVATE} chain.head='statistics' student.head='statistics'")
     assert (found.exit_code, found.private) == (0, True)
+    releases = [sent for sent in found.sent if sent.asked == "statistics-task"]
+    assert [sent.kind for sent in releases] == ["statistics-result"] * 4, "two for the model and two for the student"
+    assert all(one.what != UNKNOWN for sent in releases for one in sent.arrays)
+    assert all(one.tells != UNKNOWN for sent in releases for one in sent.fields)
     assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
     assert [path.name for path in state.iterdir()] == ["privacy"]
     link, evaluated = found.sent[2], found.sent[-1]

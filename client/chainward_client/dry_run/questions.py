@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord
 
 from chainward_client.doctor.privacy import beginning
@@ -14,8 +15,11 @@ from chainward_client.site import OpenSite
 from chainward_shared.config import RunConfig
 from chainward_shared.hops import head_key, student_head_key
 from chainward_shared.models import Architecture, build_model
+from chainward_shared.models.heads import check_head
 from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.start import initial_model, travelling
+from chainward_shared.noisy_discriminant import FEWEST_AXES
+from chainward_shared.private_sums import Frame, SumsForm
 from chainward_shared.protocol import (
     BaseTask,
     Body,
@@ -59,10 +63,10 @@ def questions(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[Question]
     if small:
         yield _student_question(plan, small[0], large, digest(state), sent)
     if plan.chain.head == "statistics":
-        yield _statistics_question(plan, head_key(None), large, digest(state), sent)
+        yield from _statistics_questions(plan, head_key(None), large, digest(state), sent)
     if small and plan.student.head == "statistics":
         student = _fresh(small[0], plan.seed, plan)
-        yield _statistics_question(plan, student_head_key(), small[0], digest(student), to_arrays(student))
+        yield from _statistics_questions(plan, student_head_key(), small[0], digest(student), to_arrays(student))
     score = EvaluateTask(
         run_id=RUN,
         architecture=large,
@@ -98,9 +102,10 @@ def _student_question(
     return "train.student", task, arrays | ({"large_0": sent} if taught else {})
 
 
-def _statistics_question(
+def _statistics_questions(
     plan: RunConfig, key: str, architecture: Architecture, asked: str, sent: ArrayRecord
-) -> Question:
+) -> Iterator[Question]:
+    """Yield the sums of a statistics round; in a private plan its two releases, in a frame of a few axes."""
     task = StatisticsTask(
         run_id=RUN,
         hop=key,
@@ -110,7 +115,16 @@ def _statistics_question(
         threads=plan.federation.cpu_threads,
         digest=asked,
     )
-    return "evaluate.statistics", task, {"model": sent}
+    if (privacy := plan.privacy_recipe()) is None:
+        yield "evaluate.statistics", task, {"model": sent}
+        return
+    size = check_head(architecture)
+    axes = torch.eye(min(FEWEST_AXES, size), size, dtype=torch.float64)
+    frame = Frame(torch.zeros(size, dtype=torch.float64), axes).state()
+    for hop, labels in ((f"{key}-centre", False), (key, True)):
+        form = SumsForm(dimension=len(axes), labels=labels, moments=labels)
+        private = {"hop": hop, "privacy": privacy, "form": form, "frame_digest": digest(frame)}
+        yield "evaluate.statistics", task.model_copy(update=private), {"model": sent, "frame": to_arrays(frame)}
 
 
 def _little(plan: RunConfig, site: OpenSite, steps: int) -> RunConfig:

@@ -35,12 +35,10 @@ from chainward_client.site import OpenSite, open_site
 from chainward_client.site_config import SiteConfig, load_site_config
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared.config import RunConfig
-from chainward_shared.discriminant import sums_template
 from chainward_shared.errors import DataError, WeightsError
 from chainward_shared.evaluation.classification import counts_from_arrays
 from chainward_shared.files import written
 from chainward_shared.models import skeleton
-from chainward_shared.models.heads import check_head
 from chainward_shared.models.start import travelling_template
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import (
@@ -51,6 +49,7 @@ from chainward_shared.protocol import (
     StudentTask,
     pack,
 )
+from chainward_shared.summands import summand_template
 from chainward_shared.weights import StateDict, as_sent
 
 _NODE = 1
@@ -221,7 +220,7 @@ def _tensors(answer: RecordDict, request: Body, data: SiteData) -> tuple[list[np
     if isinstance(request, LinkTask):
         templates["model"] = travelling_template(request.architecture)
     elif isinstance(request, StatisticsTask):
-        templates["sums"] = sums_template(len(data.classes), check_head(request.architecture))
+        templates["sums"] = summand_template(request, data.task)
     elif isinstance(request, StudentTask):
         templates["student"] = skeleton(request.architecture).state_dict()
     tensors: list[np.ndarray] = []
