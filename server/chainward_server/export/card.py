@@ -10,7 +10,6 @@ import platform
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
@@ -177,7 +176,7 @@ def margin(results: Results, scores: SiteScores | None) -> float | None:
     value = pooled.balanced_accuracy if pooled else None
     if value is None or not counts or _missing_sites(results, scores):
         return None
-    return 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
+    return tables.margin(value, counts)
 
 
 def plain(value: object) -> object:

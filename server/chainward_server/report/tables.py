@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import sqrt
 from statistics import fmean
 
 from chainward_server.report.colours import ink_on, shade
@@ -322,6 +323,12 @@ def test_counts(results: Results) -> list[int]:
         if 0 < cases < mix.images[-1]
         for count in (cases, mix.images[-1] - cases)
     ]
+
+
+def margin(value: float, counts: list[int]) -> float:
+    """Half the width of a 95 % interval of a balanced accuracy over classes with so many cases: normal approximation, classes
+    independent."""
+    return 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
 
 
 def chance(results: Results) -> float | None:

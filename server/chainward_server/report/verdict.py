@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 
 from chainward_server.report import tables
 from chainward_server.report.formats import (
@@ -88,7 +87,7 @@ def remarks(results: Results) -> list[str]:
     best = tables.alone_summary(results)
     if value is not None and counts:
         assumed = ", were the findings independent" if tables.multilabel(results) else ""
-        margin = _margin(value, counts)
+        margin = tables.margin(value, counts)
         found.append(
             f"Guessing would reach {score(chance)}. On these test images the chain's figure is "
             f"uncertain by about ±{margin:.3f} (95 %{assumed})"
@@ -210,11 +209,6 @@ def _planned_links(results: Results, config: Mapping[str, Mapping[str, object]])
     return planned if planned >= len(results.links) else None
 
 
-def _margin(value: float, counts: list[int]) -> float:
-    """Half the width of a 95 % interval of the chain's balanced accuracy, by the normal approximation."""
-    return 1.96 * sqrt(value * (1 - value) * sum(1 / n for n in counts)) / len(counts)
-
-
 def _at_home(results: Results) -> tuple[int, int, int]:
     """At how many hospitals the chain is better than their own model on their own images, at how many worse, of how many."""
     pairs = [
@@ -232,7 +226,7 @@ def _reservations(results: Results, value: float, best: float) -> str:
     _, losses, hospitals = _at_home(results)
     counts = tables.test_counts(results)
     found = []
-    if counts and value - best < _margin(value, counts):
+    if counts and value - best < tables.margin(value, counts):
         found.append("by less than these test images can tell")
     if losses:
         found.append(f"and on their own images {losses} of {hospitals} do better with their own model")
