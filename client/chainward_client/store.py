@@ -46,13 +46,13 @@ class SiteStore:
     one before it. Noised scores and sums are small, and new ones cost privacy."""
 
     def __init__(self, root: Path, run_id: str) -> None:
-        # the id comes in a message: whatever it is, the folder lies directly in the site's own
-        self.folder = root / (re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or "_")
+        # the id comes in a message: whatever it is, the folder lies directly in `runs`, where nothing else of the site is
+        self.folder = root / "runs" / (re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or "_")
 
     def tidy(self) -> None:
-        """Remove what other runs left in the site's state folder: of long ago, and the oldest beyond a size. A run's folder is
-        known by what lies in it; the ledger, keys and privileged teachers are none."""
-        runs = [path for path in self.folder.parent.glob("*") if path != self.folder and _is_run(path)]
+        """Remove what other runs left: of long ago, and the oldest beyond a size."""
+        others = [path for path in self.folder.parent.glob("*") if path != self.folder]
+        runs = [path for path in others if path.is_dir() and not path.is_symlink()]
         runs.sort(key=_changed, reverse=True)
         total = 0
         for run in runs:
@@ -150,19 +150,6 @@ class SiteStore:
 
     def _path(self, after_round: int) -> Path:
         return self.folder / f"auxiliary-round-{after_round:04d}.safetensors"
-
-
-def _is_run(folder: Path) -> bool:
-    """Return whether a folder holds a run's answers, teachers or half-finished work, and nothing else."""
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    names = [path.name for path in folder.iterdir()]
-    return bool(names) and all(
-        re.fullmatch(
-            r"(\w+-task-\w+|auxiliary-round-\d+|half-\w+)\.safetensors.*|at-work-\w+\.lock|sum-\w+\.(json|lock)", name
-        )
-        for name in names
-    )
 
 
 def _changed(folder: Path) -> float:

@@ -20,7 +20,7 @@ import yaml
 from chainward_shared import errors
 from chainward_shared.files import ADVICE
 
-COLLECTED = frozenset({"ImageProblem", "ValueError", "unreadable", "_unreadable", "_wrong_mode", "_refusal", "_report"})
+COLLECTED = frozenset({"ImageProblem", "ValueError", "unreadable", "counted", "_wrong_mode", "_refusal", "_report"})
 """What the code calls with a message, beside the errors of `chainward_shared.errors`: validators, and what collects problems."""
 
 CHECKS = frozenset({"problem", "warning"})

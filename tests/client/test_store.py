@@ -92,9 +92,19 @@ def test_runs_do_not_see_each_other(tmp_path):
 @pytest.mark.parametrize("run_id", ["../../etc", "/etc", "..", ".", "", "a/b", "..\\up", "run\0", "läuft", "..."])
 def test_no_run_id_leads_out_of_the_sites_folder(tmp_path, run_id):
     store = SiteStore(tmp_path / "state", run_id)
-    assert store.folder.resolve().parent == (tmp_path / "state").resolve()
+    assert store.folder.resolve().parent == (tmp_path / "state" / "runs").resolve()
     save(store, 0)
     assert loaded(store, before_round=1) == 0.0
+
+
+@pytest.mark.parametrize(
+    "name", ["privacy", "privileged", "images", "features", "bases", "weights", "runs", "journal.jsonl"]
+)
+def test_a_run_named_like_something_of_the_sites_own_does_not_touch_it(tmp_path, name):
+    own = a_run(tmp_path / name, days=999)
+    save(SiteStore(tmp_path, name), 0)
+    SiteStore(tmp_path, "another").tidy()
+    assert [path.name for path in own.iterdir() if path.is_file()] == ["link-task-abc.safetensors"]
 
 
 def test_a_file_tells_its_architecture(tmp_path):
@@ -163,24 +173,25 @@ def a_run(folder, *, days=0.0, name="link-task-abc.safetensors", size=10):
 
 
 def test_runs_of_long_ago_are_removed_and_younger_ones_are_not(tmp_path):
-    old, young, own = (a_run(tmp_path / name, days=days) for name, days in (("a", 31), ("b", 29), ("own", 99)))
+    old, young, own = (a_run(tmp_path / "runs" / name, days=days) for name, days in (("a", 31), ("b", 29), ("own", 99)))
     SiteStore(tmp_path, "own").tidy()
     assert (old.exists(), young.exists(), own.exists()) == (False, True, True)
 
 
 def test_the_oldest_runs_beyond_the_size_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(SiteStore, "KEPT_BYTES", 25)
-    runs = [a_run(tmp_path / name, days=days) for name, days in (("a", 3), ("b", 2), ("c", 1))]
+    runs = [a_run(tmp_path / "runs" / name, days=days) for name, days in (("a", 3), ("b", 2), ("c", 1))]
     SiteStore(tmp_path, "own").tidy()
     assert [run.exists() for run in runs] == [False, True, True]
 
 
-@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.key", "targets-1.safetensors", "notes.txt"])
-def test_what_is_no_run_is_never_removed(tmp_path, name):
-    folder = a_run(tmp_path / "privacy", days=999, name=name)
-    (folder / "link-task-abc.safetensors").write_bytes(b"")
+def test_what_lies_beside_the_runs_is_never_removed(tmp_path):
+    beside = [a_run(tmp_path / name, days=999) for name in ("privacy", "privileged", "images")]
+    elsewhere = a_run(tmp_path / "elsewhere", days=999)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(elsewhere)
     SiteStore(tmp_path, "own").tidy()
-    assert (folder / name).exists()
+    assert all(folder.exists() for folder in (*beside, elsewhere))
 
 
 def test_an_answer_is_found_for_the_same_task_only_and_a_damaged_one_is_not_used(tmp_path):
