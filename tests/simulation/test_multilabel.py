@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import yaml
 from flwr.app import Message
@@ -92,7 +93,8 @@ def findings_settings(drawings: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def finished(findings_settings, coordinated) -> tuple[RunFolder, Results]:
-    return coordinated(findings_settings)
+    with pictures.drawn():
+        return coordinated(findings_settings)
 
 
 @pytest.mark.slow
