@@ -36,6 +36,7 @@ def test_no_attack_on_a_release_finds_more_than_the_bound():
         assert most - 0.02 < reached < most + 0.005
 
 
+@pytest.mark.slow
 def test_more_spending_allows_more_and_all_kinds_of_work_count():
     work = [gaussian(2.0), Mechanism("dp-sgd", 1.0, 0.1, 50), Mechanism("laplace", 2.0, 1.0, 4)]
     areas = [most_auc(work[:count], DELTA) for count in range(4)]
