@@ -40,6 +40,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from chainward_client.store import SiteStore
 from chainward_server.run_folder import RunFolder
 
 pytestmark = pytest.mark.deployment
@@ -114,7 +115,7 @@ class Drilled:
 
     def kept(self) -> Path:
         """What the victim keeps of the last run."""
-        return self.deployment.site_dir(VICTIM) / "state" / self.deployment.run_folders()[-1].name
+        return SiteStore(self.deployment.site_dir(VICTIM) / "state", self.deployment.run_folders()[-1].name).folder
 
     def begin(self, **settings: Any) -> int:
         """Start a run; return Flower's id of it."""
