@@ -77,6 +77,43 @@ def test_trunk_and_rest_are_the_model(backbone, part):
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
 
 
+TRANSFORMERS = [
+    ({}, 5, 1),
+    ({"init_values": 0.1, "qk_norm": True}, 5, 1),
+    ({"reg_tokens": 4}, 9, 5),
+    ({"class_token": False, "global_pool": "avg"}, 4, 4),
+]
+"""Options, tokens of four patches and others, and how many of them the classifier needs of the last block."""
+
+
+def transformer(options):
+    this = architecture(part="last-2").model_copy(update={"options": options})
+    model = build_model(this, seed=1).eval()
+    return model, trunk_of(model)
+
+
+@pytest.mark.parametrize(("options", "tokens", "needed"), TRANSFORMERS)
+def test_the_last_block_works_on_the_tokens_that_the_classifier_needs(options, tokens, needed):
+    model, trunk = transformer(options)
+    seen = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    trunk.rest(trunk(torch.randn(2, 1, 32, 32)))
+    assert seen == [*[tokens] * (len(model.blocks) - 1), needed]
+
+
+@pytest.mark.parametrize("options", [options for options, _, _ in TRANSFORMERS])
+def test_the_rest_has_the_gradients_of_the_whole_model(options):
+    model, trunk = transformer(options)
+    model.double()
+    x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), trained)
+    found = torch.autograd.grad(trunk.rest(trunk(x)).square().sum(), trained)
+    for mine, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, whole)
+
+
 @pytest.mark.parametrize("part", ["all", "norms-and-biases"])
 def test_a_model_that_is_trained_from_its_stem_on_has_no_trunk(part):
     assert trunk_of(build_model(architecture(part=part), seed=0)) is None

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from chainward_shared.errors import ModelError
-from chainward_shared.models import build_model, per_example, private_ready, resolve_architecture
+from chainward_shared.models import Start, build_model, per_example, private_ready, resolve_architecture
 from chainward_shared.models.ghost import ROOM, GhostClipping
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.taps import Taps
+from chainward_shared.models.trunk import trunk_of
 
 N = 5
 
@@ -107,6 +108,13 @@ def test_backbones_clip_as_one_by_one_with_a_projector_and_taps(name, size, patc
 
     assert_clips_as_one_by_one([model, projector], losses, pictures(size=size))
     taps.close()
+
+
+def test_a_vision_transformer_clips_as_one_by_one_on_what_its_frozen_trunk_made_of_the_images():
+    start = Start(name="test_vit", file="0" * 64, digest="0" * 64, part="last-2")
+    model = noisy(build_model(architecture_of("test_vit", 32, 8).model_copy(update={"start": start}), 0))
+    trunk = trunk_of(model)
+    assert_clips_as_one_by_one([model], lambda _, features: squares(trunk.rest, features), trunk(pictures()).detach())
 
 
 def test_resnetv2_clips_as_one_by_one():

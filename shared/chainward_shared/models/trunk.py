@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from chainward_shared.models.architecture import architecture_of
 from chainward_shared.models.parts import HEAD
+from chainward_shared.models.taps import reads_class_token
 
 Step = Callable[[Tensor], Tensor]
 
@@ -98,7 +100,7 @@ def _in_order(model: Any) -> tuple[list[Step], list[list[Step]], list[Step]] | N
 
     if isinstance(model, kinds.VisionTransformer):
         before: list[Step] = [model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre]
-        return before, _each(model.blocks), [model.norm]
+        return before, [*_each(model.blocks[:-1]), [_last_block(model)]], [model.norm]
     if isinstance(model, kinds.ConvNeXt):
         return [model.stem], _each(model.stages), [model.norm_pre]
     if isinstance(model, kinds.ResNetV2):
@@ -115,6 +117,31 @@ def _in_order(model: Any) -> tuple[list[Step], list[list[Step]], list[Step]] | N
     if isinstance(model, kinds.DenseNet):
         return _of_densenet(model.features)
     return None
+
+
+def _last_block(model: Any) -> Step:
+    """Return the last block of a vision transformer; of one whose classifier reads the class token, only that token's part."""
+    from timm.models.vision_transformer import Attention, Block
+
+    block = model.blocks[-1]
+    standard = type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+    return partial(_of_first_tokens, block, model.num_prefix_tokens) if standard and reads_class_token(model) else block
+
+
+def _of_first_tokens(block: Any, first: int, tokens: Tensor) -> Tensor:
+    """Return what timm's `Block` makes of the first tokens, (n, first, d).
+
+    The others serve as keys and values only. What the block would make of them, three quarters of its work and more, nobody reads.
+    """
+    attention, normed = block.attn, block.norm1(tokens)
+    by_head = attention.qkv(normed).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = by_head.unbind(0)
+    queries, keys = attention.q_norm(queries[:, :, :first]), attention.k_norm(keys)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    found = scaled_dot_product_attention(queries, keys, values, dropout_p=dropout).transpose(1, 2).flatten(2)
+    found = attention.proj_drop(attention.proj(attention.norm(found)))
+    tokens = tokens[:, :first] + block.drop_path1(block.ls1(found))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
 def _of_densenet(features: Any) -> tuple[list[Step], list[list[Step]], list[Step]]:
