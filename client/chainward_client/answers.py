@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from flwr.app import ArrayRecord
 
-from chainward_client.admission import admitted, admitted_statistics
+from chainward_client.admission import admitted
 from chainward_client.incoming import incoming_frame, incoming_state
 from chainward_client.private_site import PrivateWork
 from chainward_client.private_statistics import private_sums_of
@@ -19,7 +19,6 @@ from chainward_client.training.student import train_student
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.protocol import (
     Body,
-    LinkTask,
     StatisticsResult,
     StatisticsTask,
     StudentResult,
@@ -29,19 +28,6 @@ from chainward_shared.protocol import (
 from chainward_shared.weights import StateDict, digest, rounded
 
 B = TypeVar("B", bound=Body)
-
-
-def work_of(site: OpenSite, task: LinkTask | StudentTask) -> PrivateWork | None:
-    """Return what a training spends through; None where the site trains without privacy."""
-    return admitted(
-        site.policy,
-        site.open_privacy,
-        run=task.run_id,
-        hop=task.hop,
-        asked=task.recipe.privacy,
-        seen=task.seen_head,
-        privileged=task.recipe.privileged is not None,
-    )
 
 
 def told(log: TrainingLog, work: PrivateWork | None) -> TrainingLog:
@@ -64,7 +50,7 @@ def student_of(
     for architecture in (task.architecture, task.large_architecture):
         if architecture is not None:
             check_architecture(architecture, site.described, any_size=True)
-    work = work_of(site, task)
+    work = admitted(site.policy, site.open_privacy, task)
     store = SiteStore(site.state_dir, task.run_id)
     current = incoming_state(arrays.get("student"), "student", task.architecture, task.student_digest)
     answer = store.load_answer(task, StudentResult)
@@ -155,7 +141,7 @@ def _admitted_sums(
 ) -> tuple[PrivateWork | None, StateDict]:
     """Return what sums over a model's embeddings spend through, and the model."""
     check_architecture(task.architecture, site.described, any_size=True)  # of a student the size may be another
-    work = admitted_statistics(site.policy, site.open_privacy, task)
+    work = admitted(site.policy, site.open_privacy, task)
     base = site.bases.load(task.architecture)
     return work, incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
 

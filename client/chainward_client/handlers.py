@@ -9,7 +9,8 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chainward_client.answers import stated, student_of, sums_over_embeddings, told, work_of
+from chainward_client.admission import admitted
+from chainward_client.answers import stated, student_of, sums_over_embeddings, told
 from chainward_client.card import site_card
 from chainward_client.incoming import incoming_state
 from chainward_client.node import Node
@@ -131,7 +132,7 @@ def link(message: Message, node: Node) -> RecordDict:
 
 def _link(task: LinkTask, arrays: dict[str, ArrayRecord], site: OpenSite) -> RecordDict:
     check_architecture(task.architecture, site.described)
-    work = work_of(site, task)
+    work = admitted(site.policy, site.open_privacy, task)
     store = SiteStore(site.state_dir, task.run_id)
     store.tidy()
     answer = store.load_answer(task, LinkResult)

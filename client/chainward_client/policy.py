@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 
 from chainward_shared.errors import PolicyRefusal
@@ -25,40 +24,19 @@ logger = logging.getLogger("chainward")
 DAY = timedelta(hours=24)
 
 
-@dataclass(frozen=True)
-class Charge:
-    """A mechanism that is about to be spent, and for what.
-
-    Attributes
-    ----------
-    mechanism : what it costs
-    phase, hop : for which piece of work of the run
-    clip_norm : norm to which what each unit adds is clipped; None for a Laplace release
-    """
-
-    mechanism: Mechanism
-    phase: str
-    hop: str
-    clip_norm: float | None = None
-
-
-def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool, scale_measured: bool = False) -> None:
+def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool) -> None:
     """Check the policy against the site's training data.
 
     Parameters
     ----------
-    policy : the site's
     units : patients (or images, if that is the unit) in the training data
     has_patient_ids : whether the data say which image is of which patient
-    scale_measured : whether what is black and white in an image was measured over all of them: one patient more or less
-        would then change the images of all others, and no noise accounts for that
 
     Raises
     ------
     PolicyRefusal
-        Delta is not below 1 / `units`, patients can't be told apart, or the grey scale was measured.
+        Delta is not below 1 / `units`, or patients can't be told apart.
     """
-    check_scale(measured=scale_measured)
     if policy.unit == "patient" and not has_patient_ids:
         raise PolicyRefusal(
             "the policy protects patients (unit: patient), but the data have no patient ids; "
@@ -75,7 +53,7 @@ def check_units(policy: PrivacyPolicy, units: int, *, has_patient_ids: bool, sca
 
 
 def check_scale(*, measured: bool) -> None:
-    """Refuse private work on images whose grey scale was measured over all patients.
+    """Refuse private work on images whose grey scale was measured over all patients: one more or less changes the others' images.
 
     Raises
     ------
@@ -152,44 +130,49 @@ def check_request(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Mechani
 
 
 def reserve(
-    policy: PrivacyPolicy, ledger: Ledger, charges: Sequence[Charge], run: str, *, seeded: bool = False
-) -> list[Reservation]:
-    """Check that all charges fit together and reserve them, in one go: no other process can spend in between.
+    policy: PrivacyPolicy,
+    ledger: Ledger,
+    mechanism: Mechanism,
+    *,
+    run: str,
+    phase: str,
+    hop: str,
+    clip_norm: float | None = None,
+    seeded: bool = False,
+) -> Reservation:
+    """Check that a mechanism fits and reserve it, in one go: no other process can spend in between.
 
-    Returns
-    -------
-    One reservation for each charge, in that order. If the ledger fails in the middle, those before stay
-    spent.
+    Parameters
+    ----------
+    phase, hop : for which piece of work of the run
+    clip_norm : norm to which what each unit adds is clipped; None for a Laplace release
+    seeded : whether its noise can be replayed
 
     Raises
     ------
     PolicyRefusal
-        They don't fit, or the ledger counts in another unit than the policy; nothing was reserved.
+        It doesn't fit, or the ledger counts in another unit than the policy; nothing was reserved.
     LedgerError
         The ledger can't be read or written: nothing may be trained.
     """
-    asked = [charge.mechanism for charge in charges]
-    check_request(policy, ledger, asked, run)  # the accountants take seconds: not while others wait
+    check_request(policy, ledger, [mechanism], run)  # the accountants take seconds: not while others wait
     with ledger.exclusive():
         if units := {str(one.reserved.unit) for one in ledger.spendings()} - {policy.unit}:
             raise PolicyRefusal(
                 f"the ledger of this site counts per {units.pop()}, its policy per {policy.unit}; "
                 "an epsilon of the one says nothing of the other. Set the unit back"
             )
-        check_request(policy, ledger, asked, run)
-        return [
-            ledger.reserve(
-                charge.mechanism,
-                run=run,
-                phase=charge.phase,
-                hop=charge.hop,
-                unit=policy.unit,
-                delta=policy.delta,
-                clip_norm=charge.clip_norm,
-                seeded=seeded,
-            )
-            for charge in charges
-        ]
+        check_request(policy, ledger, [mechanism], run)
+        return ledger.reserve(
+            mechanism,
+            run=run,
+            phase=phase,
+            hop=hop,
+            unit=policy.unit,
+            delta=policy.delta,
+            clip_norm=clip_norm,
+            seeded=seeded,
+        )
 
 
 def _budgets(policy: PrivacyPolicy, ledger: Ledger, run: str) -> Iterator[tuple[str, float, list[Mechanism]]]:

@@ -23,8 +23,8 @@ from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
 from chainward_client.entropy import Entropy, OperatingSystem
 from chainward_client.policy import (
-    Charge,
     check_request,
+    check_scale,
     check_units,
     releases_in,
     releases_of_run,
@@ -82,24 +82,17 @@ class PrivateSite:
         """Return what a piece of work of a run spends through."""
         return PrivateWork(self, run, hop)
 
-    def units(self, data: SiteData) -> int:
-        """Return the number of patients (or images) with training data that others may know."""
-        return declared_units(self.policy, data)
 
-    def check_data(self, data: SiteData) -> None:
-        """Check the policy against the training data.
+def check_data(policy: PrivacyPolicy, data: SiteData) -> None:
+    """Check a policy against the training data.
 
-        Raises
-        ------
-        PolicyRefusal
-            Delta is not below 1 / units, patients can't be told apart, or the images' grey scale was measured on all of them.
-        """
-        check_units(
-            self.policy,
-            _true_units(self.policy, data),
-            has_patient_ids=data.has_patient_ids,
-            scale_measured=data.scale is not None,
-        )
+    Raises
+    ------
+    PolicyRefusal
+        Delta is not below 1 / units, patients can't be told apart, or the images' grey scale was measured on all of them.
+    """
+    check_scale(measured=data.scale is not None)
+    check_units(policy, _true_units(policy, data), has_patient_ids=data.has_patient_ids)
 
 
 def declared_units(policy: PrivacyPolicy, data: SiteData) -> int:
@@ -175,7 +168,7 @@ class PrivateWork:
         PolicyRefusal
             The policy doesn't fit the data, or no noise is enough.
         """
-        self.site.check_data(data)
+        check_data(self.site.policy, data)
         try:
             asked = self._asked(recipe.privacy)
             before = releases_of_run(self.site.policy, asked)
@@ -236,8 +229,7 @@ class PrivateWork:
         reservation = None if checkpoint is None else self._resumed(checkpoint, phase, dp_sgd)
         if reservation is None:
             self._check_training(asked, self._units(asked, data), dp_sgd.mechanism)
-            work = [Charge(dp_sgd.mechanism, phase, self.hop, dp_sgd.clip)]
-            (reservation,) = reserve(self.site.policy, ledger, work, self.run, seeded=self.site.entropy.seeded)
+            reservation = self._reserve(dp_sgd.mechanism, phase, dp_sgd.clip)
         if checkpoint is not None:
             checkpoint.reservation = reservation.entry.sequence
         reservation.begin()
@@ -247,7 +239,7 @@ class PrivateWork:
             # whether and when it failed may follow from single records: to the ledger it looks like any other
             ledger.commit(reservation, reservation.mechanism.steps)
             raise SpentError(f"a private training failed, and is charged in full: {error}") from error
-        ledger.commit(reservation, max(1, private.spent.mechanism.steps))
+        ledger.commit(reservation, max(1, private.steps_done))
 
     def _resumed(self, checkpoint: Checkpoint, phase: str, dp_sgd: DpSgd) -> Reservation | None:
         """Return the open reservation in which a training began that left this checkpoint; else forget the checkpoint."""
@@ -285,7 +277,7 @@ class PrivateWork:
         SpentError
             Summing up failed; the release is spent.
         """
-        self.site.check_data(data)
+        check_data(self.site.policy, data)
         asked = self._asked(asked)
         try:
             done = self._check_run(asked, self._units(asked, data))
@@ -308,8 +300,7 @@ class PrivateWork:
             )
         mechanism = Mechanism("gaussian", noise, 1.0, 1)
         phase = "statistics" if shared is None else f"statistics, with noise of {shared.sites} sites"
-        work = [Charge(mechanism, phase, self.hop, LENGTH)]
-        (reservation,) = reserve(self.site.policy, self.site.ledger, work, self.run, seeded=self.site.entropy.seeded)
+        reservation = self._reserve(mechanism, phase, LENGTH)
         reservation.begin()
         try:
             yield mechanism.noise_multiplier if shared is None else shared.each
@@ -334,13 +325,7 @@ class PrivateWork:
             logger.warning("scores are withheld: the run has had its %d noised releases", policy.metrics_releases)
             return False
         try:
-            (reservation,) = reserve(
-                policy,
-                ledger,
-                [Charge(mechanism, "scores", self.hop)],
-                self.run,
-                seeded=self.site.entropy.seeded,
-            )
+            reservation = self._reserve(mechanism, "scores")
         except PolicyRefusal as refusal:
             logger.warning("scores are withheld: %s", refusal)
             return False
@@ -354,13 +339,25 @@ class PrivateWork:
         ledger.reload()
         return sign_statement(ledger, self.site.key, self.run, self.hop, self.site.policy.terms)
 
+    def _reserve(self, mechanism: Mechanism, phase: str, clip_norm: float | None = None) -> Reservation:
+        return reserve(
+            self.site.policy,
+            self.site.ledger,
+            mechanism,
+            run=self.run,
+            phase=phase,
+            hop=self.hop,
+            clip_norm=clip_norm,
+            seeded=self.site.entropy.seeded,
+        )
+
     def _asked(self, asked: PrivacyRecipe | None) -> PrivacyRecipe:
         """What the run asks, at the policy's delta where that is smaller: the guarantee holds for both."""
         assert asked is not None
         return asked.model_copy(update={"delta": min(asked.delta, self.site.policy.delta)})
 
     def _units(self, asked: PrivacyRecipe, data: SiteData) -> int:
-        return max(1, round(self.site.units(data) * asked.share))
+        return max(1, round(declared_units(self.site.policy, data) * asked.share))
 
     def _check_training(self, asked: PrivacyRecipe, units: int, training: Mechanism) -> None:
         """Refuse at once a run that can't be carried out to its end, and a training beyond what the run asked for."""

@@ -12,7 +12,7 @@ from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.entropy import OperatingSystem
 from chainward_client.limits import check_enough
-from chainward_client.private_site import PrivateWork
+from chainward_client.private_site import PrivateWork, declared_units
 from chainward_client.site_config import SiteLimits
 from chainward_client.statistics import rarest
 from chainward_client.training.features import Features
@@ -74,7 +74,7 @@ def private_sums_of(
         sums = {"release": release.noised(_exact(release, data, train, embedded), noise, OperatingSystem())}
     else:
         assert task.privacy is not None
-        check_enough(work.site.units(data), limits.statistics_class, limits)
+        check_enough(declared_units(work.site.policy, data), limits.statistics_class, limits)
         release = SumsRelease(task.form, work.site.policy.unit)
         with work.statistics(task.privacy, data, stage=int(task.form.labels), shared=task.shared_noise) as noise:
             exact = _exact(release, data, labelled_cases(data, task, private=True), embedded)

@@ -32,7 +32,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,9 +40,8 @@ from torch import Tensor, nn
 from chainward_client.entropy import Entropy, OperatingSystem
 from chainward_shared.errors import ChainwardError, ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models.ghost import GhostClipping
-from chainward_shared.privacy.accounting import Mechanism
-from chainward_shared.privacy.dp_sgd import DpSgd, dp_sgd_of, rounded_units
-from chainward_shared.recipes import PrivacyRecipe, TrainingRecipe
+from chainward_shared.privacy.dp_sgd import DpSgd
+from chainward_shared.recipes import TrainingRecipe
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import PrivacyUnit
 
@@ -52,36 +50,9 @@ logger = logging.getLogger("chainward.client")
 _OF_ONE_RECORD = (ArithmeticError, LookupError, RuntimeError, ValueError)
 """What computing a loss may raise because of what a record holds."""
 
-__all__ = [
-    "DpSgd",
-    "PrivacyRecipe",
-    "PrivacySpent",
-    "PrivateTraining",
-    "declared_counts",
-    "dp_sgd_of",
-    "keeps_labels",
-    "rounded_units",
-]
-
-
-@dataclass(frozen=True)
-class PrivacySpent:
-    """What a private training has cost so far, finished or not.
-
-    Attributes
-    ----------
-    mechanism : with the noisy steps that were done
-    planned : with all of them
-    seeded : True where the noise can be replayed: not private, for tests only
-    """
-
-    mechanism: Mechanism
-    planned: Mechanism
-    seeded: bool
-
 
 class PrivateTraining:
-    """One private training on the loop of `training.loop`: hand it to `train` and read `spent` afterwards.
+    """One private training on the loop of `training.loop`: hand it to `train` and read `steps_done` afterwards.
 
     Parameters
     ----------
@@ -112,18 +83,12 @@ class PrivateTraining:
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
         self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
         self.steps_done = 0
+        """What was spent up to now, of ``dp_sgd.steps``; a step counts from the moment its noise is drawn."""
         self._units: list[np.ndarray] = []
         self._ghost: GhostClipping | None = None
         self._parameters: list[nn.Parameter] = []
         self._sums: list[Tensor] = []
         self._left_out = 0
-
-    @property
-    def spent(self) -> PrivacySpent:
-        """What was spent up to now; a step counts from the moment its noise is drawn."""
-        steps = min(self.steps_done, self.dp_sgd.steps)
-        done = Mechanism("dp-sgd", self.dp_sgd.noise_multiplier, self.dp_sgd.sample_rate, steps)
-        return PrivacySpent(done, self.dp_sgd.mechanism, self.entropy.seeded)
 
     def check(self, recipe: TrainingRecipe, unlabelled: int) -> None:
         """Refuse what is not a function of one record and public things.

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from chainward_client.admission import admitted, admitted_statistics
+from chainward_client.admission import admitted
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
-from chainward_client.private_site import PrivateSite, PrivateWork
+from chainward_client.private_site import PrivateSite, PrivateWork, declared_units
 from chainward_client.private_statistics import private_sums_of
 from chainward_client.scoring import exact_scores, noised_scores
 from chainward_client.site_config import SiteLimits
@@ -89,7 +89,7 @@ class InProcessSites(Sites):
         self._auxiliaries: dict[str, StateDict] = {}
         self._last: dict[str, tuple[str, Trained[Any]]] = {}
         self._base: StateDict | None = None
-        declared = {site: private.units(data[site]) for site, private in self.private.items()}
+        declared = {site: declared_units(private.policy, data[site]) for site, private in self.private.items()}
         self._features = {site: features or Features(None, declared=declared.get(site)) for site in data}
 
     @property
@@ -241,8 +241,7 @@ class InProcessSites(Sites):
         ), state
 
     def _sums(self, site: str, work: Work[StatisticsTask]) -> tuple[StatisticsResult, StateDict]:
-        private, task, state = self.private.get(site), work.task, work.models["model"]
-        spends = admitted_statistics(private.policy if private else None, lambda: private, task)
+        task, state, spends = work.task, work.models["model"], self._admitted(site, work.task)
         data, features = self.data[site], self._features[site]
         if task.form is None:
             result, sums = sums_of(task, data, state, SiteLimits(), features)
@@ -252,18 +251,9 @@ class InProcessSites(Sites):
         self.on_step(f"{task.hop} {site}")
         return result.model_copy(update={"statement": spends.statement() if spends else None}), sums
 
-    def _admitted(self, site: str, task: LinkTask | StudentTask) -> PrivateWork | None:
+    def _admitted(self, site: str, task: LinkTask | StudentTask | StatisticsTask) -> PrivateWork | None:
         private = self.private.get(site)
-        policy = private.policy if private else None
-        return admitted(
-            policy,
-            lambda: private,
-            run=task.run_id,
-            hop=task.hop,
-            asked=task.recipe.privacy,
-            seen=task.seen_head,
-            privileged=task.recipe.privileged is not None,
-        )
+        return admitted(private.policy if private else None, lambda: private, task)
 
     def _state_dir(self, site: str) -> Path | None:
         return None if self.state_dir is None else self.state_dir / site

@@ -25,7 +25,7 @@ from chainward_client.doctor.examination import Asked, examine
 from chainward_client.doctor.machine import GIB, Need, SuperNode, check_disk, check_flower, check_memory, check_state
 from chainward_client.doctor.report import Check, Diagnosis
 from chainward_client.planned_run import read_plan
-from chainward_client.policy import Charge, reserve
+from chainward_client.policy import reserve
 from chainward_client.site import open_site
 from chainward_client.site_config import load_site_config
 from chainward_client.site_key import site_key
@@ -313,7 +313,8 @@ def test_a_plan_beyond_what_is_left_is_told_with_the_numbers(hospital):
     ledger, _ = open_site_ledger(config.state_dir(hospital), "oak")
     assert config.privacy is not None
     policy = config.privacy.model_copy(update={"epsilon_per_run": None})
-    (reservation,) = reserve(policy, ledger, [Charge(Mechanism("dp-sgd", 0.9, 0.5, 6), "link", "one", 1.0)], "earlier")
+    mechanism = Mechanism("dp-sgd", 0.9, 0.5, 6)
+    reservation = reserve(policy, ledger, mechanism, run="earlier", phase="link", hop="one", clip_norm=1.0)
     reservation.begin()
     ledger.commit(reservation, 6)
     changed(hospital, privacy={**POLICY, "epsilon": 1.02 * spent(ledger.mechanisms(), 1e-5)})

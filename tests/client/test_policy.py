@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 from ledgers import KEY, gaussian, new_ledger
 
-from chainward_client.policy import Charge, PrivacyPolicy, check_request, check_run, check_units, reserve
+from chainward_client.policy import PrivacyPolicy, check_request, check_run, check_units, reserve
 from chainward_client.site_config import load_site_config
 from chainward_shared.errors import DataError, PolicyRefusal
 from chainward_shared.privacy.accounting import Mechanism, spent
-from chainward_shared.privacy.ledger import Ledger
+from chainward_shared.privacy.ledger import Ledger, Reservation
 
 DELTA = 1e-5
 POLICY = PrivacyPolicy(epsilon=2.0, delta=DELTA)
 
 
-def charges(*mechanisms: Mechanism) -> list[Charge]:
-    return [Charge(mechanism, "chain", f"hop-{number}", 1.0) for number, mechanism in enumerate(mechanisms)]
+def reserve_training(
+    policy: PrivacyPolicy, ledger: Ledger, mechanism: Mechanism, run: str, hop: str = "hop"
+) -> Reservation:
+    return reserve(policy, ledger, mechanism, run=run, phase="chain", hop=hop, clip_norm=1.0)
 
 
 @pytest.fixture
@@ -28,10 +30,10 @@ def ledger(tmp_path) -> Ledger:
     return new_ledger(tmp_path)
 
 
-def refusal_of(policy: PrivacyPolicy, ledger: Ledger, *asked: Mechanism, run: str = "r") -> str:
+def refusal_of(policy: PrivacyPolicy, ledger: Ledger, asked: Mechanism, run: str = "r") -> str:
     before = ledger.head
     with pytest.raises(PolicyRefusal) as caught:
-        reserve(policy, ledger, charges(*asked), run)
+        reserve_training(policy, ledger, asked, run)
     assert ledger.head == before, "a refusal reserves nothing"
     message = str(caught.value)
     assert "\n" not in message
@@ -46,7 +48,7 @@ def numbers_after(message: str, pattern: str) -> list[float]:
 
 
 def test_what_fits_is_reserved_with_unit_and_delta_of_the_policy(ledger):
-    (reservation,) = reserve(POLICY, ledger, charges(gaussian(50)), "r")
+    reservation = reserve_training(POLICY, ledger, gaussian(50), "r")
     assert reservation.mechanism == gaussian(50)
     assert (reservation.entry.unit, reservation.entry.delta) == ("patient", DELTA)
     assert reservation.entry.mechanism.clip_norm == 1.0
@@ -54,7 +56,7 @@ def test_what_fits_is_reserved_with_unit_and_delta_of_the_policy(ledger):
 
 
 def test_a_refusal_says_asked_spent_left_and_the_longest_training_that_fits(ledger):
-    reserve(POLICY, ledger, charges(gaussian(50)), "r")
+    reserve_training(POLICY, ledger, gaussian(50), "r")
     message = refusal_of(POLICY, ledger, gaussian(100))
     asked, already, budget, left, together, steps = numbers_after(
         message,
@@ -65,31 +67,34 @@ def test_a_refusal_says_asked_spent_left_and_the_longest_training_that_fits(ledg
     assert (budget, left) == (2.0, pytest.approx(2 - already, abs=2e-3))
     assert together == pytest.approx(spent([gaussian(150)], DELTA), rel=1e-3)
     assert spent([gaussian(50 + int(steps))], DELTA) <= 2.0 < spent([gaussian(51 + int(steps))], DELTA)
-    reserve(POLICY, ledger, charges(gaussian(int(steps))), "r")
+    reserve_training(POLICY, ledger, gaussian(int(steps)), "r")
     assert "Not one step at noise multiplier 20" in refusal_of(POLICY, ledger, gaussian(100))
 
 
 def test_all_runs_share_the_lifetime(ledger):
-    reserve(POLICY, ledger, charges(gaussian(80)), "first")
+    reserve_training(POLICY, ledger, gaussian(80), "first")
     assert "spent in the site's lifetime" in refusal_of(POLICY, ledger, gaussian(80), run="second")
 
 
 @pytest.mark.slow
 def test_a_cap_on_a_run_binds_that_run_only(ledger):
     policy = POLICY.model_copy(update={"epsilon_per_run": 1.0})
-    reserve(policy, ledger, charges(gaussian(25)), "first")
+    reserve_training(policy, ledger, gaussian(25), "first")
     assert "of 1 spent in this run" in refusal_of(policy, ledger, gaussian(25), run="first")
-    reserve(policy, ledger, charges(gaussian(25)), "second")
+    reserve_training(policy, ledger, gaussian(25), "second")
 
 
 def test_the_parts_of_a_plan_are_counted_together(ledger):
     """A teacher and a link, each of which would fit alone."""
-    assert "over budget" in refusal_of(POLICY, ledger, gaussian(60), gaussian(60, noise=19.0))
+    check_request(POLICY, ledger, [gaussian(60)], "r")
+    check_request(POLICY, ledger, [gaussian(60, noise=19.0)], "r")
+    with pytest.raises(PolicyRefusal, match="over budget"):
+        check_request(POLICY, ledger, [gaussian(60), gaussian(60, noise=19.0)], "r")
     assert ledger.mechanisms() == []
 
 
 def test_what_was_reserved_and_never_ended_still_counts(ledger):
-    reserve(POLICY, ledger, charges(gaussian(80)), "r")
+    reserve_training(POLICY, ledger, gaussian(80), "r")
     again = Ledger.open(ledger.path, KEY, "oak")
     assert "over budget" in refusal_of(POLICY, again, gaussian(80))
 
@@ -103,7 +108,7 @@ def test_a_release_that_does_not_fit_is_refused(ledger):
 
 
 def test_a_ledger_of_another_unit_is_refused(ledger):
-    reserve(POLICY, ledger, charges(gaussian(5)), "r")
+    reserve_training(POLICY, ledger, gaussian(5), "r")
     images = POLICY.model_copy(update={"unit": "image"})
     assert "ledger of this site counts per patient, its policy per image" in refusal_of(images, ledger, gaussian(5))
 
@@ -118,7 +123,7 @@ def test_a_refusal_names_no_file_and_no_count_of_patients(ledger, tmp_path):
 
 def test_a_request_is_checked_against_the_ledger_as_it_is_now(ledger):
     other = Ledger.open(ledger.path, KEY, "oak")
-    reserve(POLICY, other, charges(gaussian(80)), "r")
+    reserve_training(POLICY, other, gaussian(80), "r")
     with pytest.raises(PolicyRefusal):
         check_request(POLICY, ledger, [gaussian(80)], "r")
 
@@ -135,7 +140,7 @@ def test_processes_that_reserve_at_the_same_time_never_overspend_and_use_the_bud
             mine = Ledger.open(ledger.path, KEY, "oak")
             for turn in range(fits):
                 try:
-                    reserve(POLICY, mine, [Charge(piece, "chain", f"{number}-{turn}", 1.0)], "r")
+                    reserve_training(POLICY, mine, piece, "r", f"{number}-{turn}")
                 except PolicyRefusal:
                     os._exit(7)
             os._exit(0)

@@ -18,13 +18,9 @@ from chainward_client.data.site_data import Cases
 from chainward_client.entropy import OperatingSystem, SeededForTests
 from chainward_client.privacy_audit import checks, neighbours
 from chainward_client.private_training import (
-    DpSgd,
-    PrivacyRecipe,
     PrivateTraining,
     declared_counts,
-    dp_sgd_of,
     keeps_labels,
-    rounded_units,
     units_of,
 )
 from chainward_client.training import link as link_module
@@ -37,7 +33,8 @@ from chainward_shared.errors import ModelError, PrivacyError
 from chainward_shared.models import build_model, ghost, resolve_architecture
 from chainward_shared.models.ghost import ROOM
 from chainward_shared.privacy.accounting import spent
-from chainward_shared.recipes import PrivilegedRecipe
+from chainward_shared.privacy.dp_sgd import DpSgd, dp_sgd_of, rounded_units
+from chainward_shared.recipes import PrivacyRecipe, PrivilegedRecipe
 
 RECIPE = SMALL_LINK.model_copy(
     update={
@@ -287,8 +284,8 @@ def test_the_model_bears_no_trace_of_single_examples_afterwards(architecture):
     train(model, cases, RECIPE, LinkObjective(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
     assert not any(hasattr(p, "grad_sample") or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
-    assert private.spent.mechanism == private.spent.planned == DP_SGD.mechanism
-    assert not private.spent.seeded
+    assert private.steps_done == DP_SGD.steps
+    assert not private.entropy.seeded
 
 
 def test_what_was_spent_is_known_after_a_crash(architecture):
@@ -300,7 +297,7 @@ def test_what_was_spent_is_known_after_a_crash(architecture):
     private = PrivateTraining(DP_SGD)
     with pytest.raises(RuntimeError, match="power cut"):
         train(model, cases, RECIPE, Failing(RECIPE, model, None, class_counts(cases.labels, 3)), "x", private=private)
-    assert private.spent.mechanism.steps == 1
+    assert private.steps_done == 1
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -340,7 +337,7 @@ def test_two_private_trainings_with_one_seed_differ_and_two_with_a_seeded_entrop
             "x",
             private=private,
         )
-        return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), private.spent.seeded
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), private.entropy.seeded
 
     (one, seeded), (other, _) = weights(None), weights(None)
     assert not torch.equal(one, other)

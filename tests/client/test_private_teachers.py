@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.entropy import SeededForTests
 from chainward_client.precision import training_environment
-from chainward_client.private_site import PrivateSite, PrivateWork
-from chainward_client.private_training import DpSgd, PrivateTraining, declared_counts
+from chainward_client.private_site import PrivateSite, PrivateWork, declared_units
+from chainward_client.private_training import PrivateTraining, declared_counts
 from chainward_client.privileged import kept, targets
 from chainward_client.privileged import teacher as teacher_module
 from chainward_client.privileged.results import PrivilegedTargets
@@ -36,7 +36,7 @@ from chainward_shared.models import Start, build_model, resolve_architecture
 from chainward_shared.models.ghost import ROOM
 from chainward_shared.privacy import dp_sgd as dp_sgd_module
 from chainward_shared.privacy.accounting import spent
-from chainward_shared.privacy.dp_sgd import run_mechanisms
+from chainward_shared.privacy.dp_sgd import DpSgd, run_mechanisms
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.recipes import (
@@ -186,7 +186,7 @@ def test_a_teacher_is_what_gradients_clipped_and_added_one_by_one_make_of_it(mul
     expected = slow_reference(vectors, available, labels, patients, training, counts, SeededForTests(4))
     for mine, theirs in zip(trained.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
-    assert private.spent.mechanism == DP_SGD.mechanism
+    assert private.steps_done == DP_SGD.steps
     assert not trained.training
     assert not any(hasattr(p, "grad_sample") for p in trained.parameters())
 
@@ -313,7 +313,7 @@ def test_what_a_run_lists_is_enough_for_its_teachers_and_its_link_and_for_nothin
     monkeypatch.setattr(dp_sgd_module, "_noise", lambda *_: 1.0)  # solving takes half a minute
     trainings = (PlannedTraining(epochs=2, batch_size=64), PlannedTraining(epochs=3, batch_size=64, times=2))
     listed = PrivacyRecipe(delta=1e-5, noise_multiplier=1.0, batch_size=64, run=trainings)
-    cost = spent(run_mechanisms(listed, units=site.units(phantoms)), 1e-5)
+    cost = spent(run_mechanisms(listed, units=declared_units(site.policy, phantoms)), 1e-5)
     privacy = listed.model_copy(update={"noise_multiplier": None, "epsilon": cost})
     recipe = RECIPE.model_copy(update={"privacy": privacy})
     work = site.work("run", "hop")

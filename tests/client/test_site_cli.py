@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 
 from chainward_client import cli
-from chainward_client.policy import Charge, reserve
+from chainward_client.policy import reserve
 from chainward_client.site_config import load_site_config
 from chainward_client.site_ledger import create_site_ledger, key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
@@ -47,9 +47,8 @@ def train(site_yaml: Path, steps: int = 20) -> tuple[Ledger, dict[str, object]]:
     """Train, and return the ledger and the run's privacy.json."""
     config = load_site_config(site_yaml)
     ledger, key = open_site_ledger(config.state_dir(site_yaml), "oak")
-    (reservation,) = reserve(
-        config.privacy, ledger, [Charge(Mechanism("dp-sgd", 20.0, 1.0, steps), "chain", "one", 1.0)], "r"
-    )
+    mechanism = Mechanism("dp-sgd", 20.0, 1.0, steps)
+    reservation = reserve(config.privacy, ledger, mechanism, run="r", phase="chain", hop="one", clip_norm=1.0)
     reservation.begin()
     ledger.commit(reservation, steps)
     statement = sign_statement(ledger, key, "r", "one", config.privacy.terms)

@@ -10,9 +10,9 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.limits import check_limits
-from chainward_client.policy import check_request, check_run, check_units, whole_run
+from chainward_client.policy import check_request, check_run, whole_run
 from chainward_client.precision import best_device
-from chainward_client.private_site import declared_units
+from chainward_client.private_site import check_data, declared_units
 from chainward_client.site_config import SiteLimits
 from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
@@ -57,9 +57,7 @@ def check_policy(policy: PrivacyPolicy | None, state: Path, site: str, data: Sit
         )
     if data is not None:
         try:
-            patients = data.splits["train"].patients
-            count = len(set(patients.tolist())) if policy.unit == "patient" else len(patients)
-            check_units(policy, count, has_patient_ids=data.has_patient_ids, scale_measured=data.scale is not None)
+            check_data(policy, data)
         except PolicyRefusal as refusal:
             checks.append(problem("policy: data", str(refusal), "change site.yaml (delta, unit) or the data file"))
         else:

@@ -141,7 +141,7 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
         model = _model()
         private = training(_DP_SGD)
         train(model, _cases(), RECIPE, _Squares(), "audit", private=private)
-        if private.spent.seeded:
+        if private.entropy.seeded:
             return "the noise comes from a seeded generator, which is for tests only"
         ends.append(_flat([p.detach() for p in model.parameters()]))
         with torch.random.fork_rng(devices=[]):
@@ -159,8 +159,8 @@ def empty_batch_problem(training: MakeTraining = PrivateTraining) -> str:
     model, private = _model(), training(dp_sgd)
     before = _flat([p.detach().clone() for p in model.parameters()])
     train(model, _cases(), RECIPE, _Squares(), "audit", private=private)
-    if private.spent.mechanism.steps != 2:
-        return f"2 steps with empty samples are counted as {private.spent.mechanism.steps}"
+    if private.steps_done != 2:
+        return f"2 steps with empty samples are counted as {private.steps_done}"
     if torch.equal(before, _flat([p.detach() for p in model.parameters()])):
         return "a step whose sample is empty leaves the weights as they were, which tells that it is empty"
     return ""
