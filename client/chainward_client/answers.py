@@ -9,11 +9,10 @@ from flwr.app import ArrayRecord
 from chainward_client.admission import admitted
 from chainward_client.incoming import incoming_frame, incoming_state
 from chainward_client.private_site import PrivateWork
-from chainward_client.private_statistics import private_sums_of
 from chainward_client.request_check import check_architecture
-from chainward_client.score_limits import ScoredModels
+from chainward_client.score_limits import admit_model
 from chainward_client.site import OpenSite
-from chainward_client.statistics import sums_of
+from chainward_client.statistics import private_sums_of, sums_of
 from chainward_client.store import SiteStore
 from chainward_client.training.student import train_student
 from chainward_shared.errors import PolicyRefusal, ProtocolError
@@ -119,11 +118,13 @@ def sums_over_embeddings(
             f"{together} here, itself among them (secure_sums.noise_from in its site.yaml): set "
             f"federation.secure-noise-from={together}"
         )
+    check_architecture(task.architecture, site.described, any_size=True)  # of a student the size may be another
+    work = admitted(site.policy, site.open_privacy, task)
+    base = site.bases.load(task.architecture)
+    state = incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
     if task.form is None:
-        _, state = _admitted_sums(task, arrays, site)
         _admit_model(task, site)
         return sums_of(task, site.data, state, site.limits, site.features)
-    work, state = _admitted_sums(task, arrays, site)
     store = SiteStore(site.state_dir, task.run_id)
     answer = store.load_answer(task, StatisticsResult)
     if answer is None:
@@ -136,19 +137,9 @@ def sums_over_embeddings(
     return stated(result, work), sums
 
 
-def _admitted_sums(
-    task: StatisticsTask, arrays: dict[str, ArrayRecord], site: OpenSite
-) -> tuple[PrivateWork | None, StateDict]:
-    """Return what sums over a model's embeddings spend through, and the model."""
-    check_architecture(task.architecture, site.described, any_size=True)  # of a student the size may be another
-    work = admitted(site.policy, site.open_privacy, task)
-    base = site.bases.load(task.architecture)
-    return work, incoming_state(arrays.get("model"), "model", task.architecture, task.digest, base)
-
-
 def _admit_model(task: StatisticsTask, site: OpenSite) -> None:
     """Count a model about which sums leave without noise."""
-    if site.scores is not None and not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores):
+    if site.scores is not None and not admit_model(site.state_dir, task.run_id, task.digest, site.scores):
         raise PolicyRefusal(
             "the hospital answers questions about no more models in this run, or today (scores.per_run, scores.per_day in "
             "its site.yaml)"

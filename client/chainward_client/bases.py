@@ -80,16 +80,6 @@ class Bases:
             "sent first"
         )
 
-    def keep(self, base: StateDict, architecture: Architecture) -> None:
-        """Keep a base that was checked, or needs no check.
-
-        Raises
-        ------
-        StoreError
-            The site's disk is full or can't be written.
-        """
-        self._keep(base, architecture, {})
-
     def answer(self, task: BaseTask, piece: ArrayRecord | None, site: str) -> BaseState:
         """Return how much of a base is here, after adding the piece that came, if one did.
 
@@ -137,16 +127,24 @@ class Bases:
                 raise WeightsError(
                     f"the weights that arrived have SHA-256 {found[:12]}; announced was {task.sha256[:12]}"
                 )
-            self._keep(load_base(part, task.architecture), task.architecture, {})
+            self.keep(load_base(part, task.architecture), task.architecture)
         finally:
             part.unlink(missing_ok=True)
 
-    def _keep(self, base: StateDict, architecture: Architecture, metadata: dict[str, str]) -> None:
+    def keep(self, base: StateDict, architecture: Architecture, reviewed: str | None = None) -> None:
+        """Keep a base that was checked, or needs no check; `reviewed`: SHA-256 of the reviewed file that it is made of.
+
+        Raises
+        ------
+        StoreError
+            The site's disk is full or can't be written.
+        """
         assert architecture.start is not None
         path = self._path(architecture.start.digest)
+        metadata = {"name": architecture.start.name} | ({} if reviewed is None else {_REVIEWED: reviewed})
         with written(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_base(base, path, {"name": architecture.start.name, **metadata})
+            save_base(base, path, metadata)
         newest_first = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
         for old in newest_first[KEPT:]:
             old.unlink(missing_ok=True)
@@ -160,7 +158,7 @@ class Bases:
         if base is None:
             logger.warning("the weights %s in this site's store make another base than the coordinator's", card.name)
             return None
-        self._keep(base, architecture, {_REVIEWED: card.sha256})
+        self.keep(base, architecture, card.sha256)
         return base
 
     def _allowed(self, path: Path) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,44 +19,29 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 
-class Entropy(Protocol):
-    """A source of randomness for private training.
+class Entropy:
+    """The operating system's entropy, for private training: it can't be replayed.
 
     Attributes
     ----------
-    seeded : True where it can be replayed; what was trained with it is not private
+    seeded : True where it can be, after all; what was trained with it is not private
     """
-
-    seeded: bool
-
-    def uniform(self, n: int) -> np.ndarray:
-        """Return `n` numbers in [0, 1), float64 (n,)."""
-
-    def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
-        """Return standard normal numbers, float32, one tensor for each shape."""
-
-    def generator(self) -> torch.Generator:
-        """Return a new CPU generator, of augmentations say."""
-
-    def integer(self) -> int:
-        """Return a number below 2^63."""
-
-
-class OperatingSystem:
-    """The operating system's entropy: cannot be replayed."""
 
     seeded = False
 
     def uniform(self, n: int) -> np.ndarray:
+        """Return `n` numbers in [0, 1), float64 (n,)."""
         bits = np.frombuffer(os.urandom(8 * n), dtype=np.uint64) >> np.uint64(11)
         return bits.astype(np.float64) * 2.0**-53
 
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
+        """Return standard normal numbers, float32, one tensor for each shape."""
         sizes = [shape.numel() for shape in shapes]
         numbers = _secret_normal(sum(sizes)).to(device)
         return [part.view(shape) for part, shape in zip(numbers.split(sizes), shapes, strict=True)]
 
     def generator(self) -> torch.Generator:
+        """Return a new CPU generator, of augmentations say."""
         generator = torch.Generator()
         generator.manual_seed(self.integer())
         state = generator.get_state()
@@ -67,10 +51,11 @@ class OperatingSystem:
         return generator
 
     def integer(self) -> int:
+        """Return a number below 2^63."""
         return int.from_bytes(os.urandom(8), "big") >> 1
 
 
-class SeededForTests:
+class SeededForTests(Entropy):
     """Repeats itself. For tests only: the ledger marks what was trained with it, and the audit fails it."""
 
     seeded = True

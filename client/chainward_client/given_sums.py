@@ -39,39 +39,34 @@ class _Sets(BaseModel):
             (self.sets if kind == "statistics" else self.scores).append(sorted(weights))
 
 
-class GivenSums:
-    """The sites over which a site has unmasked sums, and what each was multiplied by."""
+def add_given(file: Path, weights: Mapping[str, float], kind: Kind) -> None:
+    """Note a sum that is unmasked, unless it and some of those known are together the numbers of a single site.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Parameters
+    ----------
+    file : where the site remembers them
+    weights : what the numbers of each site in the sum were multiplied by
 
-    def add(self, weights: Mapping[str, float], kind: Kind) -> None:
-        """Note a sum, unless it and some of those known are together the numbers of a single site.
-
-        Parameters
-        ----------
-        weights : what the numbers of each site in it were multiplied by
-
-        Raises
-        ------
-        PolicyRefusal
-            They are.
-        StoreError
-            The file can't be read or written.
-        """
-        with locked(self.file):
-            known = read_kept(self.file, _Sets) or _Sets()
-            sums, new = known.weights(kind), dict(sorted(weights.items()))
-            if new in sums:
-                return
-            if alone := singled_out([*sums, new]):
-                raise PolicyRefusal(
-                    f"from this sum and earlier ones the numbers of site '{alone}' alone would follow if the models are alike; "
-                    "wait until the same sites are there as before, with the same weights (or set secure_sums.differences: true "
-                    "in each site.yaml)"
-                )
-            known.add(new, kind)
-            write_kept(self.file, known)
+    Raises
+    ------
+    PolicyRefusal
+        They are.
+    StoreError
+        The file can't be read or written.
+    """
+    with locked(file):
+        known = read_kept(file, _Sets) or _Sets()
+        sums, new = known.weights(kind), dict(sorted(weights.items()))
+        if new in sums:
+            return
+        if alone := singled_out([*sums, new]):
+            raise PolicyRefusal(
+                f"from this sum and earlier ones the numbers of site '{alone}' alone would follow if the models are alike; "
+                "wait until the same sites are there as before, with the same weights (or set secure_sums.differences: true "
+                "in each site.yaml)"
+            )
+        known.add(new, kind)
+        write_kept(file, known)
 
 
 def singled_out(sums: Sequence[Mapping[str, float]]) -> str | None:

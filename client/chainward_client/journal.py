@@ -88,17 +88,14 @@ class Journal:
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "journal.jsonl"
 
-    def begun(self, asked: RecordDict) -> None:
-        """Write down that work on a request begins."""
-        self._note(asked, "begun")
-
-    def answered(self, asked: RecordDict, answer: RecordDict, seconds: float) -> None:
-        """Write down what a request was answered with."""
-        kind = kind_of(answer)
-        if kind == Refusal.KIND:
+    def note(self, asked: RecordDict, answer: RecordDict | None = None, seconds: float = 0.0) -> None:
+        """Write down that work on a request begins, or what it was answered with, after `seconds`."""
+        if answer is None:
+            self._note(asked, "begun")
+        elif kind_of(answer) == Refusal.KIND:
             refusal, _ = unpack(answer, Refusal)
             self._note(asked, "waits" if refusal.waiting else "refused", seconds=seconds, reason=refusal.reason)
-        elif kind != BaseState.KIND or unpack(answer, BaseState)[0].complete:
+        elif kind_of(answer) != BaseState.KIND or unpack(answer, BaseState)[0].complete:
             size = sum(byte_count(record) for record in answer.array_records.values())
             self._note(asked, "sent", bytes=size, seconds=seconds)
 

@@ -144,11 +144,7 @@ class DeployedNode(Node):
         return RunPlanState(site=self._config.site, approval=approval, plan=plan.digest)
 
     def note(self, asked: RecordDict, answer: RecordDict | None = None, seconds: float = 0.0) -> None:
-        journal = Journal(self._config.state_dir(self._path))
-        if answer is None:
-            journal.begun(asked)
-        else:
-            journal.answered(asked, answer, seconds)
+        Journal(self._config.state_dir(self._path)).note(asked, answer, seconds)
 
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
-from chainward_client.entropy import Entropy, OperatingSystem
+from chainward_client.entropy import Entropy
 from chainward_client.policy import (
     check_request,
     check_scale,
@@ -76,7 +76,7 @@ class PrivateSite:
         if create:
             create_site_ledger(state_dir, site)
         ledger, key = open_site_ledger(state_dir, site)
-        return cls(policy, ledger, key, OperatingSystem())
+        return cls(policy, ledger, key, Entropy())
 
     def work(self, run: str, hop: str) -> PrivateWork:
         """Return what a piece of work of a run spends through."""

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chainward_client.entropy import Entropy, OperatingSystem
+from chainward_client.entropy import Entropy
 from chainward_shared.errors import ChainwardError, ModelError, PolicyRefusal, PrivacyError
 from chainward_shared.models.ghost import GhostClipping
 from chainward_shared.privacy.dp_sgd import DpSgd
@@ -81,7 +81,7 @@ class PrivateTraining:
         self.dp_sgd, self.together, self.views, self.average_decay = dp_sgd, together, views, average_decay
         self.unlabelled_patients = unlabelled_patients
         self.declared_prior, self.private_teachers = declared_prior, private_teachers
-        self.entropy: Entropy = OperatingSystem() if entropy is None else entropy
+        self.entropy = Entropy() if entropy is None else entropy
         self.steps_done = 0
         """What was spent up to now, of ``dp_sgd.steps``; a step counts from the moment its noise is drawn."""
         self._units: list[np.ndarray] = []

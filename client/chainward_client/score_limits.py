@@ -8,8 +8,6 @@ guarantee, as noise is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from chainward_shared.protocol import EvaluateTask
 
 logger = logging.getLogger("chainward.client")
 
+FILE = "scored-models.json"
 KEPT_DAYS = 30
 _CONFIDENCE_DECIMALS = 2
 
@@ -63,58 +62,38 @@ class _Noted(RootModel[list[_Scored]]):
     pass
 
 
-@dataclass(frozen=True)
-class ScoredModels:
-    """Which models a site has scored lately: a file in its state folder, shared by its processes.
+def admit_model(state_dir: Path, run: str, model: str, limits: ScoreLimits) -> bool:
+    """Note a model and return whether it may be scored. One that was scored in this run before may be again.
 
-    Attributes
+    Parameters
     ----------
-    path : of the file
-    today : the day, as in "2026-01-31"
+    state_dir : the site's state folder: its processes count together, in a file there
+    model : its digest
+    limits : the site's
+
+    Raises
+    ------
+    StoreError
+        The file can't be read or written, or is damaged; nothing may be scored then.
     """
-
-    path: Path
-    today: Callable[[], str] = lambda: datetime.now(UTC).date().isoformat()
-
-    @classmethod
-    def of(cls, state_dir: Path) -> ScoredModels:
-        """Return those of the site with this state folder."""
-        return cls(state_dir / "scored-models.json")
-
-    def admit(self, run: str, model: str, limits: ScoreLimits) -> bool:
-        """Note a model and return whether it may be scored. One that was scored in this run before may be again.
-
-        Parameters
-        ----------
-        model : its digest
-        limits : the site's
-
-        Raises
-        ------
-        StoreError
-            The file can't be read or written, or is damaged; nothing may be scored then.
-        """
-        with locked(self.path):
-            return self._admit(run, model, limits)
-
-    def _admit(self, run: str, model: str, limits: ScoreLimits) -> bool:
-        known = read_kept(self.path, _Noted, "remove it, and the count of scored models begins anew")
-        today, noted = self.today(), [] if known is None else known.root
+    path = state_dir / FILE
+    with locked(path):
+        known = read_kept(path, _Noted, "remove it, and the count of scored models begins anew")
+        today, noted = _today(), [] if known is None else known.root
         if any((run, model) == (one.run, one.model) for one in noted):
             return True
         of_run = sum(one.run == run for one in noted)
         of_day = sum(one.day == today for one in noted)
         for what, found, most in (("run", of_run, limits.per_run), ("day", of_day, limits.per_day)):
             if found >= most:
-                logger.warning(
-                    "scores are withheld: %d models were scored in this %s, scores.per_%s is %d",
-                    found,
-                    what,
-                    what,
-                    most,
-                )
+                scored = "scores are withheld: %d models were scored in this %s, scores.per_%s is %d"
+                logger.warning(scored, found, what, what, most)
                 return False
         kept = sorted({one.day for one in noted} | {today})[-KEPT_DAYS:]
         noted = [one for one in noted if one.day in kept] + [_Scored(day=today, run=run, model=model)]
-        write_kept(self.path, _Noted(noted))
+        write_kept(path, _Noted(noted))
         return True
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
-from chainward_client.data.site_data import SiteData
+from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.entropy import Entropy
 from chainward_client.evaluation import class_probabilities, localisation_values
-from chainward_client.noised_scores import noised, one_image_each
 from chainward_client.policy import check_scale
 from chainward_client.private_site import PrivateSite
 from chainward_client.request_check import check_architecture
-from chainward_client.score_limits import ScoredModels, coarse, too_few_cases
+from chainward_client.score_limits import admit_model, coarse, too_few_cases
 from chainward_client.scored_model import scored_model
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
@@ -22,6 +23,7 @@ from chainward_shared.errors import SpentError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_to_arrays, evaluate, pool
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import EvaluateResult, EvaluateTask, pack
 from chainward_shared.summands import counts_in, counts_summand
 
@@ -48,7 +50,7 @@ def scores_and_counts(
     model = scored_model(task, arrays, site)
     if site.scores is not None and (
         too_few_cases(site.data, task, site.scores)
-        or not ScoredModels.of(site.state_dir).admit(task.run_id, task.digest, site.scores)
+        or not admit_model(site.state_dir, task.run_id, task.digest, site.scores)
     ):
         return EvaluateResult(site=site.site, scores={}, release="withhold"), {}
     return exact_scores(task, site.data, model, site.features, rounded=site.scores is not None)
@@ -115,3 +117,34 @@ def _noised_scores(task: EvaluateTask, site: OpenSite, arrays: dict[str, ArrayRe
         store.save_answer(task, *answer)
     result, stored = answer
     return result.model_copy(update={"statement": work.statement()}), counts_in(stored, task)
+
+
+def one_image_each(cases: Cases) -> Cases:
+    """Return the first image of each patient: what a patient adds to a noised release must not grow with the images."""
+    _, first = np.unique(cases.patients, return_index=True)
+    return cases.take(np.sort(first))
+
+
+def noised(counts: PredictionCounts, policy: PrivacyPolicy, entropy: Entropy) -> PredictionCounts:
+    """Return the counts with a confusion matrix that one release with Laplace noise covers, and nothing else.
+
+    One case adds 1 to one cell, or, multi-label, to one cell for each finding: that is the sensitivity (Dwork et al. 2006),
+    and the noise has this scale over ``metrics_epsilon``. Rounding and cutting below zero are post-processing. Histograms
+    and calibration have too many cells for noise to leave anything of them; they are zero.
+
+    Parameters
+    ----------
+    counts : of one image for each unit. Splits share no patient, so that one charge covers the counts of several
+    """
+    assert policy.metrics_epsilon is not None
+    cells_of_a_case = 1 if counts.confusion.ndim == 2 else len(counts.confusion)
+    noise = laplace(counts.confusion.size, cells_of_a_case / policy.metrics_epsilon, entropy)
+    confusion = np.rint(counts.confusion + noise.reshape(counts.confusion.shape)).clip(min=0).astype(np.int64)
+    return PredictionCounts(confusion, np.zeros_like(counts.calibration), np.zeros_like(counts.histograms))
+
+
+def laplace(n: int, scale: float, entropy: Entropy) -> np.ndarray:
+    """Return `n` draws of Laplace noise, float64 (n,): the difference of two exponential ones."""
+    first, second = (-np.log1p(-entropy.uniform(n)) for _ in range(2))
+    noise: np.ndarray = scale * (first - second)
+    return noise

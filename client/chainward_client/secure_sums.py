@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict
 
-from chainward_client.given_sums import GivenSums, Kind
+from chainward_client.given_sums import Kind, add_given
 from chainward_client.kept_records import locked, read_kept, write_kept
 from chainward_client.site_config import SecureSums
 from chainward_shared.errors import PolicyRefusal, ProtocolError
@@ -69,7 +68,8 @@ class _Kept(BaseModel):
 
 
 class Participation:
-    """One site's part in the secure sum of one task.
+    """One site's part in the secure sum of one task. No other process of the site answers for this sum meanwhile: two could
+    each unmask another one.
 
     Parameters
     ----------
@@ -88,8 +88,7 @@ class Participation:
         terms: SecureSums | None,
         identity: Callable[[], Ed25519PrivateKey] | None,
     ) -> None:
-        self.file, self.site, self.terms, self._identity = file, site, terms, identity
-        self._given = GivenSums(given)
+        self.file, self.given, self.site, self.terms, self._identity = file, given, site, terms, identity
 
     def offer(self, round_: Round) -> Offer:
         """Take part in a round: return public keys for it. A later attempt ends the ones before it.
@@ -102,11 +101,11 @@ class Participation:
             It is another round than the one that the site has begun.
         """
         self._admit(round_)
-        with self._alone():
-            kept = self._load()
+        with locked(self.file):
+            kept = read_kept(self.file, _Kept)
             if kept is None or kept.round.attempt < round_.attempt:
                 kept = _Kept(round=round_, secrets=Secrets.new(), unmasked=None if kept is None else kept.given)
-                self._save(kept)
+                write_kept(self.file, kept)
         secrets = self._secrets(kept)
         self._same(kept, round_)
         return offered(secrets, round_, self.site, self._identity() if self._identity else None)
@@ -121,13 +120,13 @@ class Participation:
         ProtocolError
             The site was given other keys before.
         """
-        with self._alone():
+        with locked(self.file):
             kept = self._begun(round_)
             if kept.shares is None:
                 self._check_offers(kept, offers)
                 shares = shares_for_others(self._secrets(kept), round_, self.site, offers)
                 kept.offers, kept.shares = list(offers), SumShares(site=self.site, shares=shares)
-                self._save(kept)
+                write_kept(self.file, kept)
             elif kept.offers != list(offers):
                 raise ProtocolError(f"site '{self.site}' has shared its secrets out among other keys in this round")
             return kept.shares
@@ -154,7 +153,7 @@ class Participation:
         ProtocolError
             The shares can't be read, or the site was given others before.
         """
-        with self._alone():
+        with locked(self.file):
             kept = self._begun(round_)
             if kept.offers is None:
                 raise ProtocolError(f"site '{self.site}' has not shared its secrets out in this round yet")
@@ -164,7 +163,7 @@ class Participation:
                 self._enough(round_, received, "have sent shares")
                 opened(self._secrets(kept), self.site, kept.offers, received)
                 kept.received, kept.kind = dict(received), kind
-                self._save(kept)
+                write_kept(self.file, kept)
             elif kept.received != dict(received):
                 raise ProtocolError(f"site '{self.site}' was given other shares in this round before")
         return masked(numbers(), self._secrets(kept), self.site, kept.offers, kept.received)
@@ -179,7 +178,7 @@ class Participation:
         ProtocolError
             The site has masked nothing, or is not among those that have answered.
         """
-        with self._alone():
+        with locked(self.file):
             kept = self._begun(round_)
             if kept.received is None or kept.offers is None:
                 raise ProtocolError(f"site '{self.site}' has masked nothing in this round yet")
@@ -190,7 +189,7 @@ class Participation:
                 self._check_weights(round_, answered)
                 self._check_shares_of_noise(kept, answered)
                 if self.terms is not None and not self.terms.differences:
-                    self._given.add({site: round_.weight(site) for site in answered}, kept.kind)
+                    add_given(self.given, {site: round_.weight(site) for site in answered}, kept.kind)
                 held = opened(self._secrets(kept), self.site, kept.offers, kept.received)
                 kept.unmasking = SumUnmasking(
                     site=self.site,
@@ -198,16 +197,12 @@ class Participation:
                     keys={site: held[site].key.hex() for site in sorted(set(held) - set(answered))},
                 )
                 kept.secrets = None
-                self._save(kept)
+                write_kept(self.file, kept)
             elif set(kept.unmasking.seeds) != set(answered):
                 raise PolicyRefusal(
                     f"site '{self.site}' has unmasked the sum '{round_.hop}' over other sites; it does so once"
                 )
             return kept.unmasking
-
-    def _alone(self) -> AbstractContextManager[None]:
-        """Let no other process of the site answer for this sum meanwhile: two could each unmask another one."""
-        return locked(self.file)
 
     def _admit(self, round_: Round) -> None:
         if self.site not in round_.members or len(set(round_.members)) != len(round_.members):
@@ -282,7 +277,7 @@ class Participation:
             )
 
     def _begun(self, round_: Round) -> _Kept:
-        kept = self._load()
+        kept = read_kept(self.file, _Kept)
         if kept is None:
             raise ProtocolError(f"site '{self.site}' has named no keys for this sum; it starts with them")
         self._same(kept, round_)
@@ -296,12 +291,6 @@ class Participation:
         if kept.secrets is None:
             raise ProtocolError(f"for site '{self.site}' this round of the sum '{kept.round.hop}' is over")
         return kept.secrets
-
-    def _load(self) -> _Kept | None:
-        return read_kept(self.file, _Kept)
-
-    def _save(self, kept: _Kept) -> None:
-        write_kept(self.file, kept)
 
 
 def kind_of_sum(task: SumTask) -> Kind:

@@ -1,22 +1,30 @@
-"""A site's part in a statistics round: sums over a model's embeddings of its images."""
+"""A site's part in a statistics round: sums over a model's embeddings of its images.
+
+In a private run that is one release of sums, to which every patient adds one vector no longer than 1.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases, SiteData
+from chainward_client.entropy import Entropy
 from chainward_client.limits import check_enough, enough
+from chainward_client.private_site import PrivateWork, declared_units
 from chainward_client.site_config import SiteLimits
 from chainward_client.training.features import Features
 from chainward_client.training.link import labelled_cases
-from chainward_client.training.passes import BATCH, passes
+from chainward_client.training.passes import BATCH, embeddings
 from chainward_shared.discriminant import HeadSums
 from chainward_shared.errors import ProtocolError
 from chainward_shared.models import build_model
 from chainward_shared.models.heads import check_head
-from chainward_shared.models.taps import Taps
+from chainward_shared.private_sums import Frame
 from chainward_shared.protocol import StatisticsResult, StatisticsTask
 from chainward_shared.weights import StateDict, digest
 
@@ -73,10 +81,9 @@ def _summed(
     """Return `total` and what the cases add to it."""
     if not len(cases):
         return total
-    with Taps(model, embedding=True) as taps:
-        batches = passes(model, cases.images, task.threads, task.architecture.image_size, features)
-        for labels, _ in zip(cases.labels.split(BATCH), batches, strict=True):
-            total = total + HeadSums.of(taps.embedding.cpu(), labels, len(total.counts), weights)
+    found = embeddings(model, cases.images, task.threads, task.architecture.image_size, features)
+    for labels, embedded in zip(cases.labels.split(BATCH), found, strict=True):
+        total = total + HeadSums.of(embedded, labels, len(total.counts), weights)
     return total
 
 
@@ -90,6 +97,71 @@ def _weights(task: StatisticsTask, data: SiteData) -> Tensor | None:
             "and none where an image may have several findings"
         )
     return torch.tensor(task.class_weights, dtype=torch.float64)
+
+
+def private_sums_of(
+    task: StatisticsTask,
+    data: SiteData,
+    state: StateDict,
+    frame: Frame,
+    work: PrivateWork | None,
+    limits: SiteLimits,
+    features: Features | None = None,
+) -> tuple[StatisticsResult, StateDict]:
+    """Return the release that a statistics round asks of a private site, or, without `work`, the same sums without noise.
+
+    What can be known without looking at a single record is checked first; then the release is reserved, and only then images
+    are read. Whatever the images, and whatever model and frame the coordinator chose, the answer is of the same kind.
+
+    Parameters
+    ----------
+    state : weights of the whole model
+    frame : in which embeddings are looked at
+    work : what the release is paid from
+    limits : with `work` held against the units that the site declares, since their true number is private
+    features : where the output of a frozen trunk is kept; None: nowhere
+
+    Raises
+    ------
+    PolicyRefusal, LedgerError
+        Nothing was spent.
+    SpentError
+        It failed after the reservation.
+    ModelError
+        The model's classifier isn't one linear layer.
+    """
+    assert task.form is not None
+    check_head(task.architecture)
+    model = build_model(task.architecture)
+    model.load_state_dict(state)
+
+    def embedded(cases: Cases) -> Tensor:
+        size = task.architecture.image_size
+        return torch.cat([frame.within(one) for one in embeddings(model, cases.images, task.threads, size, features)])
+
+    if work is None:
+        train = labelled_cases(data, task)
+        check_enough(len(train), rarest(train, len(data.classes)), limits)
+        # a site without a policy adds its share for those that rely on it
+        noise = 0.0 if task.shared_noise is None else task.shared_noise.each
+        release = SumsRelease(task.form, "patient")
+        sums = {"release": release.noised(_exact(release, data, train, embedded), noise, Entropy())}
+    else:
+        assert task.privacy is not None
+        check_enough(declared_units(work.site.policy, data), limits.statistics_class, limits)
+        release = SumsRelease(task.form, work.site.policy.unit)
+        with work.statistics(task.privacy, data, stage=int(task.form.labels), shared=task.shared_noise) as noise:
+            exact = _exact(release, data, labelled_cases(data, task, private=True), embedded)
+            sums = {"release": release.noised(exact, noise, work.site.entropy)}
+    result = StatisticsResult(hop=task.hop, site=data.site, digest=digest(sums), images=0, validation=0, noise=noise)
+    return result, sums
+
+
+def _exact(release: SumsRelease, data: SiteData, cases: Cases, embedded: Callable[[Cases], Tensor]) -> Tensor:
+    """Return the exact sum over labelled images; where no patients are known, each is one of its own."""
+    patients = cases.patients if data.has_patient_ids else np.arange(len(cases)).astype(str)
+    values = embedded(cases) if len(cases) else torch.zeros(0, release.form.dimension, dtype=torch.float64)
+    return release.exact(values, cases.labels, patients, len(data.classes))
 
 
 def rarest(cases: Cases, classes: int) -> int:

@@ -14,10 +14,9 @@ from chainward_client.admission import admitted
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateSite, PrivateWork, declared_units
-from chainward_client.private_statistics import private_sums_of
 from chainward_client.scoring import exact_scores, noised_scores
 from chainward_client.site_config import SiteLimits
-from chainward_client.statistics import sums_of
+from chainward_client.statistics import private_sums_of, sums_of
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
 from chainward_client.training.student import train_student

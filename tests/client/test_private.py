@@ -15,7 +15,7 @@ from torch import nn
 from chainward_client import entropy as entropy_module
 from chainward_client import private_training as private_module
 from chainward_client.data.site_data import Cases
-from chainward_client.entropy import OperatingSystem, SeededForTests
+from chainward_client.entropy import Entropy, SeededForTests
 from chainward_client.privacy_audit import checks, neighbours
 from chainward_client.private_training import (
     PrivateTraining,
@@ -369,29 +369,29 @@ def test_the_run_seed_reaches_no_generator_of_a_private_training(architecture, m
 def test_torch_keeps_32_bits_of_a_seed_and_entropy_gives_its_generator_more():
     seeded = [torch.Generator().manual_seed(5 + high * 2**32) for high in (0, 1)]
     assert torch.equal(*(torch.randn(8, generator=g) for g in seeded))  # why there is a module `entropy`
-    state = OperatingSystem().generator().get_state()
+    state = Entropy().generator().get_state()
     words = state[24 : 24 + 8 * 624].view(torch.int64)
     assert len(set(words.tolist())) > 600
     assert 0.45 < np.unpackbits(words.numpy().astype(np.uint32).view(np.uint8)).mean() < 0.55
-    uniform = torch.rand(20_000, generator=OperatingSystem().generator())
+    uniform = torch.rand(20_000, generator=Entropy().generator())
     assert abs(float(uniform.mean()) - 0.5) < 0.02
-    assert not torch.equal(uniform, torch.rand(20_000, generator=OperatingSystem().generator()))
+    assert not torch.equal(uniform, torch.rand(20_000, generator=Entropy().generator()))
 
 
 def test_the_noise_is_normal_to_its_tails_secret_and_new_each_time():
-    numbers = OperatingSystem().normal([torch.Size([1000, 999]), torch.Size([]), torch.Size([3])], torch.device("cpu"))
+    numbers = Entropy().normal([torch.Size([1000, 999]), torch.Size([]), torch.Size([3])], torch.device("cpu"))
     assert [tuple(part.shape) for part in numbers] == [(1000, 999), (), (3,)]
     assert stats.kstest(numbers[0].double().flatten().numpy(), "norm").pvalue > 1e-6
     beyond_four = float((numbers[0].abs() > 4).double().mean())
     assert beyond_four == pytest.approx(2 * stats.norm.sf(4), rel=0.8)
     torch.manual_seed(0)
-    first = OperatingSystem().normal([torch.Size([100])], torch.device("cpu"))[0]
+    first = Entropy().normal([torch.Size([100])], torch.device("cpu"))[0]
     torch.manual_seed(0)
-    assert not torch.equal(first, OperatingSystem().normal([torch.Size([100])], torch.device("cpu"))[0])
+    assert not torch.equal(first, Entropy().normal([torch.Size([100])], torch.device("cpu"))[0])
 
 
 def test_the_systems_numbers_are_uniform_and_normal():
-    system = OperatingSystem()
+    system = Entropy()
     counts = np.bincount((system.uniform(200_000) * 20).astype(int), minlength=20)
     assert len(counts) == 20
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 75  # chi-square, 19 degrees of freedom: one in 10^8
@@ -553,7 +553,7 @@ def labels_by_rank(monkeypatch):
 
 
 def a_seeded_entropy(monkeypatch):
-    monkeypatch.setattr(private_module, "OperatingSystem", lambda: SeededForTests(3))
+    monkeypatch.setattr(private_module, "Entropy", lambda: SeededForTests(3))
 
 
 @pytest.mark.slow
@@ -577,5 +577,5 @@ def test_sabotage_is_caught(sabotage, said, monkeypatch):
 
 
 def test_the_modules_under_sabotage_are_those_that_train():
-    assert private_module.OperatingSystem is entropy_module.OperatingSystem
+    assert private_module.Entropy is entropy_module.Entropy
     assert private_module.GhostClipping is ghost.GhostClipping

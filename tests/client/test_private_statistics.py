@@ -7,14 +7,14 @@ import pytest
 import torch
 from private_hospital import ARCHITECTURES, POLICY, answer, hospital, state_of, statistics
 
-from chainward_client import private_statistics
 from chainward_client.answers import sums_over_embeddings
 from chainward_client.bounded_sums import SumsRelease
-from chainward_client.entropy import OperatingSystem
+from chainward_client.entropy import Entropy
 from chainward_client.node import DeployedNode
 from chainward_client.privacy_audit.released_sums import SUMS_CHECKS
 from chainward_client.privacy_audit.sabotage import NoiselessSums, UnboundedSums, sums_by_image
 from chainward_client.site_ledger import open_site_ledger
+from chainward_client.training import passes as passes_module
 from chainward_shared.errors import PolicyRefusal
 from chainward_shared.privacy.accounting import epsilons
 from chainward_shared.private_sums import GRAIN, LENGTH, Frame, NoisySums, SumsForm
@@ -151,13 +151,13 @@ def test_the_same_request_again_costs_nothing_and_brings_the_same_numbers(node, 
 
 
 def test_no_image_is_looked_at_before_the_release_is_reserved(node, tmp_path, monkeypatch):
-    seen, passes = [], private_statistics.passes
+    seen, passes = [], passes_module.passes
 
     def watched(*arguments):
         seen.append([spending.end for spending in ledger_of(tmp_path).spendings()])
         return passes(*arguments)
 
-    monkeypatch.setattr(private_statistics, "passes", watched)
+    monkeypatch.setattr(passes_module, "passes", watched)
     answer(node, *asked())
     assert seen == [[None]], "one reservation, still open"
 
@@ -169,7 +169,7 @@ def test_a_round_that_fails_is_charged_and_says_the_same_whatever_went_wrong(nod
         def broken(*arguments, error=error):
             raise error
 
-        monkeypatch.setattr(private_statistics, "passes", broken)
+        monkeypatch.setattr(passes_module, "passes", broken)
         told.append(unpack(answer(node, *asked(hop=f"head-{number}")), Refusal)[0].model_dump())
     assert all(one == told[0] for one in told)
     spendings = ledger_of(tmp_path).spendings()
@@ -233,7 +233,7 @@ def test_a_share_that_is_enough_with_those_of_others_is_charged_as_all_of_the_no
 
 
 def test_so_many_shares_make_the_noise_that_one_site_would_add():
-    shared, entropy = SharedNoise.of(3.0, 4), OperatingSystem()
+    shared, entropy = SharedNoise.of(3.0, 4), Entropy()
     zeros = torch.zeros(40_000, dtype=torch.float64)
     release = SumsRelease(FORMS["means"], "patient")
     total = sum(release.noised(zeros, shared.each, entropy) for _ in range(4))
@@ -243,6 +243,6 @@ def test_so_many_shares_make_the_noise_that_one_site_would_add():
 
 def test_noise_of_a_release_is_as_wide_as_asked_and_independent():
     zeros = torch.zeros(50_000, dtype=torch.float64)
-    noise = SumsRelease(FORMS["means"], "patient").noised(zeros, 2.0, OperatingSystem())
+    noise = SumsRelease(FORMS["means"], "patient").noised(zeros, 2.0, Entropy())
     assert float(noise.std()) == pytest.approx(2.0, rel=0.03)
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.1

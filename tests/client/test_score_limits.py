@@ -12,8 +12,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from small_tables import make
 
+from chainward_client import score_limits
 from chainward_client.app import app
-from chainward_client.score_limits import KEPT_DAYS, ScoredModels, coarse
+from chainward_client.score_limits import FILE, KEPT_DAYS, admit_model, coarse
 from chainward_client.site_config import ScoreLimits
 from chainward_shared.errors import StoreError
 from chainward_shared.evaluation.classification import PredictionCounts, check_scores, counts_from_arrays
@@ -97,29 +98,29 @@ def test_rounding_changes_nothing_else():
     assert rounded.histograms is counts.histograms
 
 
-def test_days_and_runs_are_counted_each_for_itself_and_old_days_forgotten(tmp_path):
+def test_days_and_runs_are_counted_each_for_itself_and_old_days_forgotten(tmp_path, monkeypatch):
     day = ["2026-01-01"]
-    models = ScoredModels(tmp_path / "scored.json", today=lambda: day[0])
+    monkeypatch.setattr(score_limits, "_today", lambda: day[0])
     limits = ScoreLimits(per_run=3, per_day=2)
-    assert [models.admit("a", f"m{n}", limits) for n in range(3)] == [True, True, False]
+    assert [admit_model(tmp_path, "a", f"m{n}", limits) for n in range(3)] == [True, True, False]
     day[0] = "2026-01-02"
-    assert [models.admit("a", f"n{n}", limits) for n in range(2)] == [True, False], "the run's own limit"
-    assert models.admit("b", "m0", limits)
+    assert [admit_model(tmp_path, "a", f"n{n}", limits) for n in range(2)] == [True, False], "the run's own limit"
+    assert admit_model(tmp_path, "b", "m0", limits)
     for number in range(KEPT_DAYS):
         day[0] = f"2027-01-{number + 1:02d}"
-        assert models.admit(f"run-{number}", "m", limits)
-    assert "2026" not in (tmp_path / "scored.json").read_text()
+        assert admit_model(tmp_path, f"run-{number}", "m", limits)
+    assert "2026" not in (tmp_path / FILE).read_text()
 
 
 def test_processes_that_ask_at_the_same_time_are_counted_together(tmp_path):
     limits = ScoreLimits(per_run=5, per_day=100)
     with ThreadPoolExecutor(8) as pool:
-        admitted = list(pool.map(lambda n: ScoredModels(tmp_path / "s.json").admit("r", f"m{n}", limits), range(20)))
+        admitted = list(pool.map(lambda n: admit_model(tmp_path, "r", f"m{n}", limits), range(20)))
     assert sum(admitted) == 5
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"day": "x"}]', "[[]]"])
 def test_a_damaged_count_lets_no_scores_out(tmp_path, content):
-    (tmp_path / "s.json").write_text(content)
+    (tmp_path / FILE).write_text(content)
     with pytest.raises(StoreError, match="damaged"):
-        ScoredModels(tmp_path / "s.json").admit("r", "m", ScoreLimits())
+        admit_model(tmp_path, "r", "m", ScoreLimits())

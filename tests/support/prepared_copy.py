@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from flwr.supercore.superexec.executor import ExecutionSpec
 
-from chainward_client.entropy import OperatingSystem
+from chainward_client.entropy import Entropy
 from chainward_client.superexec import fresh
 
 NEEDED = ("torch", "timm", "torchvision", "sklearn", "torch._dynamo", "chainward_client.app")
@@ -34,7 +34,7 @@ def described(spec: ExecutionSpec) -> None:
             float(np.random.random()),  # noqa: NPY002
             float(torch.rand(1)),
             secrets.randbits(60),
-            OperatingSystem().integer(),
+            Entropy().integer(),
         ],
         "sum": float(torch.ones(512, 512).mm(torch.ones(512, 512)).sum()),
     }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from chainward_client.bounded_sums import SumsRelease
-from chainward_client.entropy import OperatingSystem
+from chainward_client.entropy import Entropy
 from chainward_client.privacy_audit.one_run import epsilon_lower_bound
 from chainward_shared.privacy.calibration import analytic_noise
 from chainward_shared.private_sums import LENGTH, SumsForm
@@ -49,7 +49,7 @@ def sums_bound_problem(release: MakeRelease = SumsRelease) -> str:
 def sums_noise_problem(release: MakeRelease = SumsRelease) -> str:
     """The noise on sums of nobody has the standard deviation that is accounted for, in every number, and is never the same."""
     one, zeros = release(_FORM, "patient"), torch.zeros(20_000, dtype=torch.float64)
-    first, second = (one.noised(zeros, 3.0, OperatingSystem()) / 3.0 for _ in range(2))
+    first, second = (one.noised(zeros, 3.0, Entropy()) / 3.0 for _ in range(2))
     for noise in (first, second, (first - second) / math.sqrt(2)):
         apart = (float(noise.square().mean()) - 1) / math.sqrt(2 / len(noise))
         if abs(apart) > _Z:
@@ -66,7 +66,7 @@ def sums_attack_problem(release: MakeRelease = SumsRelease) -> str:
     correct = 0
     for _ in range(_RELEASES):
         there = bool(secrets.randbits(1))
-        seen = one.noised(with_patient if there else without, noise, OperatingSystem())
+        seen = one.noised(with_patient if there else without, noise, Entropy())
         correct += (float(direction @ seen) > middle) == there
     measured = epsilon_lower_bound(_RELEASES, _RELEASES, correct, _DELTA)
     if measured <= _EPSILON:

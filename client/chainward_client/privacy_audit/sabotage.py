@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.bounded_sums import SumsRelease
-from chainward_client.entropy import Entropy, OperatingSystem, SeededForTests
+from chainward_client.entropy import Entropy, SeededForTests
 from chainward_client.privacy_audit.neighbours import MakeTraining
 from chainward_client.privacy_audit.released_sums import MakeRelease
 from chainward_client.private_training import PrivateTraining
@@ -27,17 +27,17 @@ from chainward_shared.settings import PrivacyUnit
 _BEYOND_CLIPPING = 1e9
 
 
-class _Silence(OperatingSystem):
+class _Silence(Entropy):
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
         return [torch.zeros(shape, device=device) for shape in shapes]
 
 
-class _HalfTheNoise(OperatingSystem):
+class _HalfTheNoise(Entropy):
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
         return [0.5 * noise for noise in super().normal(shapes, device)]
 
 
-class _OneNumber(OperatingSystem):
+class _OneNumber(Entropy):
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
         number = super().normal([torch.Size([])], device)[0]
         return [number.expand(shape).clone() for shape in shapes]
@@ -47,17 +47,17 @@ class _HiddenSeed(SeededForTests):
     seeded = False
 
 
-class _FixedSize(OperatingSystem):
+class _FixedSize(Entropy):
     def uniform(self, n: int) -> np.ndarray:
         return np.argsort(super().uniform(n)) / n
 
 
-class _TwiceAsOften(OperatingSystem):
+class _TwiceAsOften(Entropy):
     def uniform(self, n: int) -> np.ndarray:
         return super().uniform(n) / 2
 
 
-class _TorchsGenerator(OperatingSystem):
+class _TorchsGenerator(Entropy):
     def normal(self, shapes: list[torch.Size], device: torch.device) -> list[Tensor]:
         return [torch.randn(shape, device=device) for shape in shapes]
 
@@ -122,7 +122,7 @@ class ForgetfulLedger(Ledger):
         return tuple(record for record in spent[-1:] if record is not None)
 
 
-def _with(entropy: type[OperatingSystem]) -> MakeTraining:
+def _with(entropy: type[Entropy]) -> MakeTraining:
     return lambda dp_sgd: PrivateTraining(dp_sgd, entropy=entropy())
 
 

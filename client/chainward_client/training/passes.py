@@ -9,6 +9,7 @@ from torch import nn
 
 from chainward_client.precision import best_device, training_environment
 from chainward_client.training.features import Features
+from chainward_shared.models.taps import Taps
 from chainward_shared.preprocessing import resized, scaled_for
 
 BATCH = 256
@@ -38,3 +39,12 @@ def passes(
             found = logits(batch)
         yield found
     model.to("cpu")
+
+
+def embeddings(
+    model: nn.Module, images: torch.Tensor, threads: int, image_size: int, features: Features | None
+) -> Iterator[torch.Tensor]:
+    """Yield the input of the model's classifier, on the CPU, for as many images at once as `passes` takes."""
+    with Taps(model, embedding=True) as taps:
+        for _ in passes(model, images, threads, image_size, features):
+            yield taps.embedding.cpu()

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from chainward_client.training.features import Features, digest_of_images
-from chainward_client.training.passes import passes
+from chainward_client.training.passes import embeddings
 from chainward_shared.models import Architecture
 from chainward_shared.models.start import initial_model
-from chainward_shared.models.taps import Taps, embedding_size
+from chainward_shared.models.taps import embedding_size
 from chainward_shared.weights import StateDict
 
 
@@ -48,9 +48,7 @@ class StartImages:
         """Return the input of the start's classifier, float32 (n, d), every row scaled to mean square 1."""
         model = initial_model(self.architecture, 0, self.base)
         width = embedding_size(model)
-        parts = [torch.zeros(0, width)]
-        with Taps(model, embedding=True) as taps:
-            for _ in passes(model, self.images, self.threads, self.architecture.image_size, self.features):
-                parts.append(taps.embedding.cpu())
-        vectors: np.ndarray = (normalize(torch.cat(parts), dim=1) * width**0.5).numpy()
+        found = embeddings(model, self.images, self.threads, self.architecture.image_size, self.features)
+        parts = torch.cat([torch.zeros(0, width), *found])
+        vectors: np.ndarray = (normalize(parts, dim=1) * width**0.5).numpy()
         return vectors
