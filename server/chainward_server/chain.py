@@ -17,7 +17,7 @@ from chainward_server.schedule import Hop, schedule
 from chainward_server.scoring import link_metrics, shown
 from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.errors import ChainwardError, StartAnewError
-from chainward_shared.hops import head_key, link_head_key
+from chainward_shared.hops import END_HEAD, START_HEAD, link_head_key
 from chainward_shared.protocol import LinkResult, LinkTask
 from chainward_shared.weights import StateDict, digest, rounded, weighted_average
 
@@ -82,8 +82,6 @@ def run_chain(run: Run) -> ChainOutcome:
             for hop in _to_revisit(run, turn[0].lap, len(order)):
                 number, total = number + 1, total + 1
                 _run_turn(run, [(number, hop)], total, strands)
-            if config.refit == "laps" and index + 1 < len(turns):
-                _refit(run, turn[0].lap + 1, strands)
     for hop in _to_make_up_for(run, turns[-1][0].lap, len(order)):
         number, total = number + 1, total + 1
         _run_turn(run, [(number, hop)], total, strands)
@@ -92,7 +90,7 @@ def run_chain(run: Run) -> ChainOutcome:
 
 def _without_links(run: Run) -> ChainOutcome:
     """Return the model that the chain would start from, with its head from statistics."""
-    run.results.released = head_key(None)
+    run.results.released = END_HEAD
     start = rounded(run.initial(), run.config.federation.transfer)
     model = with_statistics_head(run, run.results.released, start)
     metrics = run.metrics(run.results.released)
@@ -104,17 +102,8 @@ def _beginnings(run: Run) -> list[Strand]:
     count = run.config.chain.strands
     if run.config.chain.head == "trained":
         return [Strand() for _ in range(count)]
-    key = head_key(0)
-    model = with_statistics_head(run, key, rounded(run.initial(), run.config.federation.transfer))
-    return [Strand(model, key) for _ in range(count)]
-
-
-def _refit(run: Run, lap: int, strands: list[Strand]) -> None:
-    """Give the model of each strand the head that follows from its own features, after the first `lap` laps."""
-    for index, strand in enumerate(strands):
-        if strand.site is not None and strand.model is not None:
-            strand.model_name = head_key(lap, index)
-            strand.model = with_statistics_head(run, strand.model_name, strand.model)
+    model = with_statistics_head(run, START_HEAD, rounded(run.initial(), run.config.federation.transfer))
+    return [Strand(model, START_HEAD) for _ in range(count)]
 
 
 def _left_by(run: Run, key: str) -> str:
@@ -127,7 +116,7 @@ def _released(run: Run, outcome: ChainOutcome) -> ChainOutcome:
     config, results = run.config.chain, run.results
     if config.head == "trained" or config.refit in ("no", "links"):
         return outcome
-    results.released = head_key(None)
+    results.released = END_HEAD
     model = with_statistics_head(run, results.released, outcome.model)
     logger.info("the chain leaves the model of '%s'", results.released)
     metrics = run.metrics(results.released)

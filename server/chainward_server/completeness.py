@@ -6,7 +6,7 @@ import math
 
 from chainward_server.results import HeadRecord, Results
 from chainward_shared.config import RunConfig
-from chainward_shared.hops import head_key, link_head_key, student_head_key
+from chainward_shared.hops import END_HEAD, START_HEAD, STUDENT_HEAD, link_head_key
 
 
 def shortfalls(results: Results, config: RunConfig, private: frozenset[str] = frozenset()) -> list[str]:
@@ -38,7 +38,7 @@ def unreached_work(results: Results) -> list[str]:
     missing += [record.key for record in results.alone if record.unreached]
     head = last_head(results)
     missing += [head.key] if head is not None and head.unreached else []
-    missing += [head.key for head in results.heads if head.unreached and head.key == student_head_key()]
+    missing += [head.key for head in results.heads if head.unreached and head.key == STUDENT_HEAD]
     return missing + [round_.key for round_ in results.student_rounds if round_.unreached]
 
 
@@ -48,7 +48,7 @@ def last_head(results: Results) -> HeadRecord | None:
     It is the one at the end of the chain; or the one after the last link, or before the first, where no link followed it.
     """
     trained = [link.key for link in results.links if link.succeeded]
-    last = {head_key(None), link_head_key(trained[-1]) if trained else head_key(0)}
+    last = {END_HEAD, link_head_key(trained[-1]) if trained else START_HEAD}
     return next((head for head in reversed(results.heads) if head.key in last), None)
 
 

@@ -23,7 +23,7 @@ from chainward_server.sites import Failure, Trained, Work
 from chainward_shared.discriminant import Head, HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
 from chainward_shared.familiarity import Familiarity
-from chainward_shared.hops import head_key
+from chainward_shared.hops import END_HEAD
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.protocol import StatisticsResult, StatisticsTask
@@ -193,7 +193,7 @@ def _implausible(sums: Mapping[str, _Sums]) -> dict[str, Failure]:
 
 def _may_be_released(run: Run, key: str) -> bool:
     """Return whether the model of a statistics round may be the one that the chain leaves."""
-    return key == head_key(None) or run.config.chain.refit == "links"
+    return key == END_HEAD or run.config.chain.refit == "links"
 
 
 def _together(run: Run, key: str, sums: Mapping[str, _Sums], size: int) -> _Sums:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from chainward_server.completeness import last_head, made_up_for
 from chainward_server.results import Results
-from chainward_shared.hops import head_key, student_head_key
+from chainward_shared.hops import END_HEAD, STUDENT_HEAD
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def mending(results: Results, *, private: bool) -> Mending:
     missed = {head.key} if head is not None and head.unreached else set()
     changes = len(links) < len(results.links) or bool(make_up) or bool(missed)
     if changes:
-        again |= missed | {head.key for head in results.heads if head.key == head_key(None)}
+        again |= missed | {head.key for head in results.heads if head.key == END_HEAD}
     anew = changes or any(round_.unreached for round_ in rounds)
     if anew:
         again |= {round_.key for round_ in rounds}
-    of_student = {head.key: bool(head.unreached) for head in results.heads if head.key == student_head_key()}
+    of_student = {head.key: bool(head.unreached) for head in results.heads if head.key == STUDENT_HEAD}
     if anew or any(of_student.values()):
         again |= set(of_student)
     return Mending(frozenset(again), make_up)

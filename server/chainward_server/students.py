@@ -21,7 +21,7 @@ from chainward_server.secure_students import mean_student
 from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
-from chainward_shared.hops import student_head_key, student_key
+from chainward_shared.hops import STUDENT_HEAD, student_key
 from chainward_shared.models import (
     Architecture,
     Selection,
@@ -126,7 +126,7 @@ def run_students(run: Run, chain: ChainOutcome) -> StateDict:
         run.checkpoints.drop_model(student_key(number - 1))
         _tell(run, record, total)
     if config.head == "statistics":
-        student = with_statistics_head(run, student_head_key(), student, architecture)
+        student = with_statistics_head(run, STUDENT_HEAD, student, architecture)
     return student
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+START_HEAD, END_HEAD, STUDENT_HEAD = "head-start", "head", "head-student"
+"""Statistics rounds: before the first link, over what the chain leaves, and over the student."""
+
 
 def link_key(strand: int, lap: int, step: int) -> str:
     """Return the name of one hop of the chain; all counts are 0-based, `step` within the lap."""
@@ -15,21 +18,9 @@ def alone_key(site: str) -> str:
     return f"alone-{site}"
 
 
-def head_key(lap: int | None, strand: int = 0) -> str:
-    """Return the name of a statistics round: before the first lap (0), after a lap of a strand (from 1), at the end (None)."""
-    if lap is None:
-        return "head"
-    return f"head-lap-{lap}-strand-{strand}" if lap else "head-start"
-
-
 def link_head_key(link: str) -> str:
     """Return the name of the statistics round after a hop."""
     return f"head-{link}"
-
-
-def student_head_key() -> str:
-    """Return the name of the statistics round over the student."""
-    return "head-student"
 
 
 def student_key(number: int) -> str:

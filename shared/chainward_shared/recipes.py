@@ -23,7 +23,7 @@ PrivilegedUse = Literal["text", "table", "all"]
 PrivateSites = Literal["all", "by-policy"]
 
 MOST_STATISTICS = 100_000
-"""Statistics rounds of a run, at most: one of each strand in each lap, and those at the beginning and the end."""
+"""Statistics rounds of a run, at most."""
 
 MAX_ENSEMBLE = 8
 """At most so many large models teach a student at once."""

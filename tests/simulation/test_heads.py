@@ -21,7 +21,7 @@ from chainward_server.sites import Failure, Work
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
-from chainward_shared.hops import head_key, student_head_key, student_key
+from chainward_shared.hops import START_HEAD, STUDENT_HEAD, student_key
 from chainward_shared.models import build_model, skeleton
 from chainward_shared.models.of_run import student_architecture
 from chainward_shared.preprocessing import resized, scaled_for
@@ -92,7 +92,7 @@ def same_head(state, head):
 def test_a_chain_begins_and_ends_with_the_head_of_all_images_in_one_place(refitted, changes):
     run, outcome = trained(refitted, **changes)
     sites = list(run.sites.data.values())
-    start = run.checkpoints.load_model(head_key(0), run.template)
+    start = run.checkpoints.load_model(START_HEAD, run.template)
     assert same_head(start, pooled_head(run, run.initial(), sites))
     assert same_head(outcome.model, pooled_head(run, outcome.model, sites))
     trunk = {name for name in start if not name.startswith("head.fc")}
@@ -103,16 +103,9 @@ def test_a_chain_begins_and_ends_with_the_head_of_all_images_in_one_place(refitt
 
 
 @pytest.mark.slow
-def test_every_lap_ends_with_a_new_head_where_that_is_asked(refitted):
-    run, _ = trained(refitted, **{"chain.laps": 2, "chain.refit": "laps", "chain.strands": 2})
-    assert [head.key for head in run.results.heads] == [
-        "head-start",
-        "head-lap-1-strand-0",
-        "head-lap-1-strand-1",
-        "head",
-    ]
-    once, _ = trained(refitted, **{"chain.laps": 2, "chain.strands": 2})
-    assert [head.key for head in once.results.heads] == ["head-start", "head"]
+def test_heads_are_computed_at_both_ends_of_the_chain_whatever_its_laps_and_strands(refitted):
+    run, _ = trained(refitted, **{"chain.laps": 2, "chain.strands": 2})
+    assert [head.key for head in run.results.heads] == ["head-start", "head"]
 
 
 @pytest.mark.slow
@@ -274,13 +267,11 @@ def test_a_student_ends_with_the_head_of_all_images_in_one_place_over_its_own_fe
     trunk = [name for name in student if not name.startswith("head.fc")]
     assert all(torch.equal(student[name], trained_to[name]) for name in trunk), "only the head is another one"
     assert not np.array_equal(head_of(student)[0], head_of(trained_to)[0])
-    assert [head.key for head in run.results.heads] == [student_head_key()]
+    assert [head.key for head in run.results.heads] == [STUDENT_HEAD]
     assert run.results.released is None, "it is no model along the chain"
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"chain.laps": 2, "chain.refit": "laps", "student.rounds": 1, "student.head": "statistics"}]
-)
+@pytest.mark.parametrize("changes", [{}, {"chain.laps": 2, "student.rounds": 1, "student.head": "statistics"}])
 def test_over_flower_the_models_are_those_of_one_process(refitted, coordinated, loopback, changes):
     flat = refitted | {"federation.transfer": "half"} | changes
     grid = loopback(2)

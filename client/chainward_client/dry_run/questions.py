@@ -13,7 +13,7 @@ from chainward_client.doctor.privacy import beginning
 from chainward_client.private_site import declared_units
 from chainward_client.site import OpenSite
 from chainward_shared.config import RunConfig
-from chainward_shared.hops import head_key, student_head_key
+from chainward_shared.hops import END_HEAD, STUDENT_HEAD
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.heads import check_head
 from chainward_shared.models.of_run import run_architectures
@@ -63,10 +63,10 @@ def questions(plan: RunConfig, site: OpenSite, steps: int) -> Iterator[Question]
     if small:
         yield _student_question(plan, small[0], large, digest(state), sent)
     if plan.chain.head == "statistics":
-        yield from _statistics_questions(plan, head_key(None), large, digest(state), sent)
+        yield from _statistics_questions(plan, END_HEAD, large, digest(state), sent)
     if small and plan.student.head == "statistics":
         student = _fresh(small[0], plan.seed, plan)
-        yield from _statistics_questions(plan, student_head_key(), small[0], digest(student), to_arrays(student))
+        yield from _statistics_questions(plan, STUDENT_HEAD, small[0], digest(student), to_arrays(student))
     score = EvaluateTask(
         run_id=RUN,
         architecture=large,

@@ -191,12 +191,10 @@ def _head_contradictions(config: RunConfig) -> Iterator[str]:
     if chain.refit == "links" and config.privacy.mode != "off":
         yield (
             f"chain.refit = 'links' contradicts privacy.mode = '{config.privacy.mode}': every site would pay for a statistics "
-            "round after every link; set chain.refit='end' or 'laps'"
+            "round after every link; set chain.refit='end'"
         )
     if chain.laps == 0:
         yield from _contradictions_without_links(config)
-    if chain.refit == "laps" and chain.laps == 1:
-        yield "chain.refit = 'laps' contradicts chain.laps = 1: the only lap ends with the chain; set chain.refit='end'"
 
 
 def secure_contradictions(config: RunConfig) -> Iterator[str]:

@@ -163,15 +163,14 @@ class RunConfig(Table):
         )
 
     def statistics_rounds(self) -> int:
-        """Return how many statistics rounds the run has: before the first link, at the end, where it is asked after laps, and
-        over the student."""
+        """Return how many statistics rounds a private run has: before the first link, at the end, and over the student."""
         chain, student = self.chain, self.student
         of_student = int(bool(student.rounds) and student.head == "statistics")
         if chain.head == "trained":
             return of_student
         if not chain.laps:
             return 1 + of_student
-        return of_student + {"no": 1, "end": 2, "laps": 2 + (chain.laps - 1) * chain.strands, "links": 0}[chain.refit]
+        return of_student + {"no": 1, "end": 2, "links": 0}[chain.refit]
 
     def _planned_trainings(self) -> Iterator[PlannedTraining]:
         """Yield the trainings that a run asks of each private site."""

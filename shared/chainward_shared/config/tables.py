@@ -26,7 +26,7 @@ from chainward_shared.settings import (
 )
 
 ChainHead = Literal["trained", "statistics"]
-Refit = Literal["no", "end", "laps", "links"]
+Refit = Literal["no", "end", "links"]
 OnFailure = Literal["skip", "revisit", "stop"]
 SiteOrder = Literal["given", "reversed", "shuffled", "largest-first", "smallest-first", "weakest-next"]
 StrandMerge = Literal["best", "average", "ensemble"]
@@ -143,7 +143,7 @@ class ChainConfig(Table, LinkSettings):
     refit: Refit = Field(
         "end",
         description="When chain.head = 'statistics' computes the classifier anew. no: only that of the start; end: of the chain; "
-        "laps: also after every lap; links: after every link, whose successor then starts from it",
+        "links: after every link, whose successor then starts from it",
     )
     order: SiteOrder = Field(
         "given",

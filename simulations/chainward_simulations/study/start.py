@@ -11,7 +11,7 @@ from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.training.features import Features
 from chainward_server.heads import with_statistics_head
 from chainward_shared.config import RunConfig
-from chainward_shared.hops import head_key
+from chainward_shared.hops import END_HEAD, START_HEAD
 from chainward_shared.models import Architecture
 from chainward_shared.models.start import initial_model
 from chainward_shared.models.trunk import Trunk
@@ -63,7 +63,7 @@ def start_of(
     with runner.in_process(config, sites, features=features) as (run, _):
         state = None
         if config.chain.head == "statistics" if statistics is None else statistics:
-            state = with_statistics_head(run, head_key(0), rounded(run.initial(), config.federation.transfer))
+            state = with_statistics_head(run, START_HEAD, rounded(run.initial(), config.federation.transfer))
         return Start(run.architecture, run.base, state, features)
 
 
@@ -72,4 +72,4 @@ def refitted(
 ) -> StateDict:
     """Return a model with the head that follows from the sums of all sites over its own embeddings."""
     with runner.in_process(config, sites, features=features) as (run, _):
-        return with_statistics_head(run, head_key(None), rounded(state, config.federation.transfer))
+        return with_statistics_head(run, END_HEAD, rounded(state, config.federation.transfer))
