@@ -24,7 +24,7 @@ def to_float(images: Tensor, pixels: Pixels | None = None) -> Tensor:
 
 def pixels_of(model: nn.Module) -> Pixels | None:
     """Return how the pixels of a model that `chainward_shared.models.build_model` built are scaled; None: the usual way."""
-    found = getattr(getattr(model, "_module", model), "chainward_pixels", None)  # Opacus wraps
+    found = getattr(model, "chainward_pixels", None)
     return found if isinstance(found, Pixels) else None
 
 

@@ -73,26 +73,6 @@ def test_attention_is_that_of_the_last_block(name, images):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_rollout_equals_explicit_loops(name, images):
-    found = attention_maps(transformer(name), images, method="rollout")
-    attentions = attention_of_every_block(model := transformer(name), images)
-    prefix, expected = model.num_prefix_tokens, []
-    for row in range(len(images)):
-        tokens = attentions[0].shape[-1]
-        rolled = np.eye(tokens)
-        for attention in attentions:
-            step = np.zeros((tokens, tokens))
-            for i in range(tokens):
-                for j in range(tokens):
-                    step[i, j] = 0.5 * attention[row, :, i, j].mean() + 0.5 * (i == j)
-                step[i] /= step[i].sum()
-            rolled = step @ rolled
-        from_class_token = name != "test_vit2"
-        expected.append((rolled[0] if from_class_token else rolled[prefix:].mean(axis=0))[prefix:].reshape(4, 4))
-    torch.testing.assert_close(found, drawn(np.stack(expected)), rtol=0, atol=1e-4)
-
-
 def stage_of(model: nn.Module, index: int) -> nn.Module:
     if hasattr(model, "blocks"):  # one stage more, of half the image's side, which is the one left for 8 pixels
         return model.blocks[index + (index > 0)]
@@ -133,16 +113,6 @@ def test_gradcam_equals_autograd_by_hand(name, classes, side):
         expected.append(np.maximum(map_, 0))
     assert sum(map_.any() for map_ in expected) >= 2  # else there is nothing to compare
     torch.testing.assert_close(found, drawn(np.stack(expected), side), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
-def test_attention_of_a_conv_network_is_the_squared_activation_of_that_stage(name, images):
-    model = convolutional(name)
-    found = attention_maps(model, images, method="attention")
-    features = []
-    stage_of(model, SIZES[64]).register_forward_hook(lambda module, args, output: features.append(output.detach()))
-    model.eval()(images)
-    torch.testing.assert_close(found, drawn((features[0].numpy() ** 2).mean(axis=1)), rtol=0, atol=1e-4)
 
 
 # --- where the answer is known ---
@@ -197,21 +167,19 @@ def bright_patch_transformer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", ["attention", "rollout"])
-def test_attention_peaks_in_the_bright_patch(method):
+def test_attention_peaks_in_the_bright_patch():
     image = torch.zeros(2, 1, 64, 64)
     image[0, 0, 16:32, 48:64] = 1
     image[1, 0, 48:64, 0:16] = 1
-    maps = attention_maps(bright_patch_transformer(), image, method=method)
+    maps = attention_maps(bright_patch_transformer(), image)
     assert maps[0, 24, 56] > 0.95
     assert maps[1, 56, 8] > 0.95
     assert maps[0, 48:, :32].max() < 1e-4
 
 
-@pytest.mark.parametrize("method", ["attention", "rollout"])
-def test_a_transformer_that_looks_nowhere_in_particular_gives_zeros(method):
+def test_a_transformer_that_looks_nowhere_in_particular_gives_zeros():
     blank = torch.zeros(1, 1, 64, 64)
-    assert torch.all(attention_maps(bright_patch_transformer(), blank, method=method) == 0)
+    assert torch.all(attention_maps(bright_patch_transformer(), blank) == 0)
 
 
 def test_an_image_need_not_be_square():
@@ -232,38 +200,37 @@ def test_maps_can_have_the_size_of_a_larger_original():
 
 # --- what is promised of all ---
 
-CASES = [(name, method) for name in TRANSFORMERS for method in ("auto", "attention", "rollout")]
-CASES += [(name, method) for name in CONVOLUTIONAL for method in ("auto", "attention", "gradcam")]
+MODELS = [*TRANSFORMERS, *CONVOLUTIONAL]
 
 
 def model_of(name: str) -> nn.Module:
     return transformer(name) if name in TRANSFORMERS else convolutional(name)
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
-def test_maps_run_from_zero_to_one_whatever_the_batch(name, method, images):
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_run_from_zero_to_one_whatever_the_batch(name, images):
     model = model_of(name)
-    maps = attention_maps(model, images, method=method)
+    maps = attention_maps(model, images)
     assert maps.shape == (5, 64, 64)
     assert maps.dtype == torch.float32
     assert not maps.requires_grad
     assert torch.all(maps.amin(dim=(1, 2)) == 0)
     assert torch.all(maps.amax(dim=(1, 2)) == 1)
-    torch.testing.assert_close(attention_maps(model, images, method=method, batch_size=2), maps, rtol=0, atol=1e-4)
+    torch.testing.assert_close(attention_maps(model, images, batch_size=2), maps, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(name, method, frozen, training, images):
+def test_the_model_is_left_as_it_was(name, frozen, training, images):
     model = model_of(name).train(training).requires_grad_(not frozen)
     part = next(model.children())
     part.train(not training)  # a part in another mode than the whole
     gradient = next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    attention_maps(model, images, method=method)
+    attention_maps(model, images)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.requires_grad is not frozen for parameter in model.parameters())
     assert next(model.parameters()).grad is gradient
@@ -293,13 +260,7 @@ def test_no_images_give_no_maps():
     assert attention_maps(convolutional("test_convnext"), torch.zeros(0, 3, 64, 64)).shape == (0, 64, 64)
 
 
-def test_a_method_of_the_other_kind_is_refused(images):
-    with pytest.raises(ModelError, match="gradcam of VisionTransformer: defined for convolutional networks"):
-        attention_maps(transformer("test_vit"), images, method="gradcam")
-    with pytest.raises(ModelError, match="rollout of ConvNeXt: defined for vision transformers"):
-        attention_maps(convolutional("test_convnext"), images, method="rollout")
-    with pytest.raises(ModelError, match="give one of"):
-        attention_maps(convolutional("test_convnext"), images, method="saliency")
+def test_a_class_for_each_image_is_needed(images):
     with pytest.raises(ModelError, match="2 classes were given for 5 images"):
         attention_maps(convolutional("test_convnext"), images, classes=[0, 1])
 

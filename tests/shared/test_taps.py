@@ -109,15 +109,6 @@ def test_each_pass_replaces_the_one_before(name, images):
     assert all(len(map_) == 1 for map_ in again)
 
 
-def test_the_inner_model_of_a_wrapper_is_tapped(images):
-    wrapper = nn.Module()
-    wrapper._module = build("test_convnext")
-    assert embedding_size(wrapper) == 64
-    with Taps(wrapper, attention=True) as taps:
-        wrapper._module(images)
-        assert len(taps.attention) == 4
-
-
 # --- attention ---
 
 

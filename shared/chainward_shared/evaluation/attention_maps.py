@@ -1,10 +1,10 @@
-"""Where a model looks: attention, attention rollout, and gradient class-activation maps, at the size of the image."""
+"""Where a model looks: attention of a transformer, gradient class-activation maps of others, at the size of the image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from chainward_shared.models.taps import (
     hooked,
     is_transformer,
     reads_class_token,
-    unwrapped,
 )
 
 if TYPE_CHECKING:  # timm takes seconds to import: see `models.architecture`
@@ -30,8 +29,6 @@ MIN_SIDE = 4
 """Positions per side below which a feature map only names a corner. On small images a convolutional network's last stage may
 be 2 x 2 (ConvNeXt, 64 px): no map of it finds a region (phantoms: lift 0.99 of the last stage, 1.14 of the 4 x 4 before)."""
 
-MapMethod = Literal["auto", "attention", "rollout", "gradcam"]
-
 CONSTANT = 1e-6
 """A map whose values differ by less than this, relative to the largest, is constant: the rest is rounding."""
 
@@ -40,12 +37,16 @@ def attention_maps(
     model: nn.Module,
     images: Tensor,
     *,
-    method: MapMethod = "auto",
     classes: Tensor | Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
     batch_size: int = 64,
 ) -> Tensor:
     """Return where `model` looks in each image, float32 (n, H, W) in [0, 1], on the device of `images`.
+
+    Vision transformer: attention over the patches in the last block, mean over the heads, of the class token where the
+    classifier reads it, else mean over the patches' own queries; of no class. Convolutional network: Grad-CAM,
+    ``relu(sum_k a_k F_k)``, F the output of the last stage that has at least `MIN_SIDE` positions per side, a_k the mean over
+    all positions of the gradient of the class's logit (Selvaraju et al. 2017, eq. 1 and 2).
 
     Maps are computed on the model's own grid (its patches, or a feature map), upsampled bilinearly to the image,
     then scaled to run from 0 to 1 in each image. A map that is the same everywhere becomes zeros: the model looks nowhere
@@ -55,34 +56,15 @@ def attention_maps(
     ----------
     model : a timm model, on any device
     images : what the model eats, float (n, channels, H, W); see `chainward_shared.preprocessing.to_float`
-    method :
-        "attention": vision transformer: attention over the patches in the last block, mean over the heads, of the class
-        token where the classifier reads it, else mean over the patches' own queries. Convolutional network: mean over the
-        channels of the squared activation at the end of the last stage (Zagoruyko & Komodakis 2017) that has at least
-        `MIN_SIDE` positions per side. Of no class.
-        "rollout": vision transformers only: the product over the blocks of ``(A + I) / 2``, A the attention averaged over
-        the heads (Abnar & Zuidema 2020, sec. 3). Of no class.
-        "gradcam": convolutional networks only: ``relu(sum_k a_k F_k)``, F the output of the same stage, a_k the mean over
-        all positions of the gradient of the class's logit (Selvaraju et al. 2017, eq. 1 and 2).
-        "auto", the default: attention for a vision transformer, gradcam for a convolutional network.
-    classes : class index of each image, (n,), for gradcam. Default: the class that the model predicts
+    classes : class index of each image, (n,), for Grad-CAM. Default: the class that the model predicts
     size : height and width of the maps. Default: those of the images
     batch_size : images that go through the model at once
 
     Raises
     ------
     ModelError
-        The model is of a kind for which the method is not defined, or not supported.
+        The model is of a kind that is not supported, or there are more or fewer classes than images.
     """
-    if method not in get_args(MapMethod):
-        raise ModelError(f"attention maps by the method '{method}' don't exist: give one of {get_args(MapMethod)}")
-    model = unwrapped(model)
-    transformer = is_transformer(model)
-    if method == "auto":
-        method = "attention" if transformer else "gradcam"
-    if method == ("gradcam" if transformer else "rollout"):
-        kind = "convolutional networks" if transformer else "vision transformers"
-        raise ModelError(f"{method} of {type(model).__name__}: defined for {kind} here, use 'auto' or 'attention'")
     chosen = None if classes is None else torch.as_tensor(classes, dtype=torch.int64)
     if chosen is not None and len(chosen) != len(images):
         raise ModelError(f"{len(chosen)} classes were given for {len(images)} images: give one for each")
@@ -94,12 +76,10 @@ def attention_maps(
     with _as_for_scoring(model, device):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device, torch.float32, copy=images.is_inference())
-            if method == "gradcam":
-                grid = _gradcam(model, batch, None if chosen is None else chosen[start : start + batch_size].to(device))
-            elif is_transformer(model):
-                grid = _transformer_map(model, batch, rollout=method == "rollout")
+            if is_transformer(model):
+                grid = _attention(model, batch)
             else:
-                grid = _activation_map(model, batch)
+                grid = _gradcam(model, batch, None if chosen is None else chosen[start : start + batch_size].to(device))
             maps.append(_upsampled(grid, size).to(images.device))
     return torch.cat(maps)
 
@@ -140,7 +120,7 @@ def _gradcam(model: nn.Module, images: Tensor, classes: Tensor | None) -> Tensor
 
     def begin_graph_here(stage: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         check_feature_map(stage, output)
-        if not _is_mapped(output, features):
+        if features and min(output.shape[2:]) < MIN_SIDE:  # the first is better than none
             return None
         features[:] = [output.detach().requires_grad_()]
         return features[0]
@@ -154,45 +134,18 @@ def _gradcam(model: nn.Module, images: Tensor, classes: Tensor | None) -> Tensor
     return (gradient.mean(dim=(2, 3), keepdim=True) * features[0].detach()).sum(dim=1).relu()
 
 
-def _activation_map(model: nn.Module, images: Tensor) -> Tensor:
-    features: list[Tensor] = []
-
-    def keep(stage: nn.Module, args: Any, output: Tensor) -> None:
-        check_feature_map(stage, output)
-        if _is_mapped(output, features):
-            features[:] = [output]
-
-    with hooked(conv_stages(model), keep):
-        model(images)
-    return features[0].square().mean(dim=1)
-
-
-def _is_mapped(output: Tensor, before: list[Tensor]) -> bool:
-    """Tell whether a stage's output replaces that of the stages before it; the first is better than none."""
-    return not before or min(output.shape[2:]) >= MIN_SIDE
-
-
-def _transformer_map(model: VisionTransformer, images: Tensor, *, rollout: bool) -> Tensor:
+def _attention(model: VisionTransformer, images: Tensor) -> Tensor:
     prefix = model.num_prefix_tokens
     queries_read = slice(0, 1) if reads_class_token(model) else slice(prefix, None)
-    layers = block_attentions(model)
     found: list[Tensor] = []
 
     def keep(queries: Tensor, keys: Tensor) -> None:
         found.append(attention_probabilities(queries[:, :, queries_read], keys).mean(dim=1))
 
-    def roll(queries: Tensor, keys: Tensor) -> None:
-        attention = attention_probabilities(queries, keys).mean(dim=1)
-        step = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
-        found[:] = [step @ found[0] if found else step]
-
-    with ExitStack() as hooks:
-        for layer in layers if rollout else layers[-1:]:
-            hooks.enter_context(hook_queries_and_keys(layer, roll if rollout else keep))
+    with hook_queries_and_keys(block_attentions(model)[-1], keep):
         model(images)
-    rows = found[0][:, queries_read] if rollout else found[0]
     height, width = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-    return rows[..., prefix:].mean(dim=1).unflatten(1, (height, width))
+    return found[0][..., prefix:].mean(dim=1).unflatten(1, (height, width))
 
 
 def _upsampled(grid: Tensor, size: tuple[int, int]) -> Tensor:

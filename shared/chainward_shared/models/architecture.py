@@ -185,9 +185,8 @@ def _known(model: nn.Module, architecture: Architecture) -> nn.Module:
 
 
 def architecture_of(model: nn.Module) -> Architecture | None:
-    """Return the architecture of a model that `build_model` built, also where Opacus wrapped it; None of any other."""
-    inner = getattr(model, "_module", model)
-    found = getattr(inner, "chainward_architecture", None)
+    """Return the architecture of a model that `build_model` built; None of any other."""
+    found = getattr(model, "chainward_architecture", None)
     return found if isinstance(found, Architecture) else None
 
 

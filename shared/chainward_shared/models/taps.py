@@ -30,7 +30,7 @@ class Taps:
 
     Parameters
     ----------
-    model : a timm model; one that Opacus wrapped is tapped inside
+    model : a timm model
     attention : keep the spatial attention of the tapped stages
     embedding : keep the input of the classifier
 
@@ -41,7 +41,6 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, *, attention: bool = False, embedding: bool = False) -> None:
-        model = unwrapped(model)
         classifier = _classifier(model) if embedding else None
         self._hooks = ExitStack()
         self._maps: dict[int, Tensor] = {}
@@ -124,7 +123,7 @@ def embedding_size(model: nn.Module) -> int:
     ModelError
         The model has no classifier that is one linear layer.
     """
-    classifier = _classifier(unwrapped(model))
+    classifier = _classifier(model)
     return classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
 
 
@@ -230,12 +229,6 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> 
         for module in modules:
             hooks.callback(module.register_forward_hook(hook).remove)
         yield
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model itself of one that Opacus wrapped."""
-    inner = getattr(model, "_module", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _classifier(model: nn.Module) -> nn.Linear | nn.Conv2d:
