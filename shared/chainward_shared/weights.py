@@ -171,11 +171,6 @@ def _flat(name: str, array: Array, dtype: np.dtype, size: int) -> np.ndarray:
     return values
 
 
-def to_full_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return `state` as Flower arrays, one per tensor and of the tensors' own dtypes: to compute with, not to send."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in state.items()})
-
-
 def from_full_arrays(arrays: ArrayRecord, template: Template) -> StateDict:
     """Return the state dict in arrays that are one per tensor, checked against `template`, in its order.
 

@@ -9,13 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainward_shared.errors import ModelError, WeightsError
-from chainward_shared.models import (
-    Architecture,
-    build_model,
-    compact_architecture,
-    select_weights,
-    uniform_indices,
-)
+from chainward_shared.models import Architecture, build_model, compact_architecture, select_weights
+from chainward_shared.models.indices import select_indices
 
 
 def architecture(name: str, image_size: int = 32, **options) -> Architecture:
@@ -45,6 +40,10 @@ def outputs(model: Architecture, state: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 # --- indices ---
+
+
+def uniform_indices(teacher: int, student: int, variant: str = "A") -> torch.Tensor:
+    return select_indices(teacher, student, variant, "strided", torch.Generator())
 
 
 def slow_a(teacher: int, student: int) -> list[int]:
@@ -526,22 +525,14 @@ def test_the_classifier_is_copied_where_the_classes_are_as_many():
         ),
     ],
 )
-def test_a_skipped_classifier_starts_from_the_students_seed(large, small, classifier):
+def test_a_classifier_of_another_number_of_classes_is_fresh(large, small, classifier):
     state = scrambled(large)
-    skipped = select_weights(state, large, small, head="skip", seed=7)
-    copied = select_weights(state, large, small, head="copy")
-    fresh = build_model(small, seed=7).state_dict()
-    for name in skipped:
+    copied = select_weights(state, large, small)
+    other = small.model_copy(update={"num_classes": 5})
+    fresh = build_model(other, seed=0).state_dict()
+    for name, found in select_weights(state, large, other).items():
         expected = fresh if name.startswith(classifier) else copied
-        assert torch.equal(skipped[name], expected[name]), name
-
-
-def test_another_number_of_classes_skips_the_classifier_and_can_not_copy_it():
-    large = vit(48, 3)
-    small = vit(24, 3).model_copy(update={"num_classes": 5})
-    assert select_weights(scrambled(large), large, small)["head.weight"].shape == (5, 24)
-    with pytest.raises(ModelError, match=r"3 classes, that of the student .* 5"):
-        select_weights(scrambled(large), large, small, head="copy")
+        assert torch.equal(found, expected[name]), name
 
 
 # --- what is refused ---

@@ -28,7 +28,6 @@ from chainward_shared.weights import (
     rounded,
     save_file,
     to_arrays,
-    to_full_arrays,
 )
 
 
@@ -53,6 +52,11 @@ def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
         and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
         for a, b in zip(one.values(), other.values(), strict=True)
     )
+
+
+def to_full_arrays(state: dict[str, torch.Tensor]) -> ArrayRecord:
+    """One array per tensor, as counts of predictions travel."""
+    return ArrayRecord({name: Array(tensor.contiguous().numpy()) for name, tensor in state.items()})
 
 
 def with_array(name: str, array: Array) -> ArrayRecord:

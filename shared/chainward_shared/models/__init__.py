@@ -14,8 +14,9 @@ from chainward_shared.models.architecture import (
 )
 from chainward_shared.models.compact import compact_architecture
 from chainward_shared.models.families import supported_families
+from chainward_shared.models.indices import Selection
 from chainward_shared.models.resolve import resolve_architecture
-from chainward_shared.models.selection import Selection, select_weights, uniform_indices
+from chainward_shared.models.selection import select_weights
 
 __all__ = [
     "Architecture",
@@ -29,5 +30,4 @@ __all__ = [
     "select_weights",
     "skeleton",
     "supported_families",
-    "uniform_indices",
 ]

@@ -21,7 +21,7 @@ class Selection:
 
     Attributes
     ----------
-    channels : "strided", the default: evenly spread, see `uniform_indices`. "consecutive": A the first channels,
+    channels : "strided", the default: evenly spread, see `select_indices`. "consecutive": A the first channels,
         B those that follow. "random": one draw for each channel axis, the same wherever that axis occurs; B takes
         what A left. "random-inconsistent": a draw for each tensor, a control that shows what consistency is worth.
     heads : attention of a ViT. "whole", the default: whole heads, the same channels inside each. "mixed": the
@@ -45,6 +45,10 @@ def select_indices(
     "A" and "B" share as few channels as the sizes allow, none when the student is at most half as wide; with equal
     sizes both are the identity.
 
+    Strided, "A" is uniform selection (Xu et al. 2024, section 3): every ``teacher / student``-th channel from 0 where that
+    is whole, else ``round(linspace(0, teacher - 1, student))``. "B" is "A" moved by one channel where the ratio is whole,
+    else evenly out of the channels "A" left over, which are filled up with channels of "A" where they are too few.
+
     Parameters
     ----------
     generator : draws where `channels` is random; A and B need one of the same seed each.
@@ -54,9 +58,15 @@ def select_indices(
     ModelError
         `student` is not within 1..`teacher`, or `variant` or `channels` is unknown.
     """
+    if not 1 <= student <= teacher:
+        raise ModelError(
+            f"can't select {student} channels out of {teacher}: choose a student of 1 to {teacher} channels"
+        )
+    if variant not in ("A", "B"):
+        raise ModelError(f"weight selection has no variant '{variant}': choose 'A' or 'B'")
     if channels == "strided":
-        return uniform_indices(teacher, student, variant)
-    _check(teacher, student, variant)
+        indices = _even(teacher, student) if variant == "A" else _odd(teacher, student)
+        return torch.tensor(indices, dtype=torch.int64)  # type: ignore[return-value]
     if channels == "consecutive":
         first = 0 if variant == "A" else min(student, teacher - student)
         return torch.arange(first, first + student)  # type: ignore[return-value]
@@ -123,36 +133,6 @@ class Picker:
         channels = self.indices(name, teacher // groups, student // groups)
         starts = torch.arange(groups) * (teacher // groups)
         return Axis(teacher, (starts.unsqueeze(1) + channels).flatten())
-
-
-def uniform_indices(teacher: int, student: int, variant: Variant = "A") -> torch.LongTensor:
-    """Return the `student` channels, ascending, that are taken out of `teacher` ones. Shape (student,),
-    int64.
-
-    "A" is uniform selection (Xu et al., "Initializing Models with Larger Ones", ICLR 2024, arXiv 2311.18823,
-    section 3): every ``teacher / student``-th channel from 0 where that is whole, else ``round(linspace(0,
-    teacher - 1, student))``. "B" is a second selection that shares as few channels with "A" as the sizes
-    allow, none at all when the student is at most half as wide: "A" moved by one channel where the ratio is
-    whole, else evenly out of the channels "A" left over, which are filled up with channels of "A" where they
-    are too few. With equal sizes both are the identity.
-
-    Raises
-    ------
-    ModelError
-        `student` is not within 1..`teacher`, or `variant` is neither "A" nor "B".
-    """
-    _check(teacher, student, variant)
-    indices = _even(teacher, student) if variant == "A" else _odd(teacher, student)
-    return torch.tensor(indices, dtype=torch.int64)  # type: ignore[return-value]
-
-
-def _check(teacher: int, student: int, variant: str) -> None:
-    if not 1 <= student <= teacher:
-        raise ModelError(
-            f"can't select {student} channels out of {teacher}: choose a student of 1 to {teacher} channels"
-        )
-    if variant not in ("A", "B"):
-        raise ModelError(f"weight selection has no variant '{variant}': choose 'A' or 'B'")
 
 
 def _even(teacher: int, student: int) -> list[int]:

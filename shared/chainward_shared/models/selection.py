@@ -11,30 +11,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import nn
 
 from chainward_shared.errors import ModelError, WeightsError
-from chainward_shared.models.architecture import (
-    Architecture,
-    build_model,
-    skeleton,
-)
+from chainward_shared.models.architecture import Architecture, build_model, skeleton
 from chainward_shared.models.compact import check_selectable
 from chainward_shared.models.families import Family
-from chainward_shared.models.indices import (
-    Axis,
-    Picker,
-    Selection,
-    Variant,
-    select_indices,
-    select_layers,
-    uniform_indices,
-)
-
-__all__ = ["Selection", "Variant", "select_indices", "select_layers", "select_weights", "uniform_indices"]
+from chainward_shared.models.indices import Axis, Picker, Selection, Variant, select_layers
 
 
 def select_weights(
@@ -44,13 +29,11 @@ def select_weights(
     variant: Variant = "A",
     *,
     selection: Selection | None = None,
-    head: Literal["copy", "skip"] | None = None,
-    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return the full state dict of the student, selected out of the teacher's.
 
     A ViT student for images or patches of another size gets its teacher's positions and patch embedding resampled;
-    see `families.vit`.
+    see `families.vit`. A classifier for another number of classes is the student's own, fresh.
 
     Parameters
     ----------
@@ -59,9 +42,6 @@ def select_weights(
     student : a model of the same family, nowhere larger; see `compact_architecture`.
     variant : "A" or its complement "B"; see `select_indices`.
     selection : which channels, heads and layers are taken. None, the default: those of ``Selection()``.
-    head : "copy" takes the classifier with the selected channels, "skip" leaves it at the student's own
-        initialisation. None, the default, copies it when the classes are as many.
-    seed : of the student's own initialisation (`build_model`), used with "skip" only.
 
     Returns
     -------
@@ -72,19 +52,18 @@ def select_weights(
     ------
     ModelError
         The family has no rules or differs, the student is larger than the teacher, the number of input
-        channels differs, or a patch size that can't be resampled, the classifier can't be copied, or a parameter
-        of the student has no counterpart or no rule.
+        channels differs, or a patch size that can't be resampled, or a parameter of the student has no counterpart
+        or no rule.
     WeightsError
         `teacher_state` is not a state dict of `teacher`.
     """
     family = check_selectable(teacher, student)
-    skip_head = _skips_head(teacher, student, head)
     _check_state(teacher_state, teacher)
     selection = selection or Selection()
     large, small = skeleton(teacher), skeleton(student)
     channels = family.channels(large, small, Picker(selection, variant))
     sources = _source_names(large, small, family, selection)
-    fresh = build_model(student, seed).state_dict() if skip_head else {}
+    fresh = {} if student.num_classes == teacher.num_classes else build_model(student, seed=0).state_dict()
     selected = {}
     for name, target in small.state_dict().items():
         source_name = sources[name]
@@ -93,7 +72,7 @@ def select_weights(
                 f"student '{student.name}' has the parameter '{name}', its teacher '{teacher.name}' has not"
             )
         source = teacher_state[source_name].detach()
-        if skip_head and family.classifier.fullmatch(name):
+        if fresh and family.classifier.fullmatch(name):
             selected[name] = fresh[name].to(source).clone()
             continue
         if selection.channels == "random-inconsistent":
@@ -109,20 +88,6 @@ def select_weights(
                 f"out of shape {tuple(source.shape)} of '{teacher.name}'"
             )
     return selected
-
-
-def _skips_head(teacher: Architecture, student: Architecture, head: Literal["copy", "skip"] | None) -> bool:
-    same_classes = teacher.num_classes == student.num_classes
-    if head is None:
-        return not same_classes
-    if head not in ("copy", "skip"):
-        raise ModelError(f"the classifier can't be treated as '{head}': choose 'copy' or 'skip'")
-    if head == "copy" and not same_classes:
-        raise ModelError(
-            f"the classifier of '{teacher.name}' has {teacher.num_classes} classes, that of the student "
-            f"'{student.name}' {student.num_classes}: it can't be copied, use head='skip'"
-        )
-    return head == "skip"
 
 
 def _check_state(state: Mapping[str, torch.Tensor], architecture: Architecture) -> None:
