@@ -4,30 +4,14 @@
 student's weights out of a teacher's, and `families` holds one file for each kind of backbone whose weights can be selected.
 """
 
-from chainward_shared.models.architecture import (
-    Architecture,
-    Start,
-    build_model,
-    count_parameters,
-    family_of,
-    skeleton,
-)
-from chainward_shared.models.compact import compact_architecture
-from chainward_shared.models.families import supported_families
-from chainward_shared.models.indices import Selection
-from chainward_shared.models.resolve import resolve_architecture
-from chainward_shared.models.selection import select_weights
-
-__all__ = [
-    "Architecture",
-    "Selection",
-    "Start",
-    "build_model",
-    "compact_architecture",
-    "count_parameters",
-    "family_of",
-    "resolve_architecture",
-    "select_weights",
-    "skeleton",
-    "supported_families",
-]
+from chainward_shared.models.architecture import Architecture as Architecture
+from chainward_shared.models.architecture import Start as Start
+from chainward_shared.models.architecture import build_model as build_model
+from chainward_shared.models.architecture import count_parameters as count_parameters
+from chainward_shared.models.architecture import family_of as family_of
+from chainward_shared.models.architecture import skeleton as skeleton
+from chainward_shared.models.compact import compact_architecture as compact_architecture
+from chainward_shared.models.families import supported_families as supported_families
+from chainward_shared.models.indices import Selection as Selection
+from chainward_shared.models.resolve import resolve_architecture as resolve_architecture
+from chainward_shared.models.selection import select_weights as select_weights

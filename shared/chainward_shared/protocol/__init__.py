@@ -4,103 +4,47 @@ Every message is one pydantic model, carried as JSON, and at most the arrays tha
 in `ARRAYS` for a kind can't be packed, and is refused on arrival: no tensor of a privileged teacher has a name here.
 """
 
-from chainward_shared.bounds import FEWEST_SITES
-from chainward_shared.protocol.envelope import (
-    MAX_BODY,
-    PROTOCOL_VERSION,
-    Body,
-    Refusal,
-    SiteRefusal,
-    fingerprint,
-    kind_of,
-    pack,
-    unpack,
-)
-from chainward_shared.protocol.joining import (
-    AtWork,
-    AtWorkRequest,
-    BaseState,
-    BaseTask,
-    CardRequest,
-    Hello,
-    HelloRequest,
-    SimulatedSite,
-    SiteCard,
-    SitePrivacy,
-)
-from chainward_shared.protocol.run_plan import Approval, PlannedTask, RunPlan, RunPlanState, beyond
-from chainward_shared.protocol.scoring import (
-    EvaluateResult,
-    EvaluateTask,
-    SharedNoise,
-    StatisticsResult,
-    StatisticsTask,
-)
-from chainward_shared.protocol.summing import (
-    MOST_WEIGHT,
-    MaskedSum,
-    Offer,
-    Round,
-    SumKeys,
-    SumKeysTask,
-    SumShares,
-    SumSharesTask,
-    SumTask,
-    SumUnmasking,
-    SumUnmaskTask,
-    SumWork,
-)
-from chainward_shared.protocol.training import LinkResult, LinkTask, StudentResult, StudentTask
-from chainward_shared.task import Split
-from chainward_shared.training_log import TrainingLog
-
-__all__ = [
-    "FEWEST_SITES",
-    "MAX_BODY",
-    "MOST_WEIGHT",
-    "PROTOCOL_VERSION",
-    "Approval",
-    "AtWork",
-    "AtWorkRequest",
-    "BaseState",
-    "BaseTask",
-    "Body",
-    "CardRequest",
-    "EvaluateResult",
-    "EvaluateTask",
-    "Hello",
-    "HelloRequest",
-    "LinkResult",
-    "LinkTask",
-    "MaskedSum",
-    "Offer",
-    "PlannedTask",
-    "Refusal",
-    "Round",
-    "RunPlan",
-    "RunPlanState",
-    "SharedNoise",
-    "SimulatedSite",
-    "SiteCard",
-    "SitePrivacy",
-    "SiteRefusal",
-    "Split",
-    "StatisticsResult",
-    "StatisticsTask",
-    "StudentResult",
-    "StudentTask",
-    "SumKeys",
-    "SumKeysTask",
-    "SumShares",
-    "SumSharesTask",
-    "SumTask",
-    "SumUnmaskTask",
-    "SumUnmasking",
-    "SumWork",
-    "TrainingLog",
-    "beyond",
-    "fingerprint",
-    "kind_of",
-    "pack",
-    "unpack",
-]
+from chainward_shared.bounds import FEWEST_SITES as FEWEST_SITES
+from chainward_shared.protocol.envelope import PROTOCOL_VERSION as PROTOCOL_VERSION
+from chainward_shared.protocol.envelope import Body as Body
+from chainward_shared.protocol.envelope import Refusal as Refusal
+from chainward_shared.protocol.envelope import SiteRefusal as SiteRefusal
+from chainward_shared.protocol.envelope import fingerprint as fingerprint
+from chainward_shared.protocol.envelope import kind_of as kind_of
+from chainward_shared.protocol.envelope import pack as pack
+from chainward_shared.protocol.envelope import unpack as unpack
+from chainward_shared.protocol.joining import AtWork as AtWork
+from chainward_shared.protocol.joining import AtWorkRequest as AtWorkRequest
+from chainward_shared.protocol.joining import BaseState as BaseState
+from chainward_shared.protocol.joining import BaseTask as BaseTask
+from chainward_shared.protocol.joining import CardRequest as CardRequest
+from chainward_shared.protocol.joining import Hello as Hello
+from chainward_shared.protocol.joining import HelloRequest as HelloRequest
+from chainward_shared.protocol.joining import SimulatedSite as SimulatedSite
+from chainward_shared.protocol.joining import SiteCard as SiteCard
+from chainward_shared.protocol.joining import SitePrivacy as SitePrivacy
+from chainward_shared.protocol.run_plan import RunPlan as RunPlan
+from chainward_shared.protocol.run_plan import RunPlanState as RunPlanState
+from chainward_shared.protocol.scoring import EvaluateResult as EvaluateResult
+from chainward_shared.protocol.scoring import EvaluateTask as EvaluateTask
+from chainward_shared.protocol.scoring import SharedNoise as SharedNoise
+from chainward_shared.protocol.scoring import StatisticsResult as StatisticsResult
+from chainward_shared.protocol.scoring import StatisticsTask as StatisticsTask
+from chainward_shared.protocol.summing import MOST_WEIGHT as MOST_WEIGHT
+from chainward_shared.protocol.summing import MaskedSum as MaskedSum
+from chainward_shared.protocol.summing import Offer as Offer
+from chainward_shared.protocol.summing import Round as Round
+from chainward_shared.protocol.summing import SumKeys as SumKeys
+from chainward_shared.protocol.summing import SumKeysTask as SumKeysTask
+from chainward_shared.protocol.summing import SumShares as SumShares
+from chainward_shared.protocol.summing import SumSharesTask as SumSharesTask
+from chainward_shared.protocol.summing import SumTask as SumTask
+from chainward_shared.protocol.summing import SumUnmasking as SumUnmasking
+from chainward_shared.protocol.summing import SumUnmaskTask as SumUnmaskTask
+from chainward_shared.protocol.summing import SumWork as SumWork
+from chainward_shared.protocol.training import LinkResult as LinkResult
+from chainward_shared.protocol.training import LinkTask as LinkTask
+from chainward_shared.protocol.training import StudentResult as StudentResult
+from chainward_shared.protocol.training import StudentTask as StudentTask
+from chainward_shared.task import Split as Split
+from chainward_shared.training_log import TrainingLog as TrainingLog
