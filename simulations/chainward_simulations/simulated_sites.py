@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from chainward_client.data.site_data import SiteData
-from chainward_client.data.sources import Table, number_of, read_table, site_data
+from chainward_client.data.sources import number_of, read_table, site_data
 from chainward_client.data.splits import split_by_patient
+from chainward_client.data.table import Table
 from chainward_client.privileged.checks import with_privileged_notes
 from chainward_shared.errors import DataError
 from chainward_shared.seeds import numpy_generator

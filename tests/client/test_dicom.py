@@ -221,7 +221,8 @@ def test_patients_of_the_column_that_share_a_patient_id_are_noted(dicom: Write, 
     for name, who in {"a": "P1", "b": "P1", "c": "P2"}.items():
         save(tmp_path / name, dicom(PatientID=who))
     manifest = read(tmp_path, ["image,dx,who", "a,ill,x", "b,ill,y", "c,ill,z"], columns={"patient": "who"})
-    notes = manifest.cases_with_notes(np.arange(3))[1]
+    cases, facts = manifest.cases_with_facts(np.arange(3))
+    notes = manifest.notes_on(facts, cases.patients)
     assert [note for note in notes if "share" in note] == [
         "2 patients of column 'who' share their PatientID with another of them: one person may be on both sides of a split"
     ]
@@ -325,9 +326,9 @@ def test_a_decoder_that_dies_is_an_unreadable_image_and_the_others_are_read(
 
 
 def test_a_decoder_that_hangs_is_ended(dicom: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "dicom_worker.py"
+    script = tmp_path / "hangs.py"
     script.write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(dicom_workers, "__file__", str(tmp_path / "dicom_workers.py"))
+    monkeypatch.setattr(dicom_workers, "__file__", str(script))
     monkeypatch.setattr(dicom_workers, "DECODING_TIMEOUT", 0.3)
     save(tmp_path / "a", lossless(dicom))
     started = time.monotonic()

@@ -18,10 +18,10 @@ from pydicom.encaps import encapsulate  # noqa: E402
 
 from chainward_client.data import dicom_pixels  # noqa: E402
 from chainward_client.data.dicom_file import parse, require_pydicom  # noqa: E402
+from chainward_client.data.dicom_format import has_end, stream_format  # noqa: E402
 from chainward_client.data.dicom_headers import facts, notes  # noqa: E402
 from chainward_client.data.dicom_picture import Picture, picture  # noqa: E402
 from chainward_client.data.dicom_settings import DicomBlock  # noqa: E402
-from chainward_client.data.dicom_stream import has_end, stream_format  # noqa: E402
 from chainward_client.data.unusable import ImageProblem  # noqa: E402
 
 Write = Callable[..., bytes]

@@ -7,7 +7,7 @@ import hmac
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,15 +15,15 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from chainward_client.data.dicom_headers import Facts
-from chainward_client.data.formats.dicom import EXTENSIONS, DicomManifest
 from chainward_client.data.formats.npz import NpzCases
-from chainward_client.data.image_store import ImageStore, opened, stamp
+from chainward_client.data.image_store import opened, stamp
 from chainward_client.data.manifest import Manifest
+from chainward_client.data.table import Table
 from chainward_client.data.unusable import ImageProblem
 
 IMAGES, MASKS, JOURNAL = "images.u8", "masks.u8", "rows.jsonl"
 
-_FACTS = TypeAdapter(Facts)
+_FACTS: TypeAdapter[Facts | None] = TypeAdapter(Facts | None)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class RowWriter:
                 self._masks = self._masks or (self._folder / MASKS).open("wb")
                 self._masks.write(row.mask.tobytes())
             self.digests.append(row.digest)
-            facts = None if row.facts is None else asdict(row.facts)
-            lines.append([row.key, self.digests[-1], facts])
+            lines.append([row.key, self.digests[-1], _FACTS.dump_python(row.facts, mode="json")])
         for file in (self._images, self._masks):
             if file is not None:
                 file.flush()
@@ -96,8 +95,8 @@ class KeptRow:
     folder: Path
     position: int
     digest: str
-    facts: Any
-    scale: tuple[float, float] | None
+    facts: Any = None
+    scale: tuple[float, float] | None = None
 
 
 def kept_rows(folder: Path, key: bytes) -> Iterator[tuple[str, KeptRow]]:
@@ -130,11 +129,7 @@ def read_row(key: str, kept: KeptRow, shape: tuple[int, int, int], *, masks: boo
         mask = _part(kept.folder / MASKS, kept.position, shape[1:]) if masks else None
     except (OSError, ValueError):
         return None
-    facts = None
-    if kept.facts is not None:
-        digests = {name: kept.facts[name] and bytes.fromhex(kept.facts[name]) for name in ("instance", "person")}
-        facts = _FACTS.validate_python({**kept.facts, **digests})
-    row = Row(key, image, mask, facts)
+    row = Row(key, image, mask, _FACTS.validate_python(kept.facts))
     return row if row.digest == kept.digest else None
 
 
@@ -145,7 +140,7 @@ def _part(path: Path, position: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def signed(content: object, key: bytes) -> bytes:
     """Return content as one line, with a code under the site's secret."""
-    body = json.dumps(content, separators=(",", ":"), default=_plain).encode()
+    body = json.dumps(content, separators=(",", ":")).encode()
     return hmac.digest(key, body, "sha256").hex().encode() + b" " + body + b"\n"
 
 
@@ -155,16 +150,8 @@ def verified(line: bytes, key: bytes) -> Any:
     return json.loads(body) if hmac.compare_digest(code, hmac.digest(key, body, "sha256").hex().encode()) else None
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, frozenset | set):
-        return sorted(value)
-    raise TypeError(type(value))
-
-
-class RowKeys:
-    """The digests of all that decides the rows of a table; `used` are the files that they are made of, by location.
+def row_keys(table: Table, rows: np.ndarray, settings: str) -> tuple[list[str | None], list[list[str]]]:
+    """Return digests of all that decides `rows`, None where a file is not there, and by location the files that they are made of.
 
     Parameters
     ----------
@@ -172,41 +159,32 @@ class RowKeys:
     settings : what decides every row: how images are brought to their shape, versions
     """
 
-    def __init__(self, table: Manifest | NpzCases, settings: str) -> None:
-        self.table, self._settings = table, settings
-        self.used: list[list[str]] = [[] for _ in table.description.locations]
+    def key(*parts: object) -> str:
+        return hashlib.blake2b(json.dumps([settings, *parts]).encode(), digest_size=16).hexdigest()
 
-    def of(self, rows: np.ndarray) -> list[str | None]:
-        """Return a key for each of `rows`; None where a file is not there."""
-        table = self.table
-        if isinstance(table, NpzCases):
-            path = table.description.images
-            file = str(path), stamp(path)
-            return [self._key(*file, str(table.splits[row]), int(table.positions[row])) for row in rows]
-        endings = EXTENSIONS if isinstance(table, DicomManifest) else ()
-        with (
-            opened(table.description.image_location, endings) as images,
-            opened(table.description.mask_location, endings) as masks,
-        ):
-            return [self._of_files(table, int(row), images, masks) for row in rows]
-
-    def _of_files(self, table: Manifest, row: int, images: ImageStore, masks: ImageStore) -> str | None:
-        try:
-            member: str | ImageProblem
-            member = table.members[row] if isinstance(table, DicomManifest) else images.find(str(table.images[row]))
-            if isinstance(member, ImageProblem):
-                return None
-            self.used[0].append(member)
-            parts = [str(images.location), member, images.stamp(member)]
-            if table.masks is not None and (name := table.masks[row]) is not None:
-                mask = masks.find(name)
-                self.used[-1].append(mask)
-                parts += [str(masks.location), mask, masks.stamp(mask)]
-            elif table.masks is None and table.boxes is not None:
-                parts.append(table.boxes[row].tolist())
-        except (ImageProblem, OSError):
-            return None
-        return self._key(*parts)
-
-    def _key(self, *parts: object) -> str:
-        return hashlib.blake2b(json.dumps([self._settings, *parts]).encode(), digest_size=16).hexdigest()
+    used: list[list[str]] = [[] for _ in table.description.locations]
+    if isinstance(table, NpzCases):
+        path = table.description.images
+        file = str(path), stamp(path)
+        return [key(*file, str(table.splits[row]), int(table.positions[row])) for row in rows], used
+    assert isinstance(table, Manifest)
+    keys: list[str | None] = []
+    with (
+        opened(table.description.image_location, table.extensions) as images,
+        opened(table.description.mask_location, table.extensions) as masks,
+    ):
+        for row in rows.tolist():
+            try:
+                member = table.member(images, row)
+                used[0].append(member)
+                parts: list[object] = [str(images.location), member, images.stamp(member)]
+                if table.masks is not None and (name := table.masks[row]) is not None:
+                    mask = masks.find(name)
+                    used[-1].append(mask)
+                    parts += [str(masks.location), mask, masks.stamp(mask)]
+                elif table.masks is None and table.boxes is not None:
+                    parts.append(table.boxes[row].tolist())
+                keys.append(key(*parts))
+            except (ImageProblem, OSError):
+                keys.append(None)
+    return keys, used

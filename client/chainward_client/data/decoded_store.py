@@ -27,8 +27,8 @@ from chainward_client.data.decoded_rows import (
     JOURNAL,
     MASKS,
     KeptRow,
-    RowKeys,
     read_row,
+    row_keys,
     signed,
     verified,
 )
@@ -39,7 +39,8 @@ from chainward_client.data.formats import format_of
 from chainward_client.data.image_store import files_below, keep_open, stamp
 from chainward_client.data.site_data import SiteData
 from chainward_client.data.snapshot import restored, snapshot
-from chainward_client.data.sources import Decoded, Table, decoded_in_memory, local_site
+from chainward_client.data.sources import Decoded, decoded_in_memory, local_site
+from chainward_client.data.table import Table
 from chainward_client.data.unusable import UnusableFiles
 from chainward_client.kept_files import installed, mapped
 from chainward_client.private_files import for_the_owner_alone
@@ -173,7 +174,7 @@ class DecodedStore:
         if any(stamp(folder / name) != tuple(noted) for name, noted in content["files"].items()):
             return False
         return all(
-            read_row("", KeptRow(folder, int(row), digest, None, None), content["shape"], masks=content["masks"])
+            read_row("", KeptRow(folder, int(row), digest), content["shape"], masks=content["masks"])
             for row, digest in content["tried"].items()
         )
 
@@ -191,11 +192,14 @@ class DecodedStore:
         folder = self.folder / secrets.token_hex(8)
         settings = json.dumps([description.image.model_dump(mode="json"), description.pixel_settings, _versions()])
         making: list[Decoding] = []
+        content: dict[str, Any] = {}
 
         def decode(table: Table, rows: np.ndarray) -> Decoded:
-            keys = RowKeys(table, settings)
-            making.append(Decoding(self.folder, self._secret, folder, table, rows, keys.of(rows), keys.used))
-            making[0].seen = self._seen(description, keys.used)  # before: what changes meanwhile is noticed next time
+            keys, content["used"] = row_keys(table, rows, settings)
+            content["seen"] = self._seen(
+                description, content["used"]
+            )  # before: what changes meanwhile is noticed next time
+            making.append(Decoding(folder, self._secret, table, rows, keys))
             try:
                 return making[0].run()
             except UnusableFiles:
@@ -208,7 +212,8 @@ class DecodedStore:
                 opened = local_site(description, self.site, self.key, decode)
                 if len(making[0].digests) != sum(len(cases) for cases in opened.splits.values()):
                     return opened  # decoded in memory after all
-                self._write_index(folder, description, making[0], opened)
+                content |= {"base": self._base(description), "data": snapshot(opened)}
+                self._write_index(folder, making[0], content)
         except DataError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -217,20 +222,16 @@ class DecodedStore:
                 shutil.rmtree(other, ignore_errors=True)
         return opened
 
-    def _write_index(self, folder: Path, description: DataDescription, made: Decoding, opened: SiteData) -> None:
+    def _write_index(self, folder: Path, made: Decoding, content: dict[str, Any]) -> None:
         digests = made.digests
         tried = np.unique(np.linspace(0, len(digests) - 1, TRIED).astype(int)).tolist()
         names = [name for name in (IMAGES, MASKS, JOURNAL) if (folder / name).exists()]
-        content = {
-            "base": self._base(description),
-            "seen": made.seen,
-            "used": made.used,
+        content |= {
             "rows": len(digests),
             "shape": made.shape,
             "masks": MASKS in names,
             "files": {name: stamp(folder / name) for name in names},
             "tried": {row: digests[row] for row in tried},
-            "data": snapshot(opened),
         }
         part = folder / f"{INDEX}.part"
         part.write_bytes(signed(content, self._secret))

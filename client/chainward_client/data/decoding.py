@@ -19,11 +19,9 @@ from chainward_client.data.decoded_rows import (
     read_row,
 )
 from chainward_client.data.dicom_headers import Facts
-from chainward_client.data.formats.dicom import DicomManifest
 from chainward_client.data.formats.npz import NpzCases
-from chainward_client.data.manifest import Manifest
-from chainward_client.data.site_data import Cases
 from chainward_client.data.sources import Decoded, decoded_in_memory, leaves_out
+from chainward_client.data.table import Table
 from chainward_client.data.unusable import UnusableFile, UnusableFiles
 from chainward_client.kept_files import Making, mapped
 from chainward_shared.errors import DataError
@@ -43,31 +41,21 @@ class NoRoom(Exception):
 class Decoding:
     """Decodes the rows of a table into the files of a folder, a block at a time."""
 
-    def __init__(
-        self,
-        folder_of_all: Path,
-        secret: bytes,
-        folder: Path,
-        table: Manifest | NpzCases,
-        rows: np.ndarray,
-        keys: list[str | None],
-        used: list[list[str]],
-    ) -> None:
+    def __init__(self, folder: Path, secret: bytes, table: Table, rows: np.ndarray, keys: list[str | None]) -> None:
         image = table.description.image
         self.shape = (image.channels, image.size, image.size)
-        self.folder, self.table, self.rows, self.keys, self.used = folder, table, rows, keys, used
-        self.seen = ""
+        self.folder, self.table, self.rows, self.keys = folder, table, rows, keys
         self.digests: list[str] = []
         self._secret = secret
-        self._masks = isinstance(table, Manifest) and (table.masks is not None or table.boxes is not None)
+        self._masks = table.masks is not None or table.boxes is not None
         self._unusable: list[set[int]] = [set(), set()]
-        self._earlier = self._kept_before(folder_of_all)
+        self._earlier = self._kept_before()
 
-    def _kept_before(self, folder: Path) -> dict[str, KeptRow]:
-        """Return the rows that were decoded before and still hold, by key."""
+    def _kept_before(self) -> dict[str, KeptRow]:
+        """Return the rows that were decoded before, into the folders beside this one, and still hold; by key."""
         wanted = set(self.keys)
         found: dict[str, KeptRow] = {}
-        for other in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        for other in sorted(path for path in self.folder.parent.iterdir() if path.is_dir() and not path.is_symlink()):
             found.update((key, row) for key, row in kept_rows(other, self._secret) if key in wanted)
         if any(row.scale is not None for row in found.values()):
             scale = self.table.scale()
@@ -127,7 +115,7 @@ class Decoding:
         places = np.array([place for place in range(start, end) if place not in found], dtype=np.int64)
         while len(places):
             try:
-                cases, facts = self._decode(self.rows[places])
+                cases, facts = self.table.cases_with_facts(self.rows[places])
             except UnusableFiles as error:
                 bad = [file.position for file in error.files]
                 self._unusable[error.what == "mask"].update(places[bad].tolist())
@@ -141,11 +129,6 @@ class Decoding:
             break
         return {place: found[place] for place in sorted(found)}
 
-    def _decode(self, rows: np.ndarray) -> tuple[Cases, list[Facts]]:
-        if isinstance(self.table, DicomManifest):
-            return self.table.cases_with_facts(rows)
-        return self.table.cases(rows), []
-
     def _cases(self, kept: np.ndarray, facts: list[Facts]) -> Decoded:
         left_out: tuple[UnusableFile, ...] = ()
         for places in self._unusable:
@@ -157,13 +140,12 @@ class Decoding:
         masks = mapped(self.folder / MASKS, np.uint8, (shape[0], *shape[2:])) if self._masks else None
         rows = self.rows[kept]
         cases = self.table.with_labels(rows, mapped(self.folder / IMAGES, np.uint8, shape), masks)
-        notes = self.table.notes_on(facts, cases.patients) if isinstance(self.table, DicomManifest) else ()
-        return (cases, notes), rows, left_out
+        return (cases, self.table.notes_on(facts, cases.patients)), rows, left_out
 
     def _why(self, rows: np.ndarray) -> tuple[UnusableFile, ...]:
         """Return why the files of rows can't be used, all together; where that is a reason to refuse the data, raise it."""
         try:
-            self._decode(rows)
+            self.table.cases_with_facts(rows)
         except UnusableFiles as error:
             if leaves_out(self.table):
                 return error.files

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainward_client.data.unusable import ImageProblem, unreadable
@@ -64,22 +66,44 @@ def parse(data: bytes) -> FileDataset:
         If the bytes are no DICOM file, or one whose elements can't be told apart.
     """
     from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
 
     if not data:
         raise unreadable("the file is empty")
-    try:
+    with _no_values_told():
         dataset = dcmread(io.BytesIO(data))
         for tag in [tag for tag in dataset.keys() if tag.group == 0xFFFE]:  # noqa: SIM118 (iterating converts elements)
             del dataset[tag]  # a delimiter that delimits nothing
             dataset.stray_delimiter = True
         return dataset
-    except InvalidDicomError:
-        raise unreadable("not a DICOM file (no DICM at byte 128)") from None
+
+
+def one_element(file: Path | io.BytesIO, keyword: str) -> Dataset:
+    """Return the one element of a file that is asked for; its pixels are not read.
+
+    Raises
+    ------
+    ImageProblem
+        As `parse`, and if the file can't be read.
+    """
+    from pydicom import dcmread
+
+    with _no_values_told():
+        return dcmread(file, stop_before_pixels=True, specific_tags=[keyword])
+
+
+@contextmanager
+def _no_values_told() -> Iterator[None]:
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        yield
     except MemoryError:
         raise
+    except InvalidDicomError:
+        raise unreadable("not a DICOM file (no DICM at byte 128)") from None
     except Exception as error:  # a damaged file raises nearly anything; its text may quote a value
-        raise unreadable(f"damaged ({type(error).__name__} while its elements were read)") from None
+        reason = getattr(error, "strerror", None) or f"damaged ({type(error).__name__} while its elements were read)"
+        raise unreadable(reason) from None
 
 
 def is_dicom(data: bytes) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainward_client.data.dicom_file import one_element
 from chainward_client.data.dicom_headers import digest, person_name
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import Manifest
-from chainward_client.data.unusable import ImageProblem, attempt_all, counted, unreadable
+from chainward_client.data.unusable import NOT_FOUND, ImageProblem, attempt_all, counted
 from chainward_shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,38 +23,9 @@ if TYPE_CHECKING:
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
 
 
-def file_bytes(store: ImageStore, member: str | ImageProblem) -> bytes:
-    """Return the content of a file.
-
-    Raises
-    ------
-    ImageProblem
-        There is none, or it can't be read; the file is not named.
-    """
-    if isinstance(member, ImageProblem):
-        raise member
-    try:
-        return store.read(member)
-    except Exception as error:  # a bad checksum, an encrypted member, no permission; the text may name the file
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise unreadable(reason) from None
-
-
 def _header(store: ImageStore, member: str, keyword: str) -> Dataset:
-    """Return the one element of a file that is asked for, without its pixels."""
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
-    data = io.BytesIO(file_bytes(store, member)) if store.location.is_file() else store.location / member
-    try:
-        return dcmread(data, stop_before_pixels=True, specific_tags=[keyword])
-    except MemoryError:
-        raise
-    except InvalidDicomError:
-        raise unreadable("not a DICOM file (no DICM at byte 128)") from None
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or f"damaged ({type(error).__name__} while its elements were read)"
-        raise unreadable(reason) from None
+    in_zip = store.location.is_file()
+    return one_element(io.BytesIO(store.read(member, quoted=False)) if in_zip else store.location / member, keyword)
 
 
 def located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:
@@ -62,30 +36,8 @@ def located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:
     DataError
         If two rows mean one file.
     """
-    names = manifest.images.tolist()
-    members: list[str | ImageProblem] = []
-    for name in names:
-        try:
-            members.append(store.find(name))
-        except ImageProblem as problem:
-            ambiguous = "several files have this name; name it with its folder"
-            by_uid = _UID.fullmatch(name) is not None
-            missing = f"no file has this name{' or SOPInstanceUID' if by_uid else ''}"
-            members.append(ImageProblem(problem.kind, missing if problem.kind == "{} not found" else ambiguous))
-    lost = [
-        position
-        for position, (name, member) in enumerate(zip(names, members, strict=True))
-        if isinstance(member, ImageProblem) and member.kind == "{} not found" and _UID.fullmatch(name)
-    ]
-    if lost:
-        files_of = _by_instance(store)
-        for position in lost:
-            files = files_of.get(digest(names[position]), [])
-            if len(files) > 1:
-                reason = f"{len(files)} files have this SOPInstanceUID; name the file"
-                members[position] = ImageProblem("{} with an ambiguous name", reason)
-            elif files:
-                members[position] = files[0]
+    by_instance = cache(partial(_by_instance, store))
+    members = [_located(store, name, by_instance) for name in manifest.images.tolist()]
     rows_of: dict[str, list[int]] = {}
     for row, member in zip(manifest.rows.tolist(), members, strict=True):
         if isinstance(member, str):
@@ -98,10 +50,29 @@ def located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:
     return members
 
 
-def _by_instance(store: ImageStore) -> dict[bytes | None, list[str]]:
+def _located(
+    store: ImageStore, name: str, by_instance: Callable[[], Mapping[str | None, list[str]]]
+) -> str | ImageProblem:
+    try:
+        return store.find(name)
+    except ImageProblem as problem:
+        if problem.kind != NOT_FOUND:
+            return ImageProblem(problem.kind, "several files have this name; name it with its folder")
+    if not _UID.fullmatch(name):
+        return ImageProblem(NOT_FOUND, "no file has this name")
+    files = by_instance().get(digest(name), [])
+    if not files:
+        return ImageProblem(NOT_FOUND, "no file has this name or SOPInstanceUID")
+    if len(files) > 1:
+        reason = f"{len(files)} files have this SOPInstanceUID; name the file"
+        return ImageProblem("{} with an ambiguous name", reason)
+    return files[0]
+
+
+def _by_instance(store: ImageStore) -> dict[str | None, list[str]]:
     """Return the files of every SOPInstanceUID by its digest; files that are no DICOM are passed over."""
 
-    def attempt(position: int) -> bytes | None:
+    def attempt(position: int) -> str | None:
         try:
             value = _header(store, members[position], "SOPInstanceUID").get("SOPInstanceUID")
             return digest("" if value is None else str(value).strip(" \0"))
@@ -111,40 +82,29 @@ def _by_instance(store: ImageStore) -> dict[bytes | None, list[str]]:
             return None
 
     members = store.members
-    found: dict[bytes | None, list[str]] = {}
-    instances = attempt_all("image", store.location, range(len(members)), attempt, lambda *_: "")
+    found: dict[str | None, list[str]] = {}
+    instances = attempt_all("image", store.location, range(len(members)), attempt)
     for member, instance in zip(members, instances, strict=True):
         if instance is not None:
             found.setdefault(instance, []).append(member)
     return found
 
 
-def patients_of(
-    store: ImageStore, manifest: Manifest, members: list[str | ImageProblem]
-) -> tuple[np.ndarray, list[str | ImageProblem]]:
-    """Return the patients of all rows, each named by a digest of its PatientID alone, and the files.
+def patients_of(store: ImageStore, manifest: Manifest, members: list[str | ImageProblem]) -> np.ndarray:
+    """Return the patients of all rows, each named by a digest of its PatientID alone.
 
     The name does not depend on other patients, their number or order, so that splits by a hospital's secret don't either.
 
-    Where the data file leaves out what can't be used, a file without a patient is one of those, and a patient of its own.
+    Where the data file leaves out what can't be used, a file without a patient is one of those (its problem takes its place in
+    `members`), and a patient of its own.
 
     Raises
     ------
     DataError
         If a file can't be read or has no PatientID, or all have the same.
     """
-    rows = manifest.rows.tolist()
 
-    def tried(position: int) -> tuple[str | ImageProblem]:
-        try:
-            return (attempt(position),)
-        except ImageProblem as problem:
-            if manifest.description.unusable == "leave-out":
-                return (problem,)
-            raise
-
-    def attempt(position: int) -> str:
-        member = members[position]
+    def person(member: str | ImageProblem) -> str:
         if isinstance(member, ImageProblem):
             raise member
         found = person_name(_header(store, member, "PatientID"))
@@ -155,22 +115,20 @@ def patients_of(
             )
         return found
 
-    persons = [
-        found
-        for (found,) in attempt_all(
-            "image", store.location, rows, tried, lambda position, problem, _: f"row {rows[position]}: {problem}"
-        )
-    ]
-    known = [found for found in persons if not isinstance(found, ImageProblem)]
+    def attempt(position: int) -> str:
+        try:
+            return person(members[position])
+        except ImageProblem as problem:
+            if manifest.description.unusable != "leave-out":
+                raise
+            members[position] = problem
+            return f"unusable-{position}"
+
+    persons = attempt_all("image", store.location, manifest.rows.tolist(), attempt)
+    known = [found for found, member in zip(persons, members, strict=True) if isinstance(member, str)]
     if len(set(known)) == 1 and len(known) > 1:
         raise DataError(
             f"{store.location.name}: all {len(known)} files have the same PatientID, so they can't be split by patient; name a "
             "patient column in columns.patient"
         )
-    patients = [
-        f"unusable-{position}" if isinstance(found, ImageProblem) else found for position, found in enumerate(persons)
-    ]
-    files = [
-        found if isinstance(found, ImageProblem) else member for found, member in zip(persons, members, strict=True)
-    ]
-    return np.array(patients), files
+    return np.array(persons)

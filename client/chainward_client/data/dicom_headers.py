@@ -77,8 +77,8 @@ class Facts:
     burned_in: bool
     overlays: bool
     modality: str
-    instance: bytes | None
-    person: bytes | None
+    instance: str | None
+    person: str | None
     origin: Origin
     unreadable: bool = False
 
@@ -91,6 +91,8 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
     ImageProblem
         If its elements are damaged.
     """
+    from pydicom.datadict import keyword_for_tag
+
     identifying: set[str] = set()
     private = overlays = unreadable = False
     for element in _elements(dataset, 0):
@@ -99,8 +101,9 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
             continue
         private |= element.tag.is_private
         overlays |= 0x6000 <= element.tag.group <= 0x60FF and element.tag.element == 0x3000
-        keyword, is_name = _described(element)
-        if (keyword in IDENTIFYING or is_name) and _has_value(element):
+        keyword = "" if element.tag.is_private else keyword_for_tag(element.tag)
+        names = keyword in IDENTIFYING or (bool(keyword) and _representation(element) == "PN")
+        if names and _has_value(element):
             identifying.add(keyword)
     return Facts(
         identifying=frozenset(identifying),
@@ -110,29 +113,18 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
         overlays=overlays,
         modality=found if (found := _text(dataset, "Modality").upper()) in _MODALITIES.split() else "",
         instance=digest(_text(dataset, "SOPInstanceUID")),
-        person=person(dataset),
+        person=digest(_text(dataset, "PatientID").casefold()),
         origin=origin,
         unreadable=unreadable,
     )
 
 
-def person(dataset: Dataset) -> bytes | None:
-    """Return a digest of PatientID, None where it is missing or empty; case and blanks around it play no role.
-
-    The issuer plays none either: two patients taken for one do no harm, one taken for two may be on both sides of a split.
-
-    Raises
-    ------
-    ImageProblem
-        If it is damaged.
-    """
-    return digest(_text(dataset, "PatientID").casefold())
-
-
 def person_name(dataset: Dataset) -> str | None:
     """Return a name for a file's patient that is the same in every process, None where PatientID is missing or empty.
 
-    It stays at the hospital, as patients of a column do; the id itself is not kept in memory.
+    Case and blanks around the id play no role. The issuer plays none either: two patients taken for one do no harm, one taken for
+    two may be on both sides of a split. The name stays at the hospital, as patients of a column do; the id itself is not kept in
+    memory.
 
     Raises
     ------
@@ -149,9 +141,9 @@ def digest_with(key: bytes) -> None:
     _KEY = key
 
 
-def digest(text: str) -> bytes | None:
+def digest(text: str) -> str | None:
     """Return a digest that can be compared within this process only (or as `digest_with` says), None of an empty text."""
-    return hashlib.blake2b(text.encode("utf-8", "replace"), key=_KEY, digest_size=16).digest() if text else None
+    return hashlib.blake2b(text.encode("utf-8", "replace"), key=_KEY, digest_size=16).hexdigest() if text else None
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
@@ -195,14 +187,6 @@ def _representation(element: DataElement | RawDataElement) -> str:
         return ""
 
 
-def _described(element: DataElement | RawDataElement) -> tuple[str, bool]:
-    """Return the standard's keyword of an element ("" if it has none), and whether it holds a person's name."""
-    from pydicom.datadict import keyword_for_tag
-
-    keyword = "" if element.tag.is_private else keyword_for_tag(element.tag)
-    return keyword, bool(keyword) and _representation(element) == "PN"
-
-
 def _has_value(element: DataElement | RawDataElement) -> bool:
     value = element.value
     if isinstance(value, bytes):
@@ -216,16 +200,26 @@ def _has_value(element: DataElement | RawDataElement) -> bool:
 def notes(found: Sequence[Facts], *, view: int = 1, own_window: bool = False) -> tuple[str, ...]:
     """Return what a person should know about the files of a site, a line each: keywords and counts, no value of a header."""
     fields = Counter(keyword for file in found for keyword in file.identifying)
-    lines = [_identifying(found, fields)] if fields else []
-    lines += _counts(
-        found,
+    lines = []
+    if fields:
+        listed = ", ".join(
+            f"{keyword} {count}" for keyword, count in sorted(fields.items(), key=lambda kv: (-kv[1], kv[0]))
+        )
+        lines.append(
+            f"{_files(sum(bool(file.identifying) for file in found))} of {len(found)} with identifying header fields, none of "
+            f"which is kept, written or sent: {listed}"
+        )
+    for what, having in (
         ("private header fields, which are not read", [file.private for file in found]),
         (
             "burned-in annotation (BurnedInAnnotation YES): the pixels may show names",
             [file.burned_in for file in found],
         ),
         ("overlays, which are not shown", [file.overlays for file in found]),
-        ("pixels that are not square: made square", [_oblong(file) for file in found]),
+        (
+            "pixels that are not square: made square",
+            [file.origin.geometry.stored != file.origin.geometry.square for file in found],
+        ),
         ("pixels that are all alike", [file.origin.constant for file in found]),
         (
             f"several windows or VOI LUTs: number {view} taken (dicom.view)",
@@ -240,21 +234,13 @@ def notes(found: Sequence[Facts], *, view: int = 1, own_window: bool = False) ->
             (f"something odd, which does no harm: {oddity}", [oddity in file.origin.oddities for file in found])
             for oddity in sorted(set().union(*(file.origin.oddities for file in found)))
         ),
-    )
+    ):
+        if any(having):
+            lines.append(f"{_files(sum(having))} of {len(found)} with {what}")
     clean = sum(file.declared_clean for file in found)
     if clean and fields:
         lines.append(f"{_files(clean)} declared to be without identity (PatientIdentityRemoved YES)")
     return (*lines, *_mixtures(found))
-
-
-def _identifying(found: Sequence[Facts], fields: Counter[str]) -> str:
-    listed = ", ".join(
-        f"{keyword} {count}" for keyword, count in sorted(fields.items(), key=lambda kv: (-kv[1], kv[0]))
-    )
-    return (
-        f"{_files(sum(bool(file.identifying) for file in found))} of {len(found)} with identifying header fields, none of "
-        f"which is kept, written or sent: {listed}"
-    )
 
 
 def _mixtures(found: Sequence[Facts]) -> Iterator[str]:
@@ -278,7 +264,7 @@ def _mixtures(found: Sequence[Facts]) -> Iterator[str]:
 
 def shared_persons(found: Sequence[Facts], patients: Sequence[str]) -> int:
     """Return how many patients of the manifest share a PatientID with another one; 0 where all files have the same."""
-    patients_of: dict[bytes, set[str]] = {}
+    patients_of: dict[str, set[str]] = {}
     for file, patient in zip(found, patients, strict=True):
         if file.person is not None:
             patients_of.setdefault(file.person, set()).add(patient)
@@ -287,13 +273,5 @@ def shared_persons(found: Sequence[Facts], patients: Sequence[str]) -> int:
     return len({patient for several in patients_of.values() if len(several) > 1 for patient in several})
 
 
-def _counts(found: Sequence[Facts], *kinds: tuple[str, Sequence[bool]]) -> list[str]:
-    return [f"{_files(sum(flags))} of {len(found)} with {what}" for what, flags in kinds if any(flags)]
-
-
 def _files(count: int) -> str:
     return f"{count} DICOM file{'' if count == 1 else 's'}"
-
-
-def _oblong(file: Facts) -> bool:
-    return file.origin.geometry.stored != file.origin.geometry.square

@@ -1,6 +1,6 @@
 """The stored values of one frame of a DICOM file, uncompressed, and what they are.
 
-Where the header and a compressed stream differ, the stream decides (dicom_stream.py); where the pixels can't be what the header
+Where the header and a compressed stream differ, the stream decides (dicom_format.py); where the pixels can't be what the header
 says, they are refused. The installed decoders of a transfer syntax are tried one after the other, each but Pillow in a process
 of its own (dicom_workers.py).
 """
@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from chainward_client.data.dicom_file import Header, transfer_syntax
-from chainward_client.data.dicom_format import YBR, Format, declared_format
-from chainward_client.data.dicom_stream import StreamFormat, has_end, stream_format
-from chainward_client.data.dicom_workers import DecodingError, decode_in_process
+from chainward_client.data.dicom_format import YBR, Format, StreamFormat, declared_format, has_end, stream_format
+from chainward_client.data.dicom_workers import DecodingError, decode_here, decode_in_process
 from chainward_client.data.unusable import ImageProblem, unreadable
 
 OUTSIDE = 0.02
@@ -130,18 +129,12 @@ def _decompressed(decoder: Any, form: Format, stream: bytes, says: StreamFormat 
     ImageProblem
         If no decoder can.
     """
-    from pydicom.encaps import encapsulate
-
     words: dict[str, str] = {}
     for plugin in _plugins(decoder, form.bits):
+        decode = decode_here if plugin in _IN_PROCESS else decode_in_process
         try:
-            if plugin in _IN_PROCESS:
-                options = form.options() | {"number_of_frames": 1, "pixel_keyword": "PixelData"}
-                values, found = decoder.as_array(encapsulate([stream]), index=0, decoding_plugin=plugin, **options)
-                colours = str(found["photometric_interpretation"])
-            else:
-                request = form.options() | {"transfer_syntax": str(decoder.UID), "plugin": plugin}
-                values, colours = decode_in_process(request, stream)
+            request = form.options() | {"transfer_syntax": str(decoder.UID), "plugin": plugin}
+            values, colours = decode(request, stream)
             by_itself = plugin == "pillow" and says is not None and says.adobe and form.samples == 3
             return values, "RGB" if by_itself else colours
         except MemoryError:

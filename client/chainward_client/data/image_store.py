@@ -10,16 +10,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Self
 
 from PIL import Image
 
-from chainward_client.data.unusable import ImageProblem
+from chainward_client.data.unusable import NOT_FOUND, ImageProblem, unreadable
 from chainward_shared.errors import DataError, nearest
 
 _DRIVE = re.compile(r"[A-Za-z]:")
-NOT_FOUND = "{} not found"
 
 MOST_FILES = 2_000_000
 """In a zip. Each costs some hundred bytes of memory before a single one is read."""
@@ -77,9 +75,7 @@ class ImageStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -143,15 +139,22 @@ class ImageStore:
         """Return ``" (did you mean 'X'?)"`` for the nearest file name, or an empty string."""
         return nearest(name, self._by_name)
 
-    def read(self, member: str) -> bytes:
+    def read(self, member: str, *, quoted: bool = True) -> bytes:
         """Return the bytes of a file that `find` named.
+
+        Parameters
+        ----------
+        quoted : whether the problem may quote an error's text, which may name the file
 
         Raises
         ------
         ImageProblem
-            Of a zip: it unpacks to more than a picture would. No more is ever unpacked than the zip's directory says.
+            It can't be read; or of a zip: it unpacks to more than a picture would. No more is ever unpacked than the zip's
+            directory says.
         """
-        if self._zip is not None:
+        try:
+            if self._zip is None:
+                return (self.location / member).read_bytes()
             info = self._zip.getinfo(member)
             bomb = info.file_size > BLANK_BYTES and info.file_size > MOST_RATIO * max(info.compress_size, 1)
             if bomb or info.file_size > MOST_BYTES:
@@ -160,7 +163,9 @@ class ImageStore:
                     f"{info.compress_size:,} bytes in the zip become {info.file_size:,}; take it out of the zip",
                 )
             return self._zip.read(member)
-        return (self.location / member).read_bytes()
+        except Exception as error:  # a bad checksum, an encrypted member, no permission
+            reason = getattr(error, "strerror", None) or (str(error) if quoted else type(error).__name__)
+            raise unreadable(reason) from None
 
 
 def stamp(path: Path) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from chainward_client.data.description import ImageShape
-from chainward_client.data.image_store import NOT_FOUND, ImageStore, opened
+from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale
 from chainward_client.data.unusable import ImageProblem, attempt_all, unreadable
@@ -157,18 +157,6 @@ def decode_all(
                 member = store.find(names[position])
             except ImageProblem as problem:
                 raise problem if quoted else ImageProblem(problem.kind, "no file, or several, of this name") from None
-            try:
-                data = store.read(member)
-            except Exception as error:  # a bad checksum, an encrypted member, no permission
-                reason = getattr(error, "strerror", None) or (str(error) if quoted else type(error).__name__)
-                raise unreadable(reason) from None
-            return decode(data, position)
+            return decode(store.read(member, quoted=quoted), position)
 
-        def shown(position: int, problem: ImageProblem, first: bool) -> str:
-            if not quoted:
-                return f"row {rows[position]}: {problem}"
-            name = names[position]
-            hint = store.suggestion(name) if first and problem.kind == NOT_FOUND else ""
-            return f"row {rows[position]}, '{name}': {problem}{hint}"
-
-        return attempt_all(what, location, rows, attempt, shown)
+        return attempt_all(what, location, rows, attempt, names if quoted else (), store.suggestion)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from chainward_client.data.description import ManifestDescription
-from chainward_client.data.image_store import opened
+from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.images import load_images, measured_values
 from chainward_client.data.manifest_columns import ManifestColumns
 from chainward_client.data.manifest_file import read_cells
 from chainward_client.data.regions import box_masks, load_masks
-from chainward_client.data.scale import Scale, ScaleOfSet, measure
-from chainward_client.data.site_data import Cases, PrivilegedCases
+from chainward_client.data.scale import Scale, measure
+from chainward_client.data.table import Pictures, Table
 from chainward_shared.data_notes import NO_PATIENTS
 from chainward_shared.errors import DataError, nearest
 
@@ -26,79 +25,58 @@ if TYPE_CHECKING:  # pandas takes a second to import
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A checked manifest; entry i of every field belongs to its i-th row.
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Table):
+    """A checked manifest.
 
     Attributes
     ----------
-    description : where the images are and what they are brought to
-    classes : class names, in the order of the label indices
     rows : int64 (n,), the rows' numbers as a spreadsheet shows them (the header is row 1)
     images : str (n,), file names
-    labels : int64 (n,); multi-label: float32 (n, classes), 1 for each finding, else 0
-    patients : str (n,)
-    splits : str (n,), or None without a split column
-    sites : str (n,), or None without a site column
-    texts, table : as in `PrivilegedCases`
-    masks : file names of the masks, None where missing; or None
-    boxes : float (n, 4), NaN where missing; or None
-    notes : things a person should know; without ids of patients, because notes may leave the site
     """
 
+    extensions: ClassVar[tuple[str, ...]] = ()
+    """Endings of files, beside those of images, that names may leave out."""
+
     description: ManifestDescription
-    classes: tuple[str, ...]
     rows: np.ndarray
     images: np.ndarray
-    labels: np.ndarray
-    patients: np.ndarray
-    splits: np.ndarray | None
-    sites: np.ndarray | None
-    texts: tuple[str | None, ...] | None
-    table: Mapping[str, tuple[float | str | None, ...]] | None
-    masks: tuple[str | None, ...] | None
-    boxes: np.ndarray | None
-    notes: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def scale(self) -> ScaleOfSet:
-        """Return the scale of the images of more than 8 bits: of all rows, whichever of them are asked for."""
-        return ScaleOfSet(self.description.image.scale, self._measured_scale)
-
-    def _measured_scale(self) -> Scale:
-        with opened(self.description.image_location) as store:
-            return measure(len(self), lambda index: measured_values(store, str(self.images[index])))
-
-    def cases(self, indices: np.ndarray) -> Cases:
-        """Decode the rows at `indices`, in that order.
+    def member(self, store: ImageStore, index: int) -> str:
+        """Return the path of a row's image inside the folder or zip.
 
         Raises
         ------
-        DataError
-            If one of their images, masks or boxes can't be used.
+        ImageProblem
+            If there is none, or more than one.
         """
-        shape = self.description.image
-        rows = self.rows[indices].tolist()
-        names = self.images[indices].tolist()
-        images, sizes = load_images(self.description.image_location, names, rows, shape, self.scale)
-        masks = None
-        if self.masks is not None:
-            of_masks = [self.masks[index] for index in indices]
-            masks = load_masks(self.description.mask_location, of_masks, rows, sizes, shape)
-        elif self.boxes is not None:
-            try:
-                masks = box_masks(self.boxes[indices], rows, sizes, shape)
-            except DataError as error:
-                raise DataError(f"{self.description.manifest.name}: {error}") from None
-        return self.with_labels(indices, images, masks)
+        return store.find(str(self.images[index]))
 
-    def with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
-        """Return the cases of decoded images and masks."""
-        privileged = replace(PrivilegedCases(self.texts, self.table).take(indices.tolist()), masks=masks)
-        return Cases(images, torch.from_numpy(self.labels[indices]), self.patients[indices], privileged)
+    def _measured_scale(self) -> Scale:
+        with opened(self.description.image_location, self.extensions) as store:
+            return measure(len(self), lambda index: self._deep_values(store, index))
+
+    def _deep_values(self, store: ImageStore, index: int) -> np.ndarray | None:
+        return measured_values(store, str(self.images[index]))
+
+    def _decoded(self, indices: np.ndarray) -> Pictures:
+        location, shape = self.description.image_location, self.description.image
+        names, rows = self.images[indices].tolist(), self.rows[indices].tolist()
+        images, sizes = load_images(location, names, rows, shape, self.scale)
+        return images, self._masks(indices, sizes), []
+
+    def _masks(self, indices: np.ndarray, sizes: Sequence[tuple[int, int]], **of_files: Any) -> torch.Tensor | None:
+        """Return the masks of rows, or those of their boxes; `sizes` and `of_files` as in `load_masks`."""
+        if self.masks is not None:
+            location, names = self.description.mask_location, [self.masks[index] for index in indices]
+            return load_masks(location, names, self.rows[indices].tolist(), sizes, self.description.image, **of_files)
+        return None if self.boxes is None else self._box_masks(self.boxes[indices], indices, sizes)
+
+    def _box_masks(self, boxes: np.ndarray, indices: np.ndarray, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        try:
+            return box_masks(boxes, self.rows[indices].tolist(), sizes, self.description.image)
+        except DataError as error:
+            raise DataError(f"{self.description.manifest.name}: {error}") from None
 
 
 def read_manifest(

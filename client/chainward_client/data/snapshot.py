@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainward_client.data.description import DataDescription, ManifestDescription
+from chainward_client.data.description import DataDescription
 from chainward_client.data.scale import Scale
-from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, PrivilegedSetup, SiteData
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SiteData
 from chainward_client.data.sources import privileged_setup
 
 _PLAIN = ("classes", "task", "notes", "has_patient_ids", "left_out")
@@ -56,7 +56,7 @@ def restored(
     return SiteData(
         site,
         splits=splits,
-        privileged=privileged_setup(description) if isinstance(description, ManifestDescription) else PrivilegedSetup(),
+        privileged=privileged_setup(description),
         scale=None if scale is None else _scale(*scale),
         preparation=description.preparation,
         key=key,

@@ -13,18 +13,15 @@ import numpy as np
 
 from chainward_client.data.description import DataDescription, ManifestDescription, load_description
 from chainward_client.data.formats import format_of
-from chainward_client.data.formats.dicom import DicomManifest
 from chainward_client.data.formats.npz import NpzCases
-from chainward_client.data.manifest import Manifest
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import split_by_key
+from chainward_client.data.table import Table
 from chainward_client.data.unusable import UnusableFile, without_unusable
 from chainward_shared.data_notes import NO_PATIENTS, copies_in_two_splits
 from chainward_shared.errors import DataError
 
 _Stamp = tuple[int, int]
-Table = Manifest | NpzCases
-
 
 Decoded = tuple[tuple[Cases, tuple[str, ...]], np.ndarray, tuple[UnusableFile, ...]]
 """Cases with notes on their files, the rows of the table that they are, and the files that were left out."""
@@ -40,7 +37,8 @@ def decoded_in_memory(table: Table, rows: np.ndarray) -> Decoded:
     """
 
     def decode(indices: np.ndarray) -> tuple[Cases, tuple[str, ...]]:
-        return table.cases_with_notes(indices) if isinstance(table, DicomManifest) else (table.cases(indices), ())
+        cases, facts = table.cases_with_facts(indices)
+        return cases, table.notes_on(facts, cases.patients)
 
     if leaves_out(table):
         return without_unusable(decode, rows)
@@ -49,7 +47,7 @@ def decoded_in_memory(table: Table, rows: np.ndarray) -> Decoded:
 
 def leaves_out(table: Table) -> bool:
     """Return whether the files that can't be used are left out."""
-    return isinstance(table, Manifest) and table.description.unusable == "leave-out"
+    return isinstance(table.description, ManifestDescription) and table.description.unusable == "leave-out"
 
 
 def local_site(
@@ -133,16 +131,13 @@ def site_data(
     data = {
         split: cases.take(slice(end - len(part), end)) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
     }
-    privileged = PrivilegedSetup()
-    if isinstance(table, Manifest):
-        privileged = privileged_setup(table.description)
-        notes += _lost_regions(table, kept, cases)
+    notes += _lost_regions(table, kept, cases)
     opened = SiteData(
         site,
         table.classes,
         data,
         task=table.description.task,
-        privileged=privileged,
+        privileged=privileged_setup(table.description),
         has_patient_ids=NO_PATIENTS not in table.notes,
         left_out=tuple(file.shown for file in left_out),
         scale=table.scale.measured,
@@ -151,14 +146,16 @@ def site_data(
     return replace(opened, notes=notes + _findings(opened))
 
 
-def privileged_setup(description: ManifestDescription) -> PrivilegedSetup:
+def privileged_setup(description: DataDescription) -> PrivilegedSetup:
     """Return how the privileged teachers of a site with this data file read its reports and table."""
+    if not isinstance(description, ManifestDescription):
+        return PrivilegedSetup()
     block = description.privileged
     columns = {name: column for name, column in description.columns.tabular.items() if name not in block.exclude}
     return PrivilegedSetup(columns, block.label_words, block.encoder)
 
 
-def _lost_regions(table: Manifest, rows: np.ndarray, cases: Cases) -> tuple[str, ...]:
+def _lost_regions(table: Table, rows: np.ndarray, cases: Cases) -> tuple[str, ...]:
     """Return a note on masks and boxes that are given and mark no pixel of their image."""
     masks = cases.privileged.masks
     if masks is None:

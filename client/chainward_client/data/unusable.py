@@ -17,6 +17,8 @@ _Decoded = TypeVar("_Decoded")
 SHOWN = 3
 """Files that a message names of each kind of problem."""
 
+NOT_FOUND = "{} not found"
+
 
 class ImageProblem(Exception):
     """Why one file can't be used.
@@ -101,7 +103,8 @@ def attempt_all(
     location: Path,
     rows: Sequence[int],
     attempt: Callable[[int], _Decoded],
-    shown: Callable[[int, ImageProblem, bool], str],
+    names: Sequence[str] = (),
+    hint: Callable[[str], str] = lambda _: "",
 ) -> list[_Decoded]:
     """Return `attempt(position)` for all positions, several at a time.
 
@@ -111,7 +114,8 @@ def attempt_all(
     location : folder or zip, for messages
     rows : the manifest's row of each position
     attempt : returns what a file becomes, or raises an ImageProblem
-    shown : what to say of a position, its problem, and whether it is the first of this kind
+    names : of the files, where messages may quote them
+    hint : what to add where the first file that is not there is named
 
     Raises
     ------
@@ -135,7 +139,11 @@ def attempt_all(
         if not isinstance(result, ImageProblem):
             continue
         of_its_kind = problems.setdefault(result.kind, [])
-        of_its_kind.append(" ".join(shown(position, result, not of_its_kind).split()))  # names may hold line breaks
+        name = f", '{names[position]}'" if names else ""
+        shown = f"row {rows[position]}{name}: {result}"
+        if names and result.kind == NOT_FOUND and not of_its_kind:
+            shown += hint(names[position])
+        of_its_kind.append(" ".join(shown.split()))  # names may hold line breaks
         files.append(UnusableFile(position, rows[position], of_its_kind[-1]))
     if problems:
         clauses = "; ".join(

@@ -24,7 +24,8 @@ from chainward_client.data.images import open_image, to_channels
 from chainward_client.data.manifest_file import read_cells
 from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale
-from chainward_client.data.sources import Table, read_table
+from chainward_client.data.sources import read_table
+from chainward_client.data.table import Table
 from chainward_client.data.unusable import ImageProblem, UnusableFiles
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.model_record import ModelRecord

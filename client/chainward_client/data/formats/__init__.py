@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # both are built on this module
     from chainward_client.data.description import DataDescription
-    from chainward_client.data.sources import Table
+    from chainward_client.data.table import Table
 
 Read = Callable[[Any], "Table"]
 

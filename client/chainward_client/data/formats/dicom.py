@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, model_validator
 
 from chainward_client.data.description import ManifestDescription
 from chainward_client.data.dicom_file import is_dicom, parse, require_pydicom
-from chainward_client.data.dicom_files import file_bytes, located, patients_of
+from chainward_client.data.dicom_files import located, patients_of
 from chainward_client.data.dicom_geometry import Geometry
 from chainward_client.data.dicom_headers import Facts, facts, notes, shared_persons
 from chainward_client.data.dicom_picture import deep_values, mask_image, picture
@@ -31,9 +31,7 @@ from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.images import fitted, open_image, stacked
 from chainward_client.data.manifest import Manifest, read_manifest
 from chainward_client.data.manifest_columns import torn_patients
-from chainward_client.data.regions import box_masks, load_masks
-from chainward_client.data.scale import Scale, measure
-from chainward_client.data.site_data import Cases
+from chainward_client.data.table import Pictures
 from chainward_client.data.unusable import ImageProblem, attempt_all
 from chainward_shared.errors import DataError
 from chainward_shared.preparation import Preparation
@@ -87,122 +85,80 @@ class DicomDescription(ManifestDescription):
         return self.block.model_dump(mode="json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DicomManifest(Manifest):
     """A checked manifest of DICOM files.
 
     Attributes
     ----------
-    block : how the pictures come out of the files
     members : the path of each row's file inside the folder or zip, or why there is none
     """
 
-    block: DicomBlock
+    extensions = EXTENSIONS
+
+    description: DicomDescription
     members: tuple[str | ImageProblem, ...]
 
-    def cases(self, indices: np.ndarray) -> Cases:
-        """Decode the rows at `indices`, in that order.
+    @property
+    def block(self) -> DicomBlock:
+        """Return how the pictures come out of the files."""
+        return self.description.block
 
-        Raises
-        ------
-        DataError
-            If one of their images, masks or boxes can't be used.
-        """
-        return self.cases_with_notes(indices)[0]
+    def member(self, store: ImageStore, index: int) -> str:
+        """As `Manifest.member`."""
+        member = self.members[index]
+        if isinstance(member, ImageProblem):
+            raise member
+        return member
 
-    def cases_with_notes(self, indices: np.ndarray) -> tuple[Cases, tuple[str, ...]]:
-        """Decode the rows at `indices`, and return also what a person should know about their files.
-
-        The notes hold keywords and counts: no value of a header, no name of a file.
-
-        Raises
-        ------
-        DataError
-            As `cases`.
-        """
-        cases, found = self.cases_with_facts(indices)
-        return cases, self.notes_on(found, cases.patients)
-
-    def cases_with_facts(self, indices: np.ndarray) -> tuple[Cases, list[Facts]]:
-        """Decode the rows at `indices`, and return also what is counted of each file.
-
-        Raises
-        ------
-        DataError
-            As `cases`.
-        """
-        require_pydicom()
-        decoded = self._decoded(indices)
-        images = stacked([array for array, _ in decoded], self.description.image)
-        found = [file for _, file in decoded]
-        masks = self._masks(indices, [file.origin.geometry for file in found])
-        return self.with_labels(indices, images, masks), found
-
-    def notes_on(self, found: Sequence[Facts], patients: np.ndarray) -> tuple[str, ...]:
-        """Return what a person should know about files, one for each of `patients` (n,): keywords and counts."""
-        lines = notes(found, view=self.block.view, own_window=self.block.window is not None)
-        if self.description.columns.patient is not None:
-            shared = shared_persons(found, patients.tolist())
-            if shared:
-                lines += (
-                    f"{shared} patients of column '{self.description.columns.patient}' share their PatientID with another of "
-                    "them: one person may be on both sides of a split",
-                )
-        return lines
-
-    def _measured_scale(self) -> Scale:
-        with opened(self.description.image_location, EXTENSIONS) as store:
-            return measure(len(self), lambda index: self._measured_values(store, index))
-
-    def _measured_values(self, store: ImageStore, index: int) -> np.ndarray | None:
+    def _deep_values(self, store: ImageStore, index: int) -> np.ndarray | None:
         try:
-            return deep_values(parse(file_bytes(store, self.members[index])), self.block)
+            return deep_values(parse(store.read(self.member(store, index), quoted=False)), self.block)
         except ImageProblem:  # decoding the image for training says so
             return None
 
-    def _decoded(self, indices: np.ndarray) -> list[tuple[np.ndarray, Facts]]:
-        rows = self.rows[indices]
-        with opened(self.description.image_location, EXTENSIONS) as store, _quiet():
+    def _decoded(self, indices: np.ndarray) -> Pictures:
+        require_pydicom()
+        location, shape, rows = self.description.image_location, self.description.image, self.rows[indices].tolist()
+        with opened(location, EXTENSIONS) as store, _quiet():
 
             def attempt(position: int) -> tuple[np.ndarray, Facts]:
-                dataset = parse(file_bytes(store, self.members[indices[position]]))
+                dataset = parse(store.read(self.member(store, indices[position]), quoted=False))
                 shown = picture(dataset, self.block, self.scale)
-                return fitted(shown.image, self.description.image), facts(dataset, shown.origin)
+                return fitted(shown.image, shape), facts(dataset, shown.origin)
 
-            return attempt_all(
-                "image",
-                self.description.image_location,
-                rows.tolist(),
-                attempt,
-                lambda position, problem, _: f"row {rows[position]}: {problem}",
-            )
+            decoded = attempt_all("image", location, rows, attempt)
+            found = [file for _, file in decoded]
+            masks = self._turned_masks(indices, [file.origin.geometry for file in found])
+        return stacked([array for array, _ in decoded], shape), masks, found
 
-    def _masks(self, indices: np.ndarray, geometries: Sequence[Geometry]) -> torch.Tensor | None:
+    def _turned_masks(self, indices: np.ndarray, geometries: Sequence[Geometry]) -> torch.Tensor | None:
         """Return the masks of the rows, or those of their boxes, turned as their images were; both are of stored pixels."""
-        shape, rows = self.description.image, self.rows[indices].tolist()
-        stored = [geometry.stored for geometry in geometries]
-        if self.masks is not None:
-            with _quiet():
-                return load_masks(
-                    self.description.mask_location,
-                    [self.masks[index] for index in indices],
-                    rows,
-                    stored,
-                    shape,
-                    extensions=EXTENSIONS,
-                    opened=_open_mask,
-                    turned=lambda mask, position: geometries[position].apply(mask, Image.Resampling.NEAREST),
-                    quoted=False,
-                )
-        if self.boxes is None:
-            return None
-        boxes = self.boxes[indices]
-        try:
-            box_masks(boxes, rows, stored, shape)  # so that a message shows the box as it is in the manifest
-            turned = [geometry.box(box) for geometry, box in zip(geometries, boxes, strict=True)]
-            return box_masks(np.array(turned), rows, [geometry.size for geometry in geometries], shape)
-        except DataError as error:
-            raise DataError(f"{self.description.manifest.name}: {error}") from None
+        masks = self._masks(
+            indices,
+            [geometry.stored for geometry in geometries],
+            extensions=EXTENSIONS,
+            opened=_open_mask,
+            turned=lambda mask, position: geometries[position].apply(mask, Image.Resampling.NEAREST),
+            quoted=False,
+        )
+        if self.masks is not None or self.boxes is None:
+            return masks
+        # A box that is wrong has been refused as it is in the manifest.
+        turned = [geometry.box(box) for geometry, box in zip(geometries, self.boxes[indices], strict=True)]
+        return self._box_masks(np.array(turned), indices, [geometry.size for geometry in geometries])
+
+    def notes_on(self, facts: Sequence[Facts], patients: np.ndarray) -> tuple[str, ...]:
+        """As `Table.notes_on`."""
+        lines = notes(facts, view=self.block.view, own_window=self.block.window is not None)
+        if (column := self.description.columns.patient) is not None and (
+            shared := shared_persons(facts, patients.tolist())
+        ):
+            lines += (
+                f"{shared} patients of column '{column}' share their PatientID with another of them: one person may be on both "
+                "sides of a split",
+            )
+        return lines
 
 
 @data_format("dicom", DicomDescription, keeps_decoded=True)
@@ -216,16 +172,21 @@ def read_dicom(description: DicomDescription) -> DicomManifest:
     """
     require_pydicom()
     manifest = read_manifest(description, quoted=False)
+    found = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
     with opened(description.image_location, EXTENSIONS) as store, _quiet():
         members = located(store, manifest)
-        patients = manifest.patients
         if description.columns.patient is None:
-            patients, members = patients_of(store, manifest, members)
-            _check_splits(manifest, patients)
-    found = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    if description.columns.patient is None:
-        found |= {"patients": patients, "notes": ("no patient column: PatientID says which files are of one patient",)}
-    return DicomManifest(**found, block=description.block, members=tuple(members))
+            patients = patients_of(store, manifest, members)
+            found |= {
+                "patients": patients,
+                "notes": ("no patient column: PatientID says which files are of one patient",),
+            }
+            # A patient in train and in test makes the test worthless.
+            if manifest.splits is not None and (
+                torn := torn_patients(patients, manifest.splits, manifest.rows, quoted=False)
+            ):
+                raise DataError(f"{manifest.description.manifest.name}: PatientID of the files: {torn}")
+    return DicomManifest(**found, members=tuple(members))
 
 
 @contextmanager
@@ -241,11 +202,3 @@ def _quiet() -> Iterator[None]:
 
 def _open_mask(data: bytes) -> Image.Image:
     return mask_image(data) if is_dicom(data) else open_image(data)
-
-
-def _check_splits(manifest: Manifest, patients: np.ndarray) -> None:
-    """A patient in train and in test makes the test worthless."""
-    if manifest.splits is None:
-        return
-    if torn := torn_patients(patients, manifest.splits, manifest.rows, quoted=False):
-        raise DataError(f"{manifest.description.manifest.name}: PatientID of the files: {torn}")

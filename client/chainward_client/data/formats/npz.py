@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +18,9 @@ from chainward_client.data.description import DataDescription
 from chainward_client.data.formats import data_format
 from chainward_client.data.images import fitted
 from chainward_client.data.paths import FilePath
-from chainward_client.data.scale import Scale, ScaleOfSet, measure
-from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SplitName
+from chainward_client.data.scale import Scale, measure
+from chainward_client.data.site_data import SPLITS, SplitName
+from chainward_client.data.table import Pictures, Table
 from chainward_client.data.unusable import counted
 from chainward_shared.data_notes import NO_PATIENTS
 from chainward_shared.errors import DataError, nearest
@@ -53,52 +53,26 @@ class NpzDescription(DataDescription):
         return (self.images,)
 
 
-@dataclass(frozen=True)
-class NpzCases:
-    """A checked file; entry i of every array belongs to its i-th case, counted through train, val and test.
+@dataclass(frozen=True, kw_only=True)
+class NpzCases(Table):
+    """A checked file; its cases are counted through train, val and test, and each image is a patient of its own.
 
     Attributes
     ----------
-    description : where the file is and what its images are brought to
-    classes : class names, in the order of the label indices
-    labels : int64 (n,); multi-label: float32 (n, classes), 1 for each finding, else 0
-    patients : str (n,), each image its own: the layout has no patients
-    splits : str (n,)
     positions : int64 (n,), the place of each in the arrays of its split
-    sites : None: the layout has no sites
-    notes : things a person should know
     """
 
     description: NpzDescription
-    classes: tuple[str, ...]
-    labels: np.ndarray
-    patients: np.ndarray
     splits: np.ndarray
     positions: np.ndarray
-    sites: None = None
-    notes: tuple[str, ...] = (NO_PATIENTS,)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def scale(self) -> ScaleOfSet:
-        """Return the scale of images of more than 8 bits: of all splits, whichever cases are asked for."""
-        return ScaleOfSet(self.description.image.scale, self._measured_scale)
 
     def _measured_scale(self) -> Scale:
         with _opened(self.description.images) as archive:
             stored = {split: archive[f"{split}_images"] for split in SPLITS}
         return measure(len(self), lambda index: stored[self.splits[index]][self.positions[index]])
 
-    def cases(self, indices: np.ndarray) -> Cases:
-        """Resize the images at `indices`, in that order.
-
-        Raises
-        ------
-        DataError
-            If the images are not numbers (n, H, W) or (n, H, W, 3), or not as many as the labels.
-        """
+    def _decoded(self, indices: np.ndarray) -> Pictures:
+        """Raise a DataError if the images are not numbers (n, H, W) or (n, H, W, 3), or not as many as the labels."""
         shape = self.description.image
         images = np.empty((len(indices), shape.channels, shape.size, shape.size), dtype=np.uint8)
         with _opened(self.description.images) as archive:
@@ -112,13 +86,7 @@ class NpzCases:
                     if pixels.dtype != np.uint8:
                         pixels = self.scale().eight_bits(pixels)
                     images[place] = fitted(Image.fromarray(pixels), shape)
-        return self.with_labels(indices, torch.from_numpy(images), None)
-
-    def with_labels(self, indices: np.ndarray, images: torch.Tensor, masks: torch.Tensor | None) -> Cases:
-        """Return the cases of resized images; the layout has no masks."""
-        return Cases(
-            images, torch.from_numpy(self.labels[indices]), self.patients[indices], PrivilegedCases(masks=masks)
-        )
+        return torch.from_numpy(images), None, []
 
 
 @data_format("npz", NpzDescription, keeps_decoded=True)
@@ -156,12 +124,12 @@ def read_npz(description: NpzDescription) -> NpzCases:
         classes = description.classes or _occurring(path, labels)
         labels = _indices(path, labels, classes)
     return NpzCases(
-        description,
-        classes,
-        np.concatenate([labels[split] for split in SPLITS]),
-        np.array([f"{split}-{index}" for split in SPLITS for index in kept[split]]),
-        np.repeat(np.array(SPLITS), [len(kept[split]) for split in SPLITS]),
-        np.concatenate([kept[split] for split in SPLITS]),
+        description=description,
+        classes=classes,
+        labels=np.concatenate([labels[split] for split in SPLITS]),
+        patients=np.array([f"{split}-{index}" for split in SPLITS for index in kept[split]]),
+        splits=np.repeat(np.array(SPLITS), [len(kept[split]) for split in SPLITS]),
+        positions=np.concatenate([kept[split] for split in SPLITS]),
         notes=notes,
     )
 
