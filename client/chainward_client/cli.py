@@ -139,19 +139,19 @@ def check(
 
     Nothing is trained, spent, changed or sent.
     """
-    from chainward_client.doctor.examination import Asked, examine  # loads PyTorch, which takes seconds
+    from chainward_client.doctor.examination import examine  # loads PyTorch, which takes seconds
     from chainward_client.doctor.network import Endpoint
     from chainward_client.doctor.report import print_diagnosis
     from chainward_client.planned_run import read_plan
 
-    asked = Asked(
+    diagnosis = examine(
+        site_yaml,
         superlink=None if superlink is None else Endpoint.parse(superlink, "--superlink"),
         root_certificates=root_certificates,
         auth_key=auth_key,
         health=None if health is None else Endpoint.parse(health, "--health"),
         plan=None if plan is None else read_plan(plan),
     )
-    diagnosis = examine(site_yaml, asked)
     if as_json:
         typer.echo(json.dumps(diagnosis.to_json(), indent=1))
     else:

@@ -82,13 +82,11 @@ def initialise(folder: Path, site: str, data: Path | None = None) -> Initialised
         with tempfile.TemporaryDirectory(dir=folder, prefix=".chainward-init-") as staged:
             shown = _stage(Path(staged), folder, site, data_path, None if own_data else data)
             _move(Path(staged), folder, names)
-    except OSError as error:
+    except BaseException as error:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
-        raise StoreError(f"{folder}: can't be written ({error.strerror}); nothing was left there") from error
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise StoreError(f"{folder}: can't be written ({error.strerror}); nothing was left there") from error
         raise
     written = tuple(folder / name for name in reversed(names))
     return Initialised(folder / "site.yaml", data_path, written, shown)

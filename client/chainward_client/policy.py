@@ -206,6 +206,17 @@ def releases_of_run(policy: PrivacyPolicy, asked: PrivacyRecipe) -> list[Mechani
     return [*found, *statistics_mechanisms(asked, found)]
 
 
+def asked_of_site(policy: PrivacyPolicy, asked: PrivacyRecipe | None) -> PrivacyRecipe:
+    """Return what a private run asks of a site, at the policy's delta where that is smaller: the guarantee holds for both."""
+    assert asked is not None
+    return asked.model_copy(update={"delta": min(asked.delta, policy.delta)})
+
+
+def asked_units(asked: PrivacyRecipe, declared: int) -> int:
+    """Return how many of the patients (or images) that a site declares a run trains on."""
+    return max(1, round(declared * asked.share))
+
+
 def whole_run(policy: PrivacyPolicy, asked: PrivacyRecipe, units: int) -> list[Mechanism]:
     """Return all that a run costs this site when it is carried out to its end: its releases, then its trainings.
 

@@ -23,6 +23,8 @@ from chainward_client.checkpoint import Checkpoint
 from chainward_client.data.site_data import SiteData
 from chainward_client.entropy import Entropy
 from chainward_client.policy import (
+    asked_of_site,
+    asked_units,
     check_request,
     check_scale,
     check_units,
@@ -115,13 +117,11 @@ class Prepared(Generic[R]):
     Attributes
     ----------
     counts : in the form of `losses.class_counts`, declared by the site; ones where it declares none
-    declared : whether it does
     notes : a line on each thing that is switched off
     """
 
     recipe: R
     counts: Tensor
-    declared: bool
     notes: list[str]
 
 
@@ -141,24 +141,19 @@ class PrivateWork:
         PolicyRefusal
             The classes that the site declares shares of are not those of the data.
         """
-        declared = self._declared_counts(data)
-        if declared is not None:
-            return Prepared(recipe, declared, True, [])
-        nothing = torch.ones(len(data.classes), dtype=torch.int64)
-        if recipe.class_balance == "none":
-            return Prepared(recipe, nothing, False, [])
-        return Prepared(recipe.model_copy(update={"class_balance": "none"}), nothing, False, [NO_CLASS_SHARES])
-
-    def _declared_counts(self, data: SiteData) -> Tensor | None:
         shares = self.site.policy.class_shares
         if shares is None:
-            return None
+            nothing = torch.ones(len(data.classes), dtype=torch.int64)
+            if recipe.class_balance == "none":
+                return Prepared(recipe, nothing, [])
+            return Prepared(recipe.model_copy(update={"class_balance": "none"}), nothing, [NO_CLASS_SHARES])
         if set(shares) != set(data.classes):
             named = ", ".join(sorted(set(shares) ^ set(data.classes)))
             raise PolicyRefusal(
                 f"privacy.class_shares and the data's classes differ: {named}; give each class its share"
             )
-        return declared_counts([shares[name] for name in data.classes], multilabel=data.task == "multilabel")
+        prior = [shares[name] for name in data.classes]
+        return Prepared(recipe, declared_counts(prior, multilabel=data.task == "multilabel"), [])
 
     def dp_sgd(self, recipe: TrainingRecipe, data: SiteData, *, epochs: int, batch_size: int) -> DpSgd:
         """Return the DP-SGD parameters of a training: their noise is that of all the run's trainings and noised scores together.
@@ -170,9 +165,9 @@ class PrivateWork:
         """
         check_data(self.site.policy, data)
         try:
-            asked = self._asked(recipe.privacy)
+            asked = asked_of_site(self.site.policy, recipe.privacy)
             before = releases_of_run(self.site.policy, asked)
-            units = self._units(asked, data)
+            units = asked_units(asked, declared_units(self.site.policy, data))
             return dp_sgd_of(asked, units=units, epochs=epochs, batch_size=batch_size, before=before)
         except PrivacyError as error:
             raise PolicyRefusal(str(error)) from error
@@ -187,7 +182,6 @@ class PrivateWork:
         epochs: int | None = None,
         batch_size: int | None = None,
         unlabelled_patients: np.ndarray | None = None,
-        declared_prior: bool = False,
         private_teachers: bool = False,
         checkpoint: Checkpoint | None = None,
     ) -> Iterator[PrivateTraining]:
@@ -197,7 +191,7 @@ class PrivateWork:
         ----------
         phase : "link", "alone", "student" or "teacher-text", for the ledger
         epochs, batch_size : default those of the recipe, or the batch size of its privacy
-        unlabelled_patients, declared_prior, private_teachers : see `PrivateTraining`
+        unlabelled_patients, private_teachers : see `PrivateTraining`
         checkpoint : what an interrupted training left: it goes on inside its reservation, which pays for it already
 
         Raises
@@ -209,14 +203,14 @@ class PrivateWork:
         SpentError
             The training failed; all that was reserved is spent.
         """
-        asked = self._asked(recipe.privacy)
+        asked = asked_of_site(self.site.policy, recipe.privacy)
         dp_sgd = self.dp_sgd(
             recipe, data, epochs=epochs or recipe.epochs, batch_size=batch_size or asked.batch_size or recipe.batch_size
         )
         private = PrivateTraining(
             dp_sgd,
             unlabelled_patients=unlabelled_patients,
-            declared_prior=declared_prior,
+            declared_prior=self.site.policy.class_shares is not None,
             private_teachers=private_teachers,
             views=asked.views if recipe.augmentation != "none" and not phase.startswith("teacher") else 1,
             average_decay=asked.average_decay,
@@ -228,7 +222,7 @@ class PrivateWork:
         ledger = self.site.ledger
         reservation = None if checkpoint is None else self._resumed(checkpoint, phase, dp_sgd)
         if reservation is None:
-            self._check_training(asked, self._units(asked, data), dp_sgd.mechanism)
+            self._check_training(asked, data, dp_sgd.mechanism)
             reservation = self._reserve(dp_sgd.mechanism, phase, dp_sgd.clip)
         if checkpoint is not None:
             checkpoint.reservation = reservation.entry.sequence
@@ -278,9 +272,9 @@ class PrivateWork:
             Summing up failed; the release is spent.
         """
         check_data(self.site.policy, data)
-        asked = self._asked(asked)
+        asked = asked_of_site(self.site.policy, asked)
         try:
-            done = self._check_run(asked, self._units(asked, data))
+            done = self._check_run(asked, data)
             planned = [one for one in releases_of_run(self.site.policy, asked) if one.kind == "gaussian"]
         except PolicyRefusal:
             raise
@@ -351,17 +345,9 @@ class PrivateWork:
             seeded=self.site.entropy.seeded,
         )
 
-    def _asked(self, asked: PrivacyRecipe | None) -> PrivacyRecipe:
-        """What the run asks, at the policy's delta where that is smaller: the guarantee holds for both."""
-        assert asked is not None
-        return asked.model_copy(update={"delta": min(asked.delta, self.site.policy.delta)})
-
-    def _units(self, asked: PrivacyRecipe, data: SiteData) -> int:
-        return max(1, round(declared_units(self.site.policy, data) * asked.share))
-
-    def _check_training(self, asked: PrivacyRecipe, units: int, training: Mechanism) -> None:
+    def _check_training(self, asked: PrivacyRecipe, data: SiteData, training: Mechanism) -> None:
         """Refuse at once a run that can't be carried out to its end, and a training beyond what the run asked for."""
-        done = self._check_run(asked, units)
+        done = self._check_run(asked, data)
         if asked.epsilon is None:
             return
         together = [*(one for one in done if one.kind == "dp-sgd"), *releases_of_run(self.site.policy, asked)]
@@ -372,13 +358,14 @@ class PrivateWork:
                 "has used the rest"
             )
 
-    def _check_run(self, asked: PrivacyRecipe, units: int) -> list[Mechanism]:
+    def _check_run(self, asked: PrivacyRecipe, data: SiteData) -> list[Mechanism]:
         """Return what the run has spent here; before anything but scores, check that all of it fits."""
         policy, ledger = self.site.policy, self.site.ledger
         ledger.reload()
         done = ledger.mechanisms(self.run)
         if all(one.kind == "laplace" for one in done) and (asked.run or asked.statistics):
             left = policy.metrics_mechanism(max(0, policy.metrics_releases - releases_in(done)))
+            units = asked_units(asked, declared_units(policy, data))
             rest = [one for one in whole_run(policy, asked, units) if one.kind != "laplace"]
             check_request(policy, ledger, [*rest, *([left] if left else [])], self.run)
         return done

@@ -19,7 +19,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,8 @@ from typing import NoReturn
 
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
+
+from chainward_client.supernode import exit_code, leave, say
 
 logger = logging.getLogger("chainward.client")
 
@@ -120,14 +121,12 @@ def main() -> NoReturn:
         flower_superexec()
         code = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = exit_code(ended)
     except BaseException as error:
-        sys.stderr.write(f"chainward-supernode: no work can be started ({type(error).__name__}: {error})\n")
+        say(f"no work can be started ({type(error).__name__}: {error})")
     finally:
         shutil.rmtree(tempfile.tempdir, ignore_errors=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # multiprocessing would wait for work that goes on
+        leave(code)  # multiprocessing would wait for work that goes on
 
 
 if __name__ == "__main__":

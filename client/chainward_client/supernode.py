@@ -41,12 +41,12 @@ def main() -> NoReturn:
         flower_supernode()
         code = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = exit_code(ended)
     except BaseException as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        _say(f"the connection to the SuperLink is lost ({words}); start it again")
+        say(f"the connection to the SuperLink is lost ({words}); start it again")
     finally:
-        _leave(1 if _lost.is_set() else code)
+        leave(1 if _lost.is_set() else code)
 
 
 def start_superexec(arguments: list[str]) -> None:
@@ -71,7 +71,7 @@ def start_superexec(arguments: list[str]) -> None:
     if own.not_ours is not None or sys.platform != "linux":
         return
     if problem := prepared_problem():
-        _say(f"{problem}; Flower starts the work itself, which takes seconds longer for each request")
+        say(f"{problem}; Flower starts the work itself, which takes seconds longer for each request")
         return
     host = f"[{own.host}]" if ":" in own.host else own.host
     superexec = subprocess.Popen(
@@ -111,19 +111,24 @@ def _end_with(superexec: subprocess.Popen[bytes]) -> None:
     """End this process when the one that starts the work has ended: without it a SuperNode takes requests and answers none."""
     code = superexec.wait()
     time.sleep(GRACE)
-    _say(f"the process that starts the work has ended (exit code {code}); start it again")
+    say(f"the process that starts the work has ended (exit code {code}); start it again")
     _lost.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3 * GRACE)
-    _leave(1)
+    leave(1)
 
 
-def _say(words: str) -> None:
+def exit_code(ended: SystemExit) -> int:
+    """Return the exit code of a program that ends itself so: with a number, or with words, which are an error."""
+    return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def say(words: str) -> None:
     """Say something in the service's own log."""
     sys.stderr.write(f"chainward-supernode: {words}\n")
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End this process, whatever threads there are."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from chainward_client import cli
 from chainward_client.data.description import ImageShape
 from chainward_client.doctor import examination, machine
 from chainward_client.doctor.data import Header, odd_headers, open_data
-from chainward_client.doctor.examination import Asked, examine
+from chainward_client.doctor.examination import examine
 from chainward_client.doctor.machine import GIB, Need, SuperNode, check_disk, check_flower, check_memory, check_state
 from chainward_client.doctor.report import Check, Diagnosis
 from chainward_client.planned_run import read_plan
@@ -92,7 +93,7 @@ def problems(diagnosis: Diagnosis) -> list[str]:
 
 @pytest.mark.slow
 def test_a_hospital_as_it_should_be_is_ready(hospital):
-    diagnosis = examine(hospital, Asked(plan=read_plan(PRIVATE)))
+    diagnosis = examine(hospital, plan=read_plan(PRIVATE))
     assert problems(diagnosis) == []
     assert diagnosis.exit_code == 0
     checks = by_name(diagnosis)
@@ -140,7 +141,7 @@ def test_a_wrong_site_yaml_is_a_problem_and_the_rest_is_looked_at_all_the_same(h
 def test_data_that_can_not_be_used_are_a_problem_that_names_the_row(hospital, old, new, says):
     manifest = hospital.parent / "cases.csv"
     manifest.write_text(manifest.read_text().replace(old, new, 1))
-    diagnosis = examine(hospital, Asked(plan=read_plan(SMALL)))
+    diagnosis = examine(hospital, plan=read_plan(SMALL))
     assert problems(diagnosis) == ["data"]
     assert says in by_name(diagnosis)["data"].found
     assert by_name(diagnosis)["plan"].outcome == "skipped"
@@ -211,40 +212,48 @@ def test_the_same_picture_in_two_splits_is_told(hospital):
         ("overlay", "warning"),
     ],
 )
-def test_a_state_folder_on_a_disk_of_the_network_is_a_problem(tmp_path, kind, outcome):
-    mounts = {"/": "ext4", str(tmp_path): kind}
-    disk = check_state(tmp_path / "state", mounts)[1]
+def test_a_state_folder_on_a_disk_of_the_network_is_a_problem(tmp_path, kind, outcome, monkeypatch):
+    monkeypatch.setattr(machine, "mounted", lambda: {"/": "ext4", str(tmp_path): kind})
+    folder, disk = check_state(tmp_path / "state")
     assert (disk.name, disk.outcome) == ("state disk", outcome)
-    assert check_state(tmp_path / "state", mounts)[0].outcome == "ok"
+    assert folder.outcome == "ok"
     assert not (tmp_path / "state").exists(), "looking makes nothing"
 
 
 def test_a_state_folder_that_is_a_file_or_that_others_may_read_is_told(tmp_path):
     (tmp_path / "file").touch()
-    assert check_state(tmp_path / "file", {"/": "ext4"})[0].outcome == "problem"
+    assert check_state(tmp_path / "file")[0].outcome == "problem"
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o755)
-    assert check_state(tmp_path / "open", {"/": "ext4"})[0].outcome == "warning"
+    assert check_state(tmp_path / "open")[0].outcome == "warning"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_state_folder_that_can_not_be_written_is_a_problem(tmp_path):
     tmp_path.chmod(0o500)
-    assert check_state(tmp_path, {"/": "ext4"})[0].outcome == "problem"
+    assert check_state(tmp_path)[0].outcome == "problem"
 
 
-def test_disk_and_memory_are_held_against_what_a_run_needs(tmp_path):
-    need = Need(disk=GIB, memory=GIB, of="a run")
-    assert [check_disk(tmp_path, need, free).outcome for free in (GIB // 2, 2 * GIB, 9 * GIB)] == [
-        "problem",
-        "warning",
-        "ok",
-    ]
-    outcomes = [
-        check_memory(need, available, total).outcome
-        for available, total in ((GIB, GIB), (GIB, 8 * GIB), (8 * GIB,) * 2)
-    ]
-    assert outcomes == ["problem", "warning", "ok"]
+@pytest.mark.parametrize(("free", "outcome"), [(GIB // 2, "problem"), (2 * GIB, "warning"), (9 * GIB, "ok")])
+def test_the_disk_is_held_against_what_a_run_needs(tmp_path, free, outcome, monkeypatch):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert check_disk(tmp_path, Need(disk=GIB, memory=GIB, of="a run")).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("available", "total", "limit", "outcome"),
+    [
+        (GIB, GIB, None, "problem"),
+        (8 * GIB, 8 * GIB, GIB, "problem"),
+        (GIB, 8 * GIB, None, "warning"),
+        (8 * GIB, 8 * GIB, None, "ok"),
+    ],
+)
+def test_memory_or_a_containers_limit_is_held_against_what_a_run_needs(available, total, limit, outcome, monkeypatch):
+    memory = SimpleNamespace(available=available, total=total)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(machine, "_container_limit", lambda: limit)
+    assert check_memory(Need(disk=GIB, memory=GIB, of="a run")).outcome == outcome
 
 
 def test_a_clock_that_was_set_back_is_told(tmp_path):
@@ -252,15 +261,16 @@ def test_a_clock_that_was_set_back_is_told(tmp_path):
     assert machine.check_own_clock(tmp_path / "state").outcome == "skipped"
     (tmp_path / "state" / "file").touch()
     assert machine.check_own_clock(tmp_path / "state").outcome == "ok"
-    assert machine.check_own_clock(tmp_path / "state", now=time.time() - 86_400).outcome == "warning"
+    os.utime(tmp_path / "state" / "file", (time.time() + 86_400,) * 2)
+    assert machine.check_own_clock(tmp_path / "state").outcome == "warning"
 
 
 def flower(arguments: tuple[str, ...] = (), **environment: str) -> dict[str, Check]:
     node = SuperNode(7, ("flower-supernode", *arguments), environment)
-    return {check.name: check for check in check_flower([node], {})}
+    return {check.name: check for check in check_flower([node])}
 
 
-def test_how_the_running_supernode_was_started_decides():
+def test_how_the_running_supernode_was_started_decides(monkeypatch):
     right = flower(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
     assert [right[name].outcome for name in ("Flower telemetry", "Flower update check", "runtime installation")] == [
         "ok"
@@ -268,7 +278,8 @@ def test_how_the_running_supernode_was_started_decides():
     wrong = flower(("--allow-runtime-dependency-installation",))
     assert [wrong[name].outcome for name in ("Flower telemetry", "Flower update check")] == ["warning"] * 2
     assert wrong["runtime installation"].outcome == "problem"
-    nobody = {check.name: check for check in check_flower([], {"FLWR_TELEMETRY_ENABLED": "0"})}
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    nobody = {check.name: check for check in check_flower([])}
     assert (nobody["Flower telemetry"].outcome, nobody["runtime installation"].outcome) == ("ok", "skipped")
     assert "this shell" in nobody["Flower telemetry"].found
 
@@ -318,7 +329,7 @@ def test_a_plan_beyond_what_is_left_is_told_with_the_numbers(hospital):
     reservation.begin()
     ledger.commit(reservation, 6)
     changed(hospital, privacy={**POLICY, "epsilon": 1.02 * spent(ledger.mechanisms(), 1e-5)})
-    check = by_name(examine(hospital, Asked(plan=read_plan(PRIVATE))))["plan: epsilon"]
+    check = by_name(examine(hospital, plan=read_plan(PRIVATE)))["plan: epsilon"]
     assert check.outcome == "problem"
     for word in ("would refuse: over budget", "epsilon 3", "left", "longest training"):
         assert word in f"{check.found} {check.advice}"
@@ -338,13 +349,13 @@ def test_a_plan_beyond_what_is_left_is_told_with_the_numbers(hospital):
     ],
 )
 def test_a_plan_that_this_site_would_refuse_is_a_problem(hospital, plan, name, says):
-    check = by_name(examine(hospital, Asked(plan=read_plan(plan))))[name]
+    check = by_name(examine(hospital, plan=read_plan(plan)))[name]
     assert check.outcome == "problem", check
     assert says in check.found
 
 
 def test_a_site_without_a_policy_is_told_what_that_means(hospital):
-    diagnosis = examine(changed(hospital, privacy=None), Asked(plan=read_plan(PRIVATE)))
+    diagnosis = examine(changed(hospital, privacy=None), plan=read_plan(PRIVATE))
     assert by_name(diagnosis)["policy"].outcome == "warning"
     assert problems(diagnosis) == ["plan: privacy"]
 

@@ -18,7 +18,7 @@ from chainward_client.training.augmentation import STRENGTHS, augmented
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
-from chainward_client.training.schedule import one_cycle
+from chainward_client.training.setup import one_cycle
 from chainward_client.training.student import StudentObjective, train_student
 from chainward_shared.distillation.losses import classification_loss, distillation_loss, teacher_trust
 from chainward_shared.distillation.schedules import ema_decay

@@ -64,15 +64,8 @@ def list_runs(
     table = Table(Column("run", no_wrap=True), *headers, box=None, padding=(0, 1, 0, 0))
     for one in runs:
         until = f"{one.expires:%Y-%m-%d %H:%M}" if one.expires else ""
-        cells = (
-            one.plan.run_id,
-            f"{one.asked:%Y-%m-%d %H:%M}",
-            one.state(now),
-            one.by,
-            until,
-            one.digest[:SHORT],
-        )
-        table.add_row(*map(Text, cells))
+        asked = f"{one.asked:%Y-%m-%d %H:%M}"
+        table.add_row(*map(Text, (one.plan.run_id, asked, one.state(now), one.by, until, one.digest[:SHORT])))
     console.print(table)
 
 
@@ -111,7 +104,10 @@ def watch(
 
 
 def _decide(site_yaml: Path, run: str | None, plan: str | None, decision: Decision, days: float) -> None:
-    config, approvals = _opened(site_yaml)
+    from chainward_client.approval.record import Approvals  # loads PyTorch, which takes seconds
+
+    config = load_site_config(site_yaml)
+    approvals = Approvals(config.state_dir(site_yaml))
     one = _meant(approvals, run, plan, decision)
     show_plan(one, config, site_yaml, console)
     if plan is None:
@@ -156,13 +152,6 @@ def _meant(approvals: Approvals, run: str | None, plan: str | None, decision: De
         found = ", ".join(dict.fromkeys(one.plan.run_id for one in waiting)) or "none"
         raise ConfigError(f"which run? {found} can be meant; `chainward-site runs` lists them, name one")
     return waiting[0]
-
-
-def _opened(site_yaml: Path) -> tuple[SiteConfig, Approvals]:
-    from chainward_client.approval.record import Approvals
-
-    config = load_site_config(site_yaml)
-    return config, Approvals(config.state_dir(site_yaml))
 
 
 def _row(one: ListedRun, now: datetime) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from chainward_client.approval.record import DAYS, Approvals, AskedRun
 from chainward_client.approval.words import Paragraph, plan_in_words
 from chainward_client.journal import Entry, Journal
 from chainward_client.site_config import SiteConfig, load_site_config
-from chainward_client.site_ledger import open_site_ledger
+from chainward_client.site_ledger import ledger_path, open_site_ledger
 from chainward_shared.errors import ConfigError, PrivacyError
 from chainward_shared.local_page import Form, Look, environment
 from chainward_shared.privacy.accounting import spent
@@ -46,15 +46,6 @@ class Budget:
     problem: str | None = None
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A plan with its words, as the page shows it."""
-
-    run: AskedRun
-    state: str
-    words: list[Paragraph]
-
-
 class SitePage:
     """What the page of one site shows, and what its buttons do.
 
@@ -78,12 +69,13 @@ class SitePage:
         state = config.state_dir(self.site_yaml)
         approvals, journal = Approvals(state), Journal(state).last(READ_LINES)
         now = approvals.now()
-        runs = [Asked(one, one.state(now), []) for one in approvals.runs()]
-        waiting = [
-            Asked(one.run, one.state, self._in_words(one.run, config))
-            for one in runs
-            if one.state == "waiting" and config.runs == "ask"
-        ]
+        waiting: list[tuple[AskedRun, list[Paragraph]]] = []
+        decided: list[tuple[AskedRun, str]] = []
+        for run in approvals.runs():
+            if config.runs == "ask" and run.state(now) == "waiting":
+                waiting.append((run, self._in_words(run, config)))
+            else:
+                decided.append((run, run.state(now)))
         working = at_work(journal, now)
         return Look(
             _environment()
@@ -92,7 +84,7 @@ class SitePage:
                 config=config,
                 form=form,
                 waiting=waiting,
-                decided=[one for one in runs if one.state != "waiting" or config.runs != "ask"][:SHOWN_LINES],
+                decided=decided[:SHOWN_LINES],
                 verdict=_verdict(len(waiting), working),
                 working=working,
                 lines=[one for one in journal if one.outcome != "begun"][:SHOWN_LINES],
@@ -128,7 +120,7 @@ class SitePage:
 
     def _in_words(self, run: AskedRun, config: SiteConfig) -> list[Paragraph]:
         """Return the words of a plan, computed anew when site.yaml or the ledger have changed: epsilons take a while."""
-        ledger = config.state_dir(self.site_yaml) / "privacy" / "ledger.jsonl"
+        ledger = ledger_path(config.state_dir(self.site_yaml))
         stamp = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in (self.site_yaml, ledger))
         key = run.plan.digest, stamp
         if key not in self._words:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from chainward_client.approval.record import AskedRun
 from chainward_client.disclosure import PLAIN_WEIGHTS, PRIVATE_WEIGHTS
-from chainward_client.policy import check_request, check_run, whole_run
+from chainward_client.policy import asked_of_site, asked_units, check_request, check_run, whole_run
 from chainward_client.site_config import SiteConfig
 from chainward_client.site_ledger import open_site_ledger
 from chainward_shared.errors import ModelError, PolicyRefusal, PrivacyError
@@ -127,16 +127,14 @@ def _cost(asked: AskedRun, config: SiteConfig, site_yaml: Path) -> Paragraph:
         guided = any(one.privileged is not None for one in (asked.plan.link, *asked.plan.students))
         check_run(policy, private=True, unit=recipe.unit, privileged=guided)
         ledger, _ = open_site_ledger(config.state_dir(site_yaml), config.site)
-        at_most = recipe.model_copy(update={"delta": min(recipe.delta, policy.delta)})
-        units = max(1, round((policy.units or asked.units or 1) * recipe.share))
+        at_most = asked_of_site(policy, recipe)
+        units = asked_units(recipe, policy.units or asked.units or 1)
         before = spent(ledger.mechanisms(), policy.delta)
         lines = [_asked_epsilon(at_most)]
         if at_most.run:
             mechanisms = whole_run(policy, at_most, units)
-            cost, together = (
-                spent(mechanisms, policy.delta),
-                spent([*ledger.mechanisms(), *mechanisms], policy.delta),
-            )
+            cost = spent(mechanisms, policy.delta)
+            together = spent([*ledger.mechanisms(), *mechanisms], policy.delta)
             lines.append(
                 f"carried out to its end it would spend epsilon {cost:.3g} at delta {policy.delta:g} per {policy.unit}, of "
                 f"{units} declared {policy.unit}s"

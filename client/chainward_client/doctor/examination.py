@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from chainward_client.doctor.data import open_data
@@ -24,26 +23,27 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import DataError
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What to look at beyond the hospital's own machine; see `check_network`, and `planned_run.read_plan` for the plan."""
-
-    superlink: Endpoint | None = None
-    root_certificates: Path | None = None
-    auth_key: Path | None = None
-    health: Endpoint | None = None
-    plan: RunConfig | None = None
-
-
-def examine(site_yaml: Path, asked: Asked | None = None) -> Diagnosis:
+def examine(
+    site_yaml: Path,
+    *,
+    plan: RunConfig | None = None,
+    superlink: Endpoint | None = None,
+    root_certificates: Path | None = None,
+    auth_key: Path | None = None,
+    health: Endpoint | None = None,
+) -> Diagnosis:
     """Return what is right and wrong with a site; nothing is trained, spent or sent, and nothing is changed.
+
+    Parameters
+    ----------
+    plan : the run that the coordinator means to start, as of `planned_run.read_plan`
+    superlink, root_certificates, auth_key, health : see `check_network`
 
     Raises
     ------
     DataError
         There is no such site.yaml. A wrong one is a problem among the others.
     """
-    asked = asked or Asked()
     if not site_yaml.is_file():
         raise DataError(f"{site_yaml}: there is no such file; `chainward-site init DIR` writes one")
     checks = [check_versions()]
@@ -55,10 +55,10 @@ def examine(site_yaml: Path, asked: Asked | None = None) -> Diagnosis:
         checks.append(problem("configuration", str(error), "client/site.example.yaml shows all keys"))
         checks.append(skipped("data, state, policy", "not looked at: they stand in site.yaml"))
     if config is not None:
-        checks += _of_site(site_yaml, config, asked.plan)
+        checks += _of_site(site_yaml, config, plan)
     checks.append(check_gpu())
     checks += check_flower(running_supernodes())
-    checks += check_network(asked.superlink, asked.root_certificates, asked.auth_key, asked.health)
+    checks += check_network(superlink, root_certificates, auth_key, health)
     return Diagnosis(site_yaml.name if config is None else config.site, tuple(checks))
 
 

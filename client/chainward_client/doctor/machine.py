@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -65,20 +65,10 @@ def check_versions() -> Check:
 # --- state folder and disk ---
 
 
-def check_state(state: Path, mounts: Mapping[str, str] | None = None) -> list[Check]:
-    """Check that the state folder can be written, is on a local disk, and is the hospital's alone.
-
-    Parameters
-    ----------
-    state : the folder; it is not made where it isn't there
-    mounts : file system by mount point; default those of this machine
-    """
+def check_state(state: Path) -> list[Check]:
+    """Check that the state folder can be written, is on a local disk, and is the hospital's alone; it is not made."""
     there = _nearest(state)
-    made = "" if there == state else f" (not there yet; {there} is)"
-    return [
-        _writable(state, there, made),
-        _lasting(state, *file_system(there, mounted() if mounts is None else mounts)),
-    ]
+    return [_writable(state, there), _lasting(state, *file_system(there))]
 
 
 def _lasting(state: Path, point: str, kind: str) -> Check:
@@ -98,8 +88,7 @@ def _lasting(state: Path, point: str, kind: str) -> Check:
     return ok("state disk", f"{kind or 'unknown file system'} at {point}, local")
 
 
-def _writable(state: Path, there: Path, made: str) -> Check:
-    fix = f"let the user that runs the SuperNode ({_user()}?) own and write it"
+def _writable(state: Path, there: Path) -> Check:
     if not there.is_dir():
         return problem("state folder", f"{there}: a file, not a folder", "set `state` in site.yaml to a folder")
     try:
@@ -108,9 +97,10 @@ def _writable(state: Path, there: Path, made: str) -> Check:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        fix = f"let the user that runs the SuperNode ({_user()}?) own and write it"
         return problem("state folder", f"{there}: can't be written ({error.strerror})", fix)
-    if made:
-        return ok("state folder", f"{state}: can be made{made}")
+    if there != state:
+        return ok("state folder", f"{state}: can be made (not there yet; {there} is)")
     mode = stat.S_IMODE(state.stat().st_mode)
     if mode & 0o007:
         return warning(
@@ -137,17 +127,17 @@ def mounted() -> dict[str, str]:
     return {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
 
 
-def file_system(path: Path, mounts: Mapping[str, str]) -> tuple[str, str]:
+def file_system(path: Path) -> tuple[str, str]:
     """Return mount point and file system of a path that is there; ("/", "") where unknown."""
-    real = path.resolve()
+    real, mounts = path.resolve(), mounted()
     holding = [point for point in mounts if real.is_relative_to(point)]
     point = max(holding, key=lambda point: len(Path(point).parts), default="/")
     return point, mounts.get(point, "")
 
 
-def check_disk(state: Path, need: Need, free: int | None = None) -> Check:
+def check_disk(state: Path, need: Need) -> Check:
     """Compare what is free where the state folder lies with what runs need; five are kept room for."""
-    free = shutil.disk_usage(_nearest(state)).free if free is None else free
+    free = shutil.disk_usage(_nearest(state)).free
     found = f"{size(free)} free for {state}; {need.of} needs about {size(need.disk)}"
     if free < need.disk:
         return problem("disk", found, "free space, or set `state` in site.yaml to a larger disk")
@@ -164,12 +154,11 @@ def size(count: float) -> str:
 # --- memory, GPU ---
 
 
-def check_memory(need: Need, available: int | None = None, total: int | None = None) -> Check:
+def check_memory(need: Need) -> Check:
     """Compare memory with what a run needs; a container's limit counts."""
     memory = psutil.virtual_memory()
-    limit = _container_limit()
-    total = min(memory.total, limit or memory.total) if total is None else total
-    available = min(memory.available, total) if available is None else available
+    total = min(memory.total, _container_limit() or memory.total)
+    available = min(memory.available, total)
     wanted = PYTORCH_BYTES + need.memory
     found = (
         f"{size(available)} available of {size(total)}; {need.of} takes about {size(wanted)}, and more for activations"
@@ -226,9 +215,9 @@ def check_gpu() -> Check:
 # --- clock ---
 
 
-def check_own_clock(state: Path, now: float | None = None) -> Check:
+def check_own_clock(state: Path) -> Check:
     """Compare the clock with the newest files of the state folder: a clock that was set back shows."""
-    now = time.time() if now is None else now
+    now = time.time()
     newest, name = 0.0, ""
     for path in (ledger_path(state), *(state.iterdir() if state.is_dir() else ())):
         try:
@@ -287,19 +276,11 @@ def running_supernodes() -> list[SuperNode]:
     return found
 
 
-def check_flower(nodes: Iterable[SuperNode], environment: Mapping[str, str] | None = None) -> list[Check]:
-    """Check how Flower is started here: by the SuperNodes that run, else by this shell's environment.
-
-    Parameters
-    ----------
-    nodes : see `running_supernodes`
-    environment : this shell's, default ``os.environ``
-    """
-    running = list(nodes)
-    own = os.environ if environment is None else environment
+def check_flower(running: Sequence[SuperNode]) -> list[Check]:
+    """Check how Flower is started here: by the SuperNodes that run, else by this shell's environment."""
     return [
-        _switched_off(running, own, "Flower telemetry", "FLWR_TELEMETRY_ENABLED", "0"),
-        _switched_off(running, own, "Flower update check", "FLWR_DISABLE_UPDATE_CHECK", "1"),
+        _switched_off(running, "Flower telemetry", "FLWR_TELEMETRY_ENABLED", "0"),
+        _switched_off(running, "Flower update check", "FLWR_DISABLE_UPDATE_CHECK", "1"),
         _installs_nothing(running),
         _trusted_entities(running),
     ]
@@ -321,11 +302,10 @@ def _installs_nothing(running: Sequence[SuperNode]) -> Check:
     return ok(name, f"off: {running[0].name} has no {option}")
 
 
-def _switched_off(running: Sequence[SuperNode], own: Mapping[str, str], name: str, variable: str, wanted: str) -> Check:
+def _switched_off(running: Sequence[SuperNode], name: str, variable: str, wanted: str) -> Check:
     fix = f"{variable}={wanted} in the environment of the SuperNode (in its service or container file)"
     seen = [(node.name, node.environment) for node in running if node.environment is not None]
-    if not seen:
-        seen = [("this shell, not that of a SuperNode", own)]
+    seen = seen or [("this shell, not that of a SuperNode", os.environ)]
     for where, environment in seen:
         if environment.get(variable) != wanted:
             return warning(name, f"on, by the environment of {where}", fix)

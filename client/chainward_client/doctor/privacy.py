@@ -10,18 +10,14 @@ from chainward_client.data.site_data import SiteData
 from chainward_client.doctor.machine import Need, size
 from chainward_client.doctor.report import Check, ok, problem, skipped, warning
 from chainward_client.limits import check_limits
-from chainward_client.policy import check_request, check_run, whole_run
+from chainward_client.policy import asked_of_site, asked_units, check_request, check_run, whole_run
 from chainward_client.precision import best_device
 from chainward_client.private_site import check_data, declared_units
 from chainward_client.site_config import SiteLimits
 from chainward_client.site_ledger import key_path, ledger_path, open_site_ledger
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, PrivacyError
-from chainward_shared.models import (
-    Architecture,
-    count_parameters,
-    skeleton,
-)
+from chainward_shared.models import Architecture, count_parameters, skeleton
 from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.pretrained.begin import Beginning, as_if_begun
@@ -29,10 +25,8 @@ from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.audit import audit_ledger
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.privacy.signing import load_public_key, public_key_path
-from chainward_shared.recipes import PrivacyRecipe
 from chainward_shared.words import listed
 
-_PLANNED_RUN = "the planned run"
 _WEIGHT = 4
 """Bytes of a float32."""
 
@@ -50,11 +44,10 @@ def check_policy(policy: PrivacyPolicy | None, state: Path, site: str, data: Sit
     per_run = f", {policy.epsilon_per_run:g} per run" if policy.epsilon_per_run is not None else ""
     terms = f"epsilon {policy.epsilon:g} in the site's lifetime{per_run}, delta {policy.delta:g}, per {policy.unit}"
     rule = "runs without privacy are refused" if policy.required else "runs without privacy are taken, too"
-    checks = [ok("policy", f"{terms}; scores: {policy.metrics}; {rule}")]
+    found = f"{terms}; scores: {policy.metrics}; {rule}"
+    checks = [ok("policy", found)]
     if policy.epsilon > 20:
-        checks[0] = warning(
-            "policy", checks[0].found, "an epsilon above 20 bounds next to nothing; see docs/privacy.md"
-        )
+        checks = [warning("policy", found, "an epsilon above 20 bounds next to nothing; see docs/privacy.md")]
     if data is not None:
         try:
             check_data(policy, data)
@@ -84,9 +77,8 @@ def check_ledger(policy: PrivacyPolicy, state: Path, site: str) -> Check:
         return problem("ledger", audit.findings[0].what, "chainward-site audit says more")
     (of_site,) = audit.sites
     assert of_site.lifetime is not None
-    spent_so_far = of_site.lifetime.epsilons
+    spent_so_far, left = of_site.lifetime.epsilons, of_site.lifetime.left
     used = spent_so_far.enforced if spent_so_far is not None else 0.0
-    left = of_site.lifetime.left
     runs = len(of_site.runs)
     found = f"whole and signed; epsilon {used:.4g} of {policy.epsilon:g} spent in {runs} runs, {left or 0.0:.4g} left"
     if used and left is not None and left < 0.1 * policy.epsilon:
@@ -175,18 +167,11 @@ def check_plan(config: RunConfig, policy: PrivacyPolicy | None, state: Path, sit
     return [_cost(config, policy, state, site, data), *checks]
 
 
-def asked_of_site(config: RunConfig, policy: PrivacyPolicy) -> PrivacyRecipe:
-    """Return what a private run asks of a site: at the policy's delta where that is smaller, as `PrivateWork` takes it."""
-    asked = config.privacy_recipe()
-    assert asked is not None
-    return asked.model_copy(update={"delta": min(asked.delta, policy.delta)})
-
-
 def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data: SiteData) -> Check:
     """Return the epsilon of the plan at this site, what is spent already, and whether the two fit."""
     name = "plan: epsilon"
-    asked = asked_of_site(config, policy)
-    units = max(1, round(declared_units(policy, data) * asked.share))
+    asked = asked_of_site(policy, config.privacy_recipe())
+    units = asked_units(asked, declared_units(policy, data))
     try:
         mechanisms = whole_run(policy, asked, units)
     except PrivacyError as error:
@@ -207,7 +192,7 @@ def _cost(config: RunConfig, policy: PrivacyPolicy, state: Path, site: str, data
     before = spent(ledger.mechanisms(), policy.delta)
     together = spent([*ledger.mechanisms(), *mechanisms], policy.delta)
     try:
-        check_request(policy, ledger, mechanisms, _PLANNED_RUN)
+        check_request(policy, ledger, mechanisms, "the planned run")
     except PolicyRefusal as refusal:
         return problem(
             name, f"this site would refuse: {refusal}", f"agree on another plan with the coordinator ({plan})"
@@ -230,6 +215,5 @@ def _backbones(config: RunConfig, data: SiteData, *, private: bool) -> list[Chec
     found = listed([f"{model.name} ({size(_WEIGHT * count_parameters(skeleton(model)))})" for model in models])
     if private:
         return [ok("plan: backbone", f"{found}: per-example gradients compared one by one here, right")]
-    if config.privacy.mode != "off":
-        return [skipped("plan: private training", "not tried: this site has no policy"), ok("plan: backbone", found)]
-    return [ok("plan: backbone", found)]
+    untried = [skipped("plan: private training", "not tried: this site has no policy")]
+    return [*(untried if config.privacy.mode != "off" else []), ok("plan: backbone", found)]

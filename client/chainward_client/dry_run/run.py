@@ -41,14 +41,7 @@ from chainward_shared.files import written
 from chainward_shared.models import skeleton
 from chainward_shared.models.start import travelling_template
 from chainward_shared.privacy.policy import PrivacyPolicy
-from chainward_shared.protocol import (
-    Body,
-    EvaluateTask,
-    LinkTask,
-    StatisticsTask,
-    StudentTask,
-    pack,
-)
+from chainward_shared.protocol import Body, EvaluateTask, LinkTask, StatisticsTask, StudentTask, pack
 from chainward_shared.summands import summand_template
 from chainward_shared.weights import StateDict, as_sent
 
@@ -79,11 +72,6 @@ class DryRun:
     notes: tuple[str, ...] = ()
 
     @property
-    def refused(self) -> bool:
-        """Whether the site refused some of the work."""
-        return any(one.reason is not None for one in self.sent)
-
-    @property
     def bytes(self) -> int:
         """Of all answers together."""
         return sum(one.bytes for one in self.sent)
@@ -91,7 +79,8 @@ class DryRun:
     @property
     def exit_code(self) -> int:
         """0: fine. 1: something is in it that must not leave, the network was tried, or the site refused."""
-        return 1 if self.found or self.sockets or self.refused else 0
+        refused = any(one.reason is not None for one in self.sent)
+        return 1 if self.found or self.sockets or refused else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""

@@ -11,11 +11,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from chainward_client.disclosure import what_it_tells
-from chainward_shared.protocol import (
-    Body,
-    Refusal,
-    kind_of,
-)
+from chainward_shared.protocol import Body, Refusal, kind_of
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,6 @@ def _private_modality(
         phase=phase,
         epochs=recipe.epochs,
         batch_size=PRIVILEGED_BATCH,
-        declared_prior=prepared.declared,
     ) as private:
         teacher = train_teacher_privately(
             *(inputs, there, cases.labels, cases.patients),

@@ -182,8 +182,3 @@ def one_view(features: Tensor, generator: torch.Generator) -> Tensor:
     """Return of each row of features (n, views, ...) those of one view, drawn at random, float32 (n, ...)."""
     drawn = torch.randint(features.shape[1], (len(features),), generator=generator)
     return features[torch.arange(len(features)), drawn.to(features.device)].float()
-
-
-def forward_of(model: nn.Module, trunk: Trunk | None) -> nn.Module:
-    """Return what is called with images, or, where there is a trunk, with features."""
-    return model if trunk is None else trunk.rest

@@ -208,7 +208,7 @@ def prepared_for(
         See `PrivateWork.prepared`.
     """
     if work is None:
-        return Prepared(recipe, class_counts(cases.labels, len(data.classes)), False, [])
+        return Prepared(recipe, class_counts(cases.labels, len(data.classes)), [])
     prepared = work.prepared(recipe, data)
     check_private_ready(architecture, best_device().type)
     return prepared
@@ -231,7 +231,6 @@ def spending(
         prepared.recipe,
         data,
         phase=phase,
-        declared_prior=prepared.declared,
         unlabelled_patients=None if unlabelled is None else unlabelled.patients,
         private_teachers=guide is None or guide.private,
         checkpoint=checkpoint,

@@ -15,7 +15,7 @@ from chainward_client.data.site_data import Cases
 from chainward_client.precision import best_device, resolve_precision, training_environment
 from chainward_client.training.objective import Objective
 from chainward_client.training.private_loop import private_log, train_privately
-from chainward_client.training.setup import Training, prepare
+from chainward_client.training.setup import Training, prepare, skip_steps
 from chainward_shared.errors import ModelError
 from chainward_shared.models.start import mixes_images
 from chainward_shared.models.trunk import Trunk
@@ -159,7 +159,7 @@ class _Epochs:
         if self.others is not None:
             self.others.left = saved.tensors["unlabelled.left"]
         self.curves = saved.log
-        training.skip(saved.epoch * training.steps_per_epoch)
+        skip_steps(training.schedule, saved.epoch * training.steps_per_epoch)
         logger.info("%s: goes on after epoch %d of %d", self.name, saved.epoch, training.recipe.epochs)
         return saved.epoch
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chainward_client.checkpoint import optimised
-from chainward_client.training.setup import Training
+from chainward_client.training.setup import Training, skip_steps
 from chainward_shared.errors import ModelError
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import TrainingRecipe
@@ -94,7 +94,7 @@ def train_privately(training: Training, private: PrivateTraining, patients: np.n
     if (saved := training.resume({})) is not None:
         views = private.secret_generator(device)  # not what it was: the randomness of a private training is never kept
         first, private.steps_done = saved.epoch, steps * saved.epoch // recipe.epochs
-        training.skip(private.steps_done)
+        skip_steps(training.schedule, private.steps_done)
         average.load(saved.tensors, private.steps_done)
         logger.info("a private training goes on after epoch %d of %d", first, recipe.epochs)
     try:

@@ -1,18 +1,18 @@
-"""What the steps of a training work with, private or not: model, data, optimiser and schedule, on one device."""
+"""What the steps of a training work with, private or not: model, data, optimiser and learning rates, on one device."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chainward_client.checkpoint import Checkpoint, Saved, restore_training, training_state
 from chainward_client.data.site_data import Cases
-from chainward_client.training.features import forward_of
 from chainward_client.training.objective import Batch, Objective
-from chainward_client.training.schedule import one_cycle, parameter_groups, skip_steps
 from chainward_shared.models.start import train_mode
 from chainward_shared.models.trunk import Trunk
 from chainward_shared.pixels import Pixels
@@ -56,10 +56,6 @@ class Training:
         self.optimizer.step()
         self.schedule.step()
         self.objective.after_step(self.model)
-
-    def skip(self, steps: int) -> None:
-        """Move the schedule on by steps that were done before a crash."""
-        skip_steps(self.schedule, steps)
 
     def resume(self, generators: Mapping[str, torch.Generator]) -> Saved | None:
         """Put the training back to where it was interrupted, and return what was kept; None if it was not."""
@@ -108,7 +104,7 @@ def prepare(
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
     return Training(
         model=model,
-        called=forward_of(model, trunk),
+        called=model if trunk is None else trunk.rest,
         recipe=recipe,
         objective=objective,
         images=cases.images.to(device),
@@ -120,3 +116,42 @@ def prepare(
         steps_per_epoch=steps_per_epoch,
         checkpoint=checkpoint,
     )
+
+
+def parameter_groups(
+    model: nn.Module, objective: Objective, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups of one weight decay and one ``lr_scale``, a factor on the learning rate."""
+    # seconds of CPU: see `chainward_shared.models.architecture`
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    groups: list[dict[str, Any]] = (
+        param_groups_weight_decay(model, weight_decay)
+        if layer_decay == 1
+        else param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+    )
+    if extra := objective.extra_parameters():
+        groups.append({"params": extra, "weight_decay": weight_decay})
+    return groups
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, peak: float, steps: int, part: tuple[int, int]
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Return the schedule of part `part[0]` of `part[1]`, of `steps` each.
+
+    A training of one step gets the first of two: the last of a cycle has a rate at which nothing is learned.
+    """
+    index, of = part
+    peaks = [peak * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=max(2, of * steps))
+    skip_steps(schedule, index * steps)
+    return schedule
+
+
+def skip_steps(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
+    """Move a schedule on by steps that were done elsewhere: in another part, or before a crash."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
+        for _ in range(steps):
+            schedule.step()
