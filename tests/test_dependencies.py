@@ -8,7 +8,7 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from house import MAY_IMPORT, PACKAGES, REPOSITORY, imports, parsed, sources
+from house import MAY_IMPORT, PACKAGES, REPOSITORY, imported, imports, parsed, sources
 
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -17,7 +17,7 @@ def offenders(package: str, forbidden: set[str]) -> list[str]:
     return [
         f"{path.relative_to(REPOSITORY)} imports {name}"
         for path in sources(package)
-        for name in imports(parsed(path))
+        for name in imported(path)
         if name in forbidden
     ]
 

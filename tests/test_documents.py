@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from house import MAY_IMPORT, REPOSITORY, imports, parsed, sources
+from house import MAY_IMPORT, REPOSITORY, imported, sources
 
 from chainward_server.cli import parse_settings
 from chainward_shared.config import RunConfig
@@ -24,7 +24,7 @@ def test_the_picture_of_the_architecture_shows_who_imports_whom_and_no_more():
         (package.removeprefix("chainward_"), name.removeprefix("chainward_"))
         for package in MAY_IMPORT
         for path in sources(package)
-        for name in imports(parsed(path))
+        for name in imported(path)
         if name in MAY_IMPORT and name != package
     }
     assert drawn == actual

@@ -51,6 +51,21 @@ def test_no_function_is_longer_than_50_lines_without_its_docstring():
     assert too_long(functions(), MOST_LINES_OF_A_FUNCTION) == {}
 
 
+@pytest.mark.parametrize("field", ["temperature_decay", "attention_weight"])
+def test_a_field_of_a_recipe_is_named_where_it_is_declared_and_where_it_is_used(field):
+    found = {
+        path.relative_to(REPOSITORY).as_posix()
+        for package in ("chainward_shared", "chainward_client", "chainward_server")
+        for path in sources(package)
+        if field in path.read_text(encoding="utf-8")
+    }
+    refused_beside_others = {"shared/chainward_shared/config/contradictions.py"}
+    assert found - refused_beside_others == {
+        "shared/chainward_shared/settings.py",
+        "client/chainward_client/training/link.py",
+    }
+
+
 def test_what_is_longer_than_it_may_be_is_told():
     assert too_long({"a": 50, "b": 51}, 50) == {"b": 51}
 

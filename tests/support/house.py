@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,6 +28,12 @@ def sources(package: str) -> list[Path]:
 
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@cache
+def imported(path: Path) -> list[str]:
+    """Return what a file imports, see `imports`; each file is read once for all tests."""
+    return list(imports(parsed(path)))
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -131,7 +131,7 @@ def _last_block(model: Any) -> Step:
 def _of_first_tokens(block: Any, first: int, tokens: Tensor) -> Tensor:
     """Return what timm's `Block` makes of the first tokens, (n, first, d).
 
-    The others serve as keys and values only. What the block would make of them, three quarters of its work and more, nobody reads.
+    The others serve as keys and values only: what the block would make of them, most of its work, nobody reads.
     """
     attention, normed = block.attn, block.norm1(tokens)
     by_head = attention.qkv(normed).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
