@@ -66,8 +66,10 @@ def test_each_example_is_one_file_where_the_page_says():
 @pytest.mark.slow
 def test_a_baseline_is_added_by_one_file_and_trains_the_same_model_each_time(added):
     from chainward_shared.config import RunConfig
-    from chainward_shared.models import resolve_architecture
     from chainward_simulations.runner import open_sites
+    from chainward_simulations.study.arms import Arm
+    from chainward_simulations.study.configured_arms import ConfiguredArm
+    from chainward_simulations.study.training import Bench, train_arm, train_chain
 
     baselines = added(
         "simulations/chainward_simulations/study/further/largest.py",
@@ -76,17 +78,14 @@ def test_a_baseline_is_added_by_one_file_and_trains_the_same_model_each_time(add
         "_REGISTERED",
     )
     assert {"union", "largest"} <= set(baselines)
-    config = RunConfig.from_flat({"federation.num-sites": 2, "chain.epochs": 1, "federation.threads": 1})
-    sites = open_sites(config)
-    architecture = resolve_architecture(
-        "test_convnext", num_classes=len(sites[next(iter(sites))].classes), in_chans=1, image_size=32
-    )
+    small = {"chain.backbone": "test_convnext", "chain.epochs": 1, "federation.num-sites": 2, "federation.threads": 1}
+    config = RunConfig.from_flat(small)
+    arm = ConfiguredArm(Arm("largest", "largest", baselines["largest"].about), config, 0)
     steps: list[str] = []
-    (first, _), (second, logs) = (
-        baselines["largest"].train(sites, architecture, config.link_recipe(), steps.append, None) for _ in range(2)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(logs) == 1
+    bench = Bench(open_sites(config), train_chain, steps.append)
+    first, second = (train_arm(arm, bench) for _ in range(2))  # as a study trains it
+    assert all(torch.equal(first.models["largest"][name], value) for name, value in second.models["largest"].items())
+    assert len(second.logs) == 1
     assert steps[0].startswith("largest ")
 
 
