@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -22,17 +22,15 @@ from chainward_client.privacy_audit.membership import (
     case_losses,
 )
 from chainward_client.training.features import Features
-from chainward_client.training.link import LinkObjective, labelled_cases
+from chainward_client.training.link import labelled_cases
 from chainward_client.training.loop import train
 from chainward_client.training.passes import passes
 from chainward_server.heads import balance_strength
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import HeadSums, discriminant
-from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import DataError, RunFolderError
 from chainward_shared.models import Architecture, build_model
-from chainward_shared.models.architecture import METADATA_KEY
 from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.models.start import initial_model
 from chainward_shared.models.taps import Taps
@@ -42,9 +40,10 @@ from chainward_shared.privacy.guessing import most_auc, most_found
 from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.privacy.statements import parse_statement
 from chainward_shared.seeds import numpy_generator
-from chainward_shared.weights import StateDict, load_file
+from chainward_shared.weights import StateDict
+from chainward_simulations.run_examples import stored_model
 from chainward_simulations.runner import open_sites
-from chainward_simulations.study.baselines import together
+from chainward_simulations.study.baselines import cross_entropy, together
 
 MODELS = ("student", "chain")
 ALL_SITES = "all"
@@ -101,28 +100,29 @@ def attack_run(
         A site, or all of them, has no members or no outsiders.
     """
     members = {
-        site: labelled_cases(data, config.link_recipe(), private=_is_private(config, site))
+        site: labelled_cases(data, config.link_recipe(), private=config.privacy.simulated_policy(site) is not None)
         for site, data in sites.items()
     }
     trained_on = {str(patient) for data in sites.values() for patient in data.splits["train"].patients}
     outsiders = {site: _outside(data, trained_on) for site, data in sites.items()}
-    threads, found = config.federation.cpu_threads, []
+    found = []
     for name, (architecture, state) in models.items():
-        model = _model(architecture, state)
-        inside = {
-            site: case_losses(model, cases, threads, image_size=architecture.image_size, features=features)
-            for site, cases in members.items()
-        }
-        outside = {
-            site: case_losses(model, cases, threads, image_size=architecture.image_size, features=features)
-            for site, cases in outsiders.items()
-        }
+        model = build_model(architecture, seed=0)
+        model.load_state_dict(state)
+        losses_of = partial(
+            case_losses,
+            threads=config.federation.cpu_threads,
+            image_size=architecture.image_size,
+            features=features,
+        )
+        inside = {site: losses_of(model, cases) for site, cases in members.items()}
+        outside = {site: losses_of(model, cases) for site, cases in outsiders.items()}
         found += _lines(name, "loss", config.seed, members, inside, outsiders, outside)
         if calibrate:
             say(f"attack: training two reference models for the {name}")
             start = base if architecture.start else None
-            references = _references(config, architecture, outsiders, sites, start, trained=name, features=features)
-            inside, outside = _against(references, config, architecture, members, inside, outsiders, outside, features)
+            references = _references(config, architecture, outsiders, start, trained=name, features=features)
+            inside, outside = _against(references, losses_of, config.seed, members, inside, outsiders, outside)
             found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
     return [replace(one, bound=_bound_of(one, list(members), bounds or {})) for one in found]
 
@@ -173,17 +173,16 @@ def _outside(data: SiteData, trained_on: set[str]) -> Cases:
     return together(parts)
 
 
-def _half(config: RunConfig, patients: np.ndarray) -> np.ndarray:
+def _half(seed: int, patients: np.ndarray) -> np.ndarray:
     """Return in which half each case's patient is, 0 or 1: a fair coin for each patient."""
     names, which = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    return np.asarray(numpy_generator(config.seed, "membership", "halves").integers(0, 2, len(names))[which])
+    return np.asarray(numpy_generator(seed, "membership", "halves").integers(0, 2, len(names))[which])
 
 
 def _references(
     config: RunConfig,
     architecture: Architecture,
     outsiders: Mapping[str, Cases],
-    sites: Mapping[str, SiteData],
     base: StateDict | None,
     *,
     trained: str,
@@ -193,7 +192,7 @@ def _references(
     where that under attack (`trained`: "chain" or "student") has one."""
     head = config.student.head if trained == "student" else config.chain.head
     everyone = together(list(outsiders.values()))
-    half = _half(config, everyone.patients)
+    half = _half(config.seed, everyone.patients)
     recipe = config.link_recipe(laps=config.chain.laps).model_copy(
         update={"privileged": None, "privacy": None, "label_fraction": 1.0}
     )
@@ -207,8 +206,8 @@ def _references(
         cases = replace(cases, images=resized(cases.images, architecture.image_size))
         model = initial_model(architecture, config.seed, base)
         if config.chain.laps or trained == "student":
-            counts = class_counts(cases.labels, len(next(iter(sites.values())).classes))
-            train(model, cases, recipe, LinkObjective(recipe, model, None, counts), "membership", "reference", index)
+            objective = cross_entropy(model, cases, architecture.num_classes, recipe)
+            train(model, cases, recipe, objective, "membership", "reference", index)
         if head == "statistics":
             _give_head(model, architecture, cases, config, features)
         references.append(model)
@@ -234,54 +233,32 @@ def _give_head(
 
 def _against(
     references: list[nn.Module],
-    config: RunConfig,
-    architecture: Architecture,
+    losses_of: Callable[[nn.Module, Cases], np.ndarray],
+    seed: int,
     members: Mapping[str, Cases],
     inside: Mapping[str, np.ndarray],
     outsiders: Mapping[str, Cases],
     outside: Mapping[str, np.ndarray],
-    features: Features | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return all losses less that of a reference that has not seen the patient.
 
     Of members neither has; one is taken by lot nevertheless, so that both sides are compared with one reference each.
     """
-    everyone = together(list(outsiders.values()))
-    trained = dict(zip(map(str, everyone.patients), _half(config, everyone.patients), strict=True))
+    everyone = together(list(outsiders.values())).patients
+    trained = dict(zip(map(str, everyone), _half(seed, everyone), strict=True))
 
     def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-        of = np.stack(
-            [
-                case_losses(
-                    one,
-                    cases,
-                    config.federation.cpu_threads,
-                    image_size=architecture.image_size,
-                    features=features,
-                )
-                for one in references
-            ]
-        ).reshape(len(references), len(cases))
+        of = np.stack([losses_of(one, cases) for one in references]).reshape(len(references), len(cases))
         of[left_out, np.arange(len(cases))] = np.nan
         return calibrated(losses, of)
 
     return (
-        {site: less(cases, inside[site], _half(config, cases.patients)) for site, cases in members.items()},
+        {site: less(cases, inside[site], _half(seed, cases.patients)) for site, cases in members.items()},
         {
             site: less(cases, outside[site], np.array([trained[str(one)] for one in cases.patients], dtype=np.int64))
             for site, cases in outsiders.items()
         },
     )
-
-
-def _is_private(config: RunConfig, site: str) -> bool:
-    return config.privacy.simulated_policy(site) is not None
-
-
-def _model(architecture: Architecture, state: StateDict) -> nn.Module:
-    model = build_model(architecture, seed=0)
-    model.load_state_dict(state)
-    return model
 
 
 def attack_stored(folder: RunFolder, *, calibrate: bool, say: Callable[[str], None]) -> list[Attacked]:
@@ -296,7 +273,7 @@ def attack_stored(folder: RunFolder, *, calibrate: bool, say: Callable[[str], No
     RunFolderError
         There are none yet, or a file is not what it should be.
     """
-    models = {name: _stored(folder, name) for name in MODELS if name in folder.state.models}
+    models = {name: stored_model(folder, name) for name in MODELS if name in folder.state.models}
     if not models:
         raise RunFolderError(f"run {folder.state.run_id} has released no model yet; let it finish first")
     begun = folder.beginning()
@@ -321,11 +298,3 @@ def _bounds(folder: RunFolder) -> dict[str, Bound]:
 def bound_of(spent: Sequence[Mechanism], delta: float) -> Bound:
     """Return what an attacker who sees all that was spent can find, at most; `delta`: at which epsilon is told."""
     return Bound(most_auc(spent, delta), tuple(most_found(spent, delta, FALSE_POSITIVE_RATES)))
-
-
-def _stored(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:
-    path: Path = folder.model_path(name)
-    state, metadata = load_file(path, folder.state.models[name])
-    if METADATA_KEY not in metadata:
-        raise RunFolderError(f"{path}: has no '{METADATA_KEY}'; it was not written by Chainward")
-    return Architecture.from_metadata(metadata), state

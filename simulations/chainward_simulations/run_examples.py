@@ -7,7 +7,6 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import ConfigError, RunFolderError
 from chainward_shared.files import write_atomically
 from chainward_shared.models import Architecture
-from chainward_shared.models.architecture import METADATA_KEY
 from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.examples import example_figure
 from chainward_simulations.runner import open_sites
@@ -34,23 +33,22 @@ def draw_examples(folder: RunFolder, *, without: RunFolder | None = None, count:
         A run has no chain yet, or its model is damaged.
     """
     if without is None:
-        models = {NAMES[name]: _model(folder, name) for name in NAMES if name in folder.state.models}
+        models = {NAMES[name]: stored_model(folder, name) for name in NAMES if name in folder.state.models}
         if not models:
             raise RunFolderError(f"run {folder.state.run_id} has no finished chain yet; nothing can be drawn")
     else:
         _check_same_data(folder, without)
-        models = {"without teachers": _model(without, "chain"), "with teachers": _model(folder, "chain")}
+        models = {"without teachers": stored_model(without, "chain"), "with teachers": stored_model(folder, "chain")}
     sites = open_sites(folder.config, tests_only=True)
     picture = example_figure(models, sites, count=count, seed=folder.config.seed)
     write_atomically(folder.path / EXAMPLES, picture)
 
 
-def _model(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:
+def stored_model(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:
+    """Return the architecture and the weights of a model that a run has released."""
     if name not in folder.state.models:
         raise RunFolderError(f"run {folder.state.run_id} has no model '{name}' yet; let it finish first")
     state, metadata = load_file(folder.model_path(name), folder.state.models[name])
-    if METADATA_KEY not in metadata:
-        raise RunFolderError(f"{folder.model_path(name)}: has no '{METADATA_KEY}'; it was not written by Chainward")
     return Architecture.from_metadata(metadata), state
 
 

@@ -26,7 +26,7 @@ from chainward_simulations.study.baselines import (
     train_cyclic,
     train_federated,
 )
-from chainward_simulations.study.further import scaffold, union
+from chainward_simulations.study.further import scaffold
 from chainward_simulations.study.further.scaffold import CorrectedObjective, train_scaffold
 from chainward_simulations.study.further.union import train_union
 from chainward_simulations.study.start import Start
@@ -82,8 +82,7 @@ def trainings(monkeypatch) -> list[Training]:
         seen[-1].end = state_of(model)
         return log
 
-    for module in (baselines, union):
-        monkeypatch.setattr(module, "train", watched)
+    monkeypatch.setattr(baselines, "train", watched)
     monkeypatch.setattr(link, "train", watched)
     return seen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from chainward_shared.config import ConfigScalar
 from chainward_shared.errors import StudyError, nearest
@@ -52,18 +53,12 @@ class Arm:
     long: bool = False
 
 
-def _chain(name: str, about: str, **overrides: ConfigScalar) -> Arm:
-    return Arm(name, "chain", about, _keys(overrides))
+def _overriding(trainer: str, name: str, about: str, settings: str = "") -> Arm:
+    """Return an arm; `settings` as they are typed, ``"chain.strands=2 chain.merge=average"``."""
+    return Arm(name, trainer, about, typed(parse_assignments([settings], name), name))
 
 
-def _student(name: str, about: str, **overrides: ConfigScalar) -> Arm:
-    return Arm(name, "student", about, _keys(overrides))
-
-
-def _keys(overrides: Mapping[str, ConfigScalar]) -> dict[str, ConfigScalar]:
-    return {key.replace("__", ".").replace("_", "-"): value for key, value in overrides.items()}
-
-
+_chain, _student = partial(_overriding, "chain"), partial(_overriding, "student")
 _TABLE = (
     Arm("alone", "alone", "each site by itself, with the epochs of its links: mean over the sites, best site noted"),
     Arm("alone-long", "alone-long", "each site by itself, with as many steps as the whole chain takes"),
@@ -86,98 +81,71 @@ _TABLE = (
     Arm("cyclic", "cyclic", "weights handed from site to site, cross-entropy only, one lap", laps=1),
     Arm("cyclic-3", "cyclic", "the same in three laps of a third of the epochs", laps=3),
     _chain("chain", "the chain as the settings say"),
-    _chain("chain-refit", "head from statistics: of the start, and anew at the end", chain__head="statistics"),
-    _chain("chain-refit-links", "and a new head after every link", chain__head="statistics", chain__refit="links"),
-    _chain("chain-no-distillation", "without the predecessor's logits", chain__distillation_weight=0.0),
-    _chain("chain-attention", "with attention transfer, weight 1", chain__attention_weight=1.0),
-    _chain("chain-no-attention", "without attention transfer", chain__attention_weight=0.0),
-    _chain("chain-annealing", "temperature times 0.9 from epoch to epoch", chain__temperature_decay=0.9),
-    _chain("chain-no-annealing", "one temperature in all epochs", chain__temperature_decay=1.0),
-    _chain("chain-no-trust", "the predecessor counts the same where it is wrong", chain__teacher_trust="none"),
-    _chain("chain-fresh", "every link starts from the run's initial weights", chain__start="fresh"),
-    _chain("chain-reversed", "the sites in reverse order", chain__order="reversed"),
-    _chain("chain-weakest-next", "next the site where the model is weakest", chain__order="weakest-next"),
-    _chain("chain-guarded", "links that cost over 0.05 at earlier sites are refused", chain__max_forgetting=0.05),
-    _chain("chain-shuffled", "the sites in an order drawn by the seed", chain__order="shuffled"),
+    _chain("chain-refit", "head from statistics: of the start, and anew at the end", "chain.head=statistics"),
+    _chain("chain-refit-links", "and a new head after every link", "chain.head=statistics chain.refit=links"),
+    _chain("chain-no-distillation", "without the predecessor's logits", "chain.distillation-weight=0.0"),
+    _chain("chain-attention", "with attention transfer, weight 1", "chain.attention-weight=1.0"),
+    _chain("chain-no-attention", "without attention transfer", "chain.attention-weight=0.0"),
+    _chain("chain-annealing", "temperature times 0.9 from epoch to epoch", "chain.temperature-decay=0.9"),
+    _chain("chain-no-annealing", "one temperature in all epochs", "chain.temperature-decay=1.0"),
+    _chain("chain-no-trust", "the predecessor counts the same where it is wrong", "chain.teacher-trust=none"),
+    _chain("chain-fresh", "every link starts from the run's initial weights", "chain.start=fresh"),
+    _chain("chain-reversed", "the sites in reverse order", "chain.order=reversed"),
+    _chain("chain-weakest-next", "next the site where the model is weakest", "chain.order=weakest-next"),
+    _chain("chain-guarded", "links that cost over 0.05 at earlier sites are refused", "chain.max-forgetting=0.05"),
+    _chain("chain-shuffled", "the sites in an order drawn by the seed", "chain.order=shuffled"),
     _chain(
-        "chain-unlabelled", "with the images that the label fraction leaves, weight 1", chain__unlabelled_weight=1.0
+        "chain-unlabelled", "with the images that the label fraction leaves, weight 1", "chain.unlabelled-weight=1.0"
     ),
-    _chain("chain-no-unlabelled", "without the images that the label fraction leaves", chain__unlabelled_weight=0.0),
+    _chain("chain-no-unlabelled", "without the images that the label fraction leaves", "chain.unlabelled-weight=0.0"),
     replace(_chain("chain-laps-2", "two laps of half the epochs; chain-laps-K for K"), laps=2),
-    _chain("chain-strands-2", "two strands, the better one by validation; chain-strands-K for K", chain__strands=2),
+    _chain("chain-strands-2", "two strands, the better one by validation; chain-strands-K for K", "chain.strands=2"),
     _chain(
         "chain-strands-average",
         "two strands, their weights averaged; chain-strands-K-average for K",
-        chain__strands=2,
-        chain__merge="average",
+        "chain.strands=2 chain.merge=average",
     ),
-    _chain("chain-privileged", "with the sites' privileged teachers, all that there are", privileged__mode="all"),
+    _chain("chain-privileged", "with the sites' privileged teachers, all that there are", "privileged.mode=all"),
+    _chain("chain-privileged-logits", "of them only the logits", "privileged.mode=all privileged.embedding-weight=0.0"),
     _chain(
-        "chain-privileged-logits",
-        "of them only the logits",
-        privileged__mode="all",
-        privileged__embedding_weight=0.0,
+        "chain-privileged-embedding", "of them only the embedding", "privileged.mode=all privileged.logit-weight=0.0"
     ),
-    _chain(
-        "chain-privileged-embedding",
-        "of them only the embedding",
-        privileged__mode="all",
-        privileged__logit_weight=0.0,
-    ),
-    _chain("chain-privileged-text", "only teachers that read reports", privileged__mode="text"),
-    _chain("chain-privileged-table", "only teachers that read tables", privileged__mode="table"),
+    _chain("chain-privileged-text", "only teachers that read reports", "privileged.mode=text"),
+    _chain("chain-privileged-table", "only teachers that read tables", "privileged.mode=table"),
     _chain(
         "chain-privileged-blanked",
         "with label words blanked in the reports",
-        privileged__mode="all",
-        privileged__blank_label_words=True,
+        "privileged.mode=all privileged.blank-label-words=true",
     ),
     _chain(
         "chain-privileged-image",
         "teachers that see the image too, through the pretrained start",
-        privileged__mode="all",
-        privileged__image=True,
-        privileged__target="links",
+        "privileged.mode=all privileged.image=true privileged.target=links",
     ),
     _student("student", "the compact student of the chain's model, as the settings say"),
-    _student("student-random", "from random weights instead of a selection", student__start="random"),
-    _student("student-single", "auxiliary teacher from the same selection as the student", student__start="single"),
+    _student("student-random", "from random weights instead of a selection", "student.start=random"),
+    _student("student-single", "auxiliary teacher from the same selection as the student", "student.start=single"),
+    _student("student-of-start", "selected out of the pretrained start, not the chain's model", "student.source=start"),
+    _student("student-refitted", "its classifier from the sites' sums at the end", "student.head=statistics"),
+    _student("student-frozen", "auxiliary teacher stays as it was selected", "student.auxiliary=frozen"),
     _student(
-        "student-of-start", "selected out of the pretrained start, not the chain's model", student__source="start"
-    ),
-    _student("student-refitted", "its classifier from the sites' sums at the end", student__head="statistics"),
-    _student("student-frozen", "auxiliary teacher stays as it was selected", student__auxiliary="frozen"),
-    _student(
-        "student-plain",
-        "one selection, cross-entropy only",
-        student__start="single",
-        student__distillation_weight=0.0,
+        "student-plain", "one selection, cross-entropy only", "student.start=single student.distillation-weight=0.0"
     ),
     _student(
         "student-from-large",
         "plain distillation from the chain's model: random start, no auxiliary teacher",
-        student__start="random",
-        student__distillation_weight=0.0,
-        student__large_weight=1.0,
+        "student.start=random student.distillation-weight=0.0 student.large-weight=1.0",
     ),
     _student(
         "student-selected-from-large",
         "the same from one selection of the chain's weights",
-        student__start="single",
-        student__distillation_weight=0.0,
-        student__large_weight=1.0,
+        "student.start=single student.distillation-weight=0.0 student.large-weight=1.0",
     ),
-    _student(
-        "student-dual-and-large",
-        "auxiliary and large model as teachers",
-        student__large_weight=1.0,
-    ),
+    _student("student-dual-and-large", "auxiliary and large model as teachers", "student.large-weight=1.0"),
     _student(
         "student-ensemble",
         "taught by two strands of the chain together",
-        chain__strands=2,
-        chain__merge="ensemble",
-        student__large_weight=1.0,
+        "chain.strands=2 chain.merge=ensemble student.large-weight=1.0",
     ),
 )
 _FURTHER = tuple(Arm(name, name, baseline.about) for name, baseline in further_baselines().items())
@@ -240,16 +208,13 @@ def custom_arm(definition: str) -> Arm:
             raise StudyError(f"{source} {key} is an option of fedavg and fedprox, and this starts from '{like.name}'")
     overrides = typed(assignments, source)
     words = [f"{key}={value}" for key, value in {**own, **assignments}.items() if key != "arm"]
-    return Arm(
-        name,
-        like.trainer,
-        f"{like.name} with {' '.join(words)}" if words else f"the same as {like.name}",
-        {**like.overrides, **overrides},
-        laps=like.laps,
+    return replace(
+        like,
+        name=name,
+        about=f"{like.name} with {' '.join(words)}" if words else f"the same as {like.name}",
+        overrides={**like.overrides, **overrides},
         rounds=int(_number(own.get("rounds"), like.rounds, "rounds", source, least=1, whole=True)),
         mu=_number(own.get("mu"), like.mu, "mu", source, least=0),
-        refit=like.refit,
-        long=like.long,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -82,8 +83,7 @@ def train_alone(
     for site, data in sites.items():
         its = recipe
         if steps is not None:
-            per_epoch = steps_per_epoch(len(labelled_cases(data, recipe)), recipe.batch_size)
-            its = recipe.model_copy(update={"epochs": max(1, round(steps / per_epoch))})
+            its = recipe.model_copy(update={"epochs": max(1, round(steps / _steps_per_epoch(data, recipe)))})
         work = private[site].work(RUN, alone_key(site)) if private and site in private else None
         if its.privacy is not None:
             its = its.model_copy(update={"privacy": its.privacy.model_copy(update={"run": ()})})
@@ -127,15 +127,11 @@ def train_cyclic(
     logs = []
     for lap in range(laps):
         for site in order:
+            names, part = ("link", site, "strand", 0, "lap", lap), (lap, laps)
             cases = labelled_cases(sites[site], recipe)
-            model = start.model(recipe.seed)
-            if carried is not None:
-                model.load_state_dict(carried)
-            objective = cross_entropy(model, cases, len(sites[site].classes), recipe)
-            names = ("link", site, "strand", 0, "lap", lap)
-            cases, trunk = start.seen(model, cases, recipe)
-            logs.append(train(model, cases, per_lap, objective, *names, part=(lap, laps), trunk=trunk))
-            carried = rounded(state_of(model), recipe.transfer)
+            state, log = train_from(start, cases, per_lap, *names, weights=carried, part=part)
+            carried = rounded(state, recipe.transfer)
+            logs.append(log)
             on_step(f"lap {lap + 1} {site}")
     assert carried is not None
     return carried, logs
@@ -167,30 +163,50 @@ def train_federated(
     for number in range(rounds):
         trained = []
         for site, cases in own.items():
-            model = start.model(recipe.seed)
-            model.load_state_dict(average)
-            objective: Objective = cross_entropy(model, cases, len(sites[site].classes), recipe)
-            if mu is not None:
-                objective = ProximalObjective(objective, mu, model)
-            names = ("federated", site, "round", number)
-            seen, trunk = start.seen(model, cases, recipe)
-            logs.append(train(model, seen, per_round, objective, *names, part=(number, rounds), trunk=trunk))
-            trained.append(rounded(state_of(model), recipe.transfer))
+            names, part = ("federated", site, "round", number), (number, rounds)
+            state, log = train_from(start, cases, per_round, *names, weights=average, part=part, mu=mu)
+            trained.append(rounded(state, recipe.transfer))
+            logs.append(log)
             on_step(f"round {number + 1} {site}")
         average = rounded(weighted_average(trained, [len(cases) for cases in own.values()]), recipe.transfer)
     return average, logs
 
 
+def train_from(
+    start: Start,
+    cases: Cases,
+    recipe: LinkRecipe,
+    *names: str | int,
+    weights: StateDict | None = None,
+    part: tuple[int, int] = (0, 1),
+    mu: float | None = None,
+) -> tuple[StateDict, TrainingLog]:
+    """Train a model on labelled cases, without any teacher.
+
+    Parameters
+    ----------
+    names, part : as of `train`
+    weights : what it goes on from; None: what every arm starts from
+    mu : weight of FedProx's proximal term, which holds it near `weights`; None: there is no such term
+    """
+    model = start.model(recipe.seed)
+    if weights is not None:
+        model.load_state_dict(weights)
+    objective: Objective = cross_entropy(model, cases, start.architecture.num_classes, recipe)
+    if mu is not None:
+        objective = ProximalObjective(objective, mu, model)
+    seen, trunk = start.seen(model, cases, recipe)
+    log = train(model, seen, recipe, objective, *names, part=part, trunk=trunk)
+    return state_of(model), log
+
+
 def chain_steps(sites: Sites, recipe: LinkRecipe) -> int:
     """Return the optimiser's steps of one strand of a chain; `recipe` has the epochs of a site over all laps."""
-    return sum(
-        recipe.epochs * steps_per_epoch(len(labelled_cases(data, recipe)), recipe.batch_size) for data in sites.values()
-    )
+    return sum(recipe.epochs * _steps_per_epoch(data, recipe) for data in sites.values())
 
 
-def steps_per_epoch(cases: int, batch_size: int) -> int:
-    """Return how many batches the training loop makes of so many cases."""
-    return -(-cases // batch_size)
+def _steps_per_epoch(data: SiteData, recipe: LinkRecipe) -> int:
+    return math.ceil(len(labelled_cases(data, recipe)) / recipe.batch_size)
 
 
 def together(parts: Sequence[Cases]) -> Cases:
@@ -211,8 +227,3 @@ def state_of(model: nn.Module) -> StateDict:
 def cross_entropy(model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe) -> LinkObjective:
     """Return a link's objective without any teacher."""
     return LinkObjective(recipe, model, None, class_counts(cases.labels, classes))
-
-
-def number_of_classes(sites: Sites) -> int:
-    """Return how many classes the sites' images are of."""
-    return len(next(iter(sites.values())).classes)

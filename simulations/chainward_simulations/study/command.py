@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -129,13 +128,13 @@ study.__doc__ = _HELP
 
 def _show(report: StudyReport, json_file: str | None) -> None:
     """Print the table of a study, or its JSON, and write the latter where it was asked for."""
-    from chainward_simulations.study.results import as_json
-    from chainward_simulations.study.study import write_results
+    from chainward_simulations.study.results import results_json
+    from chainward_simulations.study.store import write_output
     from chainward_simulations.study.table import notes, study_table, tuning_note
 
     result, folder = report.result, report.folder
     if json_file == "-":
-        typer.echo(json.dumps(as_json(result, folder), indent=1))
+        typer.echo(results_json(result, folder), nl=False)
         return
     screen = PlainConsole()
     if report.tuned is not None:
@@ -145,7 +144,7 @@ def _show(report: StudyReport, json_file: str | None) -> None:
     for line in notes(result):
         screen.say(line)
     if json_file is not None:
-        write_results(Path(json_file), result, folder)
+        write_output(Path(json_file), results_json(result, folder))
 
 
 def _check_writable(path: Path) -> None:

@@ -14,11 +14,8 @@ from chainward_shared.recipes import LinkRecipe
 from chainward_simulations.study.arms import ARMS, EACH_EPOCH, Arm, custom_arm, find_arm
 
 PRIVATE_TRAINERS = ("alone", "alone-long", "chain", "student")
-
-
 ROUNDS = 4
 """Rounds of FedAvg, as nearly as the epochs allow."""
-
 
 _CYCLIC: Mapping[str, ConfigScalar] = {
     "chain.distillation-weight": 0.0,
@@ -83,23 +80,20 @@ class ConfiguredArm:
     def digest(self) -> str:
         """Return the digest of all that decides what is trained: arms with the same are trained once.
 
-        One lap of cyclic weight transfer is a chain without teachers, to the bit; a test holds this.
+        One lap of cyclic weight transfer, with the head that it trained, is a chain without teachers, to the bit; a test holds
+        this.
         """
-        trainer, refit = self.arm.trainer, ["refit"] if self.arm.refit else []
-        if trainer == "chain" or (trainer == "cyclic" and self._is_chain):
+        arm, config = self.arm, self.config
+        refit, recipe = ["refit"] if arm.refit else [], self.plain_recipe.model_dump()
+        one_lap = arm.laps == 1 and config.chain.head == "trained" and not arm.refit
+        if arm.trainer == "chain" or (arm.trainer == "cyclic" and one_lap):
             return _digest(self._of_chain())
-        if trainer == "cyclic":
-            return _digest(self._of_cyclic() + refit)
-        if self.arm.trainer == "student":
-            recipes = [self.config.student_recipe(stage).model_dump() for stage in ("distil", "finetune")]
-            return _digest([self._of_chain(), self.config.student.model_dump(), recipes])
-        how = [trainer, self.rounds, self.arm.mu, *refit]
-        return _digest([*how, *self._of_sites(), self.plain_recipe.model_dump()])
-
-    @property
-    def _is_chain(self) -> bool:
-        """Whether cyclic weight transfer is a chain without teachers: in one lap, with the head that it trained."""
-        return self.arm.laps == 1 and self.config.chain.head == "trained" and not self.arm.refit
+        if arm.trainer == "cyclic":
+            return _digest(["cyclic", arm.laps, config.chain.order, *self._of_sites(), recipe, *refit])
+        if arm.trainer == "student":
+            recipes = [config.student_recipe(stage).model_dump() for stage in ("distil", "finetune")]
+            return _digest([self._of_chain(), config.student.model_dump(), recipes])
+        return _digest([arm.trainer, self.rounds, arm.mu, *refit, *self._of_sites(), recipe])
 
     def _of_sites(self) -> list[Any]:
         """What decides the sites' data and the backbone."""
@@ -111,9 +105,6 @@ class ConfiguredArm:
             *([[config.chain.start_from, config.chain.trainable]] if config.chain.start_from else []),
             *([config.chain.head] if config.chain.head != "trained" else []),
         ]
-
-    def _of_cyclic(self) -> list[Any]:
-        return ["cyclic", self.arm.laps, self.config.chain.order, *self._of_sites(), self.plain_recipe.model_dump()]
 
     def _of_chain(self) -> list[Any]:
         aside = {"retries", "on_failure", "on_failure_at", "max_drift", "compare_alone"}
@@ -164,9 +155,6 @@ def configure_arms(
 
 
 def _configured(arm: Arm, base: Mapping[str, ConfigScalar], seed: int) -> ConfiguredArm:
-    known = RunConfig().to_flat()
-    if missing := next((key for key in arm.overrides if key not in known), None):
-        raise StudyError(f"arm '{arm.name}': this version has no setting {missing}; leave the arm out")
     flat = {**base, "seed": seed, **arm.overrides}
     given = RunConfig.from_flat({**base, "seed": seed})
     epochs = given.chain.epochs * given.chain.laps if "chain.epochs" not in arm.overrides else None

@@ -98,8 +98,8 @@ class Predictions:
 
 
 def predict_all(
-    models: Mapping[str, StateDict],
-    architecture: Architecture,
+    models: Mapping[str, StateDict | PictureModel],
+    architecture: Architecture | None,
     sites: Mapping[str, SiteData],
     split: SplitName,
     threads: int,
@@ -109,49 +109,32 @@ def predict_all(
 ) -> Predictions:
     """Return what the models say of the images of one split of all sites, sites in their order.
 
-    `regions`: also score where they look, in the images that have a region of interest. `features`: where the output of a frozen
-    trunk is kept.
+    Parameters
+    ----------
+    architecture : of the models that are networks
+    regions : also score where networks look, in the images that have a region of interest
+    features : where the output of a frozen trunk is kept
     """
-    model = build_model(architecture, seed=0)
-    cases = [data.splits[split] for data in sites.values()]
-    classes, size = len(next(iter(sites.values())).classes), architecture.image_size
-    probabilities, localisation = [], []
-    for state in models.values():
-        model.load_state_dict(state)
-        probabilities.append(
-            np.concatenate(
-                [
-                    class_probabilities(model, part, classes, threads, image_size=size, features=features)
-                    for part in cases
-                ]
-            )
-        )
-        looks = [_localisation(model, part, threads, size if regions else None) for part in cases]
-        localisation.append(np.concatenate(looks, axis=1))
-    return _predictions(tuple(models), sites, cases, np.stack(probabilities), np.stack(localisation))
-
-
-def predict_pictures(
-    models: Mapping[str, PictureModel], sites: Mapping[str, SiteData], split: SplitName
-) -> Predictions:
-    """Return what models without a network say of the images of one split of all sites, sites in their order."""
-    cases = [data.splits[split] for data in sites.values()]
-    probabilities = [np.concatenate([model.probabilities(part) for part in cases]) for model in models.values()]
-    nowhere = np.full((len(models), len(LOCALISATION), sum(map(len, cases))), np.nan)
-    return _predictions(tuple(models), sites, cases, np.stack(probabilities), nowhere)
-
-
-def _predictions(
-    models: tuple[str, ...],
-    sites: Mapping[str, SiteData],
-    cases: Sequence[Cases],
-    probabilities: np.ndarray,
-    localisation: np.ndarray,
-) -> Predictions:
+    network = None if architecture is None else build_model(architecture, seed=0)
+    cases, classes = [data.splits[split] for data in sites.values()], len(next(iter(sites.values())).classes)
+    probabilities, localisation = [], np.full((len(models), len(LOCALISATION), sum(map(len, cases))), np.nan)
+    for row, model in enumerate(models.values()):
+        if isinstance(model, PictureModel):
+            probabilities.append(np.concatenate([model.probabilities(part) for part in cases]))
+            continue
+        assert architecture is not None and network is not None
+        network.load_state_dict(model)
+        size = architecture.image_size
+        found = [
+            class_probabilities(network, part, classes, threads, image_size=size, features=features) for part in cases
+        ]
+        probabilities.append(np.concatenate(found))
+        if regions:
+            localisation[row] = np.concatenate([_localisation(network, part, threads, size) for part in cases], axis=1)
     return Predictions(
-        models=models,
+        models=tuple(models),
         sites=tuple(sites),
-        probabilities=probabilities,
+        probabilities=np.stack(probabilities),
         labels=np.concatenate([part.labels.numpy() for part in cases]),
         site=np.repeat(np.arange(len(cases)), [len(part) for part in cases]),
         group=_groups(np.concatenate([part.patients for part in cases])),
@@ -159,10 +142,10 @@ def _predictions(
     )
 
 
-def _localisation(model: nn.Module, cases: Cases, threads: int, size: int | None) -> np.ndarray:
-    """Return the localisation metrics of the cases, (metrics, n), NaN where there is no region; `size` None: all NaN."""
+def _localisation(model: nn.Module, cases: Cases, threads: int, size: int) -> np.ndarray:
+    """Return the localisation metrics of the cases, (metrics, n), NaN where there is no region."""
     values = np.full((len(LOCALISATION), len(cases)), np.nan)
-    found = None if size is None else localisation_values(model, cases, threads, image_size=size)
+    found = localisation_values(model, cases, threads, image_size=size)
     if found is not None:
         values[:, found.rows] = [getattr(found, metric) for metric in LOCALISATION]
     return values

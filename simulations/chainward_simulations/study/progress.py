@@ -7,7 +7,8 @@ from rich.progress import Progress as Bar
 
 from chainward_shared.console import PlainConsole
 from chainward_shared.progress import Progress
-from chainward_simulations.study.workers import Event, Finished, Step, Tried
+from chainward_simulations.study.records import ArmRecord
+from chainward_simulations.study.workers import Event, Step, Tried
 
 
 class StudyProgress:
@@ -48,11 +49,10 @@ class StudyProgress:
             self.bar.update(self.task, completed=self.work.done, description=text, end=self.work.expected_end())
             return
         self.finished += 1
-        if isinstance(event, Finished):
-            record = event.record
+        if isinstance(event, ArmRecord):
             words = (
-                f"{record.arm} seed {record.seed}: balanced accuracy {_shown(record.pooled.balanced_accuracy)}, "
-                f"macro AUC {_shown(record.pooled.macro_auc)}, {record.seconds:.0f} s of training"
+                f"{event.arm} seed {event.seed}: balanced accuracy {_shown(event.pooled.balanced_accuracy)}, "
+                f"macro AUC {_shown(event.pooled.macro_auc)}, {event.seconds:.0f} s of training"
             )
         elif isinstance(event, Tried):
             why = f" ({event.reason})" if event.reason else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from chainward_shared.errors import StudyError
+from chainward_shared.evaluation.scores import Scores
 from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.predictions import Predictions, load_predictions
 from chainward_simulations.study.records import ArmRecord
@@ -17,6 +20,8 @@ FEWEST_CASES = 10
 """Test images of a class below which arms are not ranked: one image more or less right would be 10 points of its recall."""
 
 METRICS = ("balanced_accuracy", "macro_auc", "accuracy", "ece")
+Records = Mapping[str, tuple[ArmRecord, ...]]
+"""What is finished of each arm, by seed."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +106,12 @@ def collect(
     StudyError
         A file of predictions is damaged.
     """
-    records = {
-        arm.name: tuple(r for seed in seeds if (r := folder.record_of(arm.name, seed)) is not None)
-        for arm in configured
-    }
-    finished = [its for its in records.values() if its]
-    rarest = min(
-        (_rarest(folder, record) for its in finished for record in its), key=lambda one: one.cases, default=None
-    )
-    reference = reference if reference and records.get(reference) else None
-    alone = next((name for name, its in records.items() if its and its[0].best), None)
+    found = {arm.name: tuple(filter(None, (folder.record_of(arm.name, seed) for seed in seeds))) for arm in configured}
+    records = {name: its for name, its in found.items() if its}
+    every = [record for its in records.values() for record in its]
+    rarest = min((_rarest(folder, record) for record in every), key=lambda one: one.cases, default=None)
+    reference = reference if reference in records else None
+    alone = next((name for name, its in records.items() if its[0].best), None)
     compared: dict[str, dict[Metric, Difference]] = {}
     over_best: dict[str, dict[Metric, Difference]] = {}
     if reference:
@@ -118,23 +119,16 @@ def collect(
     if alone:
         best = {seed: found.only(found.best) for seed, found in _predictions(folder, records[alone]).items()}
         over_best = _compared(folder, records, alone, best)
-    names = list(records)
+    latency = folder.state.latency_ms
     return StudyResult(
         tuple(
-            _arm_result(
-                arm,
-                names[:index],
-                records,
-                compared.get(arm.name, {}),
-                over_best.get(arm.name, {}),
-                folder.state.latency_ms,
-            )
-            for index, arm in enumerate(configured)
-            if records[arm.name]
+            _arm_result(arm, records, compared.get(arm.name, {}), over_best.get(arm.name, {}), latency)
+            for arm in configured
+            if arm.name in records
         ),
         reference,
         tuple(failures),
-        tuple(dict.fromkeys(note for its in finished for record in its for note in record.data_notes)),
+        tuple(dict.fromkeys(note for record in every for note in record.data_notes)),
         alone,
         rarest,
     )
@@ -146,19 +140,15 @@ def _rarest(folder: StudyFolder, record: ArmRecord) -> Rarest:
 
 
 def _compared(
-    folder: StudyFolder,
-    records: Mapping[str, tuple[ArmRecord, ...]],
-    reference: str,
-    predictions: Mapping[int, Predictions],
+    folder: StudyFolder, records: Records, reference: str, predictions: Mapping[int, Predictions]
 ) -> dict[str, dict[Metric, Difference]]:
     """Return the differences of all arms but `reference` to `predictions`, by seed."""
     bootstrap = PairedBootstrap(predictions)
     compared: dict[str, dict[Metric, Difference]] = {}
     first_of: dict[tuple[str, ...], str] = {}
     for name, its in records.items():
-        key = tuple(record.digest for record in its)
-        if name != reference and its:
-            twin = first_of.setdefault(key, name)
+        if name != reference:
+            twin = first_of.setdefault(tuple(record.digest for record in its), name)
             compared[name] = compared[twin] if twin != name else _differences(bootstrap, folder, its)
     return compared
 
@@ -180,27 +170,24 @@ def _differences(
 
 def _arm_result(
     arm: ConfiguredArm,
-    before: Sequence[str],
-    records: Mapping[str, tuple[ArmRecord, ...]],
+    records: Records,
     differences: Mapping[Metric, Difference],
     over_best: Mapping[Metric, Difference],
     latency_ms: Mapping[str, float],
 ) -> ArmResult:
     its = records[arm.name]
-    digests = {record.seed: record.digest for record in its}
-    twins = [name for name in before if digests == {record.seed: record.digest for record in records[name]}]
+    same = next(name for name, others in records.items() if _digests(others) == _digests(its))
+    best = [record.best.pooled for record in its if record.best]
     places = sorted({place for record in its for place in record.localisation or {}})
     return ArmResult(
         name=arm.name,
         about=arm.arm.about,
-        same_as=twins[0] if twins else None,
+        same_as=None if same == arm.name else same,
         records=its,
-        pooled={metric: spread([getattr(r.pooled, metric) for r in its]) for metric in METRICS},
-        site_mean={metric: spread([getattr(r.site_mean, metric) for r in its]) for metric in METRICS},
-        validation={metric: spread([getattr(r.validation, metric) for r in its]) for metric in METRICS},
-        best={metric: spread([getattr(r.best.pooled, metric) for r in its if r.best]) for metric in METRICS}
-        if any(record.best for record in its)
-        else None,
+        pooled=_spreads([record.pooled for record in its]),
+        site_mean=_spreads([record.site_mean for record in its]),
+        validation=_spreads([record.validation for record in its]),
+        best=_spreads(best) if best else None,
         localisation={place: spread([(r.localisation or {}).get(place) for r in its]) for place in places},
         differences=differences,
         over_best=over_best,
@@ -208,37 +195,28 @@ def _arm_result(
     )
 
 
-def as_json(result: StudyResult, folder: StudyFolder) -> dict[str, Any]:
-    """Return the results for scripts; `schema` counts the versions of this layout."""
-    return {
+def _digests(records: Sequence[ArmRecord]) -> dict[int, str]:
+    return {record.seed: record.digest for record in records}
+
+
+def _spreads(scores: Sequence[Scores]) -> dict[str, Spread | None]:
+    return {metric: spread([getattr(one, metric) for one in scores]) for metric in METRICS}
+
+
+def results_json(result: StudyResult, folder: StudyFolder) -> bytes:
+    """Return the results as JSON for scripts; `schema` counts the versions of this layout."""
+    arms = {arm.name: TypeAdapter(ArmResult).dump_python(arm, mode="json", exclude={"name"}) for arm in result.arms}
+    content = {
         "schema": 1,
         "folder": str(folder.path),
         "settings": folder.state.settings,
         "tuned": folder.state.tuned,
         "reference": result.reference,
-        "arms": {arm.name: _arm_json(arm) for arm in result.arms},
+        "arms": {name: {**arm, "over_best_site": arm.pop("over_best")} for name, arm in arms.items()},
         "best_site_of": result.alone,
         "rarest_class": None if result.rarest is None else asdict(result.rarest),
         "no_ranking": result.unranked,
         "data_notes": list(result.data_notes),
         "failures": [{"arm": arm, "seed": seed, "reason": reason} for arm, seed, reason in result.failures],
     }
-
-
-def _arm_json(arm: ArmResult) -> dict[str, Any]:
-    def plain(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
-        return {name: None if one is None else asdict(one) for name, one in spreads.items()}
-
-    return {
-        "about": arm.about,
-        "same_as": arm.same_as,
-        "pooled": plain(arm.pooled),
-        "site_mean": plain(arm.site_mean),
-        "validation": plain(arm.validation),
-        "best": None if arm.best is None else plain(arm.best),
-        "localisation": plain(arm.localisation),
-        "differences": {metric: asdict(difference) for metric, difference in arm.differences.items()},
-        "over_best_site": {metric: asdict(difference) for metric, difference in arm.over_best.items()},
-        "latency_ms": arm.latency_ms,
-        "records": [record.model_dump(mode="json") for record in arm.records],
-    }
+    return (json.dumps(content, indent=1) + "\n").encode()

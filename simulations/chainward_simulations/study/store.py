@@ -159,6 +159,22 @@ class StudyFolder:
         """Return the finished record of an arm and seed."""
         return next((record for record in self.state.records if (record.arm, record.seed) == (arm, seed)), None)
 
+    def has(self, arm: str, seed: int, digest: str) -> bool:
+        """Return whether an arm is finished for a seed.
+
+        Raises
+        ------
+        StudyError
+            It was trained as another definition of the same name says.
+        """
+        record = self.record_of(arm, seed)
+        if record is not None and record.digest != digest:
+            raise StudyError(
+                f"{self.path}: arm '{arm}' is finished for seed {seed} with another definition "
+                f"({record.about}); give this one another name, or start anew with --fresh"
+            )
+        return record is not None
+
     def add(self, record: ArmRecord) -> None:
         """Note that an arm is finished for a seed.
 
@@ -212,21 +228,16 @@ def _first_difference(before: Mapping[str, ConfigScalar], now: Mapping[str, Conf
     return None
 
 
-def check_definitions(folder: StudyFolder, digests: Mapping[tuple[str, int], str]) -> None:
-    """Check that finished arms were trained as arms of the same name would be now.
+def write_output(path: Path, contents: bytes) -> None:
+    """Write a file of results, whole or not at all.
 
     Raises
     ------
     StudyError
-        An arm's definition has changed since.
+        One line, if it can't be written.
     """
-    for (arm, seed), digest in digests.items():
-        record = folder.record_of(arm, seed)
-        if record is not None and record.digest != digest:
-            raise StudyError(
-                f"{folder.path}: arm '{arm}' is finished for seed {seed} with another definition "
-                f"({record.about}); give this one another name, or start anew with --fresh"
-            )
+    with written(path, StudyError, "free space, or name another --out"):
+        write_atomically(path, contents)
 
 
 def save_chain(outcome: Outcome, path: Path) -> None:

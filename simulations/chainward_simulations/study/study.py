@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +13,18 @@ from chainward_server.measure import summarize_model
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import StudyError, nearest
-from chainward_shared.files import write_atomically, written
 from chainward_shared.models import build_model
 from chainward_simulations.simulated_sites import simulated_site_ids
 from chainward_simulations.study.attention_pictures import attention_pictures
 from chainward_simulations.study.configured_arms import ConfiguredArm, configure_arms
 from chainward_simulations.study.picture import study_picture
 from chainward_simulations.study.progress import StudyProgress
-from chainward_simulations.study.results import StudyResult, as_json, collect
+from chainward_simulations.study.records import ArmRecord
+from chainward_simulations.study.results import StudyResult, collect, results_json
 from chainward_simulations.study.settings import Goal
-from chainward_simulations.study.store import StudyFolder, check_definitions, default_folder, study_settings
+from chainward_simulations.study.store import StudyFolder, default_folder, study_settings, write_output
 from chainward_simulations.study.tune import Tuned, tune
-from chainward_simulations.study.workers import Event, Failed, Finished, Workers, make_units, renamed
+from chainward_simulations.study.workers import Event, Failed, Workers, make_units, renamed
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,10 @@ def run_study(request: StudyRequest, console: PlainConsole) -> StudyReport:
         measure_latency(folder)
         result = collect(folder, configured, request.seeds, reference, failures)
         if configured:
-            write_outputs(folder, result, config)
-            picture = attention_pictures(folder, configured, request.seeds[0], reference)
-            if picture is not None:
-                write_or_say(folder.path / "examples.png", lambda: picture)
+            write_output(folder.path / "results.json", results_json(result, folder))
+            write_output(folder.path / "study.png", study_picture(result, _title(config)))
+            if picture := attention_pictures(folder, configured, request.seeds[0], reference):
+                write_output(folder.path / "examples.png", picture)
     finally:
         folder.close()
     return StudyReport(result, folder, tuned)
@@ -152,17 +151,17 @@ def train_missing(
     console: PlainConsole,
 ) -> list[tuple[str, int, str]]:
     """Train the arms that are not finished, note each as it is, and return what failed: arm, seed and why."""
-    todo = [arm.of_seed(seed) for seed in seeds for arm in configured]
-    check_definitions(folder, {(arm.name, arm.config.seed): arm.digest() for arm in todo})
-    finished = [arm for arm in todo if folder.record_of(arm.name, arm.config.seed)]
-    if finished:
-        console.say(f"{len(finished)} of {len(todo)} arms were finished before")
-    todo = [arm for arm in todo if arm not in finished]
-    for arm in list(todo):
+    asked = [arm.of_seed(seed) for seed in seeds for arm in configured]
+    missing = [arm for arm in asked if not folder.has(arm.name, arm.config.seed, arm.digest())]
+    if len(missing) < len(asked):
+        console.say(f"{len(asked) - len(missing)} of {len(asked)} arms were finished before")
+    todo = []
+    for arm in missing:
         twin = next((one for one in folder.state.records if one.digest == arm.digest()), None)
-        if twin is not None:
+        if twin is None:
+            todo.append(arm)
+        else:
             folder.add(renamed(twin, arm))
-            todo.remove(arm)
     failures: list[tuple[str, int, str]] = []
     if not todo:
         return failures
@@ -170,8 +169,8 @@ def train_missing(
     with StudyProgress(console, len(todo), sum(unit.images(sites) for unit in units)) as progress:
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Finished):
-                folder.add(event.record)
+            if isinstance(event, ArmRecord):
+                folder.add(event)
             elif isinstance(event, Failed):
                 failures.append((event.arm, event.seed, event.reason))
             progress.on_event(event)
@@ -200,40 +199,6 @@ def measure_latency(folder: StudyFolder) -> None:
     folder.save()
 
 
-def write_outputs(folder: StudyFolder, result: StudyResult, config: RunConfig) -> None:
-    """Write results.json and study.png into the study folder.
-
-    Raises
-    ------
-    StudyError
-        The disk is full or can't be written.
-    """
-    source = config.data.source
-    title = (
-        f"{Path(source).stem}: label fraction {config.chain.label_fraction:g}, {config.chain.epochs} epochs per link"
-    )
-    write_results(folder.path / "results.json", result, folder)
-    write_or_say(folder.path / "study.png", lambda: study_picture(result, title))
-
-
-def write_results(path: Path, result: StudyResult, folder: StudyFolder) -> None:
-    """Write the results as JSON for scripts.
-
-    Raises
-    ------
-    StudyError
-        The file can't be written.
-    """
-    write_or_say(path, lambda: (json.dumps(as_json(result, folder), indent=1) + "\n").encode())
-
-
-def write_or_say(path: Path, contents: Callable[[], bytes]) -> None:
-    """Write a file, whole or not at all.
-
-    Raises
-    ------
-    StudyError
-        One line, if it can't be written.
-    """
-    with written(path, StudyError, "free space, or name another --out"):
-        write_atomically(path, contents())
+def _title(config: RunConfig) -> str:
+    chain = config.chain
+    return f"{Path(config.data.source).stem}: label fraction {chain.label_fraction:g}, {chain.epochs} epochs per link"

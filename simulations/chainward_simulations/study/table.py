@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 from rich.table import Table
 
-from chainward_simulations.study.results import ArmResult, StudyResult
+from chainward_simulations.study.results import METRICS, ArmResult, StudyResult
 from chainward_simulations.study.statistics import COVERAGE, Difference, Spread
 from chainward_simulations.study.tune import Tuned
 
@@ -43,7 +44,7 @@ def _rows(arm: ArmResult, result: StudyResult, localised: bool) -> list[list[str
     if arm.best:
         name += " (mean)"
     cells = [name, str(len(arm.records))]
-    cells += [_spread(arm.pooled[metric]) for metric in ("balanced_accuracy", "macro_auc", "accuracy", "ece")]
+    cells += [_spread(arm.pooled[metric]) for metric in METRICS]
     if result.reference:
         cells += [_difference(arm.differences.get(metric)) for metric in ("balanced_accuracy", "macro_auc")]
     if result.alone:
@@ -52,19 +53,16 @@ def _rows(arm: ArmResult, result: StudyResult, localised: bool) -> list[list[str
         cells.append(_spread(arm.localisation.get("lift"), digits=2))
         if result.reference:
             cells.append(_difference(arm.differences.get("lift"), digits=2))
-    first = arm.records[0]
-    seconds = sum(record.seconds for record in arm.records) / len(arm.records)
     cells += [
-        f"{sum(r.images_per_model for r in arm.records) / len(arm.records):,.0f}".replace(",", " "),
-        f"{sum(record.steps for record in arm.records) / len(arm.records):,.0f}".replace(",", " "),
-        f"{seconds / _MINUTE:.1f}",
-        f"{first.parameters / 1e6:.2f} M",
+        f"{fmean(record.images_per_model for record in arm.records):,.0f}".replace(",", " "),
+        f"{fmean(record.steps for record in arm.records):,.0f}".replace(",", " "),
+        f"{fmean(record.seconds for record in arm.records) / _MINUTE:.1f}",
+        f"{arm.records[0].parameters / 1e6:.2f} M",
         "" if arm.latency_ms is None else f"{arm.latency_ms:.1f}",
     ]
     rows = [cells]
     if arm.best:
-        best = [_spread(arm.best[metric]) for metric in ("balanced_accuracy", "macro_auc", "accuracy", "ece")]
-        rows.append([f"{arm.name} (best site)", str(len(arm.records)), *best])
+        rows.append([f"{arm.name} (best site)", cells[1], *(_spread(arm.best[metric]) for metric in METRICS)])
     return rows
 
 
@@ -79,8 +77,9 @@ def tuning_note(tuned: Tuned) -> str:
 
 def notes(result: StudyResult) -> list[str]:
     """Return what a reader of the table must know, one line each."""
+    failures = [f"failed: {arm}, seed {seed}: {reason}" for arm, seed, reason in result.failures]
     if not result.arms:
-        return [f"failed: {arm}, seed {seed}: {reason}" for arm, seed, reason in result.failures]
+        return failures
     lines = [
         "On the test images of all sites together: mean ± standard deviation over the seeds. Figures of several models "
         "(alone) are means over them; the best site is chosen by its balanced accuracy on these same images.",
@@ -113,8 +112,7 @@ def notes(result: StudyResult) -> list[str]:
             "lift: attention inside the region of interest over what chance would put there, mean over the images that "
             "have one; 1 is chance."
         )
-    lines += [f"failed: {arm}, seed {seed}: {reason}" for arm, seed, reason in result.failures]
-    return lines
+    return lines + failures
 
 
 def _spread(one: Spread | None, digits: int = 3) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from safetensors.torch import save as safetensors_bytes
 
@@ -24,10 +23,10 @@ from chainward_simulations.study import baselines
 from chainward_simulations.study.arms import WITHOUT_TRAINING
 from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.further import further_baselines
-from chainward_simulations.study.predictions import Predictions, predict_all, predict_pictures, save_predictions
+from chainward_simulations.study.predictions import predict_all, save_predictions
 from chainward_simulations.study.records import ArmRecord, BestSite, mean_scores
 from chainward_simulations.study.start import Start, refitted, start_of
-from chainward_simulations.study.without_training import PictureModel, linear_probe, picture_model, size_of
+from chainward_simulations.study.without_training import PictureModel, linear_probe, picture_model
 
 OnStep = Callable[[str], None]
 ChainOf = Callable[[ConfiguredArm, "Bench"], Outcome]
@@ -143,16 +142,13 @@ def _further(configured: ConfiguredArm, bench: Bench) -> Trained:
 
 def _statistics(configured: ConfiguredArm, bench: Bench) -> Trained:
     """The start, with nothing trained: its head is that of all sites, or each site's own."""
-    if configured.arm.trainer == "statistics":
-        start = _start(configured, bench, statistics=True)
-        models = {"statistics": start.state or {}}
-        return Trained(start.architecture, models, [])
+    alone = configured.arm.trainer == "alone-statistics"
+    whose = {site: {site: data} for site, data in bench.sites.items()} if alone else {"statistics": bench.sites}
     starts = {
-        site: start_of(configured.config, {site: data}, bench.features, statistics=True)
-        for site, data in bench.sites.items()
+        name: start_of(configured.config, sites, bench.features, statistics=True) for name, sites in whose.items()
     }
     architecture = next(iter(starts.values())).architecture
-    return Trained(architecture, {site: start.state or {} for site, start in starts.items()}, [], shared=False)
+    return Trained(architecture, {name: start.state or {} for name, start in starts.items()}, [], shared=not alone)
 
 
 def _probe(configured: ConfiguredArm, bench: Bench) -> Trained:
@@ -193,14 +189,15 @@ def measure_arm(configured: ConfiguredArm, trained: Trained, bench: Bench, folde
     OSError
         The predictions can't be written.
     """
-    config = configured.config
-    test, validation = (_predicted(configured, trained, bench, split) for split in ("test", "val"))
+    config, threads = configured.config, configured.config.federation.cpu_threads
+    what = trained.models, trained.architecture, bench.sites
+    test = predict_all(*what, "test", threads, regions=True, features=bench.features)
+    validation = predict_all(*what, "val", threads, regions=False, features=bench.features)
     name = f"{configured.name}-seed-{config.seed}.safetensors"
     save_predictions(test, folder / "predictions" / name)
     pooled = test.pooled()
     images = sum(log.images for log in trained.logs)
-    state = next(iter(trained.models.values()))
-    of_model = size_of(state) if isinstance(state, PictureModel) else _size_of(trained, state)
+    parameters, file_bytes = _size_of(trained)
     return ArmRecord(
         arm=configured.name,
         seed=config.seed,
@@ -217,8 +214,8 @@ def measure_arm(configured: ConfiguredArm, trained: Trained, bench: Bench, folde
         images=images,
         images_per_model=images if trained.shared else images / len(trained.models),
         seconds=math.fsum(log.seconds for log in trained.logs),
-        parameters=of_model[0],
-        file_bytes=of_model[1],
+        parameters=parameters,
+        file_bytes=file_bytes,
         architecture=trained.architecture,
         precision=trained.logs[0].precision if trained.logs else "fp32",
         predictions=name,
@@ -228,25 +225,13 @@ def measure_arm(configured: ConfiguredArm, trained: Trained, bench: Bench, folde
     )
 
 
-def _predicted(configured: ConfiguredArm, trained: Trained, bench: Bench, split: Literal["val", "test"]) -> Predictions:
-    if trained.architecture is None:
-        pictures = {name: model for name, model in trained.models.items() if isinstance(model, PictureModel)}
-        return predict_pictures(pictures, bench.sites, split)
-    return predict_all(
-        {name: state for name, state in trained.models.items() if not isinstance(state, PictureModel)},
-        trained.architecture,
-        bench.sites,
-        split,
-        configured.config.federation.cpu_threads,
-        regions=split == "test",
-        features=bench.features,
-    )
-
-
-def _size_of(trained: Trained, state: StateDict) -> tuple[int, int]:
-    """Return the parameters of a network, and the bytes of its file."""
+def _size_of(trained: Trained) -> tuple[int, int]:
+    """Return the numbers that one of the models consists of, and their bytes: of a network, of its file."""
+    model = next(iter(trained.models.values()))
+    if isinstance(model, PictureModel):
+        return model.head.weight.size + model.head.bias.size, model.head.weight.nbytes + model.head.bias.nbytes
     assert trained.architecture is not None
-    contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
+    contiguous = {key: tensor.contiguous() for key, tensor in model.items()}
     return count_parameters(build_model(trained.architecture, seed=0)), len(safetensors_bytes(contiguous))
 
 

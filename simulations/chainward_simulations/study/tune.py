@@ -18,13 +18,13 @@ from chainward_client.data.site_data import SiteData
 from chainward_shared.config import ConfigScalar, RunConfig
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ChainwardError, StudyError
-from chainward_shared.files import write_atomically, written
 from chainward_shared.seeds import derive_seed
 from chainward_simulations import runner
 from chainward_simulations.study.configured_arms import ConfiguredArm, configure_arms
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.settings import Goal
-from chainward_simulations.study.training import chain_work
+from chainward_simulations.study.store import write_output
+from chainward_simulations.study.training import Bench, chain_work, train_chain
 from chainward_simulations.study.workers import Event, Report, Step, Tried, Workers, open_sites
 
 SEED = 0
@@ -84,17 +84,14 @@ class TrialUnit:
 
         try:
             with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
-                outcome = runner.run_in_process(
-                    self.configured.chain_config, sites, on_step, state_dir=Path(state_dir), students=False
-                )
+                outcome = train_chain(self.configured, Bench(sites, train_chain, on_step, Path(state_dir)))
             _, pooled = runner.score(outcome.chain, outcome.architecture, sites, config, "val")
         except ChainwardError as error:
             report(Tried(self.number, None, str(error)))
             return
         value = pooled.balanced_accuracy if self.objective == "balanced-accuracy" else pooled.macro_auc
-        report(
-            Tried(self.number, value, "" if value is not None else "the validation images don't allow this objective")
-        )
+        reason = "the validation images don't allow this objective" if value is None else ""
+        report(Tried(self.number, value, reason))
 
 
 def without_test(sites: Mapping[str, SiteData]) -> dict[str, SiteData]:
@@ -242,5 +239,4 @@ def _write_summary(file: Path, tuned: Tuned, finished: list[FrozenTrial]) -> Non
             for trial in finished
         ],
     }
-    with written(file, StudyError, "free space, or name another --out"):
-        write_atomically(file, (json.dumps(summary, indent=1) + "\n").encode())
+    write_output(file, (json.dumps(summary, indent=1) + "\n").encode())

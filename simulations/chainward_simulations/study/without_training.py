@@ -24,6 +24,7 @@ from chainward_shared.models.taps import Taps
 from chainward_shared.preprocessing import resized
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, rounded
+from chainward_simulations.study.baselines import state_of, together
 from chainward_simulations.study.start import Start
 
 THUMBNAIL = 14
@@ -59,12 +60,6 @@ class PictureModel:
         if not len(cases):
             return np.zeros((0, len(self.head.bias)))
         return _probabilities(self.read(cases.images), self.head, self.multilabel)
-
-
-def size_of(model: PictureModel) -> tuple[int, int]:
-    """Return the numbers of a model, and their bytes."""
-    numbers = model.head.weight.size + model.head.bias.size
-    return numbers, model.head.weight.nbytes + model.head.bias.nbytes
 
 
 def thumbnails(images: Tensor) -> np.ndarray:
@@ -109,8 +104,7 @@ def linear_probe(start: Start, sites: Mapping[str, SiteData], recipe: LinkRecipe
     train, validation = _of_all(sites, recipe)
     found = [embeddings(start, cases, recipe.threads) for cases in (train, validation)]
     head = logistic(found[0], train.labels, found[1], validation.labels, sites, recipe)
-    state = {name: tensor.detach() for name, tensor in start.model(recipe.seed).state_dict().items()}
-    return rounded(with_head(state, start.architecture, head), recipe.transfer)
+    return rounded(with_head(state_of(start.model(recipe.seed)), start.architecture, head), recipe.transfer)
 
 
 def embeddings(start: Start, cases: Cases, threads: int) -> np.ndarray:
@@ -198,7 +192,5 @@ def _probabilities(values: np.ndarray, head: Head, multilabel: bool) -> np.ndarr
 
 def _of_all(sites: Mapping[str, SiteData], recipe: LinkRecipe) -> tuple[Cases, Cases]:
     """Return the labelled training images and the validation images of all sites."""
-    from chainward_simulations.study.baselines import together
-
     labelled = together([labelled_cases(data, recipe) for data in sites.values()])
     return labelled, together([data.splits["val"] for data in sites.values()])

@@ -58,8 +58,22 @@ class Unit:
         ChainwardError
             The data can't be used, or the study folder can't be written.
         """
+        sites, features = open_sites(self.arms[0].config), ImageFeatures(folder / FEATURES)
+        chains: dict[str, Outcome] = {}
+        done: dict[str, ArmRecord] = {}
         with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
-            _run_arms(self, folder, Path(state_dir), report)
+            for configured in self.arms:
+                digest = configured.digest()
+                if digest in done:
+                    report(renamed(done[digest], configured))
+                    continue
+                on_step = _reporting(report, configured, expected_work(configured, len(sites)).per_training)
+                chain_of = partial(_chain_of, chains, folder, report)
+                bench = Bench(sites, chain_of, on_step, Path(state_dir), features)
+                event = _trained(configured, bench, folder)
+                if isinstance(event, ArmRecord):
+                    done[digest] = event
+                report(event)
 
 
 @dataclass(frozen=True)
@@ -70,13 +84,6 @@ class Step:
     seed: int
     what: str
     images: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An arm is finished."""
-
-    record: ArmRecord
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ class Tried:
     reason: str = ""
 
 
-Event = Step | Finished | Failed | Tried
+Event = Step | ArmRecord | Failed | Tried
+"""A record: an arm is finished."""
 Report = Callable[[Event], None]
 
 
@@ -126,58 +134,41 @@ def make_units(todo: Sequence[ConfiguredArm]) -> list[Unit]:
     return sorted(units, key=lambda unit: (seeds.index(unit.seed), -unit.images(6)))
 
 
-def _run_arms(unit: Unit, folder: Path, state_dir: Path, report: Report) -> None:
-    sites = open_sites(unit.arms[0].config)
-    features = ImageFeatures(folder / FEATURES)
-    chains: dict[str, Outcome] = {}
-    done: dict[str, ArmRecord] = {}
-    for configured in unit.arms:
+def _reporting(report: Report, configured: ConfiguredArm, images: float) -> Callable[[str], None]:
+    """Return what reports a training of an arm as so many images."""
+    return lambda what: report(Step(configured.name, configured.config.seed, what, images))
 
-        def on_step(what: str, configured: ConfiguredArm = configured) -> None:
-            work = expected_work(configured, len(sites))
-            report(Step(configured.name, unit.seed, what, work.per_training))
 
-        digest = configured.digest()
-        if digest in done:
-            report(Finished(renamed(done[digest], configured)))
-            continue
-        try:
-            bench = Bench(sites, partial(_chain_of, chains, folder, report), on_step, state_dir, features)
-            record = measure_arm(configured, train_arm(configured, bench), bench, folder)
-        except OSError as error:
-            raise StudyError(
-                f"{folder}: can't be written ({error.strerror or error}); finished arms are kept, "
-                "the same command goes on from there"
-            ) from error
-        except ChainwardError as error:
-            report(Failed(configured.name, unit.seed, str(error)))
-        except Exception as error:  # a defect in one arm must not cost the others a night
-            details = traceback.format_exc()
-            report(Failed(configured.name, unit.seed, f"{type(error).__name__}: {error}", details))
-        else:
-            done[digest] = record
-            report(Finished(record))
+def _trained(configured: ConfiguredArm, bench: Bench, folder: Path) -> ArmRecord | Failed:
+    try:
+        return measure_arm(configured, train_arm(configured, bench), bench, folder)
+    except OSError as error:
+        raise StudyError(
+            f"{folder}: can't be written ({error.strerror or error}); finished arms are kept, "
+            "the same command goes on from there"
+        ) from error
+    except ChainwardError as error:
+        return Failed(configured.name, configured.config.seed, str(error))
+    except Exception as error:  # a defect in one arm must not cost the others a night
+        reason, details = f"{type(error).__name__}: {error}", traceback.format_exc()
+        return Failed(configured.name, configured.config.seed, reason, details)
 
 
 def _chain_of(
     chains: dict[str, Outcome], folder: Path, report: Report, configured: ConfiguredArm, bench: Bench
 ) -> Outcome:
     """Return the chain of an arm: the one of this unit, the one in the study folder, or one trained now."""
-    key, seed = configured.chain_digest(), configured.config.seed
+    key, work = configured.chain_digest(), chain_work(configured, len(bench.sites))
     if key in chains:
         return chains[key]
-    work = chain_work(configured, len(bench.sites))
-
-    def on_step(what: str) -> None:
-        report(Step(configured.name, seed, what, work.per_training))
-
-    stored = load_chain(chain_file(folder, key, seed))
-    if stored is not None:
-        report(Step(configured.name, seed, "chain trained before", work.images))
+    file = chain_file(folder, key, configured.config.seed)
+    if (stored := load_chain(file)) is not None:
+        _reporting(report, configured, work.images)("chain trained before")
         chains[key] = stored
-        return stored
-    chains[key] = train_chain(configured, replace(bench, on_step=on_step))
-    save_chain(chains[key], chain_file(folder, key, seed))
+    else:
+        on_step = _reporting(report, configured, work.per_training)
+        chains[key] = train_chain(configured, replace(bench, on_step=on_step))
+        save_chain(chains[key], file)
     return chains[key]
 
 

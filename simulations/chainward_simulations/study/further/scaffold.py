@@ -14,7 +14,7 @@ from chainward_client.training.objective import Batch, Objective
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, rounded, weighted_average
-from chainward_simulations.study.baselines import cross_entropy, number_of_classes, state_of
+from chainward_simulations.study.baselines import cross_entropy, state_of
 from chainward_simulations.study.further import baseline
 from chainward_simulations.study.start import Start
 
@@ -79,7 +79,7 @@ def train_scaffold(
         for site, cases in own.items():
             model = start.model(recipe.seed)
             model.load_state_dict(average)
-            plain = cross_entropy(model, cases, number_of_classes(sites), recipe)
+            plain = cross_entropy(model, cases, start.architecture.num_classes, recipe)
             objective = CorrectedObjective(plain, model, controls[site], everybody)
             seen, trunk = start.seen(model, cases, recipe)
             names = ("scaffold", site, "round", number)
