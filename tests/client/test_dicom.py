@@ -18,7 +18,7 @@ from PIL import Image
 
 pytest.importorskip("pydicom")
 
-from chainward_client.data import dicom_file, dicom_headers, dicom_workers
+from chainward_client.data import dicom_file, dicom_headers, dicom_workers, image_store
 from chainward_client.data.description import parse_description
 from chainward_client.data.formats.dicom import DicomDescription, DicomManifest, read_dicom
 from chainward_client.data.sources import local_site
@@ -106,6 +106,17 @@ def test_the_length_of_the_pixels_may_be_off_by_its_padding_and_no_more(dicom: W
     assert grey(read(tmp_path, ["image,dx", "bare,ill"])) == [7]
     save(tmp_path / "short.dcm", holding(pixels.tobytes()[:8]))
     assert "truncated: 8 bytes of pixels, expected 9" in refusal(tmp_path, ["image,dx", "short,ill"])
+
+
+@pytest.mark.parametrize("columns", [{}, {"patient": "who"}], ids=["PatientID", "column"])
+def test_a_bomb_in_a_zip_is_called_one(
+    columns: dict[str, str], dicom: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_store, "MOST_BYTES", 100)
+    with zipfile.ZipFile(tmp_path / "i.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.dcm", dicom(filled(10)))
+    message = refusal(tmp_path, ["image,dx,who", "a,ill,p"], images="i.zip", columns=columns)
+    assert "1 image too large to be unpacked; first: row 2: " in message and "take it out of the zip" in message
 
 
 def test_files_may_be_in_a_zip(dicom: Write, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_bomb_in_a_zip_is_counted_and_not_unpacked(tmp_path: Path, monkeypatch
         monkeypatch.setattr(image_store, "MOST_BYTES", 2**20 - 1)
         with pytest.raises(ImageProblem, match="take it out of the zip"):
             store.read("small.png")
+    assert "2 images too large to be unpacked" in refusal(tmp_path / "i.zip", "bomb", "small")
 
 
 def test_a_zip_of_more_files_than_a_data_set_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

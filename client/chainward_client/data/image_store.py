@@ -157,15 +157,15 @@ class ImageStore:
                 return (self.location / member).read_bytes()
             info = self._zip.getinfo(member)
             bomb = info.file_size > BLANK_BYTES and info.file_size > MOST_RATIO * max(info.compress_size, 1)
-            if bomb or info.file_size > MOST_BYTES:
-                raise ImageProblem(
-                    "{} too large to be unpacked",
-                    f"{info.compress_size:,} bytes in the zip become {info.file_size:,}; take it out of the zip",
-                )
-            return self._zip.read(member)
+            if not bomb and info.file_size <= MOST_BYTES:
+                return self._zip.read(member)
         except Exception as error:  # a bad checksum, an encrypted member, no permission
             reason = getattr(error, "strerror", None) or (str(error) if quoted else type(error).__name__)
             raise unreadable(reason) from None
+        raise ImageProblem(
+            "{} too large to be unpacked",
+            f"{info.compress_size:,} bytes in the zip become {info.file_size:,}; take it out of the zip",
+        )
 
 
 def stamp(path: Path) -> tuple[int, int]:
