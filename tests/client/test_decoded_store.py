@@ -253,6 +253,22 @@ def test_a_set_without_deep_images_any_more_has_no_scale(tmp_path: Path) -> None
     assert_same(again, direct_decode(path))
 
 
+def test_a_manifest_that_changes_while_its_images_are_decoded_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = csv(tmp_path)
+    run = decoding.Decoding.run
+
+    def changed_meanwhile(self: decoding.Decoding) -> Any:
+        (tmp_path / "cases.csv").write_text((tmp_path / "cases.csv").read_text().replace("i1,b", "i1,a"))
+        return run(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Decoding, "run", changed_meanwhile)
+        store(tmp_path).open(path)
+    assert_same(store(tmp_path).open(path), direct_decode(path))
+
+
 @pytest.mark.parametrize("setting", [{"size": 16}, {"fit": "stretch"}, {"channels": 3}])
 def test_other_image_settings_are_another_store(setting: dict[str, Any], tmp_path: Path) -> None:
     store(tmp_path).open(csv(tmp_path))

@@ -192,13 +192,12 @@ class DecodedStore:
         folder = self.folder / secrets.token_hex(8)
         settings = json.dumps([description.image.model_dump(mode="json"), description.pixel_settings, _versions()])
         making: list[Decoding] = []
-        content: dict[str, Any] = {}
+        # Before anything is read or decoded: what changes meanwhile is noticed next time.
+        content: dict[str, Any] = {"base": self._base(description)}
 
         def decode(table: Table, rows: np.ndarray) -> Decoded:
             keys, content["used"] = row_keys(table, rows, settings)
-            content["seen"] = self._seen(
-                description, content["used"]
-            )  # before: what changes meanwhile is noticed next time
+            content["seen"] = self._seen(description, content["used"])
             making.append(Decoding(folder, self._secret, table, rows, keys))
             try:
                 return making[0].run()
@@ -212,8 +211,7 @@ class DecodedStore:
                 opened = local_site(description, self.site, self.key, decode)
                 if len(making[0].digests) != sum(len(cases) for cases in opened.splits.values()):
                     return opened  # decoded in memory after all
-                content |= {"base": self._base(description), "data": snapshot(opened)}
-                self._write_index(folder, making[0], content)
+                self._write_index(folder, making[0], content | {"data": snapshot(opened)})
         except DataError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
