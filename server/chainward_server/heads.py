@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +20,8 @@ from chainward_server.context import Run
 from chainward_server.private_heads import private_head
 from chainward_server.results import HeadRecord
 from chainward_server.scoring import link_metrics, shown
-from chainward_server.secure_heads import added_up, head_record
-from chainward_server.sites import Failure, Trained, Work
+from chainward_server.secure_rounds import card_of_all, summed_everywhere
+from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.discriminant import Head, HeadSums, class_weights, discriminant
 from chainward_shared.errors import ChainwardError
 from chainward_shared.familiarity import Familiarity
@@ -27,6 +29,7 @@ from chainward_shared.hops import END_HEAD
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.protocol import StatisticsResult, StatisticsTask
+from chainward_shared.secure_sums import FRACTION_BITS
 from chainward_shared.settings import ClassBalance
 from chainward_shared.weights import StateDict, digest, rounded
 
@@ -42,10 +45,13 @@ image whose embedding was made huge would otherwise decide the covariance of all
 
 @dataclass(frozen=True)
 class _Sums:
-    """What one site has sent."""
+    """What one site has sent, or several together."""
 
     train: HeadSums
     validation: HeadSums
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.train + other.train, self.validation + other.validation)
 
     @property
     def length(self) -> float:
@@ -71,7 +77,7 @@ def with_statistics_head(run: Run, key: str, state: StateDict, architecture: Arc
         No site answered, or the images of those that did are all of one class.
     """
     architecture = architecture or run.architecture
-    size = check_head(architecture)
+    check_head(architecture)
     if run.checkpoints.is_finished(key) and run.checkpoints.has_model(key):
         return run.checkpoints.load_model(key, skeleton(architecture).state_dict())
     familiarity = None
@@ -79,10 +85,9 @@ def with_statistics_head(run: Run, key: str, state: StateDict, architecture: Arc
         record, head = private_head(run, key, state, architecture, prior_strength=_strength(run))
     else:
         record, sums = _asked(run, key, state, architecture)
-        together = _together(run, key, sums, size)
-        head = _solved(run, key, together)
+        head = _solved(run, key, sums)
         if _may_be_released(run, key):
-            familiarity = Familiarity.of_sums(together.train, together.validation)
+            familiarity = Familiarity.of_sums(sums.train, sums.validation)
     record.shrinkage, record.temperature = head.shrinkage, head.temperature
     model = rounded(with_head(state, architecture, head), run.config.federation.transfer)
     run.save_model(key, model, architecture, familiarity)
@@ -126,8 +131,14 @@ def _class_weights(run: Run) -> Tensor | None:
     return class_weights(counts, strength).clamp(min=LEAST_WEIGHT)
 
 
-def _task(run: Run, key: str, state: StateDict, weights: Tensor | None, architecture: Architecture) -> StatisticsTask:
-    return StatisticsTask(
+def _sums_in(model: StateDict, weights: Tensor | None) -> _Sums:
+    return _Sums(HeadSums.from_state(model, "train", weights), HeadSums.from_state(model, "val"))
+
+
+def _asked(run: Run, key: str, state: StateDict, architecture: Architecture) -> tuple[HeadRecord, _Sums]:
+    """Ask all sites; return the record of it, without what the head will be, and what the sums add up to."""
+    weights = _class_weights(run)
+    task = StatisticsTask(
         run_id=run.checkpoints.run_id,
         hop=key,
         architecture=architecture,
@@ -137,23 +148,32 @@ def _task(run: Run, key: str, state: StateDict, weights: Tensor | None, architec
         threads=run.config.federation.cpu_threads,
         digest=digest(state),
     )
+    summed, sums = (_in_secret if run.secure else _in_the_open)(run, Work(task, {"model": state}), weights)
+    images, validation = (round(float(of.images)) for of in (sums.train, sums.validation))
+    record = HeadRecord(
+        key=key, secure=run.secure, images=images, validation=validation, seconds=summed.seconds, **summed.account
+    )
+    return record, sums
 
 
-def _sums_in(model: StateDict, weights: Tensor | None) -> _Sums:
-    return _Sums(HeadSums.from_state(model, "train", weights), HeadSums.from_state(model, "val"))
+def _in_secret(run: Run, work: Work[StatisticsTask], weights: Tensor | None) -> tuple[Summed, _Sums]:
+    """Return what came of a secure sum of all sites, and the sums, which no single one of them has shown."""
+    what = f"statistics round '{work.task.hop}'"
+    summed = summed_everywhere(run.sites, what, lambda site: work, retries=run.config.chain.retries)
+    sums = _sums_in(summed.state, weights)
+    card = card_of_all([run.sites.cards[site] for site in summed.sites])
+    rounding = len(summed.sites) * len(card.classes) * 2.0**-FRACTION_BITS
+    check_sums(sums.train, "train", round(float(sums.train.images)), card, rounding=rounding)
+    check_sums(sums.validation, "val", round(float(sums.validation.images)), card, rounding=rounding)
+    return summed, sums
 
 
-def _asked(run: Run, key: str, state: StateDict, architecture: Architecture) -> tuple[HeadRecord, dict[str, _Sums]]:
-    """Ask all sites, and return what came of it and the sums that can be used, in the order of the sites."""
-    weights = _class_weights(run)
-    task = _task(run, key, state, weights, architecture)
-    if run.secure:
-        record, together = added_up(run, task, state)
-        return record, {"all of them": _sums_in(together, weights)}
-    started = time.monotonic()
+def _in_the_open(run: Run, work: Work[StatisticsTask], weights: Tensor | None) -> tuple[Summed, _Sums]:
+    """Return the same where each site sends its sums."""
+    key, started = work.task.hop, time.monotonic()
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
-        return run.sites.statistics({site: Work(task, {"model": state}) for site in sites})
+        return run.sites.statistics(dict.fromkeys(sites, work))
 
     def check(site: str, answer: Trained[StatisticsResult]) -> None:
         result, card = answer.result, run.sites.cards[site]
@@ -168,11 +188,14 @@ def _asked(run: Run, key: str, state: StateDict, architecture: Architecture) -> 
     summed = replace(summed, failed={**summed.failed, **_implausible(sums)})
     for reason in summed.reasons.values():
         logger.warning("statistics round '%s' goes on without a site: %s", key, reason)
-    sums = {site: of for site, of in sums.items() if site not in summed.failed}
-    images, validation = (
-        round(sum(float(getattr(of, split).images) for of in sums.values())) for split in ("train", "validation")
-    )
-    return head_record(key, replace(summed, sites=list(sums)), images, validation, secure=False), sums
+    used = [of for site, of in sums.items() if site not in summed.failed]
+    if not used:
+        raise ChainwardError(
+            f"statistics round '{key}': no site took part in it (the log says why); set chain.head and student.head to "
+            "'trained', or resume the run when they can"
+        )
+    summed = replace(summed, sites=[site for site in sums if site not in summed.failed])
+    return summed, functools.reduce(operator.add, used)
 
 
 def _implausible(sums: Mapping[str, _Sums]) -> dict[str, Failure]:
@@ -194,17 +217,6 @@ def _implausible(sums: Mapping[str, _Sums]) -> dict[str, Failure]:
 def _may_be_released(run: Run, key: str) -> bool:
     """Return whether the model of a statistics round may be the one that the chain leaves."""
     return key == END_HEAD or run.config.chain.refit == "links"
-
-
-def _together(run: Run, key: str, sums: Mapping[str, _Sums], size: int) -> _Sums:
-    """Return the sums of all sites together."""
-    if not sums:
-        raise ChainwardError(
-            f"statistics round '{key}': no site took part in it (the log says why); set chain.head and student.head to "
-            "'trained', or resume the run when they can"
-        )
-    none = HeadSums.none(len(run.sites.any_card.classes), size)
-    return _Sums(sum((of.train for of in sums.values()), none), sum((of.validation for of in sums.values()), none))
 
 
 def _solved(run: Run, key: str, sums: _Sums) -> Head:

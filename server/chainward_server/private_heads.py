@@ -18,7 +18,6 @@ from chainward_server.attempts import attempted, check_answer
 from chainward_server.claims import check_length, check_noise, check_release
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
-from chainward_server.secure_heads import head_record
 from chainward_server.secure_rounds import card_of_all, summed_everywhere
 from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.discriminant import Head
@@ -84,14 +83,15 @@ def private_head(
         axes,
         "with" if form.moments else "without",
     )
-    both = replace(
-        summed,
+    both = replace(summed, bytes_down=centre.bytes_down + summed.bytes_down, bytes_up=centre.bytes_up + summed.bytes_up)
+    record = HeadRecord(
+        key=key,
+        secure=run.secure,
+        images=sum(run.sites.sizes[site] for site in summed.sites),
+        validation=0,
         seconds=time.monotonic() - started,
-        bytes_down=centre.bytes_down + summed.bytes_down,
-        bytes_up=centre.bytes_up + summed.bytes_up,
+        **both.account,
     )
-    record = head_record(key, both, sum(run.sites.sizes[site] for site in summed.sites), secure=run.secure)
-    record.shrinkage = min(1.0, max(0.0, head.shrinkage))
     return record, head
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from chainward_shared.errors import ChainwardError
 from chainward_shared.evaluation.classification import PredictionCounts
@@ -126,6 +126,17 @@ class Summed:
     def unreached(self) -> list[str]:
         """The sites that are missing because they, or the persons who approve runs there, could not be reached."""
         return [site for site, failure in self.failed.items() if failure.unreached]
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What the record of a round keeps of it: who took part, why others are missing, and the bytes."""
+        return {
+            "sites": self.sites,
+            "failed": self.reasons,
+            "unreached": self.unreached,
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+        }
 
 
 class Sites(ABC):

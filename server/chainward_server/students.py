@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from chainward_server.aggregation import aggregate, check_drift
+from chainward_server.aggregation import aggregate, capped, check_drift
 from chainward_server.attempts import attempted, check_digest
 from chainward_server.chain import ChainOutcome
 from chainward_server.claims import check_training
@@ -17,7 +17,7 @@ from chainward_server.context import Run
 from chainward_server.heads import with_statistics_head
 from chainward_server.results import Influence, StudentRound
 from chainward_server.scoring import shown
-from chainward_server.secure_students import mean_student
+from chainward_server.secure_rounds import summed_everywhere
 from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
@@ -30,9 +30,10 @@ from chainward_shared.models import (
     skeleton,
 )
 from chainward_shared.models.of_run import student_architecture
-from chainward_shared.protocol import StudentResult, StudentTask
+from chainward_shared.protocol import MOST_WEIGHT, MaskedSum, StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed
 from chainward_shared.settings import Transfer
+from chainward_shared.summands import student_mean
 from chainward_shared.weights import StateDict, digest, rounded
 
 Stage = Literal["distil", "finetune"]
@@ -138,13 +139,9 @@ def _run_round(run: Run, begun: _Round) -> tuple[StateDict, StudentRound]:
     return rounded(average, run.config.federation.transfer), StudentRound(
         round=begun.number,
         stage=begun.stage,
-        sites=summed.sites,
         secure=run.secure,
-        failed=summed.reasons,
-        unreached=summed.unreached,
         seconds=time.monotonic() - started,
-        bytes_down=summed.bytes_down,
-        bytes_up=summed.bytes_up,
+        **summed.account,
         **told,
     )
 
@@ -174,7 +171,12 @@ def _in_the_open(run: Run, begun: _Round, has_auxiliary: set[str]) -> tuple[Stat
 
 
 def _in_secret(run: Run, begun: _Round, has_auxiliary: set[str]) -> tuple[StateDict, Summed, dict[str, Any]]:
-    """Return the same without seeing what came back."""
+    """Return the same without seeing what came back.
+
+    Weights are those of a mean in the open: sizes by the cards, none above ``student.max-share``, nor above what a hospital lets
+    itself weigh. What one hospital has done to its student nobody sees, so that ``student.max-update`` holds for none;
+    ``student.max-drift`` holds for the mean.
+    """
     asked = set[str]()
 
     def work(site: str) -> Work[StudentTask]:
@@ -182,7 +184,24 @@ def _in_secret(run: Run, begun: _Round, has_auxiliary: set[str]) -> tuple[StateD
         asked.add(site)
         return _student_work(run, begun, site, new=new)
 
-    mean, kept, summed = mean_student(run, begun.number, begun.student, work)
+    config, what = run.config.student, f"student round {begun.number}"
+
+    def weights(members: Sequence[str]) -> dict[str, float]:
+        found = capped([run.sites.sizes[site] for site in members], min(config.max_share, MOST_WEIGHT))
+        return {site: weight / sum(found) for site, weight in zip(members, found, strict=True)}
+
+    def check(site: str, answer: MaskedSum) -> None:
+        run.privacy.take(answer.statement, site, student_key(begun.number))
+
+    summed = summed_everywhere(run.sites, what, work, retries=run.config.chain.retries, weights=weights, check=check)
+    shares = weights(summed.members)
+    mean, kept = student_mean(summed.state, begun.student, sum(shares[site] for site in summed.sites))
+    try:
+        check_drift(mean, begun.student, config.max_drift, "student.max-drift")
+    except ChainwardError as error:
+        raise ChainwardError(
+            f"{what}: of the mean of {len(summed.sites)} sites, {error}; which of them it is can't be told"
+        ) from error
     _check_quorum(run, begun.number, summed)
     return mean, summed, {"auxiliary_kept": _kept(run, kept if begun.stage == "distil" else None)}
 

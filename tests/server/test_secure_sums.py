@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from chainward_server.privacy import RunPrivacy
 from chainward_server.private_heads import private_head
 from chainward_server.rendezvous import meet
+from chainward_server.results import HeadRecord
 from chainward_server.scoring import Scorer
-from chainward_server.secure_heads import head_record
 from chainward_server.secure_rounds import card_of_all
 from chainward_server.sites import Failure, Summed, TooFewSitesError, Trained, Work
 from chainward_shared.config import RunConfig
@@ -461,5 +461,6 @@ def test_private_sums_are_added_up_in_secret_each_with_the_noise_that_its_own_le
 @pytest.mark.parametrize(("why", "unreached"), [("waiting", ["b"]), ("lost", ["b"]), ("refused", [])])
 def test_a_site_is_made_up_for_that_was_not_reached_or_waits_for_a_person_and_not_one_that_refuses(why, unreached):
     failed = {"b": Failure("why", 0.0, **{why: True})}
-    record = head_record("head", Summed({}, ["a"], ["a", "b"], 0.0, failed, 1.0), 3, secure=True)
+    account = Summed({}, ["a"], ["a", "b"], 0.0, failed, 1.0).account
+    record = HeadRecord(key="head", images=3, validation=0, seconds=1.0, **account)
     assert (record.sites, record.failed, record.unreached) == (["a"], {"b": "why"}, unreached)
