@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from chainward_server.results import Results
-from chainward_shared.familiarity import Familiarity
-from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture
-from chainward_shared.task import Task
 from chainward_shared.weights import StateDict
 
 
@@ -34,16 +31,8 @@ class Checkpoints(Protocol):
     def load_model(self, name: str, template: StateDict) -> StateDict:
         """Return the model called `name`, checked against `template`."""
 
-    def save_model(
-        self,
-        name: str,
-        state: StateDict,
-        architecture: Architecture,
-        classes: list[str],
-        task: Task,
-        record: ModelRecord | Familiarity | None = None,
-    ) -> None:
-        """Keep a model; it counts once `commit` has been called. `record`: what goes along with it."""
+    def save_model(self, name: str, state: StateDict, architecture: Architecture, metadata: Mapping[str, str]) -> None:
+        """Keep a model; it counts once `commit` has been called. `metadata`: what is kept beside its weights."""
 
     def metadata_of(self, name: str) -> Mapping[str, str]:
         """Return what is kept beside the weights of the model called `name`."""
@@ -59,12 +48,7 @@ class Checkpoints(Protocol):
 
 
 class InMemory:
-    """Checkpoints of a run that nobody resumes.
-
-    Attributes
-    ----------
-    models : the models that were kept, by name
-    """
+    """Checkpoints of a run that nobody resumes. `models`: those that were kept, by name."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
@@ -75,44 +59,27 @@ class InMemory:
 
     @property
     def age(self) -> float:
-        """Seconds since the run was started."""
         return time.monotonic() - self._started
 
     def is_finished(self, key: str) -> bool:
-        """Return whether the piece of work called `key` is done."""
         return key in self._finished
 
     def has_model(self, name: str) -> bool:
-        """Return whether the model called `name` is kept."""
         return name in self.models
 
     def load_model(self, name: str, template: StateDict) -> StateDict:
-        """Return the model called `name`."""
         return self.models[name]
 
-    def save_model(
-        self,
-        name: str,
-        state: StateDict,
-        architecture: Architecture,
-        classes: list[str],
-        task: Task,
-        record: ModelRecord | Familiarity | None = None,
-    ) -> None:
-        """Keep a model."""
-        self.models[name] = state
-        self._metadata[name] = {} if record is None else record.to_metadata()
+    def save_model(self, name: str, state: StateDict, architecture: Architecture, metadata: Mapping[str, str]) -> None:
+        self.models[name], self._metadata[name] = state, metadata
 
     def metadata_of(self, name: str) -> Mapping[str, str]:
-        """Return what is kept beside the weights of the model called `name`."""
         return self._metadata[name]
 
     def drop_model(self, name: str) -> None:
-        """Forget a model, if it is there."""
         self.models.pop(name, None)
 
     def commit(self, results: Results, *finished: str) -> None:
-        """Note the pieces of work `finished`."""
         self._finished.update(finished)
 
     def write_results(self, results: Results) -> None:

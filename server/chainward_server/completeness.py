@@ -1,8 +1,9 @@
-"""Whether a run that came to its end is what was asked for, or has to be called incomplete."""
+"""Whether a run that came to its end is what was asked for, and what a resumed one does again where it is not."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from chainward_server.results import HeadRecord, Results
 from chainward_shared.config import RunConfig
@@ -59,17 +60,60 @@ def made_up_for(results: Results, key: str) -> bool:
     later = results.links[keys.index(key) + 1 :]
     steps = len(results.data.sites)
     return any(
-        (link.strand, link.site) == (failed.strand, failed.site)
-        and link.step >= steps
-        and link.status in ("done", "retried")
+        (link.strand, link.site) == (failed.strand, failed.site) and link.step >= steps and link.succeeded
         for link in later
     )
+
+
+class Mending(NamedTuple):
+    """What a resumed run does again. `again`: names of pieces of work that count as not done; `make_up`: names of hops, for each
+    of which a further one follows at the end of the chain."""
+
+    again: frozenset[str] = frozenset()
+    make_up: tuple[str, ...] = ()
+
+
+def mending(results: Results, *, private: bool) -> Mending:
+    """Return what to do again of a run that ended early or incomplete, because a site could not be reached for it.
+
+    A hop after which nothing else was trained is done again in its own place. One that others have followed is made up for at
+    the end of the chain, by a further hop at its site. Then the last head from statistics is computed anew; so is one that
+    nothing was trained from since, where a site was not reached for it. Students that came out of a chain that changes, or a
+    round of which a site was not reached, are trained anew, and so is their own head from statistics.
+
+    Parameters
+    ----------
+    private : whether sites train privately; nothing that they have paid for is trained anew then
+    """
+    links = list(results.links)
+    rounds = results.student_rounds
+    again = {record.key for record in results.alone if record.unreached}
+    if private and rounds:
+        return Mending(frozenset(again))
+    while links and links[-1].unreached:
+        again.add(links.pop().key)
+    steps = len(results.data.sites)
+    make_up = tuple(
+        link.key for link in links if link.unreached and link.step < steps and not made_up_for(results, link.key)
+    )
+    head = last_head(results)
+    missed = {head.key} if head is not None and head.unreached else set()
+    changes = len(links) < len(results.links) or bool(make_up) or bool(missed)
+    if changes:
+        again |= missed | {head.key for head in results.heads if head.key == END_HEAD}
+    anew = changes or any(round_.unreached for round_ in rounds)
+    if anew:
+        again |= {round_.key for round_ in rounds}
+    of_student = {head.key: bool(head.unreached) for head in results.heads if head.key == STUDENT_HEAD}
+    if anew or any(of_student.values()):
+        again |= set(of_student)
+    return Mending(frozenset(again), make_up)
 
 
 def _counts(results: Results, config: RunConfig, private: frozenset[str]) -> list[tuple[str, int, int]]:
     """Return (what, how many succeeded, how many were planned) for every kind of work."""
     sites = [site.site for site in results.data.sites]
-    trained = [link for link in results.links if link.status in ("done", "retried")]
+    trained = [link for link in results.links if link.succeeded]
     hops = config.chain.laps * config.chain.strands * len(sites)
     counts = []
     if hops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,14 +22,17 @@ from chainward_server.schedule import site_order
 from chainward_server.scoring import Counted, Scorer, Split
 from chainward_server.sites import Sites
 from chainward_server.standing import Standing, expected_end
+from chainward_shared import __version__
 from chainward_shared.config import RunConfig
 from chainward_shared.data_notes import notes_on_all
 from chainward_shared.familiarity import Familiarity
 from chainward_shared.model_record import ModelRecord
 from chainward_shared.models import Architecture, skeleton
 from chainward_shared.models.start import initial_model
+from chainward_shared.pixels import preprocessing_metadata
 from chainward_shared.progress import end_in_words
 from chainward_shared.protocol import SiteCard
+from chainward_shared.task import Task
 from chainward_shared.weights import StateDict, digest
 
 
@@ -83,7 +87,9 @@ class Run:
     ) -> None:
         """Keep a model; it counts once its piece of work is committed. `record`: what its file says of it."""
         data = self.results.data
-        self.checkpoints.save_model(name, state, architecture, data.classes, data.task, record)
+        self.checkpoints.save_model(
+            name, state, architecture, model_metadata(architecture, data.classes, data.task, record)
+        )
 
     def score(self, architecture: Architecture, state: StateDict, splits: list[Split]) -> dict[Split, SiteScores]:
         """Return the scores of a model at all sites; see `Scorer.everywhere`."""
@@ -153,6 +159,20 @@ class Run:
         )
         end = expected_end(standing)
         return end_in_words(None if end is None else (end - now).total_seconds())
+
+
+def model_metadata(
+    architecture: Architecture, classes: list[str], task: Task, record: ModelRecord | Familiarity | None = None
+) -> dict[str, str]:
+    """Return what a model's file says of it beside its weights."""
+    return {
+        **architecture.to_metadata(),
+        **preprocessing_metadata(architecture.pixels),
+        "chainward.classes": json.dumps(classes),
+        "chainward.task": task,
+        "chainward.version": __version__,
+        **({} if record is None else record.to_metadata()),
+    }
 
 
 def data_summary(cards: Sequence[SiteCard], source: str, notes: Sequence[str] | None = None) -> DataSummary:

@@ -14,23 +14,20 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from pydantic import ValidationError
 
-from chainward_server.mending import Mending, mending
+from chainward_server.completeness import Mending, mending
 from chainward_server.results import Results
 from chainward_server.resuming import as_setting, reconciled, without_retired
 from chainward_server.run_process import RunProcess
 from chainward_server.run_state import Phase, RunState, Status, iso
 from chainward_shared.config import OutputConfig, RunConfig
 from chainward_shared.errors import RunFolderError, WeightsError, nearest
-from chainward_shared.familiarity import Familiarity
 from chainward_shared.files import write_atomically, written
-from chainward_shared.model_record import ModelRecord
 from chainward_shared.privacy.record import PrivacyRecord
-from chainward_shared.task import Task
 from chainward_shared.words import first_problem
 
 if TYPE_CHECKING:  # PyTorch: for models, and whoever only reads a run's records need not wait for it
@@ -41,6 +38,8 @@ if TYPE_CHECKING:  # PyTorch: for models, and whoever only reads a run's records
 logger = logging.getLogger("chainward")
 
 CHAIN, BASE = "chain", "base"
+_WEIGHTS_CARD = "chainward.weights_card"
+"""In the metadata of the base's file."""
 
 
 class RunFolder:
@@ -145,17 +144,17 @@ class RunFolder:
     def _mend(self) -> None:
         """Take out what is to be done again because a site was not reached."""
         results = self.load_results()
-        todo = Mending() if results is None else mending(results, private=self.config.privacy.mode != "off")
-        if todo.again:
-            logger.info("tried again, since a site was not reached: %s", ", ".join(sorted(todo.again)))
-        for name in [*(key for key in todo.again if key in self.state.models), *(["student"] if todo.again else [])]:
-            self.drop_model(name)
-        self.state.finished = [key for key in self.state.finished if key not in todo.again]
+        again, make_up = Mending() if results is None else mending(results, private=self.config.privacy.mode != "off")
+        if again:
+            logger.info("tried again, since a site was not reached: %s", ", ".join(sorted(again)))
+            for name in (*again, "student"):
+                self.drop_model(name)
+        self.state.finished = [key for key in self.state.finished if key not in again]
         self._write_state()
-        if results is not None and (todo.again or todo.make_up):
+        if again or make_up:
             kept = self.load_results()
             assert kept is not None
-            kept.make_up += [key for key in todo.make_up if key not in kept.make_up]
+            kept.make_up += [key for key in make_up if key not in kept.make_up]
             kept.final, kept.by_class, kept.models, kept.localization = {}, {}, {}, {}
             self.write_results(kept)
 
@@ -179,13 +178,10 @@ class RunFolder:
         except (OSError, ValidationError) as error:
             raise RunFolderError(f"{file}: damaged ({first_problem(error)})") from error
         done = set(self.state.finished)
-        results.links = [link for link in results.links if link.key in done]
-        results.alone = [alone for alone in results.alone if alone.key in done]
-        results.student_rounds = [round_ for round_ in results.student_rounds if round_.key in done]
-        results.heads = [head for head in results.heads if head.key in done]
-        present = {link.key for link in results.links} | {alone.key for alone in results.alone}
-        present |= {round_.key for round_ in results.student_rounds} | {head.key for head in results.heads}
-        if lost := sorted(done - present):
+        by_kind: tuple[list[Any], ...] = results.links, results.alone, results.student_rounds, results.heads
+        for records in by_kind:
+            records[:] = [record for record in records if record.key in done]
+        if lost := sorted(done - {record.key for records in by_kind for record in records}):
             raise RunFolderError(f"{file}: damaged (it lacks '{lost[0]}', which run.json lists as finished)")
         return results
 
@@ -207,16 +203,8 @@ class RunFolder:
         """Return whether the model called `name` is kept."""
         return name in self.state.models
 
-    def save_model(
-        self,
-        name: str,
-        state: StateDict,
-        architecture: Architecture,
-        classes: list[str],
-        task: Task,
-        record: ModelRecord | Familiarity | None = None,
-    ) -> None:
-        """Write a model file, with `record` in it; it counts once `commit` has been called.
+    def save_model(self, name: str, state: StateDict, architecture: Architecture, metadata: Mapping[str, str]) -> None:
+        """Write a model file, with `metadata` in it; it counts once `commit` has been called.
 
         Of a model that starts from pretrained weights only what was trained, but for the chain's, which is the run's result.
 
@@ -225,11 +213,9 @@ class RunFolder:
         RunFolderError
             The disk is full or can't be written.
         """
-        from chainward_server.model_files import model_metadata
         from chainward_shared.models.start import travelling
 
-        kept = state if name == CHAIN else travelling(state, architecture)
-        self._save(name, kept, model_metadata(architecture, classes, task, record))
+        self._save(name, state if name == CHAIN else travelling(state, architecture), metadata)
 
     def _save(self, name: str, state: StateDict, metadata: Mapping[str, str]) -> None:
         from chainward_shared.weights import save_file
@@ -246,13 +232,12 @@ class RunFolder:
         RunFolderError
             The disk is full or can't be written.
         """
-        from chainward_server.model_files import base_metadata
-
-        assert begun.base is not None
+        assert begun.base is not None and begun.card is not None
         self._base = begun.base
         if BASE in self.state.models:
             return
-        self._save(BASE, begun.base, base_metadata(begun))
+        card = begun.card.model_dump_json(by_alias=True)
+        self._save(BASE, begun.base, {**begun.architecture.to_metadata(), _WEIGHTS_CARD: card})
         self._write_state()
 
     def beginning(self) -> Beginning | None:
@@ -265,9 +250,14 @@ class RunFolder:
         """
         if BASE not in self.state.models:
             return None
-        from chainward_server.model_files import load_beginning
+        from chainward_shared.models import Architecture
+        from chainward_shared.pretrained.begin import Beginning
+        from chainward_shared.pretrained.card import WeightsCard
+        from chainward_shared.weights import load_file
 
-        return load_beginning(self.model_path(BASE), self.state.models[BASE])
+        base, metadata = load_file(self.model_path(BASE), self.state.models[BASE])
+        card = WeightsCard.model_validate_json(metadata[_WEIGHTS_CARD])
+        return Beginning(Architecture.from_metadata(metadata), base, card)
 
     def load_model(self, name: str, template: StateDict) -> StateDict:
         """Return the weights of a model file, checked against its recorded digest and `template`.
@@ -354,16 +344,19 @@ class RunFolder:
     @property
     def how_to_name(self) -> str:
         """The run as one names it behind `chainward watch`, in a shell: its id, or its path where it is not among the others."""
-        usual = self.path.parent == Path(OutputConfig().dir).expanduser().absolute()
-        return shlex.quote(self.path.name if usual else str(self.path))
+        return shlex.quote(self._usual_name)
 
     @property
     def how_to_resume(self) -> str | None:
         """The words that resume the run, as one types them behind the command that started it; None where that can't help."""
         if self.state.status == "finished" or self.state.resumable is False:
             return None
+        return f"--run-config {shlex.quote(as_setting('output.resume', self._usual_name))}"
+
+    @property
+    def _usual_name(self) -> str:
         usual = self.path.parent == Path(OutputConfig().dir).expanduser().absolute()
-        return f"--run-config {shlex.quote(as_setting('output.resume', self.path.name if usual else str(self.path)))}"
+        return self.path.name if usual else str(self.path)
 
     def write_results(self, results: Results) -> None:
         """Write metrics.json."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chainward_server.completeness import shortfalls, unreached_work
-from chainward_server.mending import mending
+from chainward_server.completeness import mending, shortfalls, unreached_work
 from chainward_server.results import (
     AloneRecord,
     DataSummary,

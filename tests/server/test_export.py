@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from chainward_client.data.placement import fit_image
 from chainward_server.cli import app
+from chainward_server.context import model_metadata
 from chainward_server.export import export_run
 from chainward_server.export import onnx_model as onnx_module
 from chainward_server.export.card import plain
@@ -125,7 +126,7 @@ def runs_in(place: Path):
         for name, architecture in (("chain", large), ("student", compact_architecture(large))):
             if name in models:
                 state = build_model(architecture, seed=1).state_dict()
-                folder.save_model(name, state, architecture, CLASSES, task)
+                folder.save_model(name, state, architecture, model_metadata(architecture, CLASSES, task))
         results = results_of(folder, task=task, **more)
         folder.commit(results, *(piece.key for piece in [*results.links, *results.alone]))
         if status == "finished":
