@@ -6,17 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from flwr.serverapp import Grid
+from typing import TYPE_CHECKING
 
 from chainward_server.report.formats import duration
-from chainward_server.request import B, Reply, Request, read_reply
+from chainward_server.request import Reply, Request, read_reply
 from chainward_server.sites import Failure
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import Body, EvaluateTask, LinkTask
 from chainward_shared.protocol.run_plan import PlannedTask, RunPlan, RunPlanState
+
+if TYPE_CHECKING:
+    from chainward_server.exchange import Exchange
 
 logger = logging.getLogger("chainward")
 
@@ -51,20 +52,6 @@ def run_plan(config: RunConfig, run_id: str, architectures: list[Architecture]) 
         noise_from=config.federation.secure_noise_from,
         student_statistics=bool(small) and student.head == "statistics",
     )
-
-
-class Asking(Protocol):
-    """Sends requests to sites: `exchange.Exchange`."""
-
-    grid: Grid
-
-    def ask(
-        self, requests: Mapping[str, Request], expected: type[B], deadline: float, *, patience: float = 0.0
-    ) -> dict[str, Reply[B] | Failure]:
-        """Send every request at once and wait for all."""
-
-    def push(self, site: str, request: Request, deadline: float) -> str | None:
-        """Send one request and return its id."""
 
 
 @dataclass
@@ -113,19 +100,16 @@ class Approvals:
         """The sites where nobody has decided yet."""
         return [site for site, one in self._sites.items() if one.state == "waiting"]
 
-    def announce(self, exchange: Asking) -> None:
+    def announce(self, exchange: Exchange) -> None:
         """Send the plan to all the sites at once, so that their people can decide at the same time."""
         requests = {site: Request("query", self.plan) for site in self._sites}
-        for site, reply in exchange.ask(requests, RunPlanState, ANSWER_SECONDS, patience=0.0).items():
-            if isinstance(reply, Failure):
-                self._failed(site, reply)
-            else:
-                self._settle(site, reply.body)
+        for site, reply in exchange.ask(requests, RunPlanState, ANSWER_SECONDS).items():
+            self._settle(site, reply)
         self._note()
         if self.waiting:
             self._tell()
 
-    def held(self, exchange: Asking, asked: Mapping[str, Request], begun: float) -> dict[str, Failure | None]:
+    def held(self, exchange: Exchange, asked: Mapping[str, Request], begun: float) -> dict[str, Failure | None]:
         """Return the sites that get nothing now, of those that are `asked` for work: with the reason where they won't at all.
 
         Parameters
@@ -157,17 +141,13 @@ class Approvals:
         self._tell()
         return True
 
-    def _look(self, exchange: Asking, site: str, one: _Site, begun: float) -> None:
+    def _look(self, exchange: Exchange, site: str, one: _Site, begun: float) -> None:
         """Take in a site's answer, and ask it again when it is time."""
         now = self.clock()
         if one.question is not None:
             for message in exchange.grid.pull_messages([one.question]):
                 one.question, one.answered = None, now
-                reply = read_reply(site, message, RunPlanState, now - one.asked)
-                if isinstance(reply, Failure):
-                    self._failed(site, reply)
-                else:
-                    self._settle(site, reply.body)
+                self._settle(site, read_reply(site, message, RunPlanState, now - one.asked))
         late = now > self._until and one.asked < begun
         free = one.question is None or now - one.asked > ANSWER_SECONDS
         if one.state == "waiting" and free and (late or now - one.asked > POLL_SECONDS):
@@ -187,23 +167,23 @@ class Approvals:
             waiting=True,
         )
 
-    def _failed(self, site: str, failure: Failure) -> None:
-        if failure.final:
-            self._refused(site, failure.reason)
-
     def _refused(self, site: str, reason: str) -> None:
         self._sites[site].state, self._sites[site].reason = "refused", reason
         logger.warning("%s", reason)
         self._note()
 
-    def _settle(self, site: str, answer: RunPlanState) -> None:
-        one = self._sites[site]
+    def _settle(self, site: str, reply: Reply[RunPlanState] | Failure) -> None:
+        if isinstance(reply, Failure):
+            if reply.final:
+                self._refused(site, reply.reason)
+            return
+        answer = reply.body
         if answer.site != site or answer.plan != self.plan.digest or answer.approval == "waiting":
             return
         if answer.approval == "refused":
             self._refused(site, f"site '{site}' refused: a person there has refused run {self.plan.run_id}")
             return
-        one.state = "approved"
+        self._sites[site].state = "approved"
         logger.info("%s: a person there has approved the run", site)
         self._note()
         self.admitted(site)

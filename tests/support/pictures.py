@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from markupsafe import Markup
 
-from chainward_server.report import class_plots, plots
+from chainward_server.report import plots
 
 _EMPTY = Markup("<svg></svg>")
 _PLACES = {
     (plots, "comparison_plot"): _EMPTY,
     (plots, "curve_plot"): _EMPTY,
-    (class_plots, "reliability_plot"): _EMPTY,
-    (class_plots, "decision_plots"): [_EMPTY],
+    (plots, "reliability_plot"): _EMPTY,
+    (plots, "decision_plots"): [_EMPTY],
 }
 _REAL = {(module, name): getattr(module, name) for module, name in _PLACES}
 

@@ -314,23 +314,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        {
-            function.__name__: function
-            for function in (
-                formats.score,
-                formats.factor,
-                formats.interval,
-                formats.threshold,
-                formats.count,
-                formats.bytes_size,
-                formats.duration,
-                formats.moment,
-                code,
-            )
-        },
-        epsilon=epsilon_text,
-        validation=_validation,
-        setting=formats.setting,
-    )
+    environment.filters.update({function.__name__: function for function in (*formats.FILTERS, code)})
+    environment.filters.update(epsilon=epsilon_text, validation=_validation)
     return environment

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from chainward_server.report.tables import multilabel, site_names
+from chainward_server.report.tables import LABELS, multilabel, site_names
 from chainward_server.results import ByClass, ClassScores, Results
 from chainward_shared.evaluation.intervals import mean_of_proportions
 from chainward_shared.evaluation.operating import MIN_CASES, OperatingPoint, Tally
-
-LABELS = {"chain": "Chain", "student": "Compact student"}
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,7 @@ from markupsafe import Markup, escape
 MISSING = "–"
 MINUS = "−"
 
-_NUMBER_WORDS = (
-    "No",
-    "One",
-    "Two",
-    "Three",
-    "Four",
-    "Five",
-    "Six",
-    "Seven",
-    "Eight",
-    "Nine",
-    "Ten",
-    "Eleven",
-    "Twelve",
-)
+_WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
 
 
 def score(value: float | None) -> str:
@@ -128,7 +114,7 @@ def elapsed(started: str, finished: str | None) -> float | None:
 
 def number_word(number: int) -> str:
     """A number that starts a sentence: a word up to twelve, digits beyond."""
-    return _NUMBER_WORDS[number] if number < len(_NUMBER_WORDS) else str(number)
+    return _WORDS[number] if number < len(_WORDS) else str(number)
 
 
 def breakable(name: str) -> Markup:
@@ -143,3 +129,21 @@ def setting(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(setting(item) for item in value) or MISSING
     return MISSING if value is None or value == "" else str(value)
+
+
+FILTERS = (
+    score,
+    factor,
+    interval,
+    threshold,
+    change,
+    count,
+    percent,
+    times,
+    bytes_size,
+    duration,
+    moment,
+    breakable,
+    setting,
+)
+"""What templates know by these names."""

@@ -5,30 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from markupsafe import Markup
-
-from chainward_server.report import class_plots, class_rows, colours, formats, plots, tables, verdict
+from chainward_server.report import class_rows, colours, formats, plots, tables, verdict
 from chainward_server.report import privacy as privacy_page
 from chainward_server.results import Results, largest_influence
 from chainward_shared.evaluation.operating import MIN_CASES
 from chainward_shared.local_page.page import environment
 from chainward_shared.privacy.record import PrivacyRecord
-
-_FILTERS = (
-    formats.score,
-    formats.factor,
-    formats.interval,
-    formats.threshold,
-    formats.change,
-    formats.count,
-    formats.percent,
-    formats.times,
-    formats.bytes_size,
-    formats.duration,
-    formats.moment,
-    formats.breakable,
-    formats.setting,
-)
 
 
 def render_report(
@@ -54,7 +36,7 @@ def render_report(
     started, finished : ISO 8601 times
     examples : base64 of a PNG with test images and where the models look in them
     """
-    page = environment("chainward_server.report", *_FILTERS).get_template("template.html.jinja")
+    page = environment("chainward_server.report", *formats.FILTERS).get_template("template.html.jinja")
     return page.render(
         results=results,
         status=status,
@@ -126,10 +108,7 @@ def _comparison(results: Results) -> dict[str, object]:
 def _by_class(results: Results) -> dict[str, object]:
     """Return what the class-by-class part shows."""
     models = class_rows.models_by_class(results)
-    pictures = {model.kind: _pictures(model) for model in models}
+    pictures = {
+        model.kind: [*filter(None, [plots.reliability_plot(model)]), *plots.decision_plots(model)] for model in models
+    }
     return {"by_class": models, "class_plots": pictures, "gaps": class_rows.gaps(results), "min_cases": MIN_CASES}
-
-
-def _pictures(model: class_rows.ModelByClass) -> list[Markup]:
-    reliability = class_plots.reliability_plot(model)
-    return ([] if reliability is None else [reliability]) + class_plots.decision_plots(model)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean
 
 from chainward_server.report.colours import ink_on, shade
-from chainward_server.results import LinkRecord, Results, SiteScores
+from chainward_server.results import AloneRecord, LinkRecord, Results, SiteScores
 from chainward_shared.evaluation.localisation import LocalisationScores
 from chainward_shared.evaluation.scores import Scores
 
 METRICS = ("balanced_accuracy", "macro_auc", "accuracy", "ece")
+LABELS = {"chain": "Chain", "student": "Compact student"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ChainLink:
 
     @property
     def pooled(self) -> Scores | None:
-        return self.record.metrics.test.pooled if self.record.metrics else None
+        return _at(_test(self.record), None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ComparisonRow:
 
     label: str
     n: int | None
-    scores: dict[str, tuple[float | None, float | None, float | None]]
+    scores: dict[str, tuple[float | None, ...]]
     interval: tuple[float, float] | None = None
 
 
@@ -168,56 +169,37 @@ def comparison_rows(results: Results) -> list[ComparisonRow]:
 
     Pooled, "alone" is the mean over the hospitals.
     """
-    chain, student = results.final.get("chain"), results.final.get("student")
-    own = {record.site: record.metrics.test.sites.get(record.site) for record in results.alone if record.metrics}
+    chain, student = (results.final.get(kind) for kind in LABELS)
+    alone = {record.site: test for record in results.alone if (test := _test(record))}
     rows = []
     for site in site_names(results):
-        trio = (own.get(site), _at(chain, site), _at(student, site))
-        rows.append(
-            ComparisonRow(
-                site,
-                max((scores.n for scores in trio if scores), default=None),
-                {m: (_metric(trio[0], m), _metric(trio[1], m), _metric(trio[2], m)) for m in METRICS},
-            )
-        )
-    pooled = [scores.pooled for scores in (chain, student) if scores]
-    pooled += [record.metrics.test.pooled for record in results.alone if record.metrics]
-    alone = {metric: alone_summary(results, metric) for metric in METRICS}
-    rows.append(
-        ComparisonRow(
-            "All hospitals",
-            max((scores.n for scores in pooled), default=None),
-            {
-                m: (
-                    mean.mean if (mean := alone[m]) else None,
-                    _metric(chain.pooled if chain else None, m),
-                    _metric(student.pooled if student else None, m),
-                )
-                for m in METRICS
-            },
-        )
-    )
-    return rows
+        trio = (_at(alone.get(site), site), _at(chain, site), _at(student, site))
+        images = max((scores.n for scores in trio if scores), default=None)
+        rows.append(ComparisonRow(site, images, {m: tuple(_metric(scores, m) for scores in trio) for m in METRICS}))
+    images = max((scores.pooled.n for scores in (chain, student, *alone.values()) if scores), default=None)
+    pooled = {}
+    for m in METRICS:
+        mean = alone_summary(results, m)
+        pooled[m] = (mean.mean if mean else None, _metric(_at(chain, None), m), _metric(_at(student, None), m))
+    return [*rows, ComparisonRow("All hospitals", images, pooled)]
 
 
 def model_rows(results: Results) -> list[ModelRow]:
     """Every model on the pooled test images: chain, student, then each hospital alone."""
     rows = [
-        ModelRow(label, kind, results.final[kind].pooled)
-        for kind, label in (("chain", "Chain"), ("student", "Compact student"))
-        if kind in results.final
+        ModelRow(label, kind, results.final[kind].pooled) for kind, label in LABELS.items() if kind in results.final
     ]
     for record in results.alone:
-        test = record.metrics.test if record.metrics else None
-        own = _metric(test.sites.get(record.site) if test else None, "balanced_accuracy")
-        rows.append(ModelRow(record.site, "alone", test.pooled if test else None, own))
+        test = _test(record)
+        own = _metric(_at(test, record.site), "balanced_accuracy")
+        rows.append(ModelRow(record.site, "alone", _at(test, None), own))
     return rows
 
 
 def looks_rows(results: Results) -> list[LooksRow]:
     """How well each final model's attention finds the regions of interest: over all hospitals, then at each."""
     rows = []
-    for kind, label in (("chain", "Chain"), ("student", "Compact student")):
+    for kind, label in LABELS.items():
         if found := results.localization.get(kind):
             rows.append(LooksRow(label, kind, "All hospitals", True, found.pooled))
             rows += [LooksRow(label, kind, site, False, scores) for site, scores in found.sites.items()]
@@ -226,36 +208,35 @@ def looks_rows(results: Results) -> list[LooksRow]:
 
 def heat_map(results: Results) -> HeatMap:
     """Balanced accuracy of every link's model on every site's test images."""
-    columns = site_names(results)
-    chains = strands(results)
+    sites, chains = site_names(results), strands(results)
     values = [
-        scores.balanced_accuracy
+        value
         for links in chains
         for link in links
-        for scores in _across(link, columns)
-        if scores and scores.balanced_accuracy is not None
+        for site in (*sites, None)
+        if (value := _metric(_at(_test(link.record), site), "balanced_accuracy")) is not None
     ]
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 0.1:  # a finer scale would paint noise as contrast
         low, high = (low + high) / 2 - 0.05, (low + high) / 2 + 0.05
-    return HeatMap(columns, [list(_heat_rows(links, columns, low, high)) for links in chains], low, high)
+    return HeatMap(sites, [list(_heat_rows(links, sites, low, high)) for links in chains], low, high)
 
 
-def _heat_rows(links: list[ChainLink], columns: list[str], low: float, high: float) -> Iterator[HeatRow]:
-    before: list[float | None] = [None] * (len(columns) + 1)
+def _heat_rows(links: list[ChainLink], sites: list[str], low: float, high: float) -> Iterator[HeatRow]:
+    before: dict[str | None, float | None] = {}
     for link in links:
         if link.pooled is None:
             yield HeatRow(link, [])
             continue
-        after = [_metric(scores, "balanced_accuracy") for scores in _across(link, columns)]
         cells = []
-        for column, old, new in zip([*columns, None], before, after, strict=True):
+        for site in (*sites, None):
+            old, new = before.get(site), _metric(_at(_test(link.record), site), "balanced_accuracy")
             background = "transparent" if new is None else shade((new - low) / (high - low))
             difference = None if new is None or old is None else new - old
             ink = "inherit" if new is None else ink_on(background)
-            cells.append(HeatCell(new, difference, column == link.record.site, background, ink))
+            cells.append(HeatCell(new, difference, site == link.record.site, background, ink))
+            before[site] = new
         yield HeatRow(link, cells)
-        before = after
 
 
 def incidents(results: Results) -> list[Incident]:
@@ -339,13 +320,15 @@ def chance(results: Results) -> float | None:
     return 0.5 if multilabel(results) else 1 / len(counts)
 
 
-def _across(link: ChainLink, columns: Iterable[str]) -> list[Scores | None]:
-    test = link.record.metrics.test if link.record.metrics else None
-    return [_at(test, site) for site in columns] + [test.pooled if test else None]
+def _test(record: LinkRecord | AloneRecord) -> SiteScores | None:
+    return record.metrics.test if record.metrics else None
 
 
-def _at(scores: SiteScores | None, site: str) -> Scores | None:
-    return scores.sites.get(site) if scores else None
+def _at(scores: SiteScores | None, site: str | None) -> Scores | None:
+    """The scores at a site; of None those over all sites."""
+    if scores is None:
+        return None
+    return scores.pooled if site is None else scores.sites.get(site)
 
 
 def _metric(scores: Scores | None, name: str) -> float | None:

@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from chainward_server.report import tables
-from chainward_server.report.formats import (
-    bytes_size,
-    change,
-    count,
-    number_word,
-    percent,
-    score,
-    times,
-)
+from chainward_server.report.formats import bytes_size, change, count, number_word, percent, score, times
 from chainward_server.results import Results
 
 SAME = 0.01
@@ -47,7 +39,7 @@ def verdict(results: Results, status: str, config: Mapping[str, Mapping[str, obj
     if chain is None:
         return _unfinished(results, status, config)
     opening = "This run is incomplete. " if status == "incomplete" else ""
-    trained = {link.site for link in results.links if link.metrics or link.status in ("done", "retried")}
+    trained = {link.site for link in results.links if link.metrics or link.succeeded}
     everyone = tables.site_names(results)
     who = number_word(len(trained))
     if len(trained) < len(everyone):
@@ -168,13 +160,10 @@ def banners(results: Results, status: str, reason: str | None) -> list[Banner]:
         found.append(
             Banner("incomplete", "This run is not finished", reason or "Figures below are what is there so far.")
         )
-    missing = [
-        link for links in tables.strands(results) for link in links if link.record.status not in ("done", "retried")
-    ]
+    missing = [link.record for links in tables.strands(results) for link in links if not link.record.succeeded]
     if missing:
         names = "; ".join(
-            f"{link.record.site} {link.record.status}" + (f" ({link.record.reason})" if link.record.reason else "")
-            for link in missing
+            f"{link.site} {link.status}" + (f" ({link.reason})" if link.reason else "") for link in missing
         )
         title = f"{len(missing)} of {len(results.links)} links added nothing to the chain"
         found.append(Banner("incomplete", title, names))
@@ -184,7 +173,7 @@ def banners(results: Results, status: str, reason: str | None) -> list[Banner]:
 
 
 def _unfinished(results: Results, status: str, config: Mapping[str, Mapping[str, object]]) -> str:
-    finished = sum(link.status in ("done", "retried") for link in results.links)
+    finished = sum(link.succeeded for link in results.links)
     planned = _planned_links(results, config)
     links = f"{finished} of {planned} links" if planned else f"{finished} links"
     opening = {

@@ -6,10 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-
-from jinja2 import Environment
 
 from chainward_server.report import formats
 from chainward_server.results import LinkRecord, StudentRound
@@ -66,29 +63,26 @@ def render_live(run: Snapshot, load: Load) -> str:
     """Return the part of the page that changes."""
     hops = hops_of(run)
     done = sum(hop.status not in ("now", "next") for hop in hops)
-    return (
-        _environment()
-        .get_template("live.html.jinja")
-        .render(
-            run=run,
-            headline=headline(run),
-            verdict=verdict(run),
-            end=None if run.ended else end_in_words(run),
-            approval=approval(run),
-            silence=silence(run),
-            hops=hops[-MOST_HOPS:],
-            hops_left_out=max(0, len(hops) - MOST_HOPS),
-            hops_done=done,
-            progress=_progress(run, done, len(hops)),
-            planned=_planned(run),
-            private=run.config.privacy.mode != "off",
-            sites=sites_of(run),
-            accuracy=_accuracy(run),
-            epsilon=max(run.epsilon.values(), default=None),
-            load=load,
-            curves=(("wide", curve_of(run, WIDE)), ("narrow", curve_of(run, NARROW))),
-            report=(run.path / "report.html") if run.ended and (run.path / "report.html").is_file() else None,
-        )
+    template = environment("chainward_server.watch", *formats.FILTERS).get_template("live.html.jinja")
+    return template.render(
+        run=run,
+        headline=headline(run),
+        verdict=verdict(run),
+        end=None if run.ended else end_in_words(run),
+        approval=approval(run),
+        silence=silence(run),
+        hops=hops[-MOST_HOPS:],
+        hops_left_out=max(0, len(hops) - MOST_HOPS),
+        hops_done=done,
+        progress=_progress(run, done, len(hops)),
+        planned=_planned(run),
+        private=run.config.privacy.mode != "off",
+        sites=sites_of(run),
+        accuracy=_accuracy(run),
+        epsilon=max(run.epsilon.values(), default=None),
+        load=load,
+        curves=(("wide", curve_of(run, WIDE)), ("narrow", curve_of(run, NARROW))),
+        report=(run.path / "report.html") if run.ended and (run.path / "report.html").is_file() else None,
     )
 
 
@@ -208,11 +202,6 @@ def _accuracy(run: Snapshot) -> tuple[str, str, str] | None:
     first = next((validation(link) for link in run.links if validation(link) is not None), None)
     change = "" if first is None or len(scored) < 2 else f"; {formats.score(first)} after the first hop"
     return "Balanced accuracy", formats.score(value), f"validation, {scored[-1][1]}{change}"
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    return environment("chainward_server.watch", formats.score, formats.count, formats.duration, formats.moment)
 
 
 @contextmanager
