@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from chainward_server.measure import described
 from chainward_server.report import class_rows, formats, tables
-from chainward_server.results import LinkRecord, Results, SiteScores, SiteSummary
+from chainward_server.results import Results, SiteScores
 from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
 from chainward_shared.evaluation.scores import Scores
@@ -46,23 +46,6 @@ class CardFile:
     name: str
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """The model on the test images of one site, or of all."""
-
-    label: str
-    scores: Scores | None
-
-
-@dataclass(frozen=True)
-class OtherModel:
-    """What the model is compared with, on the same pooled test images."""
-
-    label: str
-    balanced_accuracy: float | None
-    macro_auc: float | None
 
 
 def model_card(
@@ -135,9 +118,9 @@ def _about_training(folder: RunFolder, results: Results) -> dict[str, object]:
         "simulated": (folder.path / "simulated-sites").is_dir(),
         "sites": results.data.sites,
         "train_mix": next((mix for mix in tables.class_mixes(results) if mix.split == "train"), None),
-        "without_training_mix": _silent(results.data.sites),
+        "without_training_mix": [site.site for site in results.data.sites if not site.class_counts.get("train")],
         "hops": [link.record for links in tables.strands(results) for link in links],
-        "dropped": [link for link in results.links if link.status not in ("done", "retried")],
+        "dropped": [link for link in results.links if not link.succeeded],
         "config": folder.config,
         "settings": Markup(_settings(folder)),
     }
@@ -145,38 +128,21 @@ def _about_training(folder: RunFolder, results: Results) -> dict[str, object]:
 
 def _about_scores(name: str, results: Results) -> dict[str, object]:
     scores = results.final.get(name)
+    pooled, sites = _pooled(scores), tables.site_names(results)
+    own = {} if scores is None else {site: scores.sites.get(site) for site in (*sites, *scores.sites)}
+    missing = [site for site, of in own.items() if of is None]
+    value, counts = pooled.balanced_accuracy if pooled else None, tables.test_counts(results)
     return {
-        "scores": score_rows(results, scores),
-        "pooled": _pooled(scores),
-        "missing_sites": _missing_sites(results, scores),
-        "withheld": scores is not None and _pooled(scores) is None,
+        "scores": [*own.items(), ("All sites, pooled", pooled)],
+        "pooled": pooled,
+        "missing_sites": missing,
+        "withheld": scores is not None and pooled is None,
         "others": _others(name, results),
         "chance": tables.chance(results),
-        "margin": margin(results, scores),
+        "margin": None if value is None or missing or not counts else tables.margin(value, counts),
         "looks": results.localization.get(name),
         "by_class": next((model for model in class_rows.models_by_class(results) if model.kind == name), None),
     }
-
-
-def score_rows(results: Results, scores: SiteScores | None) -> list[ScoreRow]:
-    """Return the model on every site's own test images, then on all; a site that gave no scores has none."""
-    if scores is None:
-        return []
-    names = list(dict.fromkeys([*tables.site_names(results), *scores.sites]))
-    rows = [ScoreRow(site, scores.sites.get(site)) for site in names]
-    return [*rows, ScoreRow("All sites, pooled", _pooled(scores))]
-
-
-def margin(results: Results, scores: SiteScores | None) -> float | None:
-    """Return half the width of a 95 % interval of the pooled balanced accuracy: normal approximation, classes independent.
-
-    None where the test images of a class are unknown, or nothing was scored.
-    """
-    pooled, counts = _pooled(scores), tables.test_counts(results)
-    value = pooled.balanced_accuracy if pooled else None
-    if value is None or not counts or _missing_sites(results, scores):
-        return None
-    return tables.margin(value, counts)
 
 
 def plain(value: object) -> object:
@@ -207,17 +173,13 @@ def _front_matter(folder: RunFolder, name: str, results: Results, onnx: bool) ->
     }
     measured = [
         {"type": kind, "name": label, "value": round(value, 4)}
-        for kind, label, value in (
-            (
-                "balanced_accuracy",
-                "Balanced accuracy, pooled over the sites",
-                pooled.balanced_accuracy if pooled else None,
-            ),
-            ("roc_auc", "Macro AUC, pooled over the sites", pooled.macro_auc if pooled else None),
-            ("accuracy", "Accuracy, pooled over the sites", pooled.accuracy if pooled else None),
-            ("ece", "Expected calibration error, 15 bins", pooled.ece if pooled else None),
+        for kind, metric, label in (
+            ("balanced_accuracy", "balanced_accuracy", "Balanced accuracy, pooled over the sites"),
+            ("roc_auc", "macro_auc", "Macro AUC, pooled over the sites"),
+            ("accuracy", "accuracy", "Accuracy, pooled over the sites"),
+            ("ece", "ece", "Expected calibration error, 15 bins"),
         )
-        if value is not None
+        if pooled and (value := getattr(pooled, metric)) is not None
     ]
     if measured:
         dataset = "Synthetic phantoms" if results.data.synthetic else "Test images of the training sites"
@@ -266,26 +228,16 @@ def _pooled(scores: SiteScores | None) -> Scores | None:
     return pooled if pooled and pooled.n else None
 
 
-def _missing_sites(results: Results, scores: SiteScores | None) -> list[str]:
-    """Return the sites whose test images are not in the scores."""
-    return [site for site in tables.site_names(results) if scores is not None and site not in scores.sites]
-
-
-def _silent(sites: list[SiteSummary]) -> list[str]:
-    return [site.site for site in sites if not site.class_counts.get("train")]
-
-
-def _others(name: str, results: Results) -> list[OtherModel]:
+def _others(name: str, results: Results) -> list[tuple[str, float | None, float | None]]:
+    """Return what the model is compared with: what it is called, its balanced accuracy and macro AUC on the same test images."""
     found = []
     for other, label in MODEL_LABELS.items():
         if other != name and (pooled := _pooled(results.final.get(other))):
-            found.append(OtherModel(label, pooled.balanced_accuracy, pooled.macro_auc))
+            found.append((label, pooled.balanced_accuracy, pooled.macro_auc))
     if accuracy := tables.alone_summary(results):
         auc = tables.alone_summary(results, "macro_auc")
-        found.append(OtherModel(f"A site alone, mean of {accuracy.sites}", accuracy.mean, auc.mean if auc else None))
-        found.append(
-            OtherModel(f"The best site alone ({accuracy.best_site})", accuracy.best, auc.best if auc else None)
-        )
+        found.append((f"A site alone, mean of {accuracy.sites}", accuracy.mean, auc.mean if auc else None))
+        found.append((f"The best site alone ({accuracy.best_site})", accuracy.best, auc.best if auc else None))
     return found
 
 
@@ -299,11 +251,6 @@ def _versions(folder: RunFolder, onnx: OnnxCheck | None) -> dict[str, str]:
     }
 
 
-def _validation(link: LinkRecord) -> float | None:
-    validation = link.metrics.validation if link.metrics else None
-    return validation.balanced_accuracy if validation else None
-
-
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("chainward_server.export", "."),
@@ -315,5 +262,5 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update({function.__name__: function for function in (*formats.FILTERS, code)})
-    environment.filters.update(epsilon=epsilon_text, validation=_validation)
+    environment.filters["epsilon"] = epsilon_text
     return environment

@@ -13,11 +13,10 @@ from typing import Any, Literal
 from torch import nn
 
 from chainward_server.by_class import model_record
-from chainward_server.export.bundle import bundle_files
 from chainward_server.export.card import CardFile, model_card
+from chainward_server.export.configs import bundle_metadata, timm_config
 from chainward_server.export.new_folder import check_target, new_folder
 from chainward_server.export.onnx_model import OnnxCheck, OnnxInput, onnx_bytes, require_onnx
-from chainward_server.export.timm_config import timm_config
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_shared import __version__
@@ -108,7 +107,9 @@ def export_run(
         weights = staging / WEIGHTS
         write_atomically(weights, _checked_bytes(folder, name, sha256))
         classifier, architecture, metadata = _read_model(weights, sha256, results)
-        record = _record(folder, name, architecture, metadata, results)
+        record = ModelRecord.from_metadata(metadata) or model_record(  # runs of earlier builds wrote none
+            folder.state.run_id, name, architecture, results.data, results.by_class.get(name)
+        )
         check = None
         if onnx:
             facts = _onnx_metadata(folder, record, architecture, metadata, onnx_input, sha256)
@@ -137,20 +138,17 @@ def export_run(
     )
 
 
-def _record(
-    folder: RunFolder, name: str, architecture: Architecture, metadata: Mapping[str, str], results: Results
-) -> ModelRecord:
-    """Return what the model's file says of it, or, of runs that wrote nothing, what their results say."""
-    found = ModelRecord.from_metadata(metadata)
-    return found or model_record(folder.state.run_id, name, architecture, results.data, results.by_class.get(name))
-
-
 def _write_texts(
     staging: Path, classifier: nn.Module, architecture: Architecture, record: ModelRecord
 ) -> list[CardFile]:
     """Write all that is text but the card, and return these files and those that are there already."""
-    texts = {CONFIG: timm_config(classifier, architecture, record), CODE: _code()}
-    texts |= bundle_files(record, architecture.name)
+    here = resources.files("chainward_server.export")
+    texts = {
+        CONFIG: timm_config(classifier, architecture, record),
+        CODE: here.joinpath(CODE).read_text(encoding="utf-8"),
+        "configs/metadata.json": bundle_metadata(record, architecture.name),
+        "configs/inference.json": here.joinpath("inference.json").read_text(encoding="utf-8"),
+    }
     for file, text in texts.items():
         (staging / file).parent.mkdir(exist_ok=True)
         write_atomically(staging / file, text.encode())
@@ -268,10 +266,6 @@ def _square(record: ModelRecord, takes: OnnxInput) -> tuple[int, Fit] | None:
             f"--onnx-input image: the sites made their images square, and {found}; use --onnx-input pixels"
         )
     return record.size, fits.pop()
-
-
-def _code() -> str:
-    return resources.files("chainward_server.export").joinpath(CODE).read_text(encoding="utf-8")
 
 
 def _described(folder: Path, name: str) -> CardFile:

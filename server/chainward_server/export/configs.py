@@ -1,8 +1,13 @@
-"""The config.json with which timm loads an exported folder, and what timm's own transform makes of it."""
+"""What lets timm and MONAI load an exported folder.
+
+It is a MONAI bundle: ``python -m monai.bundle run --config_file configs/inference.json`` in it. No code runs but
+`preprocessing.py`, and timm by it.
+"""
 
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -62,3 +67,49 @@ def _way_to_a_square(record: ModelRecord) -> dict[str, Any]:
     if fits[0] not in CROP_MODES:
         return {"interpolation": "bicubic between black bars, which timm can't say: use preprocessing.py"}
     return {"interpolation": "bicubic", "crop_mode": CROP_MODES[fits[0]]}
+
+
+def bundle_metadata(record: ModelRecord, architecture: str) -> str:
+    """Return the metadata.json of the bundle."""
+    size, classes = record.network_size, {str(k): name for k, name in enumerate(record.classes)}
+    metadata = {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
+        "version": "1.0.0",
+        "changelog": {"1.0.0": f"the {record.model} of run {record.run}"},
+        "monai_version": "1.3.0",
+        "pytorch_version": version("torch").partition("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {name: version(name) for name in ("timm", "pillow", "safetensors")},
+        "task": "Multi-label image classification" if record.task == "multilabel" else "Image classification",
+        "description": f"{architecture}, trained as a chain of hospitals. Research only; not a medical device.",
+        "authors": "The sites that trained it",
+        "copyright": "none is stated; see README.md",
+        "intended_use": "Research only. Not a medical device.",
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    "type": "image",
+                    "format": "magnitude",
+                    "num_channels": record.channels,
+                    "spatial_shape": [size, size],
+                    "dtype": "float32",
+                    "value_range": [],
+                    "is_patch_data": False,
+                    "channel_def": {"0": "grey"} if record.channels == 1 else {"0": "R", "1": "G", "2": "B"},
+                }
+            },
+            "outputs": {
+                "pred": {
+                    "type": "probabilities",
+                    "format": "classes",
+                    "num_channels": len(record.classes),
+                    "spatial_shape": [1],
+                    "dtype": "float32",
+                    "value_range": [0, 1],
+                    "is_patch_data": False,
+                    "channel_def": classes,
+                }
+            },
+        },
+    }
+    return json.dumps(metadata, indent=1) + "\n"
