@@ -86,13 +86,12 @@ class Approvals:
         sites: Iterable[str],
         patience: float,
         *,
-        note: Callable[[Mapping[str, float]], None] = lambda waiting: None,
-        admitted: Callable[[str], None] = lambda site: None,
-        clock: Callable[[], float] = time.monotonic,
+        note: Callable[[Mapping[str, float]], None],
+        admitted: Callable[[str], None],
     ) -> None:
-        self.plan, self.patience, self.note, self.admitted, self.clock = plan, patience, note, admitted, clock
+        self.plan, self.patience, self.note, self.admitted = plan, patience, note, admitted
         self._sites = {site: _Site() for site in sites}
-        self._until = clock() + patience
+        self._until = time.monotonic() + patience
         self._told = float("-inf")
 
     @property
@@ -114,7 +113,7 @@ class Approvals:
 
         Parameters
         ----------
-        begun : when (`clock`) the piece of work was begun: after `patience` a site is asked once more for each
+        begun : when (`time.monotonic`) the piece of work was begun: after `patience` a site is asked once more for each
         """
         mine = [site for site, one in asked.items() if site in self._sites and isinstance(one.body, PlannedTask)]
         found: dict[str, Failure | None] = {}
@@ -126,7 +125,7 @@ class Approvals:
                 found[site] = Failure(one.reason, 0.0, refused=True, final=True)
             elif one.state == "waiting":
                 found[site] = self._given_up(site, asked[site].body, one, begun)
-        if self.waiting and self.clock() - self._told > TELL_SECONDS:
+        if self.waiting and time.monotonic() - self._told > TELL_SECONDS:
             self._tell()
         return found
 
@@ -136,14 +135,14 @@ class Approvals:
         if before >= WITHDRAWALS:
             return False
         self._sites[site] = _Site(withdrawn=before + 1)
-        self._until = self.clock() + self.patience
+        self._until = time.monotonic() + self.patience
         self._note()
         self._tell()
         return True
 
     def _look(self, exchange: Exchange, site: str, one: _Site, begun: float) -> None:
         """Take in a site's answer, and ask it again when it is time."""
-        now = self.clock()
+        now = time.monotonic()
         if one.question is not None:
             for message in exchange.grid.pull_messages([one.question]):
                 one.question, one.answered = None, now
@@ -155,7 +154,7 @@ class Approvals:
             one.question = exchange.push(site, Request("query", self.plan), ANSWER_SECONDS)
 
     def _given_up(self, site: str, task: Body, one: _Site, begun: float) -> Failure | None:
-        now = self.clock()
+        now = time.monotonic()
         # scores, and the comparison with a hospital alone, are what nobody waits for
         patient = not isinstance(task, EvaluateTask) and not (isinstance(task, LinkTask) and task.trained_alone)
         if patient and (now <= self._until or (one.answered < begun and now - begun <= ANSWER_SECONDS)):
@@ -192,7 +191,7 @@ class Approvals:
         self.note({site: one.since for site, one in self._sites.items() if one.state == "waiting"})
 
     def _tell(self) -> None:
-        self._told = self.clock()
+        self._told = time.monotonic()
         left = max(0.0, self._until - self._told)
         logger.warning(
             "waiting for the approval of a person at %s; work there waits up to %s for it, and then goes by chain.on-failure",

@@ -7,7 +7,6 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -45,19 +44,12 @@ class Delivery:
         base: StateDict,
         run_id: str,
     ) -> None:
-        self.exchange, self.federation, self.architecture, self.base = exchange, federation, architecture, base
-        self.run_id = run_id
-
-    def __enter__(self) -> Self:
+        self.exchange, self.federation, self.architecture, self.run_id = exchange, federation, architecture, run_id
         with tempfile.TemporaryDirectory(prefix="chainward-base-") as folder:
             path = Path(folder) / "base.safetensors"
-            save_base(self.base, path, {})
+            save_base(base, path, {})
             self._contents = path.read_bytes()
         self._sha256 = hashlib.sha256(self._contents).hexdigest()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._contents = b""
 
     def to(self, sites: Sequence[str]) -> dict[str, int]:
         """Ask the sites what they have, send what is missing, all at once, and return the bytes sent to each."""

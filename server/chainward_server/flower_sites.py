@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import ArrayRecord
@@ -75,8 +75,7 @@ class FlowerSites(Sites):
         super().__init__(cards)
         self.run_id = run_id
         self.exchange, self.federation = exchange, federation
-        self._bases: dict[str, StateDict] = {}
-        self._late: Architecture | None = None
+        self._start: tuple[Architecture, StateDict] | None = None
 
     @property
     def simulated(self) -> bool:
@@ -89,18 +88,12 @@ class FlowerSites(Sites):
         return {site: member.key for site, member in self.exchange.members.items() if member.key is not None}
 
     def share(self, architecture: Architecture, base: StateDict) -> dict[str, int]:
-        assert architecture.start is not None
-        self._bases[architecture.start.digest] = base
-        self._late = architecture
+        self._start = architecture, base
         waiting = self.exchange.approvals.waiting if self.exchange.approvals else []
         now = [site for site in self.ids if site not in waiting]
         # simulated sites have one folder for what all of them start from: the first fills it
         groups = [[site] for site in now] if self.simulated else [now]
-        sent = dict.fromkeys(self.ids, 0)
-        with Delivery(self.exchange, self.federation, architecture, base, self.run_id) as delivery:
-            for group in groups:
-                sent |= delivery.to(group)
-        return sent
+        return dict.fromkeys(self.ids, 0) | self._deliver(groups)
 
     def announce(self, plan: RunPlan, note: Callable[[Mapping[str, float]], None]) -> None:
         """Ask the people at those sites where runs are approved; they get no work before. `note`: as of `Approvals`."""
@@ -113,10 +106,16 @@ class FlowerSites(Sites):
 
     def _admitted(self, site: str) -> None:
         """Bring a site whose person has approved the run after all the weights that it starts from."""
-        if self._late is not None and self._late.start is not None:
-            base = self._bases[self._late.start.digest]
-            with Delivery(self.exchange, self.federation, self._late, base, self.run_id) as delivery:
-                delivery.to([site])
+        self._deliver([[site]])
+
+    def _deliver(self, groups: Sequence[Sequence[str]]) -> dict[str, int]:
+        """Bring the weights that the run starts from, if it starts from any, to each group of sites in turn."""
+        if self._start is None:
+            return {}
+        delivery, sent = Delivery(self.exchange, self.federation, *self._start, self.run_id), dict[str, int]()
+        for group in groups:
+            sent |= delivery.to(group)
+        return sent
 
     def train_links(self, work: Mapping[str, Work[LinkTask]]) -> Iterator[tuple[str, Trained[LinkResult] | Failure]]:
         # Simulated sites share a machine: all of them alone take as long as one after the other. Nobody waits for such a
@@ -204,7 +203,7 @@ class FlowerSites(Sites):
         architecture = task.architecture
         if isinstance(task, StatisticsTask):
             return from_arrays(arrays, summand_template(task, self.any_card.task))
-        base = None if architecture.start is None else self._bases.get(architecture.start.digest)
+        base = self._start[1] if self._start and architecture.start else None
         return whole(from_arrays(arrays, travelling_template(architecture)), architecture, base)
 
     def _scored(self, site: str, task: EvaluateTask, reply: Reply[EvaluateResult] | Failure) -> Scored | Failure:

@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 from chainward_server.cli import app
 from chainward_server.watch import web
 from chainward_server.watch.curve import curve_of
-from chainward_server.watch.load import Load
 from chainward_server.watch.snapshot import look
 
-LOAD = Load(37.0, 50.0, 10**12, ("of 2 cores", "disk: 1.0 TB free"), False)
+LOAD = web.Load(37.0, 50.0, 10**12, ("of 2 cores", "disk: 1.0 TB free"), False)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from chainward_server import tracking as tracking_package
 from chainward_server.results import Results
 from chainward_server.tracking import check_trackers
 from chainward_server.tracking import tracking as tracking_module
-from chainward_server.tracking.figures import figures
+from chainward_server.tracking.tracking import figures
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ConfigError
 

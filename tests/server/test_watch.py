@@ -53,7 +53,10 @@ def watched(run, script, *, output="lines", **more):
     def now():
         return START + timedelta(seconds=clock[0])
 
-    code = watch(run.path, Console(file=io.StringIO()), output, write=lines.append, sleep=sleep, now=now, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watching.time, "sleep", sleep)
+        patch.setattr(watching, "look", lambda path: look(path, now()))
+        code = watch(run.path, Console(file=io.StringIO()), output, write=lines.append, **more)
     return code, lines
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from chainward_server.run_folder import RunFolder
-from chainward_server.tracking.figures import Figure
+from chainward_server.tracking.tracking import Figure
 
 EXPERIMENT = "chainward"
 TAG = "chainward.run"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chainward_server.run_folder import RunFolder
-from chainward_server.tracking.figures import Figure
+from chainward_server.tracking.tracking import Figure
 
 
 class TensorBoard:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
-from chainward_server.tracking.figures import Figure, figures
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ConfigError
 from chainward_shared.words import first_line
@@ -24,7 +23,20 @@ logger = logging.getLogger("chainward")
 FAILURES = 3
 """Times in a row that a tracker may fail; then it is left alone for the rest of the run."""
 ARTEFACTS = ("report.html", "metrics.json", "privacy.json", "config.toml")
+_BY_SITE = ("alone",)
+"""Lists whose records are told apart by their site; those of the others follow each other in time."""
+_LEFT_OUT = ("schema", "seed", "data")
+"""What is no measurement."""
 _NEEDS = {"mlflow": ("mlflow", "track-mlflow"), "tensorboard": ("tensorboard", "track-tensorboard")}
+
+
+class Figure(NamedTuple):
+    """One number. `name`: its path in metrics.json; `step`: place in the list that the path goes through, from 1; 0 outside of
+    lists."""
+
+    name: str
+    step: int
+    value: float
 
 
 class Tracker(Protocol):
@@ -44,6 +56,31 @@ class Tracker(Protocol):
 
     def end(self, status: str) -> None:
         """Note how the run ended: as in `run.json`."""
+
+
+def figures(results: Results) -> Iterator[Figure]:
+    """Yield every number of `metrics.json`; lists of numbers, such as a loss for each epoch, are left out."""
+    content = results.model_dump(mode="json", by_alias=True)
+    for name, value in content.items():
+        if name not in _LEFT_OUT:
+            yield from _walk(value, name, 0)
+
+
+def _walk(value: Any, name: str, step: int) -> Iterator[Figure]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield Figure(name, step, float(value))
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _walk(part, f"{name}/{key}", step)
+    elif isinstance(value, list):
+        records = [(place, part) for place, part in enumerate(value, 1) if isinstance(part, Mapping)]
+        for place, part in records:
+            if name in _BY_SITE:
+                yield from _walk(part, f"{name}/{part['site']}", 0)
+            elif step == 0:  # of lists within lists the outer one counts the steps
+                yield from _walk(part, name, place)
 
 
 def local_folder(config: RunConfig) -> Path:

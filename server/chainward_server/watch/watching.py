@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -74,8 +73,6 @@ def watch(
     interval: float = 2.0,
     timeout: float = 0.0,
     write: Callable[[str], None] = print,
-    sleep: Callable[[float], None] = time.sleep,
-    now: Callable[[], datetime | None] = lambda: None,
 ) -> int:
     """Show a run until it ends and return 0 if it finished, 3 if it ended incomplete, 1 if it failed, was stopped, is gone or
     gave no sign of life for `timeout`.
@@ -98,13 +95,13 @@ def watch(
     live = Live(console=console, refresh_per_second=4, transient=False) if output == "live" else None
     with live or nullcontext():
         while True:
-            run = _look(path, now, sleep)
+            run = _look(path)
             if live:
                 live.update(picture(run, console.height))
             elif output == "lines":
                 for line in news(old, run):
                     write(f"{run.time.astimezone():%H:%M:%S}  {line}")
-            elif not run.ended and _moved(old, run):
+            elif not run.ended and (old is None or _progress(old) != _progress(run)):
                 write(json.dumps(as_json(run, "progress")))
             if run.ended:
                 break
@@ -115,7 +112,7 @@ def watch(
             if timeout and run.silent >= timeout:
                 break
             old = run
-            sleep(interval)
+            time.sleep(interval)
     return _close(run, output, timeout, write)
 
 
@@ -141,17 +138,13 @@ def _close(run: Snapshot, output: Output, timeout: float, write: Callable[[str],
     return code
 
 
-def _look(path: Path, now: Callable[[], datetime | None], sleep: Callable[[float], None]) -> Snapshot:
+def _look(path: Path) -> Snapshot:
     """Look at the folder, a second time if the first fails: a network drive may show half of an exchange of files."""
     try:
-        return look(path, now())
+        return look(path)
     except RunFolderError:
-        sleep(0.5)
-        return look(path, now())
-
-
-def _moved(old: Snapshot | None, run: Snapshot) -> bool:
-    return old is None or _progress(old) != _progress(run)
+        time.sleep(0.5)
+        return look(path)
 
 
 def _progress(run: Snapshot) -> tuple[object, ...]:

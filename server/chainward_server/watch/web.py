@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from chainward_server.report import formats
 from chainward_server.results import LinkRecord, StudentRound
 from chainward_server.run_folder import RunFolder
 from chainward_server.watch.curve import curve_of
 from chainward_server.watch.display import approval, end_in_words, headline, silence
-from chainward_server.watch.load import Load, load_of
 from chainward_server.watch.snapshot import Snapshot, look, validation
 from chainward_shared.local_page import LocalPage, Look, environment
 from chainward_shared.words import listed
@@ -45,6 +46,38 @@ class SiteShown:
     state: str
     kind: str
     epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the machine is on which somebody watches: of a simulation the one that trains, else the coordinator's.
+
+    Attributes
+    ----------
+    processor : percent of all cores since the last look
+    memory : percent of the memory that is taken
+    free : bytes free on the disk of the run folder
+    words : the same for a person, a line each
+    warns : whether memory or disk are about to run out
+    """
+
+    processor: float
+    memory: float
+    free: int
+    words: tuple[str, ...]
+    warns: bool
+
+
+def load_of(run: Path) -> Load:
+    """Return how busy this machine is; `run`: the folder whose disk counts."""
+    processor, memory, disk = psutil.cpu_percent(), psutil.virtual_memory(), psutil.disk_usage(str(run))
+    cores = psutil.cpu_count() or 1
+    words = (
+        f"of {cores} {'core' if cores == 1 else 'cores'} busy",
+        f"memory: {formats.bytes_size(memory.available)} free of {formats.bytes_size(memory.total)}",
+        f"disk: {formats.bytes_size(disk.free)} free",
+    )
+    return Load(processor, memory.percent, disk.free, words, memory.percent > 95 or disk.free < 10**9)
 
 
 def live_look(path: Path) -> Look:
