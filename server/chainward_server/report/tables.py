@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean
@@ -47,7 +47,7 @@ class ComparisonRow:
 
     label: str
     n: int | None
-    scores: dict[str, tuple[float | None, ...]]
+    scores: Mapping[str, tuple[float | None, ...]]
     interval: tuple[float, float] | None = None
 
 
