@@ -19,7 +19,7 @@ from chainward_client.site_key import site_key
 from chainward_client.site_ledger import create_site_ledger
 from chainward_shared import __version__
 from chainward_shared.errors import DataError, StoreError
-from chainward_shared.files import sync_folder
+from chainward_shared.files import sync
 from chainward_shared.privacy.signing import fingerprint
 
 STATE = "state"
@@ -156,7 +156,7 @@ def _move(staged: Path, folder: Path, names: Sequence[str]) -> None:
                 raise DataError(f"{target}: appeared just now and is not overwritten; is somebody else at work here?")
             (staged / name).rename(target)
             moved.append(target)
-        sync_folder(folder)
+        sync(folder)
     except BaseException:
         for target in moved:
             if target.is_dir():

@@ -113,7 +113,9 @@ def work(ledger: Ledger, tell: Callable[[str, int], None]) -> None:
 
 
 def life(path: Path, tell: Callable[[str, int], None]) -> None:
-    work(Ledger.create(path, "oak", KEY, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC)), tell)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chainward_shared.privacy.ledger.now", lambda: datetime(2026, 1, 1, tzinfo=UTC))
+        work(Ledger.create(path, "oak", KEY), tell)
 
 
 @dataclass(frozen=True)
@@ -314,13 +316,14 @@ with ledger.exclusive():
 """
 
 
-def test_who_waits_too_long_for_the_ledger_is_told_in_one_line(tmp_path):
+def test_who_waits_too_long_for_the_ledger_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "PATIENCE", 0.3)
     path = tmp_path / "ledger.jsonl"
     Ledger.create(path, "oak", KEY)
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        waiting = Ledger.open(path, KEY, "oak", patience=0.3)
+        waiting = Ledger.open(path, KEY, "oak")
         started = time.monotonic()
         with pytest.raises(LedgerError, match=r"another process has held it for 0\.3 s; wait for it, or end it"):
             waiting.reserve(Mechanism("dp-sgd", 1.0, 0.01, 5), hop="x", **WORK)

@@ -62,8 +62,9 @@ def test_what_is_reserved_and_not_committed_is_stated_in_full(ledger):
 
 def test_a_statement_survives_the_wire(ledger):
     statement = said(ledger, 50, 40)
-    assert parse_statement(json.dumps(statement.to_json())) == statement
-    check_statement(parse_statement(json.loads(json.dumps(statement.to_json()))))
+    arrived = parse_statement(json.loads(json.dumps(statement.to_json())))
+    assert arrived == statement
+    check_statement(arrived)
 
 
 @pytest.mark.parametrize(

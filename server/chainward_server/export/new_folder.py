@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chainward_shared.errors import ExportError
-from chainward_shared.files import sync_folder
+from chainward_shared.files import sync
 
 
 def check_target(target: Path, own_files: Collection[str], *, force: bool) -> None:
@@ -56,7 +56,7 @@ def new_folder(target: Path, own_files: Collection[str], *, force: bool) -> Iter
     try:
         staging.mkdir()
         yield staging
-        sync_folder(staging)
+        sync(staging)
         check_target(target, own_files, force=force)
         _move_into_place(staging, target)
     except OSError as error:

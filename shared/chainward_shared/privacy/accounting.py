@@ -145,10 +145,9 @@ def largest_steps(
         A number is out of its range.
     """
     _check_budget(epsilon, delta)
-    first = Mechanism("dp-sgd", noise_multiplier, sample_rate, 1)
 
     def fits(steps: int, *, rough: bool = False) -> bool:
-        mechanisms = [*before, Mechanism(first.kind, noise_multiplier, sample_rate, steps)]
+        mechanisms = [*before, Mechanism("dp-sgd", noise_multiplier, sample_rate, steps)]
         return (_rdp_epsilon(_merged(mechanisms), delta) if rough else spent(mechanisms, delta)) <= epsilon
 
     if not fits(1):
@@ -274,12 +273,8 @@ def _pld(merged: tuple[Mechanism, ...], interval: float) -> Any:
 
 @lru_cache(maxsize=16)
 def _pld_of_one(one: Mechanism, interval: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
     if one.kind != "laplace" and one.sample_rate == 1:  # Gaussians add up to a Gaussian
-        return pld.from_gaussian_mechanism(
-            one.noise_multiplier / math.sqrt(one.steps), value_discretization_interval=interval
-        )
+        return _pld_of_step(one.kind, one.noise_multiplier / math.sqrt(one.steps), 1.0, interval)
     step = _pld_of_step(one.kind, one.noise_multiplier, one.sample_rate, interval)
     return step.self_compose(one.steps) if one.steps > 1 else step
 
@@ -305,15 +300,12 @@ def _rdp_epsilon(merged: tuple[Mechanism, ...], delta: float) -> float:
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
     orders = tuple(float(order) for order in RDPAccountant.DEFAULT_ALPHAS) + _MORE_ORDERS
-    divergences = sum((_rdp_of_step(one, orders) * one.steps for one in merged), np.zeros(len(orders)))
+    curves = [one.steps * _rdp_curve(one.kind, one.noise_multiplier, one.sample_rate, orders) for one in merged]
+    divergences = sum(curves, np.zeros(len(orders)))
     with warnings.catch_warnings():  # at the smallest or largest order it is still a bound
         warnings.filterwarnings("ignore", message="Optimal order is")
         epsilon, _ = get_privacy_spent(orders=list(orders), rdp=divergences, delta=delta)
     return max(0.0, float(epsilon))
-
-
-def _rdp_of_step(one: Mechanism, orders: tuple[float, ...]) -> NDArray[np.float64]:
-    return _rdp_curve(one.kind, one.noise_multiplier, one.sample_rate, orders)
 
 
 @lru_cache(maxsize=256)

@@ -48,15 +48,14 @@ def _spending(audit: Audit) -> Table:
         table.add_row(Text(f"{site.site}{unit}{metrics}", style="bold"), *[""] * 6)
         for spent in (*site.runs, site.lifetime):
             found = spent.epsilons
-            over = found is not None and spent.budget is not None and found.enforced > spent.budget
             table.add_row(
                 Text("  lifetime" if spent.run is None else f"  run {spent.run}"),
-                epsilon_text(found.pld if found else None),
+                epsilon_text(spent.epsilon),
                 MISSING if spent.budget is None else f"{spent.budget:g}",
                 epsilon_text(spent.left),
                 *(epsilon_text(value) for value in ((found.prv, found.rdp) if found else (None, None))),
                 MISSING if site.delta is None else f"{site.delta:g}",
-                style="red" if over else "bold" if spent.run is None else None,
+                style="red" if spent.over else "bold" if spent.run is None else None,
                 end_section=spent.run is None,
             )
     return table

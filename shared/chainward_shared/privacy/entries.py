@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -41,13 +41,7 @@ class MechanismRecord(Record):
     @classmethod
     def of(cls, mechanism: Mechanism, clip_norm: float | None = None) -> MechanismRecord:
         """Return the record of a mechanism."""
-        return cls(
-            kind=mechanism.kind,
-            noise_multiplier=mechanism.noise_multiplier,
-            sample_rate=mechanism.sample_rate,
-            steps=mechanism.steps,
-            clip_norm=clip_norm,
-        )
+        return cls(**asdict(mechanism), clip_norm=clip_norm)
 
     @property
     def mechanism(self) -> Mechanism:

@@ -53,11 +53,19 @@ class Spent(Shown):
     mechanisms: tuple[MechanismRecord, ...]
 
     @property
+    def epsilon(self) -> float | None:
+        """The epsilon that counts; None where there is no delta."""
+        return self.epsilons.enforced if self.epsilons else None
+
+    @property
     def left(self) -> float | None:
         """What the budget still holds, never below 0; None without a budget."""
-        if self.budget is None or self.epsilons is None:
-            return None
-        return max(0.0, self.budget - self.epsilons.enforced)
+        return None if self.budget is None or self.epsilon is None else max(0.0, self.budget - self.epsilon)
+
+    @property
+    def over(self) -> bool:
+        """Whether more was spent than the budget allows."""
+        return self.budget is not None and self.epsilon is not None and self.epsilon > self.budget
 
 
 @dataclass(frozen=True)
@@ -149,30 +157,19 @@ def worst_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def _site_json(site: SiteAudit) -> dict[str, Any]:
-    return {
-        "site": site.site,
-        "private": site.private,
-        "unit": site.unit,
-        "delta": site.delta,
-        "metrics": site.metrics,
-        "key": site.key,
+    return vars(site) | {
         "head": site.head.model_dump() if site.head else None,
         "lifetime": _spent_json(site.lifetime) if site.lifetime else None,
         "runs": [_spent_json(run) for run in site.runs],
-        "open": site.open,
-        "seeded": site.seeded,
         "entries": [entry.model_dump(mode="json", by_alias=True) for entry in site.entries],
     }
 
 
 def _spent_json(spent: Spent) -> dict[str, Any]:
-    found = spent.epsilons
     return {
         "run": spent.run,
-        "epsilon": _number(found.enforced) if found else None,
-        "rdp": _number(found.rdp) if found else None,
-        "prv": _number(found.prv) if found else None,
-        "pld": _number(found.pld) if found else None,
+        "epsilon": _number(spent.epsilon),
+        **{name: _number(getattr(spent.epsilons, name, None)) for name in ("rdp", "prv", "pld")},
         "budget": spent.budget,
         "left": _number(spent.left),
         "mechanisms": [record.model_dump() for record in spent.mechanisms],

@@ -22,7 +22,7 @@ show it; the heads in the statements that the coordinator holds can (`Ledger.req
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -64,6 +64,11 @@ class Reservation:
         self.begun = True
 
 
+def now() -> datetime:
+    """Return the time that entries say."""
+    return datetime.now(UTC)
+
+
 class Ledger:
     """A site's ledger. Make it with `create` (once in a site's life), or `open` it.
 
@@ -76,13 +81,9 @@ class Ledger:
         path: Path,
         site: str,
         key: Ed25519PrivateKey | Ed25519PublicKey,
-        *,
-        patience: float = 60.0,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._file = LedgerFile(path, site, key, patience)
+        self._file = LedgerFile(path, site, key)
         self.path, self.site, self.public_key = path, site, self._file.public_key
-        self._clock = clock
 
     @classmethod
     def create(
@@ -90,9 +91,6 @@ class Ledger:
         path: Path,
         site: str,
         key: Ed25519PrivateKey,
-        *,
-        patience: float = 60.0,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> Ledger:
         """Start a ledger in which nothing is spent.
 
@@ -101,15 +99,13 @@ class Ledger:
         path : the ledger's file; head and lock go beside it
         site : the site's id
         key : the site's private key
-        patience : seconds to wait for another process that holds the lock, default 60
-        clock : tells the time
 
         Raises
         ------
         LedgerError
             There is one already, or there was one and it is gone, or the folder can't be written.
         """
-        ledger = cls(path, site, key, patience=patience, clock=clock)
+        ledger = cls(path, site, key)
         file = ledger._file
         file.make_folder()
         with file.locked():
@@ -123,7 +119,7 @@ class Ledger:
                 )
             else:
                 file.write_head(file.counted)  # first: a ledger without a head is always one that lost it
-            file.append(clock(), state="created", public_key=ledger.public_key)
+            file.append(now(), state="created", public_key=ledger.public_key)
         return ledger
 
     @classmethod
@@ -132,9 +128,6 @@ class Ledger:
         path: Path,
         key: Ed25519PrivateKey | Ed25519PublicKey,
         site: str,
-        *,
-        patience: float = 60.0,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> Ledger:
         """Read and verify a ledger; with the private key it can be written too. Opening changes nothing.
 
@@ -143,7 +136,7 @@ class Ledger:
         LedgerError
             It is missing, damaged, of another site, key or version, or shorter than its head says.
         """
-        ledger = cls(path, site, key, patience=patience, clock=clock)
+        ledger = cls(path, site, key)
         ledger.reload()
         if not ledger._file.entries:
             raise LedgerError(f"{path}: its creation was interrupted; run `chainward-site keys` again")
@@ -211,7 +204,7 @@ class Ledger:
                     f"the ledger of site '{self.site}' counts per {other}; it can't also count per {unit}"
                 )
             entry = self._file.append(
-                self._clock(),
+                now(),
                 state="reserved",
                 run=run,
                 phase=phase,
@@ -281,7 +274,7 @@ class Ledger:
 
     def mechanisms_within(self, period: timedelta) -> list[Mechanism]:
         """Return what counts as spent of all that was reserved within the last `period`, or in what the clock calls future."""
-        since = self._clock() - period
+        since = now() - period
         spendings = [spending for spending in self.spendings() if spending.reserved.time > since]
         counted = merged(spending.counted for spending in spendings if spending.counted is not None)
         return [record.mechanism for record in counted]
@@ -328,7 +321,7 @@ class Ledger:
                 )
             made = reservation.entry
             return self._file.append(
-                self._clock(),
+                now(),
                 state=state,
                 run=made.run,
                 phase=made.phase,

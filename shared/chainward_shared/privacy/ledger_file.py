@@ -15,13 +15,16 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from chainward_shared.errors import LedgerError
-from chainward_shared.files import sync_folder, write_all, write_atomically
+from chainward_shared.files import sync, write_all, write_atomically
 from chainward_shared.privacy.entries import NO_HASH, Entry, Head, software
 from chainward_shared.privacy.ledger_format import LedgerFormat
 from chainward_shared.privacy.signing import public_text
 from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward")
+
+PATIENCE = 60.0
+"""Seconds to wait for another process that holds the lock."""
 
 
 class LedgerFile:
@@ -31,10 +34,9 @@ class LedgerFile:
     ----------
     path : the ledger's file; head and lock lie beside it
     site, key : whose; with the private key it can be written
-    patience : seconds to wait for another process that holds the lock
     """
 
-    def __init__(self, path: Path, site: str, key: Ed25519PrivateKey | Ed25519PublicKey, patience: float) -> None:
+    def __init__(self, path: Path, site: str, key: Ed25519PrivateKey | Ed25519PublicKey) -> None:
         self.path, self.site, self.public_key = path, site, public_text(key)
         self.head_path = path.with_name(f"{path.name}.head")
         self.key = key if isinstance(key, Ed25519PrivateKey) else None
@@ -43,7 +45,7 @@ class LedgerFile:
         self.torn_bytes = 0
         self._verified = b""
         self._format = LedgerFormat(path, self.head_path, site, self.public_key)
-        self._lock, self._patience = FileLock(str(path.with_name(f"{path.name}.lock")), timeout=patience), patience
+        self._lock = FileLock(str(path.with_name(f"{path.name}.lock")), timeout=PATIENCE)
 
     @property
     def last(self) -> Head:
@@ -58,10 +60,8 @@ class LedgerFile:
         LedgerError
             It can't be made.
         """
-        try:
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -72,14 +72,13 @@ class LedgerFile:
         LedgerError
             Another process holds the lock for longer than the patience, or it can't be taken.
         """
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise LedgerError(
-                f"{self.path}: another process has held it for {self._patience:g} s; wait for it, or end it"
-            ) from error
-        except OSError as error:
-            raise self._unwritable(error) from error
+        with self._writing():
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise LedgerError(
+                    f"{self.path}: another process has held it for {PATIENCE:g} s; wait for it, or end it"
+                ) from error
         try:
             yield
         finally:
@@ -144,14 +143,8 @@ class LedgerFile:
         """Bring the head up to an entry that a crash came behind; the lock is held and the file was just read."""
         if self.counted == self.last:
             return
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # or a power cut could take an entry that the head counts
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        with self._writing():
+            sync(self.path)  # or a power cut could take an entry that the head counts
         self.write_head(self.last)
 
     def append(self, now: datetime, **fields: object) -> Entry:
@@ -177,7 +170,7 @@ class LedgerFile:
         except ValidationError as error:
             raise LedgerError(f"{self.path}: no valid entry: {first_problem(error)}") from error
         entry, line = self._format.line(unsigned, self.key)
-        try:
+        with self._writing():
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
                 if self.torn_bytes:
@@ -187,9 +180,7 @@ class LedgerFile:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._unwritable(error) from error
+            sync(self.path.parent)
         self.write_head(entry.head)
         self.entries.append(entry)
         self._verified += line
@@ -205,10 +196,8 @@ class LedgerFile:
             The disk fails; the old head is there, or the new one.
         """
         assert self.key is not None
-        try:
+        with self._writing():
             write_atomically(self.head_path, self._format.head(head, self.key), mode=0o600)
-        except OSError as error:
-            raise self._unwritable(error) from error
         self.counted = head
 
     def _notes(self, now: datetime) -> list[str]:
@@ -235,11 +224,15 @@ class LedgerFile:
         except OSError as error:
             raise LedgerError(f"{path}: can't be read ({error.strerror}); fix its rights") from error
 
-    def _unwritable(self, error: OSError) -> LedgerError:
-        return LedgerError(
-            f"{self.path}: the privacy ledger can't be written ({error.strerror}); nothing is trained. "
-            "Free space or fix the folder's rights"
-        )
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LedgerError(
+                f"{self.path}: the privacy ledger can't be written ({error.strerror}); nothing is trained. "
+                "Free space or fix the folder's rights"
+            ) from error
 
 
 def count_text(entries: int) -> str:

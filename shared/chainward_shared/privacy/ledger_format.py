@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import ValidationError
@@ -62,13 +63,7 @@ class LedgerFormat:
                 f"{self.path}: entry {number} is damaged ({why}); restore the ledger from a copy that is whole"
             )
 
-        try:
-            raw = json.loads(line)
-            if not isinstance(raw, dict) or canonical_json(raw) + b"\n" != line:
-                raise bad("it is not written as a ledger writes")
-        except (ValueError, RecursionError) as error:
-            raise bad("it is not JSON") from error
-        self._check_schema(raw, f"entry {number}")
+        raw = self._parsed(line, f"entry {number}", bad)
         try:
             entry = Entry.model_validate(raw)
         except ValidationError as error:
@@ -123,13 +118,7 @@ class LedgerFormat:
         def bad(why: str) -> LedgerError:
             return LedgerError(f"{self.head_path}: damaged ({why}); restore the ledger and its head from a whole copy")
 
-        try:
-            raw = json.loads(content)
-            if not isinstance(raw, dict) or canonical_json(raw) + b"\n" != content:
-                raise bad("it is not written as a ledger writes")
-        except (ValueError, RecursionError) as error:
-            raise bad("it is not JSON") from error
-        self._check_schema(raw, "the head")
+        raw = self._parsed(content, "the head", bad)
         signature = raw.pop("signature", None)
         if raw.get("site") != self.site:
             raise LedgerError(f"{self.head_path}: it is of site '{raw.get('site')}', expected '{self.site}'")
@@ -137,13 +126,20 @@ class LedgerFormat:
             raise bad(f"it is not signed with the key {fingerprint(self.public_key)}")
         return Head(sequence=raw["sequence"], hash=raw["hash"])
 
-    def _check_schema(self, raw: dict[str, object], what: str) -> None:
+    def _parsed(self, content: bytes, what: str, bad: Callable[[str], LedgerError]) -> dict[str, Any]:
+        try:
+            raw = json.loads(content)
+            if not isinstance(raw, dict) or canonical_json(raw) + b"\n" != content:
+                raise bad("it is not written as a ledger writes")
+        except (ValueError, RecursionError) as error:
+            raise bad("it is not JSON") from error
         if (found := raw.get("schema")) != SCHEMA:
             newer = isinstance(found, int) and found > SCHEMA
             raise LedgerError(
                 f"{self.path}: {what} is of schema {found!r}, expected {SCHEMA}; "
                 + ("a newer Chainward wrote it: update this one" if newer else "restore the ledger from a whole copy")
             )
+        return raw
 
 
 def named_key_and_site(path: Path) -> tuple[str, str]:

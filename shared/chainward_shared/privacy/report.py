@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from chainward_shared.local_page.page import environment
 from chainward_shared.privacy.entries import MechanismRecord
-from chainward_shared.privacy.findings import Audit, SiteAudit, Spent
+from chainward_shared.privacy.findings import Audit, SiteAudit
 from chainward_shared.words import listed
 
 MISSING = "–"
@@ -35,7 +35,7 @@ def render_audit(audit: Audit) -> str:
         verdict=verdict(audit),
         bars={site.site: bar(site) for site in private},
         ledger=audit.kind == "ledger",
-        over_in_a_run={site.site for site in private if any(map(_over, site.runs))},
+        over_in_a_run={site.site for site in private if any(run.over for run in site.runs)},
     )
 
 
@@ -55,13 +55,13 @@ def verdict(audit: Audit) -> str:
     if audit.kind == "ledger":
         site = private[0]
         if site.lifetime is None or site.lifetime.budget is None:
-            spent = epsilon_text(_enforced(site.lifetime)) if site.lifetime else MISSING
+            spent = epsilon_text(site.lifetime.epsilon if site.lifetime else None)
             return (
                 f"The record is complete and its signatures are right: epsilon {spent} spent in the site's lifetime. No policy "
                 "was given to compare it with."
             )
         return (
-            f"{site.site} kept within its budget: epsilon {epsilon_text(_enforced(site.lifetime))} of "
+            f"{site.site} kept within its budget: epsilon {epsilon_text(site.lifetime.epsilon)} of "
             f"{site.lifetime.budget:g} spent in its lifetime, {epsilon_text(site.lifetime.left)} left."
         )
     of_all = {1: "The one hospital", 2: "Both hospitals"}.get(len(private), f"All {len(private)} hospitals")
@@ -116,9 +116,9 @@ def outside(audit: Audit) -> list[Outside]:
 def bar(site: SiteAudit) -> float | None:
     """Return the share of the lifetime's budget that is spent, in percent, at most 100; None without a budget."""
     lifetime = site.lifetime
-    if lifetime is None or lifetime.budget is None or lifetime.epsilons is None:
+    if lifetime is None or lifetime.budget is None or lifetime.epsilon is None:
         return None
-    return min(100.0, 100 * lifetime.epsilons.enforced / lifetime.budget)
+    return min(100.0, 100 * lifetime.epsilon / lifetime.budget)
 
 
 def epsilon_text(value: float | None) -> str:
@@ -163,11 +163,3 @@ def mechanism_text(record: MechanismRecord) -> str:
 def count_text(value: int) -> str:
     """Return a whole number with a thin space between thousands."""
     return f"{value:,}".replace(",", "\u202f")
-
-
-def _enforced(spent: Spent) -> float | None:
-    return spent.epsilons.enforced if spent.epsilons else None
-
-
-def _over(spent: Spent) -> bool:
-    return spent.budget is not None and spent.epsilons is not None and spent.epsilons.enforced > spent.budget

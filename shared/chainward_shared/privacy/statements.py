@@ -74,9 +74,7 @@ class Statement(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
 
-def sign_statement(
-    ledger: Ledger, key: Ed25519PrivateKey, run: str, hop: str, terms: Terms, *, now: datetime | None = None
-) -> Statement:
+def sign_statement(ledger: Ledger, key: Ed25519PrivateKey, run: str, hop: str, terms: Terms) -> Statement:
     """Return the signed statement of a run as the ledger stands; made after the work's commitment, sent with its result.
 
     Raises
@@ -111,14 +109,14 @@ def sign_statement(
         epsilon_lifetime=epsilon_lifetime,
         terms=terms,
         seeded=any(spending.reserved.seeded for spending in spendings),
-        time=now or datetime.now(UTC),
+        time=datetime.now(UTC),
         public_key=ledger.public_key,
     )
     return unsigned.model_copy(update={"signature": sign(key, _PURPOSE, unsigned.message)})
 
 
 def parse_statement(content: object) -> Statement:
-    """Return the statement that JSON text, or the values read from it, holds.
+    """Return the statement that values read from JSON hold.
 
     Raises
     ------
@@ -131,11 +129,7 @@ def parse_statement(content: object) -> Statement:
             f"a privacy statement of schema {schema}, expected 1; a newer Chainward wrote it: update this one"
         )
     try:
-        return (
-            Statement.model_validate_json(content)
-            if isinstance(content, str | bytes)
-            else Statement.model_validate(content)
-        )
+        return Statement.model_validate(content)
     except ValidationError as error:
         raise StatementError(f"not a privacy statement ({first_problem(error)})") from error
 
