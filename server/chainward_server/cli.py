@@ -27,7 +27,7 @@ from chainward_shared.config.docs import configuration_markdown, flower_app_conf
 from chainward_shared.console import PlainConsole, run_command
 from chainward_shared.errors import ConfigError
 from chainward_shared.pretrained.commands import weights_commands
-from chainward_shared.pretrained.place import usual_place
+from chainward_shared.pretrained.store import usual_place
 from chainward_shared.privacy.audit import audit_statements
 from chainward_shared.privacy.console import print_audit, write_page
 from chainward_shared.privacy.record import read_privacy_record

@@ -83,7 +83,7 @@ def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     values: dict[str, list[np.ndarray]] = {}
     for place, name in enumerate(sorted(state)):
         tensor = state[name].detach().cpu()
-        sent = _shortest(tensor)
+        sent = shortest(tensor)
         halved[place] = sent.dtype != tensor.dtype
         values.setdefault(_dtype(sent), []).append(sent.numpy().reshape(-1))
     return ArrayRecord(
@@ -91,7 +91,8 @@ def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     )
 
 
-def _shortest(tensor: Tensor) -> Tensor:
+def shortest(tensor: Tensor) -> Tensor:
+    """Return a float32 tensor of which float16 holds every value as such, any other as it is."""
     tensor = tensor.contiguous()
     if tensor.dtype == torch.float32:
         half = tensor.half()

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from chainward_shared.errors import WeightsError
@@ -15,7 +14,7 @@ from chainward_shared.models.architecture import Start
 from chainward_shared.pretrained.card import WeightsCard
 from chainward_shared.pretrained.loading import start_state
 from chainward_shared.settings import Transfer
-from chainward_shared.weights import StateDict, check_state, digest, load_file, rounded, save_file
+from chainward_shared.weights import StateDict, check_state, digest, load_file, rounded, save_file, shortest
 
 PIECE_BYTES = 4_000_000
 """Of the file of a base in one message."""
@@ -63,7 +62,7 @@ def base_of_file(weights: Mapping[str, Tensor], card: WeightsCard, architecture:
 
 def save_base(base: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> str:
     """Write a base to a file, each tensor that float16 holds as such, and return the file's SHA-256."""
-    return save_file({name: _shortest(tensor) for name, tensor in base.items()}, path, metadata)
+    return save_file({name: shortest(tensor) for name, tensor in base.items()}, path, metadata)
 
 
 def load_base(path: Path, architecture: Architecture) -> StateDict:
@@ -90,8 +89,3 @@ def most_bytes(architecture: Architecture) -> int:
     """Return how large the file of a base can be."""
     tensors = skeleton(architecture).state_dict().values()
     return HEADER_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _shortest(tensor: Tensor) -> Tensor:
-    half = tensor.half() if tensor.dtype == torch.float32 else tensor
-    return half if torch.equal(half.float(), tensor.float()) else tensor

@@ -111,17 +111,13 @@ def show(store: "WeightsStore", reference: Reference, as_json: AsJson = False) -
         typer.echo(card.model_dump_json(by_alias=True, indent=1))
         return
     _print_card(card)
-    _print_line(f"file           {store.path(card.sha256)}")
+    PlainConsole().say(f"file           {store.path(card.sha256)}")
 
 
 def remove(store: "WeightsStore", reference: Reference) -> None:
     """Remove a file and its card."""
     card = store.remove(reference)
-    _print_line(f"removed {card.name} {card.sha256[:12]}")
-
-
-def _print_line(line: str) -> None:
-    PlainConsole().say(line)
+    PlainConsole().say(f"removed {card.name} {card.sha256[:12]}")
 
 
 def _print_card(card: WeightsCard) -> None:
@@ -143,7 +139,7 @@ def _print_card(card: WeightsCard) -> None:
     if card.original_sha256:
         lines["converted from"] = card.original_sha256
     for name, value in lines.items():
-        _print_line(f"{name:<14} {value}")
+        PlainConsole().say(f"{name:<14} {value}")
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

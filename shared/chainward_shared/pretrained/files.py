@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,18 +60,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     if not weights:
         raise WeightsError(f"{path}: holds no tensors")
-    check_numbers(weights, str(path))
+    _check_numbers(weights, path)
     return weights
 
 
-def check_numbers(weights: Mapping[str, Tensor], where: str) -> None:
-    """Check that all tensors hold plain, finite numbers.
-
-    Raises
-    ------
-    WeightsError
-        Names the first tensors that don't.
-    """
+def _check_numbers(weights: Mapping[str, Tensor], where: Path) -> None:
+    """Check that all tensors hold plain, finite numbers."""
     odd = [f"'{name}' ({_dtype(t)})" for name, t in weights.items() if t.dtype not in (*_FLOATS, torch.int64)]
     if odd:
         raise WeightsError(
@@ -121,20 +114,14 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds one {type(content).__name__}; expected tensors by name")
     others = [
-        f"'{_short(name)}' ({type(value).__name__})" for name, value in content.items() if not _plain(name, value)
+        f"'{str(name)[:80]}' ({type(value).__name__})"
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided)
     ]
     if others:
         raise WeightsError(f"{path}: beside tensors there is {listed(others, _SHOWN)}; expected tensors by name")
-    return {str(name): tensor.detach().contiguous() for name, tensor in content.items()}
-
-
-def _plain(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
 
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _short(name: Any) -> str:
-    return str(name)[:80]

@@ -50,23 +50,30 @@ def timm_config(name: str) -> dict[str, Any]:
 
 def own_classes(weights: Mapping[str, Tensor], backbone: str) -> list[int]:
     """Return how many classes the file's classifier may have, the likeliest first; 0: it has none."""
-    config = timm_config(backbone)
-    names = config.get("classifier") or ()
-    first = next(iter((names,) if isinstance(names, str) else names), "")
-    weight = weights.get(f"{first}.weight")
+    weight = _weight_of(weights, backbone, "classifier")
     if weight is not None and weight.ndim:
         return [int(weight.shape[0])]
-    return list(dict.fromkeys([0, int(config.get("num_classes") or 0)]))  # the model's filter may rename it
+    return list(
+        dict.fromkeys([0, int(timm_config(backbone).get("num_classes") or 0)])
+    )  # the model's filter may rename it
 
 
 def own_channels(weights: Mapping[str, Tensor], backbone: str) -> int:
     """Return the channels of the images that the file's first convolution reads."""
-    config = timm_config(backbone)
-    names = config.get("first_conv") or ()
-    first = next(iter((names,) if isinstance(names, str) else names), "")
-    weight = weights.get(f"{first}.weight")
-    size = config.get("input_size") or (3, 224, 224)
-    return int(weight.shape[1]) if weight is not None and weight.ndim == 4 else int(size[0])
+    weight = _weight_of(weights, backbone, "first_conv")
+    return int(weight.shape[1]) if weight is not None and weight.ndim == 4 else input_size(backbone)[0]
+
+
+def _weight_of(weights: Mapping[str, Tensor], backbone: str, layer: str) -> Tensor | None:
+    """Return the weight in the file of the first layer to which timm's configuration gives this name."""
+    names = timm_config(backbone).get(layer) or ()
+    return weights.get(f"{next(iter((names,) if isinstance(names, str) else names), '')}.weight")
+
+
+def input_size(backbone: str) -> tuple[int, int, int]:
+    """Return channels, height and width of the images that timm's weights of this model were trained on."""
+    channels, height, width = timm_config(backbone).get("input_size") or (3, 224, 224)
+    return int(channels), int(height), int(width)
 
 
 def load_plain(weights: Mapping[str, Tensor], backbone: str, classes: int, channels: int) -> nn.Module:
@@ -117,14 +124,13 @@ def _created(
 ) -> nn.Module:
     import timm
 
-    size = timm_config(backbone).get("input_size") or (3, 224, 224)
     overlay = {
         # a state dict goes before all places that timm could load from
         "state_dict": {
             name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
         },
         "num_classes": classes,
-        "input_size": (channels, *size[1:]),
+        "input_size": (channels, *input_size(backbone)[1:]),
         "label_offset": 0,
         "custom_load": False,
     }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,16 +12,22 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from chainward_shared.errors import WeightsError, nearest
-from chainward_shared.files import write_atomically
+from chainward_shared.files import write_atomically, written
 from chainward_shared.pretrained.card import UNKNOWN, WeightsCard
-from chainward_shared.pretrained.place import usual_place
 from chainward_shared.words import first_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PLACE = "CHAINWARD_WEIGHTS"
+"""Environment variable that names another folder than the usual one."""
 SUFFIX = ".safetensors"
 _DIGEST_LETTERS = 8
+
+
+def usual_place() -> Path:
+    """Return the folder of this user's store: the one that `PLACE` names, or ``~/.chainward/weights``."""
+    return Path(os.environ.get(PLACE) or "~/.chainward/weights").expanduser()
 
 
 def default_store() -> WeightsStore:
@@ -60,45 +67,40 @@ class WeightsStore:
         WeightsError
             The file can't be used or is not of this backbone, or the store can't be written. Nothing is left behind.
         """
+        from safetensors.torch import save
+
         from chainward_shared.pretrained.files import precision_of, read_weights, sha256_of
-        from chainward_shared.pretrained.loading import split_name, timm_config
+        from chainward_shared.pretrained.loading import input_size, split_name, timm_config
 
         plain, tag = split_name(backbone)
         weights = read_weights(file)
         config = timm_config(backbone)
         channels, classes = _fitting(weights, plain)
         converted = file.suffix.lower() != SUFFIX
-        contents = _converted(weights) if converted else file.read_bytes()
-        self.root.mkdir(parents=True, exist_ok=True)
-        staging = self.root / f".{os.getpid()}.part"
+        contents = save(weights) if converted else file.read_bytes()
         try:
-            write_atomically(staging, contents)
-            size = config.get("input_size") or (3, 224, 224)
-            original = sha256_of(file)
-            card = _checked_card(
+            card = WeightsCard(
                 backbone=plain,
                 tag=tag,
-                sha256=sha256_of(staging),
-                original_sha256=original if converted else None,
+                sha256=hashlib.sha256(contents).hexdigest(),
+                original_sha256=sha256_of(file) if converted else None,
                 bytes=len(contents),
                 licence=licence or (config.get("license") if tag else None) or UNKNOWN,
                 source=source or UNKNOWN,
                 mean=mean or _per_channel(config.get("mean") or (0.5,) * 3, channels),
                 std=std or _per_channel(config.get("std") or (0.5,) * 3, channels),
-                input_size=(channels, *size[1:]),
+                input_size=(channels, *input_size(backbone)[1:]),
                 interpolation=config.get("interpolation") or UNKNOWN,
                 num_classes=classes,
                 parameters=sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point()),
                 precision=precision_of(weights),
             )
-            staging.replace(self.path(card.sha256))
+        except ValidationError as error:
+            raise WeightsError(f"the weights card: {first_problem(error)}") from error
+        with written(self.root, WeightsError):
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path(card.sha256), contents)
             write_atomically(self._card_path(card.sha256), card.model_dump_json(by_alias=True, indent=1).encode())
-        except OSError as error:
-            raise WeightsError(
-                f"{self.root}: can't be written ({error.strerror}); free space or fix its rights"
-            ) from error
-        finally:
-            staging.unlink(missing_ok=True)
         return card
 
     def cards(self) -> list[WeightsCard]:
@@ -185,12 +187,6 @@ class WeightsStore:
         return card
 
 
-def _converted(weights: dict[str, Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save(weights)
-
-
 def _fitting(weights: dict[str, Tensor], backbone: str) -> tuple[int, int]:
     """Return the channels of the weights, and the number of classes with which the backbone takes all of them."""
     from chainward_shared.pretrained.loading import load_plain, own_channels, own_classes
@@ -207,10 +203,3 @@ def _fitting(weights: dict[str, Tensor], backbone: str) -> tuple[int, int]:
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def _checked_card(**fields: object) -> WeightsCard:
-    try:
-        return WeightsCard.model_validate(fields)
-    except ValidationError as error:
-        raise WeightsError(f"the weights card: {first_problem(error)}") from error
