@@ -9,7 +9,7 @@ from torch import nn
 from chainward_shared.errors import ModelError
 from chainward_shared.models.architecture import Architecture, family_of, require_family, skeleton
 from chainward_shared.models.families import Family
-from chainward_shared.models.sizes import check_image_size, takes_argument, with_sizes
+from chainward_shared.models.sizes import check_image_size, with_sizes
 
 
 def compact_architecture(
@@ -59,9 +59,8 @@ def compact_architecture(
         scaled = family.scaled_options(skeleton(large), width, depth)
         student = large.model_copy(update={"options": {**large.options, **scaled}})
     if image_size or patch_size:
-        takes_image_size = takes_argument(skeleton(student), "img_size")
-        student = with_sizes(student, image_size or large.image_size, patch_size, takes_image_size)
-        check_image_size(student, takes_image_size)
+        student = with_sizes(student, image_size or large.image_size, patch_size)
+        check_image_size(student)
     check_selectable(large, student)
     if family.sizes(skeleton(student)) == family.sizes(skeleton(large)):
         raise ModelError(

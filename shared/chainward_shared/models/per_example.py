@@ -56,46 +56,49 @@ class Held:
 
     @property
     def examples(self) -> int:
-        """The number k of examples."""
         return len(self.values)
 
     def lengths(self) -> Tensor:
-        """Return the length of each."""
         return torch.linalg.vector_norm(self.values.reshape(self.examples, -1), dim=1, dtype=torch.float64)
 
     def weighted_sum(self, factors: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the sum over examples times `factors`."""
         flat, factors = self.values.reshape(self.examples, -1), _in_float32(factors)
         if rows is not None:
             flat, factors = flat[rows], factors[rows]
         return (factors @ flat).reshape(self.values.shape[1:])
 
     def of_each(self) -> Tensor:
-        """Return them all."""
         return self.values
 
 
-class OfTokens:
-    """Gradients of a linear layer's weight (p, d): tokens (k, T, d) and the gradient at its output (k, T, p)."""
+class _Products:
+    """Gradients as they follow from a layer's input, (k, ...), and the gradient at its output, (k, ...)."""
 
-    def __init__(self, tokens: Tensor, backprops: Tensor) -> None:
-        self.tokens, self.backprops = _Factor.of(tokens), _Factor.of(backprops)
+    def __init__(self, inputs: Tensor, backprops: Tensor) -> None:
+        self.inputs, self.backprops = _Factor.of(inputs), _Factor.of(backprops)
 
     @property
     def examples(self) -> int:
-        """The number k of examples."""
-        return len(self.tokens.values)
+        return len(self.inputs.values)
+
+    def _weighted(self, factors: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, gradients and what their products are multiplied by, of `rows` if given."""
+        inputs, backprops = self.inputs.values, self.backprops.values
+        factors = _in_float32(factors * self.inputs.divided_by * self.backprops.divided_by)
+        return (inputs, backprops, factors) if rows is None else (inputs[rows], backprops[rows], factors[rows])
+
+    def _undivided(self, products: Tensor) -> Tensor:
+        return _times(products, self.inputs.divided_by * self.backprops.divided_by)
+
+
+class OfTokens(_Products):
+    """Gradients of a linear layer's weight (p, d): tokens (k, T, d) and the gradient at its output (k, T, p)."""
 
     def lengths(self) -> Tensor:
-        """Return the length of each, from matrices (T, T)."""
-        return _ghost_lengths(self.tokens, self.backprops, _gram, _gram)
+        return _ghost_lengths(self.inputs, self.backprops, _gram, _gram)
 
     def weighted_sum(self, factors: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the sum over examples times `factors`: one product of matrices."""
-        tokens, backprops = self.tokens.values, self.backprops.values
-        factors = _in_float32(factors * self.tokens.divided_by * self.backprops.divided_by)
-        if rows is not None:
-            tokens, backprops, factors = tokens[rows], backprops[rows], factors[rows]
+        tokens, backprops, factors = self._weighted(factors, rows)
         if tokens.shape[2] < backprops.shape[2]:  # scale the smaller one: new memory is what costs time
             tokens = tokens * factors[:, None, None]
         else:
@@ -105,7 +108,7 @@ class OfTokens:
     def of_views(self, views: int) -> OfTokens | None:
         """Return the gradients of examples that have so many rows each, as of that many times the tokens; None where they are
         cheaper as such, or their factors were divided row by row."""
-        tokens, backprops = self.tokens, self.backprops
+        tokens, backprops = self.inputs, self.backprops
         places, inputs, outputs = tokens.values.shape[1], tokens.values.shape[2], backprops.values.shape[2]
         divided = (tokens.divided_by != 1).any() | (backprops.divided_by != 1).any()
         if bool(divided) or not ghost_is_cheaper(views * places, inputs, outputs):
@@ -115,44 +118,31 @@ class OfTokens:
         )
 
     def of_each(self) -> Tensor:
-        """Return them all."""
-        divided = torch.bmm(self.backprops.values.transpose(1, 2), self.tokens.values)
-        return _times(divided, self.tokens.divided_by * self.backprops.divided_by)
+        return self._undivided(torch.bmm(self.backprops.values.transpose(1, 2), self.inputs.values))
 
 
-class OfConvolution:
+class OfConvolution(_Products):
     """Gradients of a convolution's weight, without groups: its padded input and the gradient at its output."""
 
     def __init__(self, layer: nn.Conv2d, images: Tensor, padding: tuple[int, int], backprops: Tensor) -> None:
+        super().__init__(images, backprops)
         self.layer, self.padding = layer, padding
-        self.images, self.backprops = _Factor.of(images), _Factor.of(backprops)
-
-    @property
-    def examples(self) -> int:
-        """The number k of examples."""
-        return len(self.images.values)
 
     def lengths(self) -> Tensor:
-        """Return the length of each, from matrices (T, T) of the T places of the output."""
-        return _ghost_lengths(self.images, self.backprops, self._gram_of_patches, _gram_of_places)
+        return _ghost_lengths(self.inputs, self.backprops, self._gram_of_patches, _gram_of_places)
 
     def weighted_sum(self, factors: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the sum over examples times `factors`: what plain training computes, of scaled gradients."""
-        images, backprops = self.images.values, self.backprops.values
-        factors = _in_float32(factors * self.images.divided_by * self.backprops.divided_by)
-        if rows is not None:
-            images, backprops, factors = images[rows], backprops[rows], factors[rows]
+        images, backprops, factors = self._weighted(factors, rows)
         if not len(images):
             return torch.zeros_like(self.layer.weight)
         return weight_gradient(self.layer, images, self.padding, backprops * factors[:, None, None, None])
 
     def of_each(self) -> Tensor:
-        """Return them all."""
         found = [
             weight_gradient(self.layer, image[None], self.padding, backprop[None])
-            for image, backprop in zip(self.images.values, self.backprops.values, strict=True)
+            for image, backprop in zip(self.inputs.values, self.backprops.values, strict=True)
         ]
-        return _times(torch.stack(found), self.images.divided_by * self.backprops.divided_by)
+        return self._undivided(torch.stack(found))
 
     def _gram_of_patches(self, images: Tensor) -> Tensor:
         """Return the products of all pairs of patches, (k, T, T).

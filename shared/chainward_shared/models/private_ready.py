@@ -71,8 +71,8 @@ def check_private_ready(architecture: Architecture, device: str = "cpu") -> None
 def _problem_of(architecture_json: str, device: str) -> str:
     """Return what is wrong with private training of an architecture; empty if nothing is."""
     architecture = Architecture.model_validate_json(architecture_json)
-    if problem := _batch_norm(architecture):
-        return problem
+    if architecture.start is None and any(True for _ in batch_norms(skeleton(architecture))):
+        return "its batch norm mixes the images of a batch, so that no image has a gradient of its own"
     try:
         with torch.random.fork_rng(devices=[]):
             return _compare(architecture, device)
@@ -80,12 +80,6 @@ def _problem_of(architecture_json: str, device: str) -> str:
         return str(error)
     except Exception as error:  # whatever timm or PyTorch raise: private training does not work for this model
         return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-
-
-def _batch_norm(architecture: Architecture) -> str:
-    if architecture.start is None and any(True for _ in batch_norms(skeleton(architecture))):
-        return "its batch norm mixes the images of a batch, so that no image has a gradient of its own"
-    return ""
 
 
 def _nearest_ready(architecture: Architecture) -> str:

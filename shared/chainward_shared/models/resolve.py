@@ -43,12 +43,10 @@ def resolve_architecture(
         raise ModelError(f"backbone '{name}': {first_problem(error)}") from error
     if patch_size < 0:
         raise ModelError(f"patch size {patch_size} of '{name}' is negative: give pixels, or 0 for the backbone's own")
-    # such a model checks and stores its image size; any other works on any size, and has no argument for it
-    takes_image_size = takes_argument(skeleton(plain), "img_size")
-    architecture = with_sizes(plain, image_size, patch_size, takes_image_size)
+    architecture = with_sizes(plain, image_size, patch_size)
     if patch_size:
         check_patch_size_is_used(architecture, patch_size)
-    check_image_size(architecture, takes_image_size)
+    check_image_size(architecture)
     if pretrained:
         return architecture
     if any(name.endswith(".gamma") for name in skeleton(architecture).state_dict()) and takes_argument(
