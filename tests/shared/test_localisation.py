@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from scipy.stats import bootstrap
 
 from chainward_shared.errors import DataError
 from chainward_shared.evaluation.localisation import (
     METRICS,
-    LocalisationScores,
     LocalisationSums,
     LocalisationValues,
     Moments,
@@ -119,7 +119,6 @@ def test_empty_and_all_covering_regions_are_left_out_and_counted():
     assert (len(found), found.left_out, found.rows.tolist()) == (3, 2, [0, 2, 4])
     none = score_maps(noise(2), torch.zeros(2, 32, 32, dtype=torch.uint8))
     assert (len(none), none.left_out) == (0, 2)
-    assert LocalisationScores.of(none, seed=0).lift is None
     assert LocalisationSums.of(none).scores().lift is None
 
 
@@ -150,38 +149,28 @@ def test_what_is_no_map_or_mask_is_refused_in_one_line(maps, masks, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_sums", [False, True])
-def test_intervals_cover_the_truth(by_sums):
+def test_intervals_cover_the_truth():
     generator, covered, trials, truth = np.random.default_rng(0), 0, 300, 1.6
-    for trial in range(trials):
-        values = values_of(generator.gamma(4.0, truth / 4.0, 60))
-        scores = LocalisationSums.of(values).scores() if by_sums else LocalisationScores.of(values, trial, seed=3)
+    for _ in range(trials):
+        scores = LocalisationSums.of(values_of(generator.gamma(4.0, truth / 4.0, 60))).scores()
         covered += scores.lift.low <= truth <= scores.lift.high
     assert 0.90 <= covered / trials <= 0.98
 
 
-def test_the_two_kinds_of_interval_agree_on_many_images():
+def test_the_interval_is_that_of_a_bootstrap_on_many_images():
     values = score_maps(noise(300) + 0.2 * squares(300), squares(300))
-    bootstrap, normal = LocalisationScores.of(values, seed=0), LocalisationSums.of(values).scores()
+    scores = LocalisationSums.of(values).scores()
     for metric in METRICS:
-        a, b = getattr(bootstrap, metric), getattr(normal, metric)
-        assert a.mean == pytest.approx(b.mean)
-        width = a.high - a.low
-        assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=0.12 * width)
-
-
-def test_the_bootstrap_replays_by_seed_and_name():
-    values = values_of(np.random.default_rng(0).random(40))
-    first = LocalisationScores.of(values, "chain", "test", seed=0)
-    assert LocalisationScores.of(values, "chain", "test", seed=0) == first
-    assert LocalisationScores.of(values, "student", "test", seed=0).lift != first.lift
-    assert LocalisationScores.of(values, "chain", "test", seed=1).lift != first.lift
+        column, found = getattr(values, metric), getattr(scores, metric)
+        drawn = bootstrap((column,), np.mean, n_resamples=1_000, method="percentile", rng=np.random.default_rng(0))
+        low, high = drawn.confidence_interval
+        assert found.mean == pytest.approx(column.mean())
+        assert (low, high) == pytest.approx((found.low, found.high), abs=0.12 * (high - low))
 
 
 def test_one_image_has_no_interval():
-    values = values_of(np.array([2.5]))
-    for scores in (LocalisationScores.of(values, seed=0), LocalisationSums.of(values).scores()):
-        assert (scores.lift.mean, scores.lift.low, scores.lift.high) == (2.5, None, None)
+    scores = LocalisationSums.of(values_of(np.array([2.5]))).scores()
+    assert (scores.lift.mean, scores.lift.low, scores.lift.high) == (2.5, None, None)
 
 
 def test_intervals_stay_inside_the_range_of_a_metric():
@@ -216,7 +205,8 @@ def test_sums_of_sites_pool_to_the_mean_over_all_images():
 
 
 def test_no_sites_pool_to_nothing():
-    assert pool_sums([]).scores() == LocalisationScores.of(LocalisationValues.joined([]), seed=0)
+    assert pool_sums([]).scores() == LocalisationSums.of(LocalisationValues.joined([])).scores()
+    assert pool_sums([]).scores().lift is None
 
 
 def test_sums_survive_their_way_over_the_wire():

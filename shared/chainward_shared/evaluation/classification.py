@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -122,6 +123,9 @@ class PredictionCounts:
         return cls(confusion, calibration, histograms)
 
 
+COUNT_FIELDS = tuple(field.name for field in fields(PredictionCounts))
+
+
 def _score_bin(of_class: np.ndarray, of_others: np.ndarray) -> np.ndarray:
     """Return the bin of each score, int64 (n,), from the probability of the class and of all others."""
     tiny = np.finfo(np.float64).tiny
@@ -133,9 +137,9 @@ def _score_bin(of_class: np.ndarray, of_others: np.ndarray) -> np.ndarray:
 def pool(counts: Iterable[PredictionCounts]) -> Scores:
     """Return the scores over all cases that were counted."""
     parts = list(counts)
-    confusion = sum((part.confusion for part in parts[1:]), start=parts[0].confusion)
-    calibration = sum((part.calibration for part in parts[1:]), start=parts[0].calibration)
-    histograms = sum((part.histograms for part in parts[1:]), start=parts[0].histograms)
+    confusion, calibration, histograms = (
+        reduce(np.add, (getattr(part, name) for part in parts)) for name in COUNT_FIELDS
+    )
     decisions = int(confusion.sum())
     if decisions == 0:
         return Scores(n=0, accuracy=None, balanced_accuracy=None, macro_auc=None, ece=None)
@@ -217,9 +221,6 @@ def _binned_auc(histogram: np.ndarray) -> float:
     return float((positives * (below + negatives / 2)).sum() / pairs)
 
 
-COUNT_FIELDS = ("confusion", "calibration", "histograms")
-
-
 def counts_to_state(counts: PredictionCounts) -> dict[str, torch.Tensor]:
     """Return the counts as tensors by name."""
     import torch
@@ -251,13 +252,11 @@ def counts_template(classes: int, task: Task = "single") -> dict[str, torch.Tens
     """Return names, shapes and dtypes of counts over `classes` classes."""
     import torch
 
-    shapes = {
-        "confusion": (classes, classes) if task == "single" else (classes, 2, 2),
-        "calibration": (CALIBRATION_BINS, 3),
-        "histograms": (classes, 2, SCORE_BINS),
+    return {
+        "confusion": torch.zeros((classes, classes) if task == "single" else (classes, 2, 2), dtype=torch.int64),
+        "calibration": torch.zeros((CALIBRATION_BINS, 3), dtype=torch.float64),
+        "histograms": torch.zeros((classes, 2, SCORE_BINS), dtype=torch.int64),
     }
-    dtypes = {"confusion": torch.int64, "calibration": torch.float64, "histograms": torch.int64}
-    return {name: torch.zeros(shapes[name], dtype=dtypes[name]) for name in COUNT_FIELDS}
 
 
 def counts_from_state(state: Mapping[str, torch.Tensor]) -> PredictionCounts:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-CONFIDENCE = 0.95
-_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+Z = NormalDist().inv_cdf(0.975)
+"""Of 95 % intervals: how many standard deviations they reach to either side."""
 
 
 def wilson(found: int, of: int) -> tuple[float, float] | None:
@@ -17,9 +17,9 @@ def wilson(found: int, of: int) -> tuple[float, float] | None:
     """
     if of == 0:
         return None
-    share, part = found / of, _Z**2 / of
+    share, part = found / of, Z**2 / of
     middle = (share + part / 2) / (1 + part)
-    half = _Z * math.sqrt(share * (1 - share) / of + part / (4 * of)) / (1 + part)
+    half = Z * math.sqrt(share * (1 - share) / of + part / (4 * of)) / (1 + part)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

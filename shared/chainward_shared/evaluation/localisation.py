@@ -8,22 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from pydantic import model_validator
 
 from chainward_shared.errors import DataError
+from chainward_shared.evaluation.intervals import Z
 from chainward_shared.outside import Count, Figure, Record, Total
-from chainward_shared.seeds import numpy_generator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS: Final = ("lift", "pointing", "auprc", "iou")
-RESAMPLES = 1_000
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -57,15 +54,10 @@ class LocalisationValues:
         """Return the values of several sets of images as one; `rows` count on from set to set."""
         parts = list(parts)
         ends = np.cumsum([0, *(len(part) + part.left_out for part in parts)])
-        lift, pointing, auprc, iou = (
-            np.concatenate([np.zeros(0), *(getattr(part, metric) for part in parts)]) for metric in METRICS
-        )
+        columns = (np.concatenate([np.zeros(0), *(getattr(part, metric) for part in parts)]) for metric in METRICS)
         rows = [part.rows + start for part, start in zip(parts, ends, strict=False)]
         return cls(
-            lift,
-            pointing,
-            auprc,
-            iou,
+            *columns,
             rows=np.concatenate([np.zeros(0, dtype=np.int64), *rows]),
             left_out=sum(part.left_out for part in parts),
         )
@@ -100,8 +92,8 @@ def score_maps(maps: Tensor, masks: Tensor) -> LocalisationValues:
     area = inside.sum(axis=1)
     rows = np.flatnonzero((area > 0) & (area < inside.shape[1]))
     scored = [_score(values[row], inside[row]) for row in rows]
-    lift, pointing, auprc, iou = np.array(scored, dtype=np.float64).reshape(len(rows), len(METRICS)).T
-    return LocalisationValues(lift, pointing, auprc, iou, rows=rows, left_out=len(values) - len(rows))
+    columns = np.array(scored, dtype=np.float64).reshape(len(rows), len(METRICS)).T
+    return LocalisationValues(*columns, rows=rows, left_out=len(values) - len(rows))
 
 
 def _score(values: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float]:
@@ -149,37 +141,17 @@ class LocalisationScores(Record):
     auprc: Interval | None
     iou: Interval | None
 
-    @classmethod
-    def of(cls, values: LocalisationValues, *names: str | int, seed: int) -> LocalisationScores:
-        """Return means with percentile bootstrap intervals over images (1,000 resamples).
-
-        Images are resampled, not patients: where patients have many images each, the interval is too narrow.
-
-        Parameters
-        ----------
-        names, seed : what the resampling is called and derives from; see `chainward_shared.seeds`
-        """
-        n = len(values)
-        if n == 0:
-            return cls(n=0, left_out=values.left_out, lift=None, pointing=None, auprc=None, iou=None)
-        columns = np.stack([getattr(values, metric) for metric in METRICS], axis=1)
-        means = columns.mean(axis=0)
-        if n == 1:
-            intervals = [Interval(mean=mean, low=None, high=None) for mean in means]
-        else:
-            generator = numpy_generator(seed, "localisation", *names)
-            resampled = np.stack([columns[generator.integers(0, n, n)].mean(axis=0) for _ in range(RESAMPLES)])
-            tail = (1 - CONFIDENCE) / 2
-            low, high = np.quantile(resampled, (tail, 1 - tail), axis=0)
-            intervals = [Interval(mean=m, low=a, high=b) for m, a, b in zip(means, low, high, strict=True)]
-        return cls(n=n, left_out=values.left_out, **dict(zip(METRICS, intervals, strict=True)))
-
 
 class Moments(Record):
     """Sum and sum of squares of one metric over images."""
 
     sum: Total = 0.0
     squares: Total = 0.0
+
+    @classmethod
+    def of(cls, column: np.ndarray) -> Moments:
+        """Return those of values, (n,)."""
+        return cls(sum=float(column.sum()), squares=float((column**2).sum()))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(sum=self.sum + other.sum, squares=self.squares + other.squares)
@@ -222,10 +194,7 @@ class LocalisationSums(Record):
     @classmethod
     def of(cls, values: LocalisationValues) -> LocalisationSums:
         """Return the sums over the images of one site."""
-        moments = {}
-        for metric in METRICS:
-            column = getattr(values, metric)
-            moments[metric] = Moments(sum=float(column.sum()), squares=float((column**2).sum()))
+        moments = {metric: Moments.of(getattr(values, metric)) for metric in METRICS}
         return cls(n=len(values), left_out=values.left_out, **moments)
 
     def __add__(self, other: LocalisationSums) -> LocalisationSums:
@@ -248,7 +217,7 @@ class LocalisationSums(Record):
         if self.n == 1:
             return Interval(mean=mean, low=None, high=None)
         variance = max(0.0, moments.squares - self.n * mean**2) / (self.n - 1)
-        half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(variance / self.n)
+        half = Z * math.sqrt(variance / self.n)
         top = math.inf if metric == "lift" else 1.0
         return Interval(mean=mean, low=max(0.0, mean - half), high=min(top, mean + half))
 
