@@ -33,8 +33,13 @@ RETIRED = {"chain.accept": "all", "chain.release": "last", "chain.cycle": "link"
 
 
 def without_retired(tables: dict[str, Any]) -> list[str]:
-    """Take keys that are gone out of a stored configuration; return those that said something else than all runs do now."""
+    """Take keys and values that are gone out of a stored configuration; return those that said something else than all runs do
+    now."""
     other = []
+    chain = tables.get("chain")
+    if isinstance(chain, dict) and chain.get("refit") == "laps":
+        chain["refit"] = "end"
+        other.append("chain.refit = 'laps'")
     for key, usual in RETIRED.items():
         table, _, name = key.partition(".")
         of = tables.get(table)

@@ -161,14 +161,14 @@ def test_what_is_printed_to_resume_a_run_resumes_it_wherever_its_folder_is(tmp_p
     assert resumed.config.chain.laps == 3
 
 
-@pytest.mark.parametrize("value", ["all", "better"])
+@pytest.mark.parametrize(("key", "value"), [("accept", "all"), ("accept", "better"), ("refit", "laps")])
 def test_a_run_with_a_setting_that_there_is_no_more_can_be_read_and_is_resumed_only_where_it_said_nothing(
-    tmp_path, value
+    tmp_path, key, value
 ):
     given = {"output.dir": str(tmp_path), "chain.laps": 3}
     folder = RunFolder.create(RunConfig.from_flat(given))
     folder.end("failed", "the disk is full")
-    settings = tomli_w.dumps(folder.config.tables() | {"chain": folder.config.tables()["chain"] | {"accept": value}})
+    settings = tomli_w.dumps(folder.config.tables() | {"chain": folder.config.tables()["chain"] | {key: value}})
     (folder.path / "config.toml").write_text(settings)
     folder.state.config = hashlib.sha256(settings.encode()).hexdigest()
     folder.end("failed", "the disk is full")
@@ -178,7 +178,7 @@ def test_a_run_with_a_setting_that_there_is_no_more_can_be_read_and_is_resumed_o
         assert RunFolder.resume(again).config.chain.laps == 3
         return
     with pytest.raises(
-        RunFolderError, match=r"chain\.accept = 'better', which there is no more; finish it with the version"
+        RunFolderError, match=rf"chain\.{key} = '{value}', which there is no more; finish it with the version"
     ):
         RunFolder.resume(again)
     assert RunFolder.open(folder.path).state.status == "failed"
