@@ -54,13 +54,11 @@ class LocalisationValues:
         """Return the values of several sets of images as one; `rows` count on from set to set."""
         parts = list(parts)
         ends = np.cumsum([0, *(len(part) + part.left_out for part in parts)])
-        columns = (np.concatenate([np.zeros(0), *(getattr(part, metric) for part in parts)]) for metric in METRICS)
-        rows = [part.rows + start for part, start in zip(parts, ends, strict=False)]
-        return cls(
-            *columns,
-            rows=np.concatenate([np.zeros(0, dtype=np.int64), *rows]),
-            left_out=sum(part.left_out for part in parts),
+        lift, pointing, auprc, iou = (
+            np.concatenate([np.zeros(0), *(getattr(part, metric) for part in parts)]) for metric in METRICS
         )
+        rows = [np.zeros(0, dtype=np.int64), *(part.rows + start for part, start in zip(parts, ends, strict=False))]
+        return cls(lift, pointing, auprc, iou, np.concatenate(rows), left_out=sum(part.left_out for part in parts))
 
 
 def score_maps(maps: Tensor, masks: Tensor) -> LocalisationValues:
@@ -92,8 +90,8 @@ def score_maps(maps: Tensor, masks: Tensor) -> LocalisationValues:
     area = inside.sum(axis=1)
     rows = np.flatnonzero((area > 0) & (area < inside.shape[1]))
     scored = [_score(values[row], inside[row]) for row in rows]
-    columns = np.array(scored, dtype=np.float64).reshape(len(rows), len(METRICS)).T
-    return LocalisationValues(*columns, rows=rows, left_out=len(values) - len(rows))
+    lift, pointing, auprc, iou = np.array(scored, dtype=np.float64).reshape(len(rows), len(METRICS)).T
+    return LocalisationValues(lift, pointing, auprc, iou, rows, left_out=len(values) - len(rows))
 
 
 def _score(values: np.ndarray, inside: np.ndarray) -> tuple[float, float, float, float]:
