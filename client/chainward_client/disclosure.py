@@ -56,7 +56,6 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
         "what is odd about the data, in counts and names of columns and classes; withheld by a policy unless metrics are exact",
     ),
     (r"site-card/privacy\.(terms|required).*", _OF_POLICY),
-    (r"site-card/privacy\.head.*", "how many entries the ledger has, and a hash of the last: it can't be turned back"),
     (r"site-card/privacy", "that the site has no policy"),
     (r"site-card/approval", "whether a person here approves every run; no data"),
     (r"site-card/encoder", "SHA-256 of the language encoder that reads reports here: of published files; no data"),
@@ -72,17 +71,15 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
         "sums over the images, an update of the student or counts of predictions, with masks on them: noise, without what all "
         "the other hospitals send",
     ),
-    (r"masked-sum/noise", "how much noise is on the sums of a private run; no data"),
     (r"sum-unmasking/(seeds|keys).*", "shares of other hospitals' masks of one secure sum; no data"),
-    (r"statistics-result/noise", "how much noise is on the sums of a private run; no data"),
+    (r"(masked-sum|statistics-result)/noise", "how much noise is on the sums of a private run; no data"),
     (
         r"statistics-result/(sums|images|validation)",
         "sums over the images, of embeddings and of their products, by class, and how many there are: of a class of one image "
         "that image's embedding, and a model made for it can have embeddings that show the image",
     ),
     (r"statistics-result/digest", "a checksum of the sums in this message"),
-    (r"statistics-result/hop", _NAMES),
-    (r"(link|student)-result/(hop|round)", _NAMES),
+    (r"(link|student|statistics)-result/(hop|round)", _NAMES),
     (r"(link|student)-result/digest", "a checksum of the weights in this message"),
     (r"(link|student)-result/training\.(epochs|precision|temperature.*)", "how it was trained, as the request said"),
     (
@@ -116,7 +113,10 @@ _TELLS: Final[tuple[tuple[str, str], ...]] = (
     ),
     (r"[^/]*/statement\.(terms).*", _OF_POLICY),
     (r"[^/]*/statement\.(public_key|signature)", "proves that the statement is this site's; no data"),
-    (r"[^/]*/statement\.head.*", "how many entries the ledger has, and a hash of the last: it can't be turned back"),
+    (
+        r"(site-card/privacy|[^/]*/statement)\.head.*",
+        "how many entries the ledger has, and a hash of the last: it can't be turned back",
+    ),
     (
         r"[^/]*/statement\.(time|run|hop|site|seeded|schema)",
         "when, about which work, and that the noise was real; no data",

@@ -20,26 +20,6 @@ _LARGEST = torch.finfo(torch.float32).max
 """What an infinite logit counts as: no finite one of a model is larger."""
 
 
-def predict(
-    model: nn.Module,
-    images: torch.Tensor,
-    threads: int,
-    *,
-    multilabel: bool = False,
-    image_size: int = 0,
-    features: Features | None = None,
-) -> np.ndarray:
-    """Return the class probabilities of uint8 `images` (n, c, h, w) as float64 (n, classes), computed in fp32.
-
-    They sum to 1; `multilabel`: each is that of a finding, for itself. Whatever the weights: logits that are not finite
-    saturate, because whether scoring fails would tell of single images. `image_size`: side of the images that the model
-    sees; 0, the default: as they are. `features`: where the output of a frozen trunk is kept, and used if there is one.
-    """
-    found = torch.cat([logits.double().cpu() for logits in passes(model, images, threads, image_size, features)])
-    found = found.nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
-    return (found.sigmoid() if multilabel else found.softmax(dim=1)).numpy()
-
-
 def class_probabilities(
     model: nn.Module,
     cases: Cases,
@@ -49,15 +29,17 @@ def class_probabilities(
     image_size: int = 0,
     features: Features | None = None,
 ) -> np.ndarray:
-    """Return the class probabilities of all `cases`, float64 (n, classes); (0, classes) where there are none.
+    """Return the class probabilities of all `cases`, float64 (n, classes), computed in fp32; (0, classes) where there are none.
 
-    `image_size`: of the model's architecture, to which the images are brought; 0, the default: as they are. `features`: as in
-    `predict`.
+    They sum to 1; multi-label: each is that of a finding, for itself. Whatever the weights: logits that are not finite saturate,
+    because whether scoring fails would tell of single images. `image_size`: side of the images that the model sees; 0, the
+    default: as they are. `features`: where the output of a frozen trunk is kept, and used if there is one.
     """
     if len(cases) == 0:
         return np.zeros((0, classes))
-    multilabel = cases.labels.ndim == 2
-    return predict(model, cases.images, threads, multilabel=multilabel, image_size=image_size, features=features)
+    found = [logits.double().cpu() for logits in passes(model, cases.images, threads, image_size, features)]
+    logits = torch.cat(found).nan_to_num(nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+    return (logits.sigmoid() if cases.labels.ndim == 2 else logits.softmax(dim=1)).numpy()
 
 
 def localisation_values(

@@ -142,13 +142,11 @@ def _nodes(node: Any) -> Iterator[Any]:
 PROTOCOL_WORDS = _protocol_words()
 
 
-def find_leaks(
-    answer: RecordDict, secrets: Secrets, *, tensors: Iterable[np.ndarray] | None = None, asked: str = ""
-) -> list[Found]:
-    """Return which secrets are in an answer, a line each.
+def find_leaks(answer: RecordDict, secrets: Secrets, tensors: Iterable[np.ndarray], asked: str) -> list[Found]:
+    """Return which secrets are in the answer to a request of the kind `asked`, a line each.
 
-    `tensors` : what its arrays hold, taken apart; default: each array as it is. In a million weights, nearly every value of half
-    precision occurs: a column of a table stands out in one tensor, and not in an array of all of them.
+    `tensors` : what its arrays hold, taken apart. In a million weights, nearly every value of half precision occurs: a column of
+    a table stands out in one tensor, and not in an array of all of them.
     """
     found: dict[tuple[str, str], Found] = {}
 
@@ -169,8 +167,6 @@ def find_leaks(
                 note(kind, secret, "among the bytes")
     for value in set(_numbers(answer)) & secrets.numbers:
         note("table number", repr(value), "among the numbers")
-    if tensors is None:
-        tensors = [array.numpy() for record in answer.array_records.values() for array in record.values()]
     arrays = [np.unique(tensor) for tensor in tensors]
     for name, column in secrets.columns.items():
         if len(column) >= ROW and any(_holds(array, column) for array in arrays):

@@ -133,9 +133,7 @@ class DeployedNode(Node):
         return self.open(simulated)
 
     def bases(self, task: BaseTask) -> tuple[str, Bases]:
-        self._refuse_to_play(task.simulated)
-        check_limits(task, self._config.limits)
-        self._require_approval(task)
+        self._admit(task)
         return self._config.site, Bases.of_site(self._config, self._path)
 
     def consider(self, plan: RunPlan) -> RunPlanState:
@@ -149,9 +147,7 @@ class DeployedNode(Node):
     @contextmanager
     def at_work_on(self, task: Task, seconds: float) -> Iterator[OpenSite]:
         """Let the site be seen at work on the task, from before its data are read."""
-        self._refuse_to_play(task.simulated)
-        check_limits(task, self._config.limits)
-        self._require_approval(task)
+        self._admit(task)
         seconds = seconds if 0 <= seconds <= LONGEST_WAIT else LONGEST_WAIT
         with self._store(task.run_id).lock(fingerprint(task)).hold(seconds):
             yield open_site(self._path)
@@ -166,6 +162,11 @@ class DeployedNode(Node):
     @property
     def _approvals(self) -> Approvals:
         return Approvals(self._config.state_dir(self._path))
+
+    def _admit(self, task: Task | BaseTask) -> None:
+        self._refuse_to_play(task.simulated)
+        check_limits(task, self._config.limits)
+        self._require_approval(task)
 
     def _require_approval(self, task: PlannedTask) -> None:
         if load_site_config(self._path).runs == "ask":  # read again: it may have changed while the site was at work

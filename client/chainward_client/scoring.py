@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
@@ -11,11 +12,11 @@ from torch import nn
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.entropy import Entropy
 from chainward_client.evaluation import class_probabilities, localisation_values
+from chainward_client.incoming import incoming_state
 from chainward_client.policy import check_scale
 from chainward_client.private_site import PrivateSite
 from chainward_client.request_check import check_architecture
 from chainward_client.score_limits import admit_model, coarse, too_few_cases
-from chainward_client.scored_model import scored_model
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
@@ -23,6 +24,7 @@ from chainward_shared.errors import SpentError
 from chainward_shared.evaluation.classification import PredictionCounts, counts_to_arrays, evaluate, pool
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
+from chainward_shared.models import build_model
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import EvaluateResult, EvaluateTask, pack
 from chainward_shared.summands import counts_in, counts_summand
@@ -148,3 +150,43 @@ def laplace(n: int, scale: float, entropy: Entropy) -> np.ndarray:
     first, second = (-np.log1p(-entropy.uniform(n)) for _ in range(2))
     noise: np.ndarray = scale * (first - second)
     return noise
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A model, and what it came as: of which architecture, with which digest, in which bytes.
+
+    In a simulation one process is many hospitals, and each is asked to score the same model in turn. Building it and checking
+    what came takes longer than a small hospital's images do, so what a process has checked last it recognises by its bytes.
+    """
+
+    architecture: str
+    digest: str
+    sent: Mapping[str, bytes]
+    model: nn.Module
+
+
+_last: _Held | None = None
+
+
+def scored_model(task: EvaluateTask, arrays: Mapping[str, ArrayRecord], site: OpenSite) -> nn.Module:
+    """Return the model that a task is about, on the CPU. It is the process's own: look at it, and don't change it.
+
+    Raises
+    ------
+    ProtocolError, WeightsError
+        As `incoming_state`.
+    """
+    global _last
+    architecture, base = task.architecture.model_dump_json(), site.bases.load(task.architecture)
+    record = arrays.get("model")
+    sent = {name: array.data for name, array in record.items()} if record is not None else {}
+    held = _last if _last is not None and _last.architecture == architecture else None
+    if held is not None and sent and (held.digest, held.sent) == (task.digest, sent):
+        return held.model
+    state = incoming_state(record, "model", task.architecture, task.digest, base)
+    model = build_model(task.architecture) if held is None else held.model
+    _last = None
+    model.load_state_dict(state)
+    _last = _Held(architecture, task.digest, sent, model)
+    return model

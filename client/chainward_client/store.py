@@ -113,7 +113,8 @@ class SiteStore:
         StoreError
             The state folder can't be written.
         """
-        self._write(state, self._path(after_round), architecture.to_metadata())
+        path = self.folder / f"auxiliary-round-{after_round:04d}.safetensors"
+        self._write(state, path, architecture.to_metadata())
         for kept_after, path in self._auxiliaries():
             if kept_after <= after_round - self.KEPT_ROUNDS:
                 path.unlink(missing_ok=True)
@@ -147,9 +148,6 @@ class SiteStore:
 
     def _answer_path(self, task: Body) -> Path:
         return self.folder / f"{task.KIND}-{fingerprint(task)[:32]}.safetensors"
-
-    def _path(self, after_round: int) -> Path:
-        return self.folder / f"auxiliary-round-{after_round:04d}.safetensors"
 
 
 def _changed(folder: Path) -> float:

@@ -24,7 +24,7 @@ from chainward_client import cli
 from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.disclosure import PLAIN_WEIGHTS, PRIVATE_WEIGHTS, UNKNOWN, what_it_tells
 from chainward_client.dry_run.run import DryRun, dry_run
-from chainward_client.leaks import Secrets, find_leaks
+from chainward_client.leaks import Found, Secrets, find_leaks
 from chainward_client.planned_run import read_plan
 from chainward_client.site_ledger import create_site_ledger, ledger_path
 from chainward_shared import protocol
@@ -257,6 +257,11 @@ def message(body: Any = None, **arrays: np.ndarray) -> RecordDict:
     return content
 
 
+def leaks_in(answer: RecordDict, secrets: Secrets) -> list[Found]:
+    tensors = [array.numpy() for record in answer.array_records.values() for array in record.values()]
+    return find_leaks(answer, secrets, tensors, "x")
+
+
 SECRETS = Secrets.of(
     site_with(
         ("Großer Befund, links. Kein Vergleich mit der Voraufnahme.", None, "short", "word", None, None, None, None),
@@ -282,7 +287,7 @@ SECRETS = Secrets.of(
     ],
 )
 def test_each_kind_of_secret_is_found_in_a_body(body, kind):
-    assert kind in {found.kind for found in find_leaks(message(body), SECRETS)}
+    assert kind in {found.kind for found in leaks_in(message(body), SECRETS)}
 
 
 @pytest.mark.parametrize(
@@ -295,24 +300,24 @@ def test_each_kind_of_secret_is_found_in_a_body(body, kind):
     ],
 )
 def test_what_only_looks_like_a_secret_is_not_taken_for_one(body):
-    assert find_leaks(message(body), SECRETS) == []
+    assert leaks_in(message(body), SECRETS) == []
 
 
 def test_words_of_the_question_and_of_the_protocol_are_no_leak_though_a_cell_says_the_same():
     body = {"unit": "patient", "split": "train", "site": "left"}
-    assert {found.kind for found in find_leaks(message(body), SECRETS)} == {"table cell"}
-    assert find_leaks(message(body), SECRETS.without({"left"})) == []
-    assert find_leaks(message({"note": "it was melanoma there"}), SECRETS.without({"right"})) != []
+    assert {found.kind for found in leaks_in(message(body), SECRETS)} == {"table cell"}
+    assert leaks_in(message(body), SECRETS.without({"left"})) == []
+    assert leaks_in(message({"note": "it was melanoma there"}), SECRETS.without({"right"})) != []
 
 
 def test_secrets_hidden_in_arrays_are_found_as_text_and_as_values():
     generator = np.random.default_rng(0)
     weights = generator.normal(size=20_000).astype(np.float32)
-    assert find_leaks(message({}, model=weights), SECRETS) == []
+    assert leaks_in(message({}, model=weights), SECRETS) == []
     text = np.frombuffer(b"Kein Vergleich mit der Voraufnahme..", dtype=np.float32)
     hidden = weights.copy()
     hidden[100 : 100 + len(text)] = text
-    assert {found.kind for found in find_leaks(message({}, model=hidden), SECRETS)} == {"sentence"}
+    assert {found.kind for found in leaks_in(message({}, model=hidden), SECRETS)} == {"sentence"}
     column = next(iter(SECRETS.columns.values()))
     hidden = weights.copy()
     hidden[7 : 7 + 9 * len(column) : 9] = column[::-1]
@@ -324,8 +329,8 @@ def test_secrets_hidden_in_arrays_are_found_as_text_and_as_values():
         )
     )
     hidden[200 : 200 + 9] = more.columns["lab"]
-    assert "table column" in {found.kind for found in find_leaks(message({}, model=hidden), more)}
-    assert find_leaks(message({}, model=weights), more) == []
+    assert "table column" in {found.kind for found in leaks_in(message({}, model=hidden), more)}
+    assert leaks_in(message({}, model=weights), more) == []
 
 
 def test_a_column_hidden_in_arrays_of_half_precision_is_found_unless_any_weights_hold_such_values():
@@ -337,15 +342,15 @@ def test_a_column_hidden_in_arrays_of_half_precision_is_found_unless_any_weights
         return Secrets.of(site_with((None,) * len(values), ids, {"lab": tuple(values.tolist())}))
 
     telling, common = site_with_column(generator.uniform(20, 50, 12)), site_with_column(generator.uniform(0.2, 0.5, 12))
-    assert find_leaks(message({}, model=weights), telling) == []
-    assert find_leaks(message({}, model=weights), common) == [], "200,000 weights hold most numbers of this size"
+    assert leaks_in(message({}, model=weights), telling) == []
+    assert leaks_in(message({}, model=weights), common) == [], "200,000 weights hold most numbers of this size"
     hidden = weights.copy()
     hidden[7 : 7 + 9 * 12 : 9] = telling.columns["lab"][::-1]
-    assert [found.kind for found in find_leaks(message({}, model=hidden), telling)] == ["table column"]
+    assert [found.kind for found in leaks_in(message({}, model=hidden), telling)] == ["table column"]
     few = weights[:300].copy()
-    assert find_leaks(message({}, model=few), common) == []
+    assert leaks_in(message({}, model=few), common) == []
     few[50:62] = common.columns["lab"]
-    assert [found.kind for found in find_leaks(message({}, model=few), common)] == ["table column"]
+    assert [found.kind for found in leaks_in(message({}, model=few), common)] == ["table column"]
 
 
 @pytest.mark.slow

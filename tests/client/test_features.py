@@ -12,7 +12,7 @@ import yaml
 from private_hospital import POLICY, hospital
 
 from chainward_client.data.site_data import Cases, SiteData
-from chainward_client.evaluation import predict
+from chainward_client.evaluation import class_probabilities
 from chainward_client.site import open_site
 from chainward_client.training import features as module
 from chainward_client.training.augmentation import FIXED_VIEWS, augmented, fixed_view
@@ -358,10 +358,10 @@ def test_attention_transfer_looks_at_images(calls):
 
 def test_scores_on_features_are_those_on_images(tmp_path, calls):
     model = build_model(architecture(part="last-1"), seed=0)
-    plain = predict(model, images(), threads=1)
+    cases = Cases(images(), torch.zeros(10, dtype=torch.int64), np.array([f"p{i}" for i in range(10)]))
+    plain = class_probabilities(model, cases, 3, threads=1)
     for _ in range(2):
-        np.testing.assert_allclose(
-            predict(model, images(), threads=1, features=Features(tmp_path / "f")), plain, atol=1e-6
-        )
+        found = class_probabilities(model, cases, 3, threads=1, features=Features(tmp_path / "f"))
+        np.testing.assert_allclose(found, plain, atol=1e-6)
     assert len(calls) == 3, "the first block twice, to see the shape"
     assert scaled_for(model, images()).shape == (10, 1, 32, 32)

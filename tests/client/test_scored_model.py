@@ -8,8 +8,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from chainward_client import scored_model as module
-from chainward_client.scored_model import scored_model
+from chainward_client import scoring as module
+from chainward_client.scoring import scored_model
 from chainward_client.site import OpenSite
 from chainward_shared.errors import ProtocolError, WeightsError
 from chainward_shared.models import build_model, resolve_architecture

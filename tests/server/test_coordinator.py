@@ -17,7 +17,7 @@ from flwr.app import Array, Error, Message
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from chainward_client.evaluation import predict
+from chainward_client.evaluation import class_probabilities
 from chainward_server.app import coordinate
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
@@ -103,7 +103,7 @@ def test_the_student_loads_in_plain_timm_and_reproduces_the_metrics(finished_run
             probabilities = model.eval()(inputs).double().softmax(1).numpy()
         scores = evaluate(probabilities, cases.labels.numpy())
         assert scores.model_dump() == pytest.approx(results.final["student"].sites[site].model_dump(), abs=1e-6)
-        assert np.allclose(predict(model, cases.images, threads=2), probabilities)
+        assert np.allclose(class_probabilities(model, cases, probabilities.shape[1], threads=2), probabilities)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def dry_run(site_yaml: Path, plan: RunConfig | None = None, steps: int = 4) -> D
     found: list[Found] = []
     for request, answer in zip(asked, answers, strict=True):
         tensors, foreign = _tensors(answer, request, site.data)
-        found += find_leaks(answer, secrets.without(_said_anyway(request, site)), tensors=tensors, asked=request.KIND)
+        found += find_leaks(answer, secrets.without(_said_anyway(request, site)), tensors, request.KIND)
         found += foreign
     private = plan.privacy.mode != "off" and config.privacy is not None
     return DryRun(

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from chainward_client.bounded_sums import SumsRelease
 from chainward_client.data.site_data import Cases
 from chainward_client.privacy_audit.neighbours import (
     RECIPE,
+    CrossEntropy,
     MakeTraining,
     choices_problem,
     extremes_problem,
@@ -28,7 +30,7 @@ from chainward_client.privacy_audit.neighbours import (
 from chainward_client.privacy_audit.released_sums import SUMS_CHECKS, MakeRelease
 from chainward_client.private_training import PrivateTraining
 from chainward_client.training.loop import train
-from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.objective import Batch
 from chainward_shared.errors import PrivacyError
 from chainward_shared.privacy.accounting import Mechanism, spent
 from chainward_shared.privacy.dp_sgd import DpSgd
@@ -38,17 +40,10 @@ from chainward_shared.recipes import PrivilegedRecipe
 _SIDE = 16
 _CLASSES = 8
 _Z = 5.5  # standard deviations: two-sided, 4 in 10^8
+_LONG = CrossEntropy(100.0)
 _DP_SGD = DpSgd(
     unit="patient", delta=1e-5, noise_multiplier=2.0, sample_rate=0.25, expected_batch=8.0, steps=8, clip=0.5
 )
-
-
-class _Squares(Objective):
-    """Gradients far longer than the clipping norm, and different for each image."""
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch.view())
-        return 100.0 * nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
 def mechanism_problems(
@@ -110,9 +105,8 @@ def normalisation_problem(training: MakeTraining = PrivateTraining) -> str:
 
 def sampling_problem(training: MakeTraining = PrivateTraining) -> str:
     """Every patient is sampled with the specified probability, independently, and yields one image."""
-    private = training(_DP_SGD)
-    cases = _cases()
-    _begin(private, _model(), cases)
+    private, model, cases = training(_DP_SGD), _model(), _cases()
+    private.start(model, [], list(model.parameters()), cases.patients)
     draws = 3000
     patients = cases.patients
     names = sorted(set(patients))
@@ -140,10 +134,10 @@ def entropy_problem(training: MakeTraining = PrivateTraining) -> str:
     for _ in range(2):
         model = _model()
         private = training(_DP_SGD)
-        train(model, _cases(), RECIPE, _Squares(), "audit", private=private)
+        train(model, _cases(), RECIPE, _LONG, "audit", private=private)
         if private.entropy.seeded:
             return "the noise comes from a seeded generator, which is for tests only"
-        ends.append(_flat([p.detach() for p in model.parameters()]))
+        ends.append(parameters_to_vector(model.parameters()).detach())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             np.random.seed(0)  # noqa: NPY002
@@ -157,11 +151,11 @@ def empty_batch_problem(training: MakeTraining = PrivateTraining) -> str:
     """A step whose sample is empty still adds noise, is counted, and changes the weights."""
     dp_sgd = _DP_SGD.model_copy(update={"sample_rate": 1e-9, "steps": 2})
     model, private = _model(), training(dp_sgd)
-    before = _flat([p.detach().clone() for p in model.parameters()])
-    train(model, _cases(), RECIPE, _Squares(), "audit", private=private)
+    before = parameters_to_vector(model.parameters()).detach()
+    train(model, _cases(), RECIPE, _LONG, "audit", private=private)
     if private.steps_done != 2:
         return f"2 steps with empty samples are counted as {private.steps_done}"
-    if torch.equal(before, _flat([p.detach() for p in model.parameters()])):
+    if torch.equal(before, parameters_to_vector(model.parameters()).detach()):
         return "a step whose sample is empty leaves the weights as they were, which tells that it is empty"
     return ""
 
@@ -170,7 +164,7 @@ def buffers_problem(training: MakeTraining = PrivateTraining) -> str:
     """Training leaves buffers untouched."""
     model = _model()
     model.register_buffer("note", torch.ones(3))
-    train(model, _cases(), RECIPE, _Squares(), "audit", private=training(_DP_SGD))
+    train(model, _cases(), RECIPE, _LONG, "audit", private=training(_DP_SGD))
     if not torch.equal(dict(model.named_buffers())["note"], torch.ones(3)):
         return "training changes buffers, which are neither clipped nor noised"
     return ""
@@ -181,7 +175,7 @@ def teachers_problem(training: MakeTraining = PrivateTraining) -> str:
     teacher = PrivilegedRecipe(use="all", logit_weight=1.0, embedding_weight=0.0, temperature=2.0, epochs=1)
     taught = RECIPE.model_copy(update={"privileged": teacher})
     try:
-        train(_model(), _cases(), taught, _Squares(), "audit", private=training(_DP_SGD))
+        train(_model(), _cases(), taught, _LONG, "audit", private=training(_DP_SGD))
     except PrivacyError:
         return ""
     return "a privileged teacher that was trained without privacy is let in"
@@ -228,22 +222,14 @@ CHECKS = len(_STEP_CHECKS) + len(SUMS_CHECKS) + 2
 def _step(dp_sgd: DpSgd, rows: list[int], training: MakeTraining) -> Tensor:
     """Return the gradient, all parameters in one vector, that a private step of exactly these images yields."""
     model, private, cases = _model(), training(dp_sgd), _cases()
-    _begin(private, model, cases)
+    private.start(model, [], list(model.parameters()), cases.patients)
     for part in private.parts(torch.tensor(rows, dtype=torch.int64)):
         batch = Batch(cases.images[part], cases.labels[part], part, None, "none", torch.Generator())
-        private.accumulate(_Squares().losses(model, batch))
+        private.accumulate(_LONG.losses(model, batch))
     private.finish_step()
-    gradient = _flat([p.grad for p in model.parameters() if p.grad is not None])
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     private.close()
     return gradient
-
-
-def _begin(private: PrivateTraining, model: nn.Module, cases: Cases) -> None:
-    private.start(model, [], list(model.parameters()), cases.patients)
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _model() -> nn.Module:

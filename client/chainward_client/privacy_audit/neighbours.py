@@ -19,6 +19,7 @@ from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import split_by_key
 from chainward_client.private_training import PrivateTraining
 from chainward_client.training.link import labelled_rows
+from chainward_client.training.objective import Batch, Objective
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.recipes import TrainingRecipe
 
@@ -35,6 +36,17 @@ RECIPE = TrainingRecipe(
     label_fraction=1.0,
 )
 """Of the trainings of all checks."""
+
+
+class CrossEntropy(Objective):
+    """The cross-entropy of each image times `scale`: with a large one gradients are far longer than the clipping norm."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.scale * functional.cross_entropy(model(batch.view()), batch.labels, reduction="none")
+
 
 MakeTraining = Callable[[DpSgd], PrivateTraining]
 

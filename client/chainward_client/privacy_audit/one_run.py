@@ -17,18 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from chainward_client.data.site_data import Cases
-from chainward_client.privacy_audit.neighbours import MakeTraining
+from chainward_client.privacy_audit.neighbours import RECIPE, CrossEntropy, MakeTraining
 from chainward_client.private_training import PrivateTraining
 from chainward_client.training.loop import train
-from chainward_client.training.objective import Batch, Objective
 from chainward_shared.errors import PrivacyError
-from chainward_shared.models import Architecture, build_model
-from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.empirical import Attack
-from chainward_shared.recipes import TrainingRecipe
 
 CONFIDENCE = 0.95
 CANARIES = 2000
@@ -92,13 +88,13 @@ def audit_training(
     dp_sgd: DpSgd,
     *,
     canaries: int = CANARIES,
-    architecture: Architecture | None = None,
-    epochs: int = 1,
     training: MakeTraining = PrivateTraining,
 ) -> Attack:
     """Train once with `dp_sgd` on random canaries and return what the trained model betrays of them.
 
-    A canary is a patient with one image and a random label. The attacker knows them all and the initial weights, and sees
+    A canary is a patient with one image and a random label. The model is linear, and a canary is grey but for one white pixel,
+    each another. Every canary has weights of its own then, which hides none behind the others: the strongest attack, in a
+    second. The attacker knows them all and the initial weights, and sees
     the trained model: the further a canary's loss fell, the surer it was trained on. Of the canaries, a quarter is guessed
     to be in, a quarter to be out. The coins come from the operating system.
 
@@ -106,47 +102,26 @@ def audit_training(
     ----------
     dp_sgd : about `canaries` / 2 units take part, so its ``expected_batch`` should be ``sample_rate * canaries / 2``
     canaries : at least 8
-    architecture : the model under attack, whose canaries are random black and white pixels; None, the default: a linear
-        model, and canaries that are grey but for one white pixel, each another. Every canary has weights of its own then,
-        which hides none behind the others: the strongest attack, in a second
     training : what is attacked, by default what is installed; see `sabotage`
 
     Raises
     ------
-    ModelError
-        The backbone can't be trained privately.
     PrivacyError
         Too few canaries.
     """
     if canaries < _FEWEST:
         raise PrivacyError(f"an attack on {canaries} canaries says nothing; expected at least {_FEWEST}")
     generator = np.random.default_rng(secrets.randbits(128))
-    if architecture is None:
-        images, model = _single_pixels(canaries), _linear(canaries)
-        classes, scale = _CLASSES, _GRADIENT_LENGTH
-    else:
-        shape = (canaries, architecture.in_chans, architecture.image_size, architecture.image_size)
-        images = torch.from_numpy(generator.integers(0, 2, shape, dtype=np.uint8) * 255)
-        model, classes, scale = build_model(architecture, seed=0), architecture.num_classes, 1.0
-        check_private_ready(architecture)
-    labels = torch.from_numpy(generator.integers(0, classes, canaries))
+    images, model = _single_pixels(canaries), _linear(canaries)
+    labels = torch.from_numpy(generator.integers(0, _CLASSES, canaries))
     inside = generator.random(canaries) < 0.5
     before = _losses(model, images, labels)
     rows = np.flatnonzero(inside)
     cases = Cases(images[rows], labels[rows], np.array([f"canary-{row}" for row in rows]))
-    recipe = TrainingRecipe(
-        seed=0,
-        epochs=epochs,
-        batch_size=max(1, round(dp_sgd.expected_batch)),
-        learning_rate=2e-3,
-        weight_decay=0.0,
-        augmentation="none",
-        precision="fp32",
-        threads=torch.get_num_threads(),
-        class_balance="none",
-        label_fraction=1.0,
-    )
-    train(model, cases, recipe, _CrossEntropy(scale), "audit", private=training(dp_sgd))
+    batch = max(1, round(dp_sgd.expected_batch))
+    how = {"seed": 0, "epochs": 1, "batch_size": batch, "learning_rate": 2e-3, "threads": torch.get_num_threads()}
+    recipe = RECIPE.model_copy(update=how)
+    train(model, cases, recipe, CrossEntropy(_GRADIENT_LENGTH), "audit", private=training(dp_sgd))
     fell = (before - _losses(model, images, labels)).numpy()
     order = np.argsort(-fell, kind="stable")
     quarter = canaries // 4
@@ -160,15 +135,6 @@ def audit_training(
         guesses=2 * quarter,
         correct=correct,
     )
-
-
-class _CrossEntropy(Objective):
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch.view()).float()
-        return self.scale * functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
 def _side(canaries: int) -> int:

@@ -19,7 +19,7 @@ def passes(
     model: nn.Module, images: torch.Tensor, threads: int, image_size: int = 0, features: Features | None = None
 ) -> Iterator[torch.Tensor]:
     """Yield the logits of uint8 `images`, at most `BATCH` of them at once, computed in fp32; parameters as of
-    `evaluation.predict`.
+    `evaluation.class_probabilities`.
 
     Between one and the next, what `Taps` have kept is of the same images.
     """
