@@ -125,7 +125,6 @@ def _stage(staged: Path, folder: Path, site: str, data: Path, describes: Path | 
     ledger = create_site_ledger(staged / STATE, site)
     site_key(staged / STATE)
     shown_key = fingerprint(ledger.public_key)
-    policy = config.privacy
     checklist = _rendered(
         "CHECKLIST.md.jinja",
         site=site,
@@ -135,12 +134,7 @@ def _stage(staged: Path, folder: Path, site: str, data: Path, describes: Path | 
         site_yaml=folder / "site.yaml",
         folder=folder,
         fingerprint=shown_key,
-        epsilon=policy.epsilon,
-        delta=policy.delta,
-        epsilon_per_run=policy.epsilon_per_run,
-        unit=policy.unit,
-        metrics=policy.metrics,
-        privileged_teachers="true" if policy.privileged_teachers else "false",
+        policy=config.privacy,
     )
     (staged / "CHECKLIST.md").write_text(checklist, encoding="utf-8")
     return shown_key

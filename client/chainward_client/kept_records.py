@@ -1,7 +1,11 @@
-"""Small files in a site's state folder: one process at a time changes one, and it is there whole or not at all."""
+"""Small files in a site's state folder: one process at a time changes one, and it is there whole or not at all.
+
+What a site writes is for its own account alone, whatever the umask that it was started with.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +22,16 @@ LONGEST_WAIT = 60.0
 """Seconds that a process waits for another one that changes the same file."""
 
 M = TypeVar("M", bound=BaseModel)
+
+
+@contextmanager
+def for_the_owner_alone() -> Iterator[None]:
+    """Give files mode 0600 and folders 0700 as long as this lasts; in all threads, and in processes started meanwhile."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from chainward_client.private_files import for_the_owner_alone
+from chainward_client.kept_records import for_the_owner_alone
 from chainward_shared.errors import StoreError
 
 logger = logging.getLogger("chainward.client")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chainward_client.private_files import for_the_owner_alone
+from chainward_client.kept_records import for_the_owner_alone
 from chainward_shared.errors import LedgerError, PrivacyError
 from chainward_shared.files import written
 from chainward_shared.privacy.ledger import Ledger

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -33,17 +32,6 @@ _WHAT = {
 }
 _OUTCOME = {"begun": "at work", "sent": "sent", "refused": "refused", "waits": "waits for approval"}
 _COLOUR = {"begun": "now", "sent": "done", "refused": "refused", "waits": "waiting"}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is spent of the site's privacy, and what is left; `problem`: why that can't be said."""
-
-    spent: float = 0.0
-    whole: float = 0.0
-    delta: float = 0.0
-    unit: str = ""
-    problem: str | None = None
 
 
 class SitePage:
@@ -92,7 +80,7 @@ class SitePage:
                 sent=sum(one.bytes for one in journal),
                 answers=sum(one.outcome == "sent" for one in journal),
                 since=journal[-1].time if journal else None,
-                budget=budget_of(config, self.site_yaml),
+                spent=spent_of(config, self.site_yaml),
                 days=DAYS,
                 what=_WHAT,
                 outcome=_OUTCOME,
@@ -142,16 +130,15 @@ def at_work(journal: list[Entry], now: datetime) -> Entry | None:
     return None
 
 
-def budget_of(config: SiteConfig, site_yaml: Path) -> Budget | None:
-    """Return what is spent of a site's budget; None where it has no privacy policy."""
+def spent_of(config: SiteConfig, site_yaml: Path) -> float | str:
+    """Return what is spent of a site's budget, or why that can't be said; 0 where it has no privacy policy."""
     if config.privacy is None:
-        return None
+        return 0.0
     try:
         ledger, _ = open_site_ledger(config.state_dir(site_yaml), config.site)
-        used = _spent(tuple(ledger.mechanisms()), config.privacy.delta)
+        return _spent(tuple(ledger.mechanisms()), config.privacy.delta)
     except PrivacyError as error:
-        return Budget(problem=str(error))
-    return Budget(used, config.privacy.epsilon, config.privacy.delta, config.privacy.unit)
+        return str(error)
 
 
 @lru_cache(maxsize=16)

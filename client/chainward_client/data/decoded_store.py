@@ -43,7 +43,7 @@ from chainward_client.data.sources import Decoded, decoded_in_memory, local_site
 from chainward_client.data.table import Table
 from chainward_client.data.unusable import UnusableFiles
 from chainward_client.kept_files import installed, mapped
-from chainward_client.private_files import for_the_owner_alone
+from chainward_client.kept_records import for_the_owner_alone
 from chainward_client.work_lock import WorkLock
 from chainward_shared.errors import DataError, StoreError
 

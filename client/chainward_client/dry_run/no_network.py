@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 _attempts: list[str] | None = None
 """Attempts to use the network while it is guarded; None while it isn't."""
-
-
-_hooked = False
 
 
 _NETWORK_EVENTS = (
@@ -44,13 +42,16 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         raise NetworkUsed("a dry run has no network")
 
 
+@cache
+def _hook() -> None:
+    sys.addaudithook(_watch)  # for good: a hook can't be removed
+
+
 @contextmanager
 def no_network() -> Iterator[list[str]]:
     """Refuse every socket of this process to another machine, and hand out the list of attempts."""
-    global _attempts, _hooked
-    if not _hooked:
-        sys.addaudithook(_watch)  # for good: a hook can't be removed
-        _hooked = True
+    global _attempts
+    _hook()
     attempts: list[str] = []
     _attempts = attempts
     try:

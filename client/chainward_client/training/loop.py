@@ -73,14 +73,9 @@ def train(
         raise ModelError(
             "a backbone with batch norm needs at least 2 training images at a site, found 1; choose another"
         )
-    device, images_without_label = best_device(), 0 if unlabelled is None else len(unlabelled)
-    precision = resolve_precision(recipe.precision, device)
-    steps_per_epoch = math.ceil(len(cases) / recipe.batch_size)
-    steps = recipe.epochs * steps_per_epoch
+    images_without_label = 0 if unlabelled is None else len(unlabelled)
     if private is not None:
         private.check(recipe, images_without_label)
-        steps = private.dp_sgd.steps
-        steps_per_epoch = math.ceil(steps / recipe.epochs)
     started = time.monotonic()
     with training_environment(recipe.threads, derive_seed(recipe.seed, *names, "torch")):
         training = prepare(
@@ -88,19 +83,17 @@ def train(
             cases,
             recipe,
             objective,
-            device,
             unlabelled=unlabelled,
             trunk=trunk,
             layer_decay=layer_decay,
-            steps_per_epoch=steps_per_epoch,
-            steps=steps,
+            steps=None if private is None else private.dp_sgd.steps,
             part=part,
             checkpoint=checkpoint,
         )
         if private is not None:
             train_privately(training, private, cases.patients)
             return private_log(recipe, private, started)
-        epochs = _Epochs(training, names, precision)
+        epochs = _Epochs(training, names, resolve_precision(recipe.precision, best_device()))
         epochs.run(started)
         model.to("cpu").eval()
     return epochs.log(time.monotonic() - started, images_without_label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from chainward_client.checkpoint import Checkpoint, Saved, restore_training, training_state
 from chainward_client.data.site_data import Cases
+from chainward_client.precision import best_device
 from chainward_client.training.objective import Batch, Objective
 from chainward_shared.models.start import train_mode
 from chainward_shared.models.trunk import Trunk
@@ -82,13 +84,11 @@ def prepare(
     cases: Cases,
     recipe: TrainingRecipe,
     objective: Objective,
-    device: torch.device,
     *,
     unlabelled: Tensor | None,
     trunk: Trunk | None,
     layer_decay: float,
-    steps_per_epoch: int,
-    steps: int,
+    steps: int | None,
     part: tuple[int, int],
     checkpoint: Checkpoint | None,
 ) -> Training:
@@ -96,10 +96,12 @@ def prepare(
 
     Parameters
     ----------
-    steps : of this part of the schedule
+    steps : of a private training, in all; None: as many as its batches have cases
     """
+    device = best_device()
+    per_epoch = math.ceil(len(cases) / recipe.batch_size if steps is None else steps / recipe.epochs)
     train_mode(model.to(device))
-    objective.start(device, steps_per_epoch)
+    objective.start(device, per_epoch)
     groups = parameter_groups(model, objective, recipe.weight_decay, layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
     return Training(
@@ -112,8 +114,8 @@ def prepare(
         unlabelled=unlabelled.to(device) if unlabelled is not None and len(unlabelled) else None,
         pixels=pixels_of(model),
         optimizer=optimizer,
-        schedule=one_cycle(optimizer, recipe.learning_rate, steps, part),
-        steps_per_epoch=steps_per_epoch,
+        schedule=one_cycle(optimizer, recipe.learning_rate, steps or recipe.epochs * per_epoch, part),
+        steps_per_epoch=per_epoch,
         checkpoint=checkpoint,
     )
 

@@ -209,7 +209,8 @@ def train_student(
     large_models, large_size = _large_models(recipe, large, large_architecture)
     answers = None
     if large_models and recipe.augmentation == "none":
-        answers = _answers(large_models, seen.images, recipe.threads, large_size, features)
+        as_they_are = [passes(one, seen.images, recipe.threads, large_size, features) for one in large_models]
+        answers = torch.stack([torch.cat(list(logits)).cpu() for logits in as_they_are])
         large_models = []
     names = ("student", recipe.stage, data.site, "round", round_index)
     privileged = None
@@ -247,11 +248,6 @@ def _large_models(
             f"a student is to learn from large models with weight {recipe.large_weight:g}, found none; send them"
         )
     return [_loaded(architecture, recipe, state) for state in large], architecture.image_size
-
-
-def _answers(models: Sequence[nn.Module], images: Tensor, threads: int, size: int, features: Features | None) -> Tensor:
-    """Return what each model says of all images as they are, logits (models, n, classes), computed in fp32."""
-    return torch.stack([torch.cat(list(passes(model, images, threads, size, features))).cpu() for model in models])
 
 
 def _loaded(architecture: Architecture, recipe: StudentRecipe, state: StateDict) -> nn.Module:
