@@ -40,7 +40,6 @@ MARKS_IN_A_ROW = 3
 _INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 """Shown as nothing at all, though Unicode counts them among letters, marks and symbols."""
 _SELECTORS = frozenset(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
-_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def visible(text: str, limit: int | None = None) -> str:
@@ -75,14 +74,10 @@ def _escaped(text: str) -> str:
             or character in _SELECTORS
             or marks > MARKS_IN_A_ROW
         ):
-            pieces.append(_SHORT.get(character) or _code(ord(character)))
+            pieces.append(character.encode("unicode_escape").decode())
         else:
             pieces.append(character)
     return "".join(pieces)
-
-
-def _code(point: int) -> str:
-    return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
 
 
 def visible_lines(text: str) -> str:
@@ -140,8 +135,8 @@ def _snapped(value: object) -> object:
     return min(1.0, max(0.0, value)) if isinstance(value, float) and -1e-9 < value < 1 + 1e-9 else value
 
 
-def _text(limit: int) -> tuple[object, ...]:
-    return (BeforeValidator(lambda value: visible(value, limit) if isinstance(value, str) else value),)
+def _shown(limit: int) -> BeforeValidator:
+    return BeforeValidator(lambda value: visible(value, limit) if isinstance(value, str) else value)
 
 
 def _is_visible(value: str) -> str:
@@ -151,25 +146,18 @@ def _is_visible(value: str) -> str:
 
 
 # Text
-Line = Annotated[str, *_text(MAX_LINE), Field(max_length=MAX_LINE, json_schema_extra={"visible": True})]
+Line = Annotated[str, _shown(MAX_LINE), Field(max_length=MAX_LINE, json_schema_extra={"visible": True})]
 """Words for a person: made visible, and cut where they are too long."""
-Name = Annotated[str, *_text(200), Field(max_length=200, json_schema_extra={"visible": True})]
+Name = Annotated[str, _shown(200), Field(max_length=200, json_schema_extra={"visible": True})]
 """What something is called at a site, such as a class."""
 Lines = Annotated[list[Line], BeforeValidator(few), Field(max_length=MAX_LINES)]
 """Remarks, a line each; a site with more of them has its last ones left out."""
 
-SiteId = Annotated[
-    str,
-    # letters and digits of any script, and what stands in names; no slash, no quotation mark, nothing that markup uses
-    StringConstraints(pattern=r"^[\p{L}\p{N}][\p{L}\p{N} ._'&()+-]*$", min_length=1, max_length=64),
-    AfterValidator(_is_visible),
-]
+_IN_NAMES = r"^[\p{L}\p{N}][\p{L}\p{N} ._'&()+-]*$"
+"""Letters and digits of any script, and what stands in names; no slash, no quotation mark, nothing that markup uses."""
+SiteId = Annotated[str, StringConstraints(pattern=_IN_NAMES, min_length=1, max_length=64), AfterValidator(_is_visible)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", min_length=1, max_length=128)]
-HopKey = Annotated[
-    str,
-    StringConstraints(pattern=r"^[\p{L}\p{N}][\p{L}\p{N} ._'&()+-]*$", min_length=1, max_length=128),
-    AfterValidator(_is_visible),
-]
+HopKey = Annotated[str, StringConstraints(pattern=_IN_NAMES, min_length=1, max_length=128), AfterValidator(_is_visible)]
 """Name of a piece of work, and of what is kept of it: it may hold a site's id."""
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", min_length=1, max_length=64)]
 """A term of the program's own, such as a precision or a version."""

@@ -14,11 +14,11 @@ from chainward_shared.models import (
     build_model,
     compact_architecture,
     count_parameters,
-    family_of,
     resolve_architecture,
     select_weights,
     supported_families,
 )
+from chainward_shared.models.architecture import require_family
 
 
 def resolve(name: str, image_size: int = 64, patch_size: int = 0) -> Architecture:
@@ -221,7 +221,7 @@ def test_parameters_are_counted_whether_frozen_or_not():
     ],
 )
 def test_the_family_follows_from_what_timm_builds(name, family):
-    assert family_of(name) == family
+    assert require_family(name).name == family
     assert family in supported_families()
 
 
@@ -240,7 +240,7 @@ def test_the_family_follows_from_what_timm_builds(name, family):
 )
 def test_a_backbone_outside_the_families_is_refused_by_name(name):
     with pytest.raises(ModelError, match=f"'{name}'.*convnext.*vit"):
-        family_of(name)
+        require_family(name)
 
 
 # --- compact students ---

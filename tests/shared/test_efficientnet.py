@@ -16,10 +16,10 @@ from chainward_shared.models import (
     build_model,
     compact_architecture,
     count_parameters,
-    family_of,
     resolve_architecture,
     select_weights,
 )
+from chainward_shared.models.architecture import require_family
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 Pair = tuple[int, int]
@@ -239,7 +239,7 @@ def test_one_that_timm_has_in_fixed_sizes_only_wants_a_smaller_name(name):
 @pytest.mark.parametrize("name", ["mixnet_s", "efficientnet_b0_gn", "mobilenetv4_conv_small", "efficientnet_cc_b0_4e"])
 def test_what_the_rules_do_not_cover_is_refused(name):
     with pytest.raises(ModelError, match=f"'{name}' can't be selected.*supported are .*efficientnet "):
-        family_of(name)
+        require_family(name)
 
 
 @pytest.mark.parametrize("multiplier", [0, -1.0, 9.0, 1e300, True, "0.5", None, [0.5]])

@@ -16,10 +16,10 @@ from chainward_shared.models import (
     build_model,
     compact_architecture,
     count_parameters,
-    family_of,
     resolve_architecture,
     select_weights,
 )
+from chainward_shared.models.architecture import require_family
 
 GROUPS = 32
 
@@ -158,7 +158,7 @@ def test_a_student_that_is_built_differently_is_refused_with_the_difference(larg
 @pytest.mark.parametrize("name", ["resnet18", "resnetv2_50x1_bit", "resnetv2_50d_evos", "regnety_002"])
 def test_what_the_rules_do_not_cover_is_refused_with_what_they_do(name):
     with pytest.raises(ModelError, match=f"'{name}' can't be selected.*supported are convnext .*resnetv2 .*vit "):
-        family_of(name)
+        require_family(name)
 
 
 # --- selection, element by element ---

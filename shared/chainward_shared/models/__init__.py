@@ -8,7 +8,6 @@ from chainward_shared.models.architecture import Architecture as Architecture
 from chainward_shared.models.architecture import Start as Start
 from chainward_shared.models.architecture import build_model as build_model
 from chainward_shared.models.architecture import count_parameters as count_parameters
-from chainward_shared.models.architecture import family_of as family_of
 from chainward_shared.models.architecture import skeleton as skeleton
 from chainward_shared.models.compact import compact_architecture as compact_architecture
 from chainward_shared.models.families import supported_families as supported_families

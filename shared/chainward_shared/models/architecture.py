@@ -210,8 +210,8 @@ def output_shape(architecture: Architecture) -> tuple[int, ...]:
     return _output_shape(architecture.model_dump_json())
 
 
-def family_of(architecture: Architecture | str) -> str:
-    """Return the family, ``"vit"`` for example, by whose rules weights of this backbone are selected.
+def require_family(architecture: Architecture | str) -> Family:
+    """Return the family by whose rules weights of this backbone are selected.
 
     Raises
     ------
@@ -219,11 +219,6 @@ def family_of(architecture: Architecture | str) -> str:
         No family covers the backbone (it can be built and trained, not selected from), or it is
         unknown.
     """
-    return require_family(architecture).name
-
-
-def require_family(architecture: Architecture | str) -> Family:
-    """Return the family itself; see `family_of`."""
     if isinstance(architecture, str):
         check_name(architecture)
         architecture = Architecture(name=architecture, num_classes=2, in_chans=3, image_size=224)

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from chainward_shared.errors import ModelError
-from chainward_shared.models.architecture import Architecture, family_of, require_family, skeleton
+from chainward_shared.models.architecture import Architecture, require_family, skeleton
 from chainward_shared.models.families import Family
 from chainward_shared.models.sizes import check_image_size, with_sizes
 
@@ -117,7 +117,7 @@ def check_selectable(teacher: Architecture, student: Architecture) -> Family:
 
 
 def _named_student(large: Architecture, family: Family, name: str) -> Architecture:
-    if family_of(name) != family.name:
+    if require_family(name) is not family:
         # refused by the caller's check; the teacher's options mean nothing to another family
         return Architecture(**large.model_dump(exclude={"name", "options"}), name=name)
     options = family.kept_options(skeleton(large)) | {
