@@ -22,7 +22,7 @@ show it; the heads in the statements that the coordinator holds can (`Ledger.req
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -69,29 +69,15 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-class Ledger:
+class Ledger(LedgerFile):
     """A site's ledger. Make it with `create` (once in a site's life), or `open` it.
 
     One object may be used by several threads, and one file by several processes: each change reads the file anew
     under the lock.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        site: str,
-        key: Ed25519PrivateKey | Ed25519PublicKey,
-    ) -> None:
-        self._file = LedgerFile(path, site, key)
-        self.path, self.site, self.public_key = path, site, self._file.public_key
-
     @classmethod
-    def create(
-        cls,
-        path: Path,
-        site: str,
-        key: Ed25519PrivateKey,
-    ) -> Ledger:
+    def create(cls, path: Path, site: str, key: Ed25519PrivateKey) -> Ledger:
         """Start a ledger in which nothing is spent.
 
         Parameters
@@ -106,29 +92,23 @@ class Ledger:
             There is one already, or there was one and it is gone, or the folder can't be written.
         """
         ledger = cls(path, site, key)
-        file = ledger._file
-        file.make_folder()
-        with file.locked():
-            if file.head_path.exists():
+        ledger._make_folder()
+        with ledger._locked():
+            if ledger.head_path.exists():
                 ledger.reload()
-                if file.entries:
+                if ledger.entries:
                     raise LedgerError(f"{path}: there is a ledger already; a site keeps one for its lifetime")
             elif path.exists():
                 raise LedgerError(
-                    f"{path}: there is a ledger already, but {file.head_path.name} is missing; restore it"
+                    f"{path}: there is a ledger already, but {ledger.head_path.name} is missing; restore it"
                 )
             else:
-                file.write_head(file.counted)  # first: a ledger without a head is always one that lost it
-            file.append(now(), state="created", public_key=ledger.public_key)
+                ledger._write_head(ledger.counted)  # first: a ledger without a head is always one that lost it
+            ledger._append(now(), state="created", public_key=ledger.public_key)
         return ledger
 
     @classmethod
-    def open(
-        cls,
-        path: Path,
-        key: Ed25519PrivateKey | Ed25519PublicKey,
-        site: str,
-    ) -> Ledger:
+    def open(cls, path: Path, key: Ed25519PrivateKey | Ed25519PublicKey, site: str) -> Ledger:
         """Read and verify a ledger; with the private key it can be written too. Opening changes nothing.
 
         Raises
@@ -138,24 +118,9 @@ class Ledger:
         """
         ledger = cls(path, site, key)
         ledger.reload()
-        if not ledger._file.entries:
+        if not ledger.entries:
             raise LedgerError(f"{path}: its creation was interrupted; run `chainward-site keys` again")
         return ledger
-
-    @property
-    def entries(self) -> Sequence[Entry]:
-        """The entries as they were when the ledger was last read."""
-        return tuple(self._file.entries)
-
-    @property
-    def head(self) -> Head:
-        """Number and hash of the last entry."""
-        return self._file.last
-
-    @property
-    def torn_bytes(self) -> int:
-        """Length of a line at the end that was cut while being written and doesn't count; 0 if there is none."""
-        return self._file.torn_bytes
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -166,11 +131,11 @@ class Ledger:
         LedgerError
             Another process keeps the ledger for longer than the patience, or it is damaged, or can't be written.
         """
-        if self._file.key is None:
+        if self.key is None:
             raise LedgerError(f"{self.path}: opened with the public key only; nothing can be reserved")
-        with self._file.locked():
+        with self._locked():
             self.reload()
-            self._file.complete()
+            self._complete()
             yield
 
     def reserve(
@@ -199,11 +164,11 @@ class Ledger:
         except ValidationError as error:
             raise LedgerError(f"{self.path}: can't reserve {mechanism}: {first_problem(error)}") from error
         with self.exclusive():
-            if other := next((entry.unit for entry in self._file.entries if entry.unit not in (None, unit)), None):
+            if other := next((entry.unit for entry in self.entries if entry.unit not in (None, unit)), None):
                 raise LedgerError(
                     f"the ledger of site '{self.site}' counts per {other}; it can't also count per {unit}"
                 )
-            entry = self._file.append(
+            entry = self._append(
                 now(),
                 state="reserved",
                 run=run,
@@ -264,7 +229,7 @@ class Ledger:
 
     def spendings(self, upto: int | None = None) -> list[Spending]:
         """Return all reservations with their ends, in order, as the ledger stood after entry number `upto`."""
-        entries = self._file.entries if upto is None else self._file.entries[:upto]
+        entries = self.entries[:upto]
         ends = {entry.reservation: entry for entry in entries if entry.reservation is not None}
         return [Spending(entry, ends.get(entry.sequence)) for entry in entries if entry.state == "reserved"]
 
@@ -293,22 +258,12 @@ class Ledger:
             It doesn't: an older copy was put back, or another ledger.
         """
         self.reload()
-        found = self._file.entries[head.sequence - 1].hash if 0 < head.sequence <= len(self._file.entries) else None
+        found = self.entries[head.sequence - 1].hash if 0 < head.sequence <= len(self.entries) else None
         if head.sequence and found != head.hash:
             raise LedgerError(
-                f"{self.path}: {count_text(len(self._file.entries))}, but a signed statement shows that entry {head.sequence} "
+                f"{self.path}: {count_text(len(self.entries))}, but a signed statement shows that entry {head.sequence} "
                 f"was {head.hash[:12]}; an older copy was put back. Restore the newest one"
             )
-
-    def reload(self) -> None:
-        """Read and verify ledger and head anew, whoever may be writing at the same time.
-
-        Raises
-        ------
-        LedgerError
-            As `open`.
-        """
-        self._file.read()
 
     def _end(self, reservation: Reservation, state: State, record: MechanismRecord | None) -> Entry:
         with self.exclusive():
@@ -320,7 +275,7 @@ class Ledger:
                     f"{self._named(reservation)} was {mine[0].end.state} already; its work must not be used again"
                 )
             made = reservation.entry
-            return self._file.append(
+            return self._append(
                 now(),
                 state=state,
                 run=made.run,

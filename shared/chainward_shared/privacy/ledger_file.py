@@ -34,13 +34,18 @@ class LedgerFile:
     ----------
     path : the ledger's file; head and lock lie beside it
     site, key : whose; with the private key it can be written
+
+    Attributes
+    ----------
+    entries : as they were when the ledger was last read
+    torn_bytes : length of a line at the end that was cut while being written and doesn't count; 0 if there is none
     """
 
     def __init__(self, path: Path, site: str, key: Ed25519PrivateKey | Ed25519PublicKey) -> None:
         self.path, self.site, self.public_key = path, site, public_text(key)
         self.head_path = path.with_name(f"{path.name}.head")
         self.key = key if isinstance(key, Ed25519PrivateKey) else None
-        self.entries: list[Entry] = []
+        self.entries: tuple[Entry, ...] = ()
         self.counted = Head(sequence=0, hash=NO_HASH)
         self.torn_bytes = 0
         self._verified = b""
@@ -48,23 +53,17 @@ class LedgerFile:
         self._lock = FileLock(str(path.with_name(f"{path.name}.lock")), timeout=PATIENCE)
 
     @property
-    def last(self) -> Head:
+    def head(self) -> Head:
         """Number and hash of the last entry."""
         return self.entries[-1].head if self.entries else Head(sequence=0, hash=NO_HASH)
 
-    def make_folder(self) -> None:
-        """Make the folder of the files.
-
-        Raises
-        ------
-        LedgerError
-            It can't be made.
-        """
+    def _make_folder(self) -> None:
+        """Make the folder of the files."""
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Keep other processes from writing. May be nested.
 
         Raises
@@ -84,7 +83,7 @@ class LedgerFile:
         finally:
             self._lock.release()
 
-    def read(self) -> None:
+    def reload(self) -> None:
         """Read and verify ledger and head anew, whoever may be writing at the same time.
 
         Raises
@@ -116,7 +115,8 @@ class LedgerFile:
                 self.path,
                 torn,
             )
-        self.entries, self._verified, self.counted, self.torn_bytes = entries, data[:verified], counted, torn
+        self.entries, self._verified = tuple(entries), data[:verified]
+        self.counted, self.torn_bytes = counted, torn
 
     def _check(self, entries: list[Entry], counted: Head) -> None:
         """Check that the entries are those that the head counts, and follow those that were read before."""
@@ -135,19 +135,19 @@ class LedgerFile:
                 f"{self.head_path}: it counts {counted.sequence} entries and the ledger holds {len(entries)}: an older "
                 "head was put back. Restore the newest one"
             )
-        last = self.last
+        last = self.head
         if last.sequence and (len(entries) < last.sequence or entries[last.sequence - 1].hash != last.hash):
             raise LedgerError(f"{self.path}: it was replaced while it was in use; restore the newest one")
 
-    def complete(self) -> None:
+    def _complete(self) -> None:
         """Bring the head up to an entry that a crash came behind; the lock is held and the file was just read."""
-        if self.counted == self.last:
+        if self.counted == self.head:
             return
         with self._writing():
             sync(self.path)  # or a power cut could take an entry that the head counts
-        self.write_head(self.last)
+        self._write_head(self.head)
 
-    def append(self, now: datetime, **fields: object) -> Entry:
+    def _append(self, now: datetime, **fields: object) -> Entry:
         """Write one entry; the lock is held and the file was just read.
 
         Raises
@@ -157,8 +157,8 @@ class LedgerFile:
         """
         assert self.key is not None
         content = {
-            "sequence": self.last.sequence + 1,
-            "previous": self.last.hash,
+            "sequence": self.head.sequence + 1,
+            "previous": self.head.hash,
             "time": now,
             "site": self.site,
             "versions": software(),
@@ -181,13 +181,13 @@ class LedgerFile:
             finally:
                 os.close(descriptor)
             sync(self.path.parent)
-        self.write_head(entry.head)
-        self.entries.append(entry)
+        self._write_head(entry.head)
+        self.entries += (entry,)
         self._verified += line
         self.torn_bytes = 0
         return entry
 
-    def write_head(self, head: Head) -> None:
+    def _write_head(self, head: Head) -> None:
         """Replace the head.
 
         Raises
