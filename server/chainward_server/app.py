@@ -40,7 +40,6 @@ from chainward_shared.models.of_run import run_architectures
 from chainward_shared.models.private_ready import check_private_ready
 from chainward_shared.models.start import travelling_template
 from chainward_shared.pretrained.begin import Beginning, begin
-from chainward_shared.weights import StateDict
 
 logger = logging.getLogger("chainward")
 
@@ -174,9 +173,8 @@ def _run_phases(
         _share(begun, sites, folder, results)
     run = Run(sites, config, models["chain"], folder, results, privacy, begun.base)
     outcome = run_method(run, partial(_timed, folder=folder, timings=timings))
-    trained = {"chain": outcome.chain.model} | ({} if outcome.student is None else {"student": outcome.student})
     with _timed("evaluation", folder, timings):
-        _evaluate(run, models, outcome, trained, folder)
+        _evaluate(run, models, outcome, folder)
     with _timed("report", folder, timings):
         run.privacy.write(results)
         results.timings["total"] = sum(seconds for phase, seconds in timings.items() if phase != "total")
@@ -189,18 +187,14 @@ def _run_phases(
     logger.info("report: %s", path)
 
 
-def _evaluate(
-    run: Run,
-    models: Mapping[str, Architecture],
-    outcome: Outcome,
-    trained: Mapping[str, StateDict],
-    folder: RunFolder,
-) -> None:
+def _evaluate(run: Run, models: Mapping[str, Architecture], outcome: Outcome, folder: RunFolder) -> None:
     """Score the models that the run leaves, each on all sites' test images, and describe them."""
     results = run.results
     if outcome.chain.test is not None:
         results.final["chain"] = outcome.chain.test
-    for name, state in trained.items():
+    for name, state in (("chain", outcome.chain.model), ("student", outcome.student)):
+        if state is None:
+            continue
         results.models[name] = summarize_model(models[name], state, folder.model_path(name))
         looks = run.localise(models[name], state)
         if looks is not None:

@@ -110,21 +110,16 @@ def attempted(
             outcome.seconds += reply.seconds
             outcome.bytes_down += reply.bytes_down
             outcome.bytes_up += reply.bytes_up
-            problem = reply if isinstance(reply, Failure) else _problem(site, reply, check)
-            if problem is None and isinstance(reply, Trained):
-                keep(site, reply)
-                outcome.answer = reply
-                continue
-            outcome.failure = problem
-            if problem is not None and outcome.open and attempt < retries:
-                logger.warning("%s; trying again", problem.reason)
+            if isinstance(reply, Trained):
+                try:
+                    check(site, reply)
+                except ChainwardError as error:
+                    reply = Failure(f"site '{site}' sent a model that can't be used: {error}", reply.seconds)
+                else:
+                    keep(site, reply)
+                    outcome.answer = reply
+                    continue
+            outcome.failure = reply
+            if outcome.open and attempt < retries:
+                logger.warning("%s; trying again", reply.reason)
     return outcomes
-
-
-def _problem(site: str, reply: Trained[Result], check: Callable[[str, Trained[Result]], None]) -> Failure | None:
-    """Return why an answer can't be used; None if it can, and is."""
-    try:
-        check(site, reply)
-    except ChainwardError as error:
-        return Failure(f"site '{site}' sent a model that can't be used: {error}", reply.seconds)
-    return None

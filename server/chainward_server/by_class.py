@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import numpy as np
+
 from chainward_server.context import Run
 from chainward_server.results import ByClass, ClassScores, DataSummary
 from chainward_server.scoring import Counted, Split
 from chainward_shared.errors import ChainwardError
-from chainward_shared.evaluation.classification import PredictionCounts
 from chainward_shared.evaluation.operating import (
     Calibration,
     OperatingPoint,
@@ -70,8 +71,11 @@ def by_class(counted: Mapping[Split, Counted], classes: int) -> ByClass:
     return ByClass(
         calibration=calibration,
         points=points,
-        sites={site: _class_scores(counts, points) for site, counts in counted["test"].counts.items()},
-        pooled=_class_scores(_together(test), points),
+        sites={
+            site: _class_scores(counts.confusion, counts.histograms, points)
+            for site, counts in counted["test"].counts.items()
+        },
+        pooled=_class_scores(np.sum([part.confusion for part in test], axis=0), histograms, points),
         as_given=reliability(histograms),
         as_calibrated=[] if temperature is None else reliability(histograms, temperature),
         net_benefit=net_benefits(histograms, temperature or 1.0),
@@ -111,14 +115,6 @@ def model_record(
     )
 
 
-def _class_scores(counts: PredictionCounts, points: list[OperatingPoint]) -> list[ClassScores]:
-    decided, at_points = tallies_decided(counts.confusion), tallies_at(counts.histograms, points)
+def _class_scores(confusion: np.ndarray, histograms: np.ndarray, points: list[OperatingPoint]) -> list[ClassScores]:
+    decided, at_points = tallies_decided(confusion), tallies_at(histograms, points)
     return [ClassScores(decided=first, at_point=second) for first, second in zip(decided, at_points, strict=True)]
-
-
-def _together(parts: list[PredictionCounts]) -> PredictionCounts:
-    confusion, calibration, histograms = (
-        sum((getattr(part, name) for part in parts[1:]), start=getattr(parts[0], name))
-        for name in ("confusion", "calibration", "histograms")
-    )
-    return PredictionCounts(confusion, calibration, histograms)

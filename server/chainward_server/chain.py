@@ -90,10 +90,14 @@ def run_chain(run: Run) -> ChainOutcome:
 
 def _without_links(run: Run) -> ChainOutcome:
     """Return the model that the chain would start from, with its head from statistics."""
+    return _with_last_head(run, rounded(run.initial(), run.config.federation.transfer))
+
+
+def _with_last_head(run: Run, state: StateDict) -> ChainOutcome:
+    """Return a model with its head from statistics, as that with which the chain ends."""
     run.results.released = END_HEAD
-    start = rounded(run.initial(), run.config.federation.transfer)
-    model = with_statistics_head(run, run.results.released, start)
-    metrics = run.metrics(run.results.released)
+    model = with_statistics_head(run, END_HEAD, state)
+    metrics = run.metrics(END_HEAD)
     return ChainOutcome(model, metrics.test if metrics else None, [model])
 
 
@@ -113,14 +117,12 @@ def _left_by(run: Run, key: str) -> str:
 
 def _released(run: Run, outcome: ChainOutcome) -> ChainOutcome:
     """Return what the chain leaves: with its head from statistics, where that is asked."""
-    config, results = run.config.chain, run.results
+    config = run.config.chain
     if config.head == "trained" or config.refit in ("no", "links"):
         return outcome
-    results.released = END_HEAD
-    model = with_statistics_head(run, results.released, outcome.model)
-    logger.info("the chain leaves the model of '%s'", results.released)
-    metrics = run.metrics(results.released)
-    return replace(outcome, model=model, test=metrics.test if metrics else None)
+    ended = _with_last_head(run, outcome.model)
+    logger.info("the chain leaves the model of '%s'", END_HEAD)
+    return replace(ended, strands=outcome.strands)
 
 
 def _to_revisit(run: Run, lap: int, steps: int) -> list[Hop]:

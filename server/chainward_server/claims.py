@@ -18,7 +18,7 @@ from chainward_shared.errors import ProtocolError
 from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.privacy.statements import Statement
-from chainward_shared.protocol import SharedNoise, SiteCard, Split, StatisticsResult, TrainingLog
+from chainward_shared.protocol import SharedNoise, SiteCard, Split, TrainingLog
 
 NOISED_CASES = 10
 """A split of a site that withholds its counts has at most this many times the units it declares for training, plus a thousand:
@@ -135,22 +135,6 @@ def _check_moments(sums: HeadSums, split: Split, *, multilabel: bool, rounding: 
     lowest = float(np.linalg.eigvalsh(around)[0])
     if level > LARGEST**2 * images * size or lowest < -1e-6 * (level + 1e-9) - size * rounding:
         raise ProtocolError(f"no {images:g} images of '{split}' have such sums and second moments")
-
-
-def check_release(release: Tensor, result: StatisticsResult, card: SiteCard, *, private: bool) -> None:
-    """Check that a release of bounded sums can be one of a site's units, with the noise that its statement accounts for.
-
-    Parameters
-    ----------
-    private : whether it must have noise
-
-    Raises
-    ------
-    ProtocolError
-        It has no noise, other noise than was paid for, or is longer than units and noise can make it.
-    """
-    check_noise(result.noise, result.statement, private=private)
-    check_length(release, result.noise, card)
 
 
 def check_noise(noise: float, statement: Statement | None, *, private: bool, shared: SharedNoise | None = None) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -69,7 +70,7 @@ def runs(
     """List the runs, newest first: status, phase, figures of the models that came out."""
     found = list_runs(directory)
     if as_json:
-        typer.echo(json.dumps([row.to_json() for row in found], indent=1))
+        typer.echo(json.dumps([asdict(row) for row in found], indent=1))
         return
     if not found:
         console.say(f"no runs in {directory}")

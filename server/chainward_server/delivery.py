@@ -82,16 +82,14 @@ class Delivery:
             return None
         received = min(reply.body.received, len(self._contents))
         if last is None:
-            logger.info("%s has not got the weights that the run starts from: %.1f MB", site, self._missing(received))
+            missing = (len(self._contents) - received) / 1e6
+            logger.info("%s has not got the weights that the run starts from: %.1f MB", site, missing)
         elif received <= last:
             tries[site] -= 1
             if tries[site] == 0:
                 logger.warning("%s does not take the weights that the run starts from; it goes without", site)
                 return None
         return received
-
-    def _missing(self, received: int) -> float:
-        return (len(self._contents) - received) / 1e6
 
     def _request(self, site: str, offset: int | None) -> Request:
         task = BaseTask(

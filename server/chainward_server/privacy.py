@@ -11,11 +11,7 @@ from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import StatementError
 from chainward_shared.privacy.entries import Head
 from chainward_shared.privacy.record import PrivacyRecord, privacy_record, read_privacy_record
-from chainward_shared.privacy.statements import (
-    Statement,
-    Statements,
-    parse_statement,
-)
+from chainward_shared.privacy.statements import Statement, Statements, parse_statement
 from chainward_shared.protocol import SiteCard
 
 logger = logging.getLogger("chainward")

@@ -10,12 +10,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from chainward_server.attempts import attempted, check_answer
-from chainward_server.claims import check_length, check_noise, check_release
+from chainward_server.claims import check_length, check_noise
 from chainward_server.context import Run
 from chainward_server.results import HeadRecord
 from chainward_server.secure_rounds import card_of_all, summed_everywhere
@@ -38,14 +38,6 @@ logger = logging.getLogger("chainward")
 _BATCH = 32
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The model over whose embeddings sums are made: the chain's, or the student."""
-
-    architecture: Architecture
-    state: StateDict
-
-
 def private_head(
     run: Run, key: str, state: StateDict, architecture: Architecture, *, prior_strength: float
 ) -> tuple[HeadRecord, Head]:
@@ -63,16 +55,14 @@ def private_head(
     assert recipe is not None
     started = time.monotonic()
     units, noise = _expected(run, recipe)
-    model = _Model(architecture, state)
-    frame = public_frame(_public_embeddings(model), axes_for(units, noise))
+    frame = public_frame(_public_embeddings(architecture, state), axes_for(units, noise))
     axes = len(frame.axes)
-    first, centre = _released(
-        run, f"{key}-centre", model, recipe, frame, SumsForm(dimension=axes, labels=False, moments=False)
-    )
+    form = SumsForm(dimension=axes, labels=False, moments=False)
+    first, centre = _released(run, f"{key}-centre", architecture, state, recipe, frame, form)
     frame = centred(frame, first)
     of_moments = noise / SumsForm(dimension=axes, labels=True, moments=True).weights()["moments"]
     form = SumsForm(dimension=axes, labels=True, moments=moments_help(units, of_moments, axes))
-    second, summed = _released(run, key, model, recipe, frame, form)
+    second, summed = _released(run, key, architecture, state, recipe, frame, form)
     multilabel = run.sites.any_card.task == "multilabel"
     head = noisy_discriminant(frame, second, multilabel=multilabel, prior_strength=prior_strength)
     logger.info(
@@ -114,10 +104,9 @@ def _shared_noise(run: Run, recipe: PrivacyRecipe, *, stage: int) -> SharedNoise
     return SharedNoise.of(statistics_mechanisms(recipe)[stage].noise_multiplier, together)
 
 
-def _public_embeddings(model: _Model) -> torch.Tensor:
-    architecture, found = model.architecture, []
-    network = build_model(architecture).eval()
-    network.load_state_dict(model.state)
+def _public_embeddings(architecture: Architecture, state: StateDict) -> torch.Tensor:
+    network, found = build_model(architecture).eval(), []
+    network.load_state_dict(state)
     with Taps(network, embedding=True) as taps, torch.inference_mode():
         for images in public_images(architecture.in_chans, architecture.image_size).split(_BATCH):
             network(scaled_for(network, images))
@@ -126,24 +115,30 @@ def _public_embeddings(model: _Model) -> torch.Tensor:
 
 
 def _released(
-    run: Run, key: str, model: _Model, recipe: PrivacyRecipe, frame: Frame, form: SumsForm
+    run: Run,
+    key: str,
+    architecture: Architecture,
+    state: StateDict,
+    recipe: PrivacyRecipe,
+    frame: Frame,
+    form: SumsForm,
 ) -> tuple[NoisySums, Summed]:
     """Ask all sites for one release, and add up what can be used."""
     task = StatisticsTask(
         run_id=run.checkpoints.run_id,
         hop=key,
-        architecture=model.architecture,
+        architecture=architecture,
         label_fraction=run.config.chain.label_fraction,
         seed=run.config.seed,
         threads=run.config.federation.cpu_threads,
-        digest=digest(model.state),
+        digest=digest(state),
         privacy=recipe,
         form=form,
         frame_digest=digest(frame.state()),
         shared_noise=_shared_noise(run, recipe, stage=int(form.labels)),
     )
     groups = form.groups(len(run.sites.any_card.classes), multilabel=run.sites.any_card.task == "multilabel")
-    models = {"model": model.state, "frame": frame.state()}
+    models = {"model": state, "frame": frame.state()}
 
     def work(site: str) -> Work[StatisticsTask]:
         return Work(task.model_copy(update={"seen_head": run.privacy.seen_head(site)}), models)
@@ -168,14 +163,15 @@ def _in_secret(run: Run, key: str, work: Callable[[str], Work[StatisticsTask]]) 
 
 def _in_the_open(run: Run, key: str, work: Callable[[str], Work[StatisticsTask]]) -> Summed:
     """Add up the releases of all sites that can be used."""
-    cards, started = run.sites.cards, time.monotonic()
+    started = time.monotonic()
 
     def ask(sites: Sequence[str], attempt: int) -> Iterator[tuple[str, Trained[StatisticsResult] | Failure]]:
         return run.sites.statistics({site: work(site) for site in sites})
 
     def check(site: str, answer: Trained[StatisticsResult]) -> None:
         check_answer(answer, "round", key, site)
-        check_release(answer.model["release"], answer.result, cards[site], private=run.privacy.is_private(site))
+        check_noise(answer.result.noise, answer.result.statement, private=run.privacy.is_private(site))
+        check_length(answer.model["release"], answer.result.noise, run.sites.cards[site])
         run.privacy.take(answer.result.statement, site, key)
 
     outcomes = attempted(run.sites.ids, ask, check, retries=run.config.chain.retries)

@@ -12,14 +12,8 @@ from chainward_shared.errors import ConfigError
 
 def as_setting(key: str, value: ConfigScalar) -> str:
     """Return a setting as Flower's ``--run-config`` reads it: as TOML, and no text may hold a quotation mark inside."""
-    return f"{key}={re.sub(_ESCAPE, _without_quote, json.dumps(value, ensure_ascii=False))}"
-
-
-_ESCAPE = re.compile(r"\\(.)")
-
-
-def _without_quote(escape: re.Match[str]) -> str:
-    return "\\u0022" if escape[1] == '"' else escape[0]
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key}=" + re.sub(r"\\(.)", lambda escape: "\\u0022" if escape[1] == '"' else escape[0], text)
 
 
 FREE_ON_RESUME = re.compile(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from chainward_server.results import named
 from chainward_server.watch.snapshot import Snapshot, look
@@ -45,10 +44,6 @@ class RunSummary(Shown):
     chain: str | None = None
     student: str | None = None
     reason: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self)
 
 
 def list_runs(directory: Path) -> list[RunSummary]:

@@ -22,13 +22,7 @@ from chainward_server.sites import Failure, Summed, Trained, Work
 from chainward_shared.config import StudentConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.hops import STUDENT_HEAD, student_key
-from chainward_shared.models import (
-    Architecture,
-    Selection,
-    build_model,
-    select_weights,
-    skeleton,
-)
+from chainward_shared.models import Architecture, Selection, build_model, select_weights, skeleton
 from chainward_shared.models.of_run import student_architecture
 from chainward_shared.protocol import MOST_WEIGHT, MaskedSum, StudentResult, StudentTask
 from chainward_shared.seeds import derive_seed

@@ -88,11 +88,8 @@ def with_preparation(model: ModelProto, *, channels: int, size: int, network_siz
         ir_version=model.ir_version,
     )
     merged = compose.merge_models(prepared, model, io_map=[(output, "pixels")])
-    merged.graph.name, merged.producer_name, merged.producer_version = (
-        "chainward",
-        model.producer_name,
-        model.producer_version,
-    )
+    merged.graph.name = "chainward"
+    merged.producer_name, merged.producer_version = model.producer_name, model.producer_version
     return merged
 
 

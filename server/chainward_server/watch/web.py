@@ -187,8 +187,7 @@ def _state(run: Snapshot, site: str, busy: bool) -> tuple[str, str]:
     if busy:
         return "at work", "now"
     last = next((link for link in reversed(run.links) if link.site == site), None)
-    rounds = run.rounds[-1:] if run.rounds else []
-    for round_ in rounds:
+    for round_ in run.rounds[-1:]:
         if site in round_.failed:
             return ("away in the last round" if site in round_.unreached else "failed in the last round"), "away"
         return ("done" if run.ended else "here"), "done"
