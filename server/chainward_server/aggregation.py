@@ -51,12 +51,16 @@ def capped(sizes: Sequence[int], most: float) -> list[float]:
 
 def length(state: Mapping[str, Tensor]) -> float:
     """Return the Euclidean length of a model's weights, over all floating-point tensors."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in state.values() if _counts(tensor)))
+    return math.sqrt(
+        sum(float(tensor.double().square().sum()) for tensor in state.values() if tensor.is_floating_point())
+    )
 
 
 def distance(state: StateDict, start: StateDict) -> float:
     """Return how far a model is from the one that it started from: the length of the difference."""
-    return length({name: tensor.double() - start[name].double() for name, tensor in state.items() if _counts(tensor)})
+    return length(
+        {name: tensor.double() - start[name].double() for name, tensor in state.items() if tensor.is_floating_point()}
+    )
 
 
 def check_drift(state: StateDict, start: StateDict, allowed: float, key: str) -> None:
@@ -84,7 +88,7 @@ def shortened(state: StateDict, start: StateDict, factor: float) -> StateDict:
     """Return ``start + factor (state - start)``, in the tensors' own dtypes."""
     return {
         name: (start[name].double() + factor * (tensor.double() - start[name].double())).to(tensor.dtype)
-        if _counts(tensor)
+        if tensor.is_floating_point()
         else tensor
         for name, tensor in state.items()
     }
@@ -162,11 +166,7 @@ def aggregate(
 def _each(states: Sequence[StateDict], mean: Callable[[Tensor], Tensor]) -> StateDict:
     return {
         name: mean(torch.stack([state[name].double() for state in states])).to(first.dtype)
-        if _counts(first)
+        if first.is_floating_point()
         else first.clone()
         for name, first in states[0].items()
     }
-
-
-def _counts(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()

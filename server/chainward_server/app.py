@@ -16,7 +16,6 @@ from flwr.serverapp import Grid, ServerApp
 from chainward_server.approvals import run_plan
 from chainward_server.completeness import shortfalls
 from chainward_server.context import Run, data_summary
-from chainward_server.flower_log import one_line_for
 from chainward_server.flower_sites import FlowerSites
 from chainward_server.measure import summarize_model
 from chainward_server.method import Outcome, run_method
@@ -81,7 +80,7 @@ def run_app(
         coordinate(grid, folder, notes_on_data, report)
     except ChainwardError as error:
         logger.error("the run stops: %s", error)
-        one_line_for(error)
+        _one_line_for(error)
         raise
     return folder
 
@@ -98,7 +97,7 @@ def fail_if_incomplete(folder: RunFolder) -> None:
         return
     error = ChainwardError(f"the run is incomplete: {folder.state.reason}{_to_go_on(folder)}")
     logger.error("%s", error)
-    one_line_for(error)
+    _one_line_for(error)
     raise error
 
 
@@ -360,6 +359,21 @@ def _tell_outcome(results: Results) -> None:
                 lift.mean,
                 looks.pooled.n,
             )
+
+
+def _one_line_for(error: ChainwardError) -> None:
+    """Let Flower report `error`, which makes the run fail, in one line instead of with a traceback."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        raised = record.exc_info[1] if record.exc_info else None
+        while raised is not None and raised is not error:
+            raised = raised.__cause__ or raised.__context__
+        if raised is error:
+            record.exc_info = record.exc_text = None
+            record.msg, record.args = "The run failed: %s", (str(error),)
+        return "Traceback (most recent call last)" not in record.getMessage()
+
+    logging.getLogger("flwr").addFilter(shorten)
 
 
 def _to_go_on(folder: RunFolder) -> str:

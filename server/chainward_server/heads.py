@@ -86,7 +86,7 @@ def with_statistics_head(run: Run, key: str, state: StateDict, architecture: Arc
     else:
         record, sums = _asked(run, key, state, architecture)
         head = _solved(run, key, sums)
-        if _may_be_released(run, key):
+        if key == END_HEAD or run.config.chain.refit == "links":  # it may be the model that the chain leaves
             familiarity = Familiarity.of_sums(sums.train, sums.validation)
     record.shrinkage, record.temperature = head.shrinkage, head.temperature
     model = rounded(with_head(state, architecture, head), run.config.federation.transfer)
@@ -212,11 +212,6 @@ def _implausible(sums: Mapping[str, _Sums]) -> dict[str, Failure]:
         for site, of in sums.items()
         if middle > 0 and of.length > FURTHEST * middle
     }
-
-
-def _may_be_released(run: Run, key: str) -> bool:
-    """Return whether the model of a statistics round may be the one that the chain leaves."""
-    return key == END_HEAD or run.config.chain.refit == "links"
 
 
 def _solved(run: Run, key: str, sums: _Sums) -> Head:

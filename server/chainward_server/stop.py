@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,17 +101,13 @@ def end_processes(processes: Iterable[psutil.Process], grace: float = GRACE) -> 
     """Ask processes to end, kill those that don't within `grace` seconds, and return how many there were."""
     asked = []
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.terminate()
             asked.append(process)
-        except psutil.NoSuchProcess:
-            continue
     _, stubborn = psutil.wait_procs(asked, timeout=grace)
     for process in stubborn:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(stubborn, timeout=grace)
     return len(asked)
 

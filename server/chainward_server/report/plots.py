@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+_SMALL: dict[str, Any] = {"fontsize": 7.5, "color": "#5b6470"}
 _WIDTH = 10.5
 """Inches; the page shows a picture at its full width, so this sets the size of the letters."""
 _SIDE, _MOST_CURVES = 3.4, 8
@@ -81,7 +82,7 @@ def comparison_plot(rows: Sequence[ComparisonRow], chance: float | None) -> Mark
                     axes.text((value or 0) + 0.012, height, text, va="center", fontsize=7.5)
             if guess is not None:
                 axes.axvline(guess, color="#1d232b", linewidth=0.9, linestyle=(0, (2, 2)))
-                axes.set_xlabel(f"dotted: guessing ({guess:.3f})", loc="left", fontsize=7.5, color="#5b6470")
+                axes.set_xlabel(f"dotted: guessing ({guess:.3f})", loc="left", **_SMALL)
             axes.axhline(slots - 0.95, color="#8a919c", linewidth=0.8)
             axes.set_xlim(0, 1.1)
             axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -105,10 +106,7 @@ def curve_plot(strands: Sequence[Sequence[ChainLink]], alone: Alone | None, alon
         return None
     with drawing("curve", 5.4) as figure:
         panels = figure.subplots(2, 1, sharex=True)
-        panel_facts = (
-            ("balanced_accuracy", "Balanced accuracy", alone),
-            ("macro_auc", "Macro AUC", alone_auc),
-        )
+        panel_facts = (("balanced_accuracy", "Balanced accuracy", alone), ("macro_auc", "Macro AUC", alone_auc))
         for axes, (metric, title, reference) in zip(panels, panel_facts, strict=True):
             _curves(axes, strands, metric)
             if reference:
@@ -182,28 +180,14 @@ def _mark_laps_and_gaps(axes: Axes, strands: Sequence[Sequence[ChainLink]]) -> N
     laps = {link.lap: link.number for link in reversed(longest)}
     if len(laps) > 1:
         for lap, number in laps.items():
-            axes.text(
-                number - 0.45,
-                0.03,
-                f"lap {lap}",
-                transform=axes.get_xaxis_transform(),
-                fontsize=7.5,
-                color="#5b6470",
-            )
+            axes.text(number - 0.45, 0.03, f"lap {lap}", transform=axes.get_xaxis_transform(), **_SMALL)
     if len(strands) == 1:
         for link in longest:
             if link.pooled is None:
                 axes.axvspan(link.number - 0.4, link.number + 0.4, color="#eef0f3", zorder=0)
+                upright: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center"}
                 axes.text(
-                    link.number,
-                    0.5,
-                    link.record.status,
-                    transform=axes.get_xaxis_transform(),
-                    rotation=90,
-                    ha="center",
-                    va="center",
-                    fontsize=7.5,
-                    color="#5b6470",
+                    link.number, 0.5, link.record.status, transform=axes.get_xaxis_transform(), **upright, **_SMALL
                 )
 
 
@@ -214,20 +198,13 @@ def reliability_plot(model: ModelByClass) -> Markup | None:
     with drawing(f"reliability-{model.kind}", _SIDE, _SIDE, fitted=False) as figure:
         axes = figure.subplots(gridspec_kw=_MARGINS)
         axes.plot([0, 1], [0, 1], color="#8a919c", linewidth=0.9, linestyle=(0, (2, 2)))
-        colour = CHAIN if model.kind == "chain" else STUDENT
-        for bins, label, style in (
-            (model.found.as_given, "as the model says", {"color": ALONE, "marker": "s"}),
-            (model.found.as_calibrated, "calibrated", {"color": colour, "marker": "o"}),
+        for bins, label, colour, marker in (
+            (model.found.as_given, "as the model says", ALONE, "s"),
+            (model.found.as_calibrated, "calibrated", CHAIN if model.kind == "chain" else STUDENT, "o"),
         ):
             if bins:
-                axes.plot(
-                    [one.probability for one in bins],
-                    [one.share for one in bins],
-                    label=label,
-                    linewidth=1.6,
-                    markersize=4.5,
-                    **style,  # type: ignore[arg-type]
-                )
+                x, y = [one.probability for one in bins], [one.share for one in bins]
+                axes.plot(x, y, label=label, color=colour, marker=marker, linewidth=1.6, markersize=4.5)
         axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel("probability")
@@ -282,10 +259,8 @@ def drawing(name: str, height: float, width: float = _WIDTH, *, fitted: bool = T
 
 def as_svg(figure: Figure, name: str) -> Markup:
     """The drawing as an SVG element that scales with the page. `name` keeps its ids apart from others'."""
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
+    buffer, none = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=none)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
