@@ -133,9 +133,7 @@ def export_run(
         write_atomically(staging / CARD, card.encode())
         files.insert(0, _described(staging, CARD))
         write_atomically(staging / SUMS, "".join(f"{file.sha256}  {file.name}\n" for file in files).encode())
-    return Export(
-        target, folder.state.run_id, name, tuple(files), check, tuple(_warnings(folder, name, results, audit))
-    )
+    return Export(target, folder.state.run_id, name, tuple(files), check, _warnings(folder, name, results, audit))
 
 
 def _write_texts(
@@ -273,7 +271,7 @@ def _described(folder: Path, name: str) -> CardFile:
     return CardFile(name, len(contents), hashlib.sha256(contents).hexdigest())
 
 
-def _warnings(folder: RunFolder, name: str, results: Results, audit: Audit | None) -> list[str]:
+def _warnings(folder: RunFolder, name: str, results: Results, audit: Audit | None) -> tuple[str, ...]:
     found = []
     if folder.state.status != "finished":
         found.append(f"the run has not finished (it is {folder.state.status}): see the card for what is missing")
@@ -284,4 +282,4 @@ def _warnings(folder: RunFolder, name: str, results: Results, audit: Audit | Non
     if audit is not None and audit.exit_code:
         worst = next(finding for finding in audit.findings if finding.severity != "note")
         found.append(f"the privacy audit of the run is {audit.verdict}: {worst.where}: {worst.what}")
-    return found
+    return tuple(found)
