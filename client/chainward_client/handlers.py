@@ -9,13 +9,11 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chainward_client.admission import admitted
 from chainward_client.answers import masked_sum, stated, student_of, sums_over_embeddings, told
 from chainward_client.card import site_card
-from chainward_client.incoming import incoming_state
 from chainward_client.kept_records import for_the_owner_alone
 from chainward_client.node import Node
-from chainward_client.request_check import check_architecture
+from chainward_client.request_check import admitted, check_architecture, incoming_state
 from chainward_client.scoring import scored
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore

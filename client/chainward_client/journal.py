@@ -18,6 +18,7 @@ from flwr.app import RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from chainward_shared.errors import ChainwardError
+from chainward_shared.files import write_atomically
 from chainward_shared.outside import Bytes, HopKey, Line, RunId, Seconds, SiteId
 from chainward_shared.protocol import (
     BaseState,
@@ -142,7 +143,4 @@ class Journal:
             os.close(file)
         if size > MOST_BYTES:
             newest = self.path.read_bytes()[-MOST_BYTES // 2 :].split(b"\n", 1)[-1]
-            shorter = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            shorter.write_bytes(newest)
-            shorter.chmod(0o600)
-            shorter.replace(self.path)
+            write_atomically(self.path, newest, mode=0o600)

@@ -7,7 +7,6 @@ They hold numbers and names of settings only, so that they may be sent; how many
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -243,14 +242,8 @@ def _longest_that_fits(policy: PrivacyPolicy, ledger: Ledger, asked: Sequence[Me
     fitting = longest.steps
     for _, budget, before in _budgets(policy, ledger, run):
         if fitting:
-            already = [*before, *others]
-            possible = math.isfinite(spent(already, policy.delta)) and spent(already, policy.delta) <= budget
-            fitting = min(
-                fitting,
-                largest_steps(already, longest.noise_multiplier, longest.sample_rate, policy.delta, budget)
-                if possible
-                else 0,
-            )
+            noise, rate = longest.noise_multiplier, longest.sample_rate
+            fitting = min(fitting, largest_steps([*before, *others], noise, rate, policy.delta, budget))
     at = f"at noise multiplier {longest.noise_multiplier:g} and sample rate {longest.sample_rate:g}"
     if not fitting:
         return f"Not one step {at} fits: ask for more noise, or leave this site out"

@@ -263,11 +263,9 @@ def keeps_labels(patients: np.ndarray, fraction: float, seed: int, site: str) ->
 
     What happens to one patient does not depend on another, so this is allowed under privacy; a draw class by class is not.
     """
-    kept: dict[str, bool] = {}
-    for patient in map(str, patients):
-        if patient not in kept:
-            kept[patient] = derive_seed(seed, site, "labels-of", patient) < fraction * 2.0**63
-    return np.flatnonzero([kept[str(patient)] for patient in patients])
+    named = [str(patient) for patient in patients]
+    kept = {one for one in set(named) if derive_seed(seed, site, "labels-of", one) < fraction * 2.0**63}
+    return np.flatnonzero([patient in kept for patient in named])
 
 
 def declared_counts(prior: Sequence[float], *, multilabel: bool) -> Tensor:

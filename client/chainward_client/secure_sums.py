@@ -8,16 +8,18 @@ would follow: so a site remembers over which sites it has unmasked sums, and ref
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from chainward_client.given_sums import Kind, add_given
 from chainward_client.kept_records import locked, read_kept, write_kept
 from chainward_client.site_config import SecureSums
+from chainward_shared.bounds import PositiveFraction
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.outside import SiteId
 from chainward_shared.privacy.signing import fingerprint as key_fingerprint
@@ -44,6 +46,31 @@ from chainward_shared.words import listed
 logger = logging.getLogger("chainward.client")
 
 
+Kind = Literal["statistics", "students", "scores"]
+"""Of which numbers a sum is: from sums of two kinds no difference can be taken."""
+
+
+class _Sets(BaseModel):
+    """Of each kind of sum the sets of sites; `sets`: of statistics; `students`: with the weight of each site in the mean."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sets: list[list[SiteId]] = Field(default_factory=list)
+    scores: list[list[SiteId]] = Field(default_factory=list)
+    students: list[dict[SiteId, PositiveFraction]] = Field(default_factory=list)
+
+    def weights(self, kind: Kind) -> list[dict[str, float]]:
+        if kind == "students":
+            return [dict(one) for one in self.students]
+        return [dict.fromkeys(one, 1.0) for one in (self.sets if kind == "statistics" else self.scores)]
+
+    def add(self, weights: Mapping[str, float], kind: Kind) -> None:
+        if kind == "students":
+            self.students.append(dict(weights))
+        else:
+            (self.sets if kind == "statistics" else self.scores).append(sorted(weights))
+
+
 class _Kept(BaseModel):
     """What a site keeps of a round. `secrets` are forgotten when the masks have been taken off.
 
@@ -67,11 +94,12 @@ class _Kept(BaseModel):
         return self.unmasked if self.unmasking is None else sorted(self.unmasking.seeds)
 
 
+@dataclass(frozen=True)
 class Participation:
     """One site's part in the secure sum of one task. No other process of the site answers for this sum meanwhile: two could
     each unmask another one.
 
-    Parameters
+    Attributes
     ----------
     file : where it is kept between the messages, of which each may reach another process
     given : where the site remembers over which sites it has unmasked sums, in all runs
@@ -80,15 +108,11 @@ class Participation:
     identity : returns the key that the site signs with; None in a simulation
     """
 
-    def __init__(
-        self,
-        file: Path,
-        given: Path,
-        site: str,
-        terms: SecureSums | None,
-        identity: Callable[[], Ed25519PrivateKey] | None,
-    ) -> None:
-        self.file, self.given, self.site, self.terms, self._identity = file, given, site, terms, identity
+    file: Path
+    given: Path
+    site: str
+    terms: SecureSums | None
+    identity: Callable[[], Ed25519PrivateKey] | None
 
     def offer(self, round_: Round) -> Offer:
         """Take part in a round: return public keys for it. A later attempt ends the ones before it.
@@ -108,7 +132,7 @@ class Participation:
                 write_kept(self.file, kept)
         secrets = self._secrets(kept)
         self._same(kept, round_)
-        return offered(secrets, round_, self.site, self._identity() if self._identity else None)
+        return offered(secrets, round_, self.site, self.identity() if self.identity else None)
 
     def share(self, round_: Round, offers: Sequence[Offer]) -> SumShares:
         """Return the shares of the site's secrets for each of the sites that take part.
@@ -296,3 +320,44 @@ class Participation:
 def kind_of_sum(task: SumTask) -> Kind:
     """Return which numbers a task adds up."""
     return "students" if task.student else "scores" if task.scores else "statistics"
+
+
+def add_given(file: Path, weights: Mapping[str, float], kind: Kind) -> None:
+    """Note a sum that is unmasked, unless it and some of those known are together the numbers of a single site.
+
+    Parameters
+    ----------
+    file : where the site remembers them
+    weights : what the numbers of each site in the sum were multiplied by
+
+    Raises
+    ------
+    PolicyRefusal
+        They are.
+    StoreError
+        The file can't be read or written.
+    """
+    with locked(file):
+        known = read_kept(file, _Sets) or _Sets()
+        sums, new = known.weights(kind), dict(sorted(weights.items()))
+        if new in sums:
+            return
+        if alone := singled_out([*sums, new]):
+            raise PolicyRefusal(
+                f"from this sum and earlier ones the numbers of site '{alone}' alone would follow if the models are alike; "
+                "wait until the same sites are there as before, with the same weights (or set secure_sums.differences: true "
+                "in each site.yaml)"
+            )
+        known.add(new, kind)
+        write_kept(file, known)
+
+
+def singled_out(sums: Sequence[Mapping[str, float]]) -> str | None:
+    """Return a site whose numbers alone are a combination of these sums, of sites times weights; None where there is none."""
+    sites = sorted({site for weights in sums for site in weights})
+    rows = np.array([[weights.get(site, 0.0) / max(weights.values()) for site in sites] for weights in sums])
+    rank = np.linalg.matrix_rank(rows)
+    for site, alone in zip(sites, np.eye(len(sites)), strict=True):
+        if np.linalg.matrix_rank(np.vstack([rows, alone])) == rank:
+            return site
+    return None

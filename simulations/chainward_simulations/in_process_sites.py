@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from chainward_client.admission import admitted
 from chainward_client.card import site_card
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateSite, PrivateWork, declared_units
+from chainward_client.request_check import admitted
 from chainward_client.scoring import exact_scores, noised_scores
 from chainward_client.site_config import SiteLimits
 from chainward_client.statistics import private_sums_of, sums_of

@@ -28,7 +28,7 @@ from chainward_client.privileged.targets import privileged_targets
 from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher_privately
 from chainward_client.training import link as link_module
 from chainward_client.training.link import train_link
-from chainward_client.training.start_images import StartImages
+from chainward_client.training.passes import StartImages
 from chainward_client.training.student import train_student
 from chainward_shared.distillation.losses import classification_loss
 from chainward_shared.errors import LedgerError, ModelError, PolicyRefusal, SpentError

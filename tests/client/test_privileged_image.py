@@ -15,7 +15,7 @@ from chainward_client.privileged import targets
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.features import Features
 from chainward_client.training.link import train_link
-from chainward_client.training.start_images import StartImages
+from chainward_client.training.passes import StartImages
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Start, build_model, resolve_architecture
 from chainward_shared.models.start import initial_model

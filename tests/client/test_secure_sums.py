@@ -9,8 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from chainward_client.given_sums import singled_out
-from chainward_client.secure_sums import Participation
+from chainward_client.secure_sums import Participation, singled_out
 from chainward_client.site_config import SecureSums
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.privacy.signing import fingerprint, public_text

@@ -94,13 +94,9 @@ def listed_runs(state_dir: Path) -> list[ListedRun]:
     path = state_dir / FILE
     writer = read_kept(path, _Writer, ANEW)
     if writer is not None and writer.written_by != __version__:
-        return _of_another_build(state_dir)
+        # digests of another build may lack or be others: they follow from the plans themselves
+        from chainward_client.approval.record import Approvals
+
+        return [ListedRun.model_validate(one.model_dump()) for one in Approvals(state_dir).runs()]
     found = read_kept(path, _Listed, ANEW) or _Listed()
     return sorted(found.runs, key=lambda one: one.asked, reverse=True)
-
-
-def _of_another_build(state_dir: Path) -> list[ListedRun]:
-    """Return what a record of another build lists, whose digests may lack or be others: from the plans themselves."""
-    from chainward_client.approval.record import Approvals
-
-    return [ListedRun.model_validate(one.model_dump()) for one in Approvals(state_dir).runs()]

@@ -169,7 +169,7 @@ def _handshake(endpoint: Endpoint, roots: Path | None) -> tuple[list[Check], ssl
     try:
         version, der = _shown(endpoint, context)
     except (OSError, ValueError) as error:
-        return [problem("TLS", *_why_tls_failed(endpoint, roots, error))], None
+        return [_tls_problem(endpoint, roots, error)], None
     assert der is not None
     return [ok("TLS", f"{version}, verified by {_trust(roots)}"), check_server_certificate(der)], context
 
@@ -187,55 +187,65 @@ def _trust(roots: Path | None) -> str:
     return "the certificates of this machine (no --root-certificates)" if roots is None else roots.name
 
 
-def _why_tls_failed(endpoint: Endpoint, roots: Path | None, error: Exception) -> tuple[str, str]:
-    """Return in plain words why a handshake failed, and what to do."""
+def _tls_problem(endpoint: Endpoint, roots: Path | None, error: Exception) -> Check:
+    """Return in plain words why a handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _why_refused(endpoint, roots, error)
+        return _verification_problem(endpoint, roots, error)
     reason = str(getattr(error, "reason", "") or "")
     if isinstance(error, ssl.SSLError) and any(
         part in reason for part in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH")
     ):
-        return (
+        return problem(
+            "TLS",
             f"{endpoint} answers without TLS (plain HTTP, or another service)",
             "the SuperLink must run with --ssl-certfile; never start the SuperNode with --insecure",
         )
     if isinstance(error, TimeoutError):
-        return (f"{endpoint}: open, but silent for {TIMEOUT:g} s", "a firewall that inspects TLS, or another service")
+        return problem(
+            "TLS", f"{endpoint}: open, but silent for {TIMEOUT:g} s", "a firewall that inspects TLS, or another service"
+        )
     if isinstance(error, ConnectionResetError | ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return (
+        return problem(
+            "TLS",
             f"{endpoint}: hung up in the handshake",
             "a firewall or proxy that inspects TLS is the usual cause: exempt this host from it; else another service",
         )
-    return (f"the handshake failed: {reason or error}", "ask the coordinator")
+    return problem("TLS", f"the handshake failed: {reason or error}", "ask the coordinator")
 
 
-def _why_refused(endpoint: Endpoint, roots: Path | None, error: ssl.SSLCertVerificationError) -> tuple[str, str]:
-    """Return in plain words why the server's certificate is refused, by OpenSSL's codes (X509_V_ERR_...), and what to do."""
+def _verification_problem(endpoint: Endpoint, roots: Path | None, error: ssl.SSLCertVerificationError) -> Check:
+    """Return in plain words why the server's certificate is refused, by OpenSSL's codes (X509_V_ERR_...)."""
     coordinator = "ask the coordinator"
     shown = _unverified(endpoint)
     code = error.verify_code
     if code == 10:
         expired = f" on {day(shown.not_valid_after_utc)}" if shown else ""
         if shown and shown.not_valid_after_utc > datetime.now(UTC):
-            return ("a certificate between the server's and the root expired", "renew it: " + coordinator)
-        return (f"the server's certificate expired{expired}", "the coordinator must renew it (or this clock is wrong)")
+            return problem("TLS", "a certificate between the server's and the root expired", "renew it: " + coordinator)
+        return problem(
+            "TLS",
+            f"the server's certificate expired{expired}",
+            "the coordinator must renew it (or this clock is wrong)",
+        )
     if code == 9:
         start = f" before {day(shown.not_valid_before_utc)}" if shown else " yet"
-        return (f"the server's certificate is not valid{start}", "check this machine's clock")
+        return problem("TLS", f"the server's certificate is not valid{start}", "check this machine's clock")
     if code in (62, 64):
         names = listed(alternative_names(shown), 4) if shown else ""
-        return (
+        return problem(
+            "TLS",
             f"wrong name: the server's certificate is for {names or 'no name at all'}, not for {endpoint.host}",
             f"use one of these names in --superlink, or {coordinator} for a certificate with this one (SAN)",
         )
     if code in (2, 18, 19, 20, 21):
         signer = common_name(shown.issuer) or shown.issuer.rfc4514_string() if shown else "somebody else"
-        return (
+        return problem(
+            "TLS",
             f"wrong CA: the server's certificate is signed by '{signer}', which {_trust(roots)} doesn't hold",
             "use the root certificate that the coordinator sent for this server; if it is the right one, a proxy of the "
             "hospital opens TLS: exempt this host from it",
         )
-    return (f"the server's certificate is refused: {error.verify_message}", coordinator)
+    return problem("TLS", f"the server's certificate is refused: {error.verify_message}", coordinator)
 
 
 def _unverified(endpoint: Endpoint) -> x509.Certificate | None:

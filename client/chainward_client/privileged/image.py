@@ -12,7 +12,7 @@ Read = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 class SeenImages(Protocol):
-    """The images of the cases, as teachers see them: `chainward_client.training.start_images.StartImages`."""
+    """The images of the cases, as teachers see them: `chainward_client.training.passes.StartImages`."""
 
     @property
     def key(self) -> list[str]:

@@ -22,8 +22,8 @@ from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.features import Features
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.passes import StartImages
 from chainward_client.training.privileged import PrivilegedTerm
-from chainward_client.training.start_images import StartImages
 from chainward_shared.distillation.attention import attention_transfer
 from chainward_shared.distillation.losses import (
     class_counts,
