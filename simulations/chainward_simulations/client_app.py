@@ -58,15 +58,7 @@ class SimulatedNode(Node):
     def open(self, simulated: SimulatedSite | None) -> OpenSite:
         if simulated is None:
             raise ProtocolError("this node of a simulation was not told which site to be")
-        data = _opened(
-            simulated.source,
-            simulated.index,
-            simulated.num_sites,
-            simulated.label_skew,
-            simulated.seed,
-            _stamp(simulated.source),
-            simulated.state_dir,
-        )
+        data = _opened(simulated.model_copy(update={"policy": None}), _stamp(simulated.source))
         state_dir, bases = Path(simulated.state_dir) / data.site, _bases(simulated)
         return OpenSite(
             data.site, Described.of(data), lambda: data, state_dir, simulated.policy, simulated=True, pretrained=bases
@@ -104,11 +96,15 @@ def _stamp(source: str) -> float:
 
 
 @lru_cache(maxsize=64)
-def _opened(
-    source: str, index: int, num_sites: int, label_skew: float, seed: int, stamp: float, state_dir: str
-) -> SiteData:
-    data = simulated_site(source, index, num_sites=num_sites, label_skew=label_skew, seed=seed)
-    keep_pictures(data, Path(state_dir) / data.site)
+def _opened(simulated: SimulatedSite, stamp: float) -> SiteData:
+    data = simulated_site(
+        simulated.source,
+        simulated.index,
+        num_sites=simulated.num_sites,
+        label_skew=simulated.label_skew,
+        seed=simulated.seed,
+    )
+    keep_pictures(data, Path(simulated.state_dir) / data.site)
     return data
 
 

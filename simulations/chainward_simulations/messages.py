@@ -12,10 +12,10 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pydantic.dataclasses import dataclass
 
 from chainward_shared import errors
 from chainward_shared.files import ADVICE
@@ -137,12 +137,7 @@ def _text(node: ast.expr) -> str:
 def rooms(catalogue: Path) -> list[Room]:
     """Return the rooms of `docs/messages.yaml`."""
     return [
-        Room(
-            entry["room"],
-            tuple(entry["places"]),
-            tuple(Group(**{**group, "says": tuple(group["says"])}) for group in entry["groups"]),
-        )
-        for entry in yaml.safe_load(catalogue.read_text("utf-8"))
+        Room(entry["room"], entry["places"], entry["groups"]) for entry in yaml.safe_load(catalogue.read_text("utf-8"))
     ]
 
 

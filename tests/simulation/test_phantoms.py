@@ -14,13 +14,13 @@ from sklearn.preprocessing import StandardScaler
 from chainward_client.data.site_data import SPLITS, Cases, SiteData
 from chainward_simulations.phantoms.cases import (
     PHANTOM_CLASSES,
-    TABLE_COLUMNS,
     phantom_cases,
     phantom_site,
     phantom_site_ids,
     render_phantom,
 )
 from chainward_simulations.phantoms.hospitals import hospital
+from chainward_simulations.phantoms.table import TABLE_COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +218,13 @@ def test_a_linear_model_on_pixels_does_not_solve_the_task(sites: list[SiteData])
     assert 0.30 < accuracy < 0.60
 
 
-@pytest.mark.parametrize(("image_size", "channels"), [(32, 3), (96, 1)])
-def test_image_size_and_channels_are_honoured(image_size: int, channels: int) -> None:
-    site = phantom_site(0, 5, image_size, channels)
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_image_size_is_honoured(image_size: int) -> None:
+    site = phantom_site(0, 5, image_size)
     for split in SPLITS:
         cases = site.splits[split]
-        assert cases.images.shape == (len(cases), channels, image_size, image_size)
+        assert cases.images.shape == (len(cases), 1, image_size, image_size)
         assert cases.images.dtype == torch.uint8
-        assert (cases.images == cases.images[:, :1]).all()
         assert cases.privileged.masks is not None
         assert (cases.privileged.masks.flatten(1).sum(1) > 0).all()
 
@@ -246,9 +245,8 @@ def test_an_impossible_number_of_sites_is_refused(num_sites: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "image_size", "channels", "reason"),
-    [(64, 64, 1, "site index"), (-1, 64, 1, "site index"), (0, 31, 1, "image_size"), (0, 64, 0, "channels")],
+    ("index", "image_size", "reason"), [(64, 64, "site index"), (-1, 64, "site index"), (0, 31, "image_size")]
 )
-def test_arguments_out_of_range_are_refused(index: int, image_size: int, channels: int, reason: str) -> None:
+def test_arguments_out_of_range_are_refused(index: int, image_size: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        phantom_site(0, index, image_size, channels)
+        phantom_site(0, index, image_size)

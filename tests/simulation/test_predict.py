@@ -28,7 +28,7 @@ from chainward_simulations.predict.answers import Abstain, Predictions, answers
 from chainward_simulations.predict.heatmaps import LINE, captioned
 from chainward_simulations.predict.inputs import Decoder, Problem, open_inputs
 from chainward_simulations.predict.models import Outputs, open_model
-from chainward_simulations.predict.run import Overrides, predict
+from chainward_simulations.predict.run import predict, preparation_of
 
 CLASSES = ["a", "b", "c"]
 
@@ -79,7 +79,7 @@ def opened(run: RunFolder, name="chain"):
 
 
 def predicted(predictor, *places: Path, **more) -> Predictions:
-    found = open_inputs(list(places), predictor.record, Overrides().preparation(predictor.record), **more)
+    found = open_inputs(list(places), predictor.record, preparation_of(predictor.record), **more)
     return predict(predictor, found, abstain=Abstain(below=0.0))
 
 
@@ -291,11 +291,11 @@ def test_where_sites_prepared_images_differently_somebody_must_choose(tmp_path):
     both = record(preparations={"ash": Preparation(), "birch": Preparation(fit="crop")})
     Image.new("L", (9, 9)).save(tmp_path / "x.png")
     with pytest.raises(Exception, match=r"ash: fit pad; birch: fit crop.*--site"):
-        open_inputs([tmp_path / "x.png"], both, Overrides().preparation(both))
-    assert Overrides(site="birch").preparation(both).fit == "crop"
-    assert Overrides(fit="stretch").preparation(both).fit == "stretch"
+        open_inputs([tmp_path / "x.png"], both, preparation_of(both))
+    assert preparation_of(both, site="birch").fit == "crop"
+    assert preparation_of(both, fit="stretch").fit == "stretch"
     with pytest.raises(Exception, match="--site elm: not one of"):
-        Overrides(site="elm").preparation(both)
+        preparation_of(both, site="elm")
 
 
 def test_a_data_file_that_prepares_images_otherwise_than_the_model_is_refused(run, small_consortium, tmp_path):

@@ -63,23 +63,15 @@ class FlowerRun:
 
     def to_json(self) -> dict[str, Any]:
         """Return every measurement."""
-        results = self.results
+        sizes = {"seconds", "bytes_down", "bytes_up"}
         return {
             "wall_seconds": self.wall_seconds,
-            "timings": results.timings,
+            "timings": self.results.timings,
             "ratio": self.ratio,
             "reference": self.reference.model_dump() if self.reference else None,
             "same_models": self.same_models,
             "memory": asdict(self.memory),
-            "hops": [
-                {
-                    "hop": record.key,
-                    "seconds": record.seconds,
-                    "bytes_down": record.bytes_down,
-                    "bytes_up": record.bytes_up,
-                }
-                for record in self.hops
-            ],
+            "hops": [{"hop": record.key} | record.model_dump(include=sizes) for record in self.hops],
         }
 
 

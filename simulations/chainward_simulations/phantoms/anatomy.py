@@ -7,7 +7,7 @@ Lengths are fractions of half the field of view: x runs from -1 (the patient's r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,7 +21,8 @@ EDGE = 0.02  # softness of an anatomical border
 
 @dataclass(frozen=True)
 class ChestAnatomy:
-    """What differs between healthy chests; lengths in fractions of half the field of view.
+    """What differs between healthy chests; lengths in fractions of half the field of view. Annotated is between what
+    `draw_anatomy` draws it.
 
     Attributes
     ----------
@@ -34,32 +35,32 @@ class ChestAnatomy:
     rotation : sideways shift of the mediastinum when the patient stands rotated
     rib_spacing, rib_phase, rib_slope, rib_contrast : course and brightness of the ribs
     soft_tissue, aeration : brightness of the body wall; how dark the lungs are against it
-    breast : density of the breast shadows, 0 for none
+    breast : density of the breast shadows, 0 for none; the limits are those of women
     clavicle : y of the medial clavicle ends
-    gastric_bubble : radius of the air below the left diaphragm, 0 for none
+    gastric_bubble : radius of the air below the left diaphragm, 0 for none, as for what is drawn below it
     vessels : contrast of the vessels that radiate from the hila
     """
 
-    half_width: float
-    apex: float
-    base: float
-    dome: float
-    right_elevation: float
-    cardiothoracic_ratio: float
-    heart_height: float
-    heart_tilt: float
-    mediastinum: float
-    rotation: float
-    rib_spacing: float
-    rib_phase: float
-    rib_slope: float
-    rib_contrast: float
-    soft_tissue: float
-    aeration: float
-    breast: float
-    clavicle: float
-    gastric_bubble: float
-    vessels: float
+    half_width: Annotated[float, (0.62, 0.80)]
+    apex: Annotated[float, (-0.84, -0.70)]
+    base: Annotated[float, (0.42, 0.66)]
+    dome: Annotated[float, (0.12, 0.24)]
+    right_elevation: Annotated[float, (0.0, 0.10)]
+    cardiothoracic_ratio: Annotated[float, (0.38, 0.49)]
+    heart_height: Annotated[float, (0.85, 1.10)]
+    heart_tilt: Annotated[float, (0.25, 0.75)]
+    mediastinum: Annotated[float, (0.11, 0.17)]
+    rotation: Annotated[float, (-0.09, 0.09)]
+    rib_spacing: Annotated[float, (0.17, 0.22)]
+    rib_phase: Annotated[float, (0.0, 1.0)]
+    rib_slope: Annotated[float, (0.25, 0.55)]
+    rib_contrast: Annotated[float, (0.04, 0.08)]
+    soft_tissue: Annotated[float, (0.46, 0.58)]
+    aeration: Annotated[float, (0.28, 0.40)]
+    breast: Annotated[float, (0.02, 0.10)]
+    clavicle: Annotated[float, (-0.66, -0.54)]
+    gastric_bubble: Annotated[float, (-0.08, 0.13)]
+    vessels: Annotated[float, (0.05, 0.12)]
 
     def lateral_border(self, y: ArrayLike) -> np.ndarray:
         """Distance of the chest wall from the midline at height `y`."""
@@ -118,29 +119,11 @@ class Lesion:
 
 def draw_anatomy(rng: np.random.Generator, female: bool) -> ChestAnatomy:
     """Draw the healthy anatomy of one patient."""
-    uniform = rng.uniform
-    return ChestAnatomy(
-        half_width=uniform(0.62, 0.80),
-        apex=uniform(-0.84, -0.70),
-        base=uniform(0.42, 0.66),
-        dome=uniform(0.12, 0.24),
-        right_elevation=uniform(0.0, 0.10),
-        cardiothoracic_ratio=uniform(0.38, 0.49),
-        heart_height=uniform(0.85, 1.10),
-        heart_tilt=uniform(0.25, 0.75),
-        mediastinum=uniform(0.11, 0.17),
-        rotation=uniform(-0.09, 0.09),
-        rib_spacing=uniform(0.17, 0.22),
-        rib_phase=uniform(0, 1),
-        rib_slope=uniform(0.25, 0.55),
-        rib_contrast=uniform(0.04, 0.08),
-        soft_tissue=uniform(0.46, 0.58),
-        aeration=uniform(0.28, 0.40),
-        breast=uniform(0.02, 0.10) if female else uniform(0.0, 0.02),
-        clavicle=uniform(-0.66, -0.54),
-        gastric_bubble=max(0.0, uniform(-0.08, 0.13)),
-        vessels=uniform(0.05, 0.12),
-    )
+    drawn = {}
+    for name, kind in get_type_hints(ChestAnatomy, include_extras=True).items():
+        low, high = (0.0, 0.02) if name == "breast" and not female else kind.__metadata__[0]
+        drawn[name] = rng.uniform(low, high)
+    return ChestAnatomy(**{**drawn, "gastric_bubble": max(0.0, drawn["gastric_bubble"])})
 
 
 def draw_lesion(rng: np.random.Generator, finding: Finding, anatomy: ChestAnatomy) -> Lesion:

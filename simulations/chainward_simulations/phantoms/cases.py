@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 import torch
@@ -29,17 +30,7 @@ from chainward_simulations.phantoms.hospitals import MAX_SITES, expose, hospital
 from chainward_simulations.phantoms.reports import write_report
 from chainward_simulations.phantoms.table import TABLE_COLUMNS, draw_patient_details, draw_table_row
 
-__all__ = [
-    "PHANTOM_CLASSES",
-    "TABLE_COLUMNS",
-    "phantom_cases",
-    "phantom_site",
-    "phantom_site_ids",
-    "render_phantom",
-]
-
-_FINDINGS: tuple[Finding, ...] = ("normal", "consolidation", "nodule", "effusion", "cardiomegaly")
-PHANTOM_CLASSES: tuple[str, ...] = _FINDINGS
+PHANTOM_CLASSES: tuple[Finding, ...] = get_args(Finding)
 
 # of the patients: 10/16 train, 2/16 val, 4/16 test
 _SPLIT_BOUNDS = (0.625, 0.75, 1.0)
@@ -90,7 +81,7 @@ def phantom_cases(seed: int, index: int, count: int) -> list[PhantomCase]:
     patient = 0
     while len(cases) < count:
         along_classes, along_splits = (start + patient * np.array([0.7548776662466927, 0.5698402909980532])) % 1
-        finding = _FINDINGS[int(np.searchsorted(class_bounds[:-1], along_classes, side="right"))]
+        finding = PHANTOM_CLASSES[int(np.searchsorted(class_bounds[:-1], along_classes, side="right"))]
         split = SPLITS[int(np.searchsorted(_SPLIT_BOUNDS[:-1], along_splits, side="right"))]
         images = numpy_generator(seed, site, "phantom-visits", patient).random()
         visits = 1 + int(np.searchsorted(_IMAGES_PER_PATIENT[:-1], images, side="right"))
@@ -104,7 +95,6 @@ def phantom_site(
     seed: int,
     index: int,
     image_size: int = 64,
-    channels: int = 1,
     splits: Collection[str] = SPLITS,
     most: int | None = None,
 ) -> SiteData:
@@ -115,13 +105,12 @@ def phantom_site(
     seed : seed of the whole data set
     index : 0-based position of the site, up to 63
     image_size : height and width in pixels, 32 to 256
-    channels : the grey image is repeated over these
     splits : those whose images are made; the others have none
     most : images that are made of each split at most, the first ones; None, the default: all
 
     Returns
     -------
-    SiteData with images uint8 (n, channels, image_size, image_size), reports, table and masks in every split
+    SiteData with images uint8 (n, 1, image_size, image_size), reports, table and masks in every split
 
     Raises
     ------
@@ -131,8 +120,6 @@ def phantom_site(
         raise ValueError(f"site index is {index}; phantoms exist for 0 to {MAX_SITES - 1}")
     if not 32 <= image_size <= 256:
         raise ValueError(f"image_size is {image_size}; phantoms are rendered at 32 to 256 pixels")
-    if channels < 1:
-        raise ValueError(f"channels is {channels}; an image needs at least 1")
     place = hospital(index)
     cases = phantom_cases(seed, index, place.cases)
     present = {case.finding for case in cases}
@@ -140,9 +127,7 @@ def phantom_site(
         site=f"site-{index + 1}",
         classes=PHANTOM_CLASSES,
         splits={
-            split: _collect(
-                seed, index, [case for case in cases if case.split == split in splits][:most], image_size, channels
-            )
+            split: _collect(seed, index, [case for case in cases if case.split == split in splits][:most], image_size)
             for split in SPLITS
         },
         synthetic=True,
@@ -181,7 +166,7 @@ def _patient(seed: int, site: str, case: PhantomCase) -> tuple[ChestAnatomy, Les
     return anatomy, draw_lesion(rng, case.finding, anatomy), details
 
 
-def _collect(seed: int, index: int, cases: list[PhantomCase], image_size: int, channels: int) -> Cases:
+def _collect(seed: int, index: int, cases: list[PhantomCase], image_size: int) -> Cases:
     site = f"site-{index + 1}"
     images = np.empty((len(cases), image_size, image_size), np.uint8)
     masks = np.empty_like(images)
@@ -190,10 +175,10 @@ def _collect(seed: int, index: int, cases: list[PhantomCase], image_size: int, c
     for position, case in enumerate(cases):
         images[position], masks[position] = render_phantom(seed, index, case, image_size)
         _, lesion, details = _patient(seed, site, case)
-        texts.append(write_report(numpy_generator(seed, site, "phantom-report", case.index), lesion, _FINDINGS))
+        texts.append(write_report(numpy_generator(seed, site, "phantom-report", case.index), lesion, PHANTOM_CLASSES))
         rows.append(draw_table_row(numpy_generator(seed, site, "phantom-table", case.index), case.finding, details))
     return Cases(
-        images=torch.from_numpy(images)[:, None].repeat(1, channels, 1, 1),
+        images=torch.from_numpy(images)[:, None],
         labels=torch.tensor([PHANTOM_CLASSES.index(case.finding) for case in cases], dtype=torch.int64),
         patients=np.array([f"{site}-patient-{case.patient + 1:03d}" for case in cases], dtype=str),
         privileged=PrivilegedCases(

@@ -83,13 +83,12 @@ def predict(
     from chainward_simulations.predict.answers import Abstain, write
     from chainward_simulations.predict.inputs import Problem, open_inputs
     from chainward_simulations.predict.models import open_model
-    from chainward_simulations.predict.run import Overrides, check_writable
+    from chainward_simulations.predict.run import check_writable, preparation_of, writers
     from chainward_simulations.predict.run import predict as predict_all
-    from chainward_simulations.predict.written import writers
 
     check_writable(to_csv, to_json)
     predictor = open_model(model, lambda run: find_run(run, directory), name)
-    preparation = Overrides(site, fit, scale).preparation(predictor.record)
+    preparation = preparation_of(predictor.record, site, fit, scale)
     found = open_inputs(inputs, predictor.record, preparation, column=column, images=images, split=split)
     unwritten: list[Problem] = []
     with writers(predictor, sr, heatmap, unwritten) as each:
@@ -102,7 +101,7 @@ def predict(
     if to_csv is None and to_json is None:
         typer.echo(done.csv(), nl=False)
     for problem in [*done.problems, *unwritten]:
-        _tell(f"{problem.name}: {problem.reason}", "yellow")
+        errors.say(f"{problem.name}: {problem.reason}", style="yellow")
     _tell_of_all(done)
     raise typer.Exit(1 if done.problems or unwritten else 0)
 
@@ -113,13 +112,9 @@ def _tell_of_all(done: Predictions) -> None:
     abstained = sum(answer.abstains is not None for answer in done.answers)
     passed = f", {len(done.problems)} passed over" if done.problems else ""
     model = done.predictor.sha256[:12]
-    _tell(f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {model}; {USE}")
+    errors.say(f"{len(done.answers)} images predicted{passed}; the model abstains at {abstained}; model {model}; {USE}")
     if done.predictor.record.familiarity is None:
-        _tell("the model carries no statistics of embeddings, so only its probability can make it abstain")
+        errors.say("the model carries no statistics of embeddings, so only its probability can make it abstain")
     if done.scores is not None:
         balanced = score(done.scores.balanced_accuracy)
-        _tell(f"against the data file's labels: balanced accuracy {balanced}, n = {done.scores.n}")
-
-
-def _tell(line: str, style: str | None = None) -> None:
-    errors.say(line, style=style)
+        errors.say(f"against the data file's labels: balanced accuracy {balanced}, n = {done.scores.n}")

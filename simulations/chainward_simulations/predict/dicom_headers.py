@@ -33,17 +33,9 @@ def header_of(path: Path | None) -> Dataset | None:
     if missing:
         raise DataError(f"no {missing[0]}, so that no report can refer to it")
     for keyword in (
-        "PatientID",
-        "PatientName",
-        "PatientBirthDate",
-        "PatientSex",
-        "AccessionNumber",
-        "StudyID",
-        "StudyDate",
+        *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+        *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
     ):
-        if keyword not in header:
-            setattr(header, keyword, "")
-    for keyword in ("StudyTime", "ReferringPhysicianName"):
         if keyword not in header:
             setattr(header, keyword, "")
     return header

@@ -59,7 +59,7 @@ class CpuSampler(Sampler):
 def peers() -> dict[str, Callable[[Path], list[str]]]:
     """Return the command of each peer by its name, given a folder to work in."""
     return {
-        "plain loop": lambda folder: [sys.executable, "-m", "chainward_simulations.benchmark.peers.loop"],
+        "plain loop": lambda folder: [sys.executable, "-m", "chainward_simulations.benchmark.peers.work"],
         "Flower FedAvg": _flower,
         "NVFlare cyclic": lambda folder: [
             *(sys.executable, "-m", "chainward_simulations.benchmark.peers.nvflare_job", str(folder / "nvflare"))

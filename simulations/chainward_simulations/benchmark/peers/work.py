@@ -1,4 +1,7 @@
-"""The training that every peer does at one hospital."""
+"""The training that every peer does at one hospital; run as a program, the plain loop: six of them, one after the other.
+
+``python -m chainward_simulations.benchmark.peers.work``
+"""
 
 from __future__ import annotations
 
@@ -65,3 +68,10 @@ def train(site: int, state: StateDict) -> tuple[StateDict, int]:
     (data,) = open_sites(config).values()
     trained, _ = train_plain_link(data, architecture, recipe, None, start=state)
     return trained, len(data.splits["train"])
+
+
+if __name__ == "__main__":
+    model = initial()
+    for index in range(SITES):
+        model, _ = train(index, model)
+    print(f"trained at {SITES} sites", flush=True)
