@@ -21,7 +21,6 @@ from chainward_client.privacy_audit.membership import (
     calibrated,
     case_losses,
 )
-from chainward_client.training.features import Features
 from chainward_client.training.link import labelled_cases
 from chainward_client.training.loop import train
 from chainward_client.training.passes import passes
@@ -43,7 +42,7 @@ from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict
 from chainward_simulations.run_examples import stored_model
 from chainward_simulations.runner import open_sites
-from chainward_simulations.study.baselines import cross_entropy, together
+from chainward_simulations.study.baselines import CrossEntropy, together
 
 MODELS = ("student", "chain")
 ALL_SITES = "all"
@@ -78,7 +77,6 @@ def attack_run(
     base: StateDict | None = None,
     calibrate: bool = False,
     bounds: Mapping[str, Bound] | None = None,
-    features: Features | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Attacked]:
     """Attack `models` with the patients of each site and of all sites together.
@@ -91,7 +89,6 @@ def attack_run(
     calibrate : also compare each loss with that of a reference model that has not seen the patient, which finds more: two
         are trained for each model, each on half of the outsiders
     bounds : of the sites that have trained privately, by site
-    features : where the output of a frozen trunk is kept; None: nowhere
     say : called with a line of progress
 
     Raises
@@ -109,19 +106,14 @@ def attack_run(
     for name, (architecture, state) in models.items():
         model = build_model(architecture, seed=0)
         model.load_state_dict(state)
-        losses_of = partial(
-            case_losses,
-            threads=config.federation.cpu_threads,
-            image_size=architecture.image_size,
-            features=features,
-        )
+        losses_of = partial(case_losses, threads=config.federation.cpu_threads, image_size=architecture.image_size)
         inside = {site: losses_of(model, cases) for site, cases in members.items()}
         outside = {site: losses_of(model, cases) for site, cases in outsiders.items()}
         found += _lines(name, "loss", config.seed, members, inside, outsiders, outside)
         if calibrate:
             say(f"attack: training two reference models for the {name}")
             start = base if architecture.start else None
-            references = _references(config, architecture, outsiders, start, trained=name, features=features)
+            references = _references(config, architecture, outsiders, start, trained=name)
             inside, outside = _against(references, losses_of, config.seed, members, inside, outsiders, outside)
             found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
     return [replace(one, bound=_bound_of(one, list(members), bounds or {})) for one in found]
@@ -186,7 +178,6 @@ def _references(
     base: StateDict | None,
     *,
     trained: str,
-    features: Features | None,
 ) -> list[nn.Module]:
     """Train a model on each half of the outsiders of all sites, as a hospital alone would train it, with a head from statistics
     where that under attack (`trained`: "chain" or "student") has one."""
@@ -206,22 +197,20 @@ def _references(
         cases = replace(cases, images=resized(cases.images, architecture.image_size))
         model = initial_model(architecture, config.seed, base)
         if config.chain.laps or trained == "student":
-            objective = cross_entropy(model, cases, architecture.num_classes, recipe)
+            objective = CrossEntropy(model, cases, architecture.num_classes, recipe)
             train(model, cases, recipe, objective, "membership", "reference", index)
         if head == "statistics":
-            _give_head(model, architecture, cases, config, features)
+            _give_head(model, architecture, cases, config)
         references.append(model)
     return references
 
 
-def _give_head(
-    model: nn.Module, architecture: Architecture, cases: Cases, config: RunConfig, features: Features | None
-) -> None:
+def _give_head(model: nn.Module, architecture: Architecture, cases: Cases, config: RunConfig) -> None:
     """Give a model the head that follows from sums over its embeddings of `cases`, without noise."""
     classes, none = architecture.num_classes, HeadSums.none(architecture.num_classes, check_head(architecture))
     sums, start = none, 0
     with Taps(model, embedding=True) as taps:
-        for _ in passes(model, cases.images, config.federation.cpu_threads, architecture.image_size, features):
+        for _ in passes(model, cases.images, config.federation.cpu_threads, architecture.image_size):
             assert taps.embedding is not None
             embedded = taps.embedding.cpu()
             sums += HeadSums.of(embedded, cases.labels[start : start + len(embedded)], classes)

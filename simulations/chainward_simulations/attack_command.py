@@ -37,11 +37,7 @@ def attack(
     folder = open_run(run, directory)
     found = attack_stored(folder, calibrate=calibrate, say=lambda line: typer.echo(line, err=True))
     if as_json:
-        lines = [
-            {"model": one.model, "site": one.site, "kind": one.kind, **asdict(one.attack)}
-            | {"bound": None if one.bound is None else asdict(one.bound)}
-            for one in found
-        ]
+        lines = [line.pop("attack") | line for line in map(asdict, found)]
         rates = list(FALSE_POSITIVE_RATES)
         content = {"schema": 1, "run": folder.state.run_id, "privacy": folder.config.privacy.mode, "attacks": lines}
         typer.echo(json.dumps(content | {"false_positive_rates": rates}, indent=1, allow_nan=False))

@@ -6,58 +6,29 @@ tried again, refused and merged is the same code, and so are the models, bit for
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateSite
 from chainward_client.training.features import Features
-from chainward_server.chain import ChainOutcome
 from chainward_server.checkpoints import InMemory
 from chainward_server.context import Run, data_summary
-from chainward_server.method import run_method
 from chainward_server.privacy import RunPrivacy
 from chainward_server.results import Results
 from chainward_server.scoring import Scorer, Split
-from chainward_server.students import run_students
 from chainward_shared.config import RunConfig
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
-from chainward_shared.models.of_run import student_architecture
 from chainward_shared.pretrained.begin import begin
-from chainward_shared.protocol import (
-    TrainingLog,
-)
 from chainward_shared.weights import StateDict
 from chainward_simulations.in_process_sites import InProcessSites
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
 RUN = "in-process"
 """What the ledgers of private sites call a run in this process."""
-
-
-@dataclass
-class Outcome:
-    """What a run trained: the model after each hop (by its key), the last model of each strand, the chain's model,
-    the students, the sites alone.
-
-    `logs`: how every training went, by hop key, `alone-SITE` or `student-round-N-SITE`.
-    """
-
-    architecture: Architecture
-    links: dict[str, StateDict] = field(default_factory=dict)
-    alone: dict[str, StateDict] = field(default_factory=dict)
-    strands: list[StateDict] = field(default_factory=list)
-    chain: StateDict = field(default_factory=dict)
-    student_architecture: Architecture | None = None
-    student: StateDict | None = None
-    logs: dict[str, TrainingLog] = field(default_factory=dict)
 
 
 def open_sites(config: RunConfig, *, tests_only: bool = False) -> dict[str, SiteData]:
@@ -74,65 +45,6 @@ def open_sites(config: RunConfig, *, tests_only: bool = False) -> dict[str, Site
         )
         for site in config.expected_sites or available
     }
-
-
-def run_in_process(
-    config: RunConfig,
-    sites: Mapping[str, SiteData],
-    on_step: Callable[[str], None] = lambda step: None,
-    *,
-    state_dir: Path | None = None,
-    features: Features | None = None,
-    students: bool = True,
-) -> Outcome:
-    """Run the method of `config` over `sites`; models are scored only where a score decides how the chain goes on.
-
-    Parameters
-    ----------
-    on_step, state_dir, features : see `InProcessSites`
-    students : False: without them, though private sites account for them
-
-    Raises
-    ------
-    ChainwardError
-        The run can't go on.
-    """
-    with in_process(config, sites, on_step, state_dir=state_dir, features=features) as (run, trained):
-        finished = run_method(run, students=students)
-    models, links = run.checkpoints, [link for link in run.results.links if link.succeeded]
-    first = {link.site: link.key for link in links if link.predecessor is None}
-    return Outcome(
-        run.architecture,
-        links={link.key: models.load_model(link.key, run.template) for link in links},
-        alone={
-            record.site: trained.alone.get(record.site) or models.load_model(first[record.site], run.template)
-            for record in run.results.alone
-            if record.status == "done"
-        },
-        strands=finished.chain.strands,
-        chain=finished.chain.model,
-        student_architecture=None
-        if finished.student is None
-        else student_architecture(config.student, run.architecture),
-        student=finished.student,
-        logs=trained.logs,
-    )
-
-
-def add_students(
-    config: RunConfig,
-    sites: Mapping[str, SiteData],
-    outcome: Outcome,
-    on_step: Callable[[str], None] = lambda step: None,
-    *,
-    state_dir: Path | None = None,
-    features: Features | None = None,
-) -> Outcome:
-    """Return `outcome`, which has a chain, with the students that are trained out of it."""
-    with in_process(config, sites, on_step, state_dir=state_dir, features=features) as (run, trained):
-        student = run_students(run, ChainOutcome(outcome.chain, None, outcome.strands))
-    small = student_architecture(config.student, run.architecture)
-    return dataclasses.replace(outcome, student_architecture=small, student=student, logs=outcome.logs | trained.logs)
 
 
 @contextmanager
@@ -184,8 +96,3 @@ def score(
     scorer = Scorer(here, privacy, RUN, config.federation.cpu_threads)
     found = scorer.everywhere(architecture, state, [split])[split].site_scores
     return found.sites, found.pooled
-
-
-def equal(first: StateDict, second: StateDict) -> bool:
-    """Return whether two state dicts have the same names and, bit for bit, the same values."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

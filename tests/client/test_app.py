@@ -10,6 +10,7 @@ import pytest
 import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from in_process_run import equal
 
 import chainward_client.handlers as handlers
 from chainward_client.app import app
@@ -32,7 +33,6 @@ from chainward_shared.protocol import (
     unpack,
 )
 from chainward_shared.weights import digest, from_arrays, rounded
-from chainward_simulations.runner import equal
 
 
 def ask(content: RecordDict, node_config: dict, message_type: str = "query") -> RecordDict:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from in_process_run import equal
 from safetensors.torch import load_file
 
 from chainward_server.run_folder import RunFolder
@@ -13,7 +14,6 @@ from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError
 from chainward_shared.protocol import StudentTask, kind_of, unpack
 from chainward_shared.weights import rounded
-from chainward_simulations.runner import equal
 
 
 def model(folder: RunFolder, name: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from flwr.app import Array, Error, Message
+from in_process_run import equal
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -37,7 +38,6 @@ from chainward_shared.protocol import (
     unpack,
 )
 from chainward_shared.weights import byte_count, from_arrays, rounded
-from chainward_simulations.runner import equal
 from chainward_simulations.simulated_sites import simulated_site
 
 

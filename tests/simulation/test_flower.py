@@ -11,12 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from in_process_run import equal, run_in_process
 from safetensors.torch import load_file
 
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_simulations.flower import own_flower, processes_of, run_command
-from chainward_simulations.runner import equal, open_sites, run_in_process
+from chainward_simulations.runner import open_sites
 
 SIX_SITES = Path(__file__).resolve().parents[2] / "simulations" / "six_sites"
 

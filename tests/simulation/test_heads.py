@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process_run import equal, run_in_process
 
 from chainward_client.training.passes import BATCH
 from chainward_server import chain as chain_module
@@ -31,7 +32,7 @@ from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.protocol import StatisticsTask, kind_of
 from chainward_simulations import in_process_sites
 from chainward_simulations.in_process_sites import InProcessSites
-from chainward_simulations.runner import equal, in_process, open_sites, run_in_process
+from chainward_simulations.runner import in_process, open_sites
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from in_process_run import equal, run_in_process
 
 from chainward_server.method import run_method
 from chainward_shared.config import RunConfig
@@ -10,7 +11,7 @@ from chainward_shared.errors import ChainwardError, ModelError, PolicyRefusal
 from chainward_shared.models import skeleton
 from chainward_simulations import in_process_sites
 from chainward_simulations.in_process_sites import InProcessSites
-from chainward_simulations.runner import equal, in_process, open_sites, run_in_process
+from chainward_simulations.runner import in_process, open_sites
 
 
 def records_of(flat):

@@ -11,6 +11,7 @@ import pictures
 import pytest
 import yaml
 from flwr.app import Message
+from in_process_run import equal, run_in_process
 from PIL import Image
 from safetensors import safe_open
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
@@ -27,7 +28,7 @@ from chainward_shared.errors import ChainwardError
 from chainward_shared.models import build_model, skeleton
 from chainward_shared.privacy.record import PrivacyRecord
 from chainward_shared.protocol import Hello, HelloRequest, SiteCard, kind_of, pack
-from chainward_simulations.runner import equal, open_sites, run_in_process, score
+from chainward_simulations.runner import open_sites, score
 
 FINDINGS = ["square", "disc", "bar"]
 HOSPITALS = {"ash": (0.6, 0.2, 0.3), "birch": (0.2, 0.6, 0.4), "cedar": (0.4, 0.4, 0.0)}

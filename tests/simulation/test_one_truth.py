@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import oracle
 import pytest
+from in_process_run import Outcome, equal, run_in_process
 
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.models import skeleton
-from chainward_simulations.runner import Outcome, equal, open_sites, run_in_process, score
+from chainward_simulations.runner import open_sites, score
 
 SITES = ["ash", "birch", "cedar", "dogwood"]
 

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from flwr.app import Message
+from in_process_run import equal, run_in_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from chainward_shared.models.start import travelling_names
 from chainward_shared.preprocessing import scaled_for
 from chainward_shared.pretrained.store import WeightsStore, default_store
 from chainward_shared.protocol import BaseState, BaseTask, kind_of, pack, unpack
-from chainward_simulations.runner import equal, open_sites, run_in_process
+from chainward_simulations.runner import open_sites
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process_run import equal, run_in_process
 from typer.testing import CliRunner
 
 from chainward_shared.config import RunConfig
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations.cli import app
-from chainward_simulations.runner import equal, open_sites, run_in_process, score
+from chainward_simulations.runner import open_sites, score
 from chainward_simulations.study import training
 from chainward_simulations.study.configured_arms import configure_arms
 from chainward_simulations.study.predictions import load_predictions
@@ -84,7 +85,7 @@ def test_the_chain_of_a_study_is_the_chain_of_a_run(study, base, tmp_path):
     sites = open_sites(config)
     outcome = run_in_process(config, sites)
     (file,) = (tmp_path / "study" / "chains").iterdir()
-    assert equal(load_chain(file).chain, outcome.chain)
+    assert equal(load_chain(file).model, outcome.chain)
     scores, pooled = score(outcome.chain, outcome.architecture, sites, config)
     record = report.folder.record_of("chain", 0)
     assert record.sites == scores
@@ -258,14 +259,14 @@ def test_a_full_disk_is_one_line_and_finished_arms_are_kept(study, monkeypatch, 
 
 def test_a_chain_is_kept_to_the_bit_with_its_strands(base, tmp_path):
     (configured,) = configure_arms(["chain-strands-average"], [], base, 0)
-    outcome = train_chain(configured, Bench(open_sites(configured.config), train_chain, print))
-    save_chain(outcome, tmp_path / "chain.safetensors")
+    chain = train_chain(configured, Bench(open_sites(configured.config), train_chain, print))
+    save_chain(chain, tmp_path / "chain.safetensors")
     again = load_chain(tmp_path / "chain.safetensors")
-    assert equal(again.chain, outcome.chain)
+    assert equal(again.model, chain.model)
     assert len(again.strands) == 2
-    assert all(equal(one, other) for one, other in zip(again.strands, outcome.strands, strict=True))
-    assert again.architecture == outcome.architecture
-    assert again.logs == outcome.logs
+    assert all(equal(one, other) for one, other in zip(again.strands, chain.strands, strict=True))
+    assert again.architecture == chain.architecture
+    assert again.logs == chain.logs
     (tmp_path / "chain.safetensors").write_bytes(b"damaged")
     assert load_chain(tmp_path / "chain.safetensors") is None
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from in_process_run import equal
 from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
@@ -17,7 +18,6 @@ from chainward_client.training.loop import train
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.models import Architecture, build_model, resolve_architecture
 from chainward_shared.weights import StateDict, rounded
-from chainward_simulations.runner import equal
 from chainward_simulations.study import baselines
 from chainward_simulations.study.baselines import (
     chain_steps,
@@ -220,14 +220,10 @@ def test_fedprox_without_its_term_is_fedavg_to_the_bit_and_a_large_one_holds_the
     assert distance(held, initial) < 0.5 * distance(fedavg, initial)
 
 
-def test_the_proximal_term_is_half_mu_times_the_squared_distance(architecture):
+def test_the_proximal_term_is_half_mu_times_the_squared_distance(architecture, monkeypatch):
     model = build_model(architecture, 1)
-
-    class Nothing(baselines.Objective):
-        def losses(self, model, batch):
-            return torch.zeros(3)
-
-    objective = baselines.ProximalObjective(Nothing(), 0.3, model)
+    monkeypatch.setattr(LinkObjective, "losses", lambda self, model, batch: torch.zeros(3))
+    objective = baselines.ProximalObjective(model, SITES["oak"].splits["train"], 3, RECIPE, 0.3)
     objective.start(torch.device("cpu"), 1)
     expected = 0.0
     for value in model.parameters():
@@ -237,17 +233,18 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance(architecture):
     assert objective.losses(model, None).tolist() == pytest.approx([expected] * 3, rel=1e-5)
 
 
-def test_scaffold_corrects_each_step_by_what_the_site_and_everybody_have_seen(architecture):
+def test_scaffold_corrects_each_step_by_what_the_site_and_everybody_have_seen(monkeypatch):
     """Two sites, plain gradient descent on |w - a|^2 / 2: control variates are the gradients at the points passed (option II)."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)
 
-    class Towards(baselines.Objective):
-        def losses(self, model, batch):
-            return ((model.weight - 3.0).square() / 2).flatten()
+    def towards(self, model, batch):
+        return ((model.weight - 3.0).square() / 2).flatten()
 
-    site, everybody = [torch.tensor([[-1.0]])], [torch.tensor([[0.5]])]
-    objective = CorrectedObjective(Towards(), model, site, everybody)
+    monkeypatch.setattr(LinkObjective, "losses", towards)
+    site, everybody = torch.tensor([[-1.0]]), torch.tensor([[0.5]])
+    objective = CorrectedObjective(model, SITES["oak"].splits["train"], 3, RECIPE)
+    objective.corrections = [everybody - site]
     objective.start(torch.device("cpu"), 1)
     passed, rate = [], 0.1
     for _ in range(3):
@@ -259,7 +256,7 @@ def test_scaffold_corrects_each_step_by_what_the_site_and_everybody_have_seen(ar
         objective.after_step(model)
     (control,) = objective.control()
     start, end = 0.0, float(model.weight.detach())
-    paper = float(site[0]) - float(everybody[0]) + (start - end) / (3 * rate)
+    paper = float(site) - float(everybody) + (start - end) / (3 * rate)
     assert float(control) == pytest.approx(paper) == pytest.approx(np.mean(passed) - 3.0)
 
 

@@ -8,6 +8,7 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
+from in_process_run import equal
 from small_recipes import SMALL_LINK
 
 from chainward_client.data.site_data import Cases, SiteData
@@ -16,7 +17,7 @@ from chainward_shared.console import PlainConsole
 from chainward_shared.discriminant import HeadSums, discriminant
 from chainward_shared.models import Start as Pretrained
 from chainward_shared.models import build_model, resolve_architecture
-from chainward_simulations.runner import equal, open_sites
+from chainward_simulations.runner import open_sites
 from chainward_simulations.study import results as results_module
 from chainward_simulations.study.baselines import train_cyclic, train_federated
 from chainward_simulations.study.configured_arms import configure_arms

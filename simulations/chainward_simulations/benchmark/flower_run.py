@@ -118,11 +118,11 @@ def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_referen
         return FlowerRun(wall_seconds, results, sampler.peak, reference, same)
 
 
-def timed_run(command: list[str], environment: dict[str, str], timeout: float) -> float:
-    """Run `flwr run --stream` to its end, its output to stderr, and return the seconds it took."""
+def timed_run(command: list[str], environment: dict[str, str], timeout: float, *, what: str = "flwr run") -> float:
+    """Run a command to its end, its output to stderr, and return the seconds it took; `what` it is called in messages."""
     started = time.monotonic()
     try:
-        _done("flwr run", command, timeout, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        _done(what, command, timeout, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     except OSError as error:
         raise BenchmarkError(f"flwr can't be started ({error.strerror}); is Flower installed here?") from error
     return time.monotonic() - started

@@ -38,5 +38,5 @@ def attention_pictures(
 
 
 def _model(folder: StudyFolder, arm: ConfiguredArm) -> tuple[Architecture, StateDict] | None:
-    outcome = load_chain(chain_file(folder.path, arm.chain_digest(), arm.config.seed))
-    return None if outcome is None else (outcome.architecture, outcome.chain)
+    chain = load_chain(chain_file(folder.path, arm.chain_digest(), arm.config.seed))
+    return None if chain is None else (chain.architecture, chain.model)

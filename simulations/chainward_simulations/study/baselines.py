@@ -13,7 +13,7 @@ from chainward_client.data.site_data import Cases, PrivilegedCases, SiteData
 from chainward_client.private_site import PrivateSite
 from chainward_client.training.link import LinkObjective, labelled_cases, train_link
 from chainward_client.training.loop import train
-from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.objective import Batch
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.hops import alone_key
 from chainward_shared.protocol import TrainingLog
@@ -26,41 +26,35 @@ OnStep = Callable[[str], None]
 Sites = Mapping[str, SiteData]
 
 
-class ProximalObjective(Objective):
+class CrossEntropy(LinkObjective):
+    """A link's objective without any teacher."""
+
+    def __init__(self, model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe) -> None:
+        super().__init__(recipe, model, None, class_counts(cases.labels, classes))
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class ProximalObjective(CrossEntropy):
     """``L + mu/2 ||w - w_0||^2``: FedProx (Li et al. 2020, arXiv:1812.06127, eq. 2).
 
     Parameters
     ----------
-    inner : the objective L
     model : with the weights w_0 of the aggregated model that the round starts from, and to be trained
     """
 
-    def __init__(self, inner: Objective, mu: float, model: nn.Module) -> None:
-        self.inner, self.mu = inner, mu
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.start_weights = [parameter.detach().clone() for parameter in self.parameters]
+    def __init__(self, model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe, mu: float) -> None:
+        super().__init__(model, cases, classes, recipe)
+        self.mu, self.start_weights = mu, [parameter.detach().clone() for parameter in self.parameters]
 
     def start(self, device: torch.device, steps_per_epoch: int) -> None:
-        self.inner.start(device, steps_per_epoch)
+        super().start(device, steps_per_epoch)
         self.start_weights = [tensor.to(device) for tensor in self.start_weights]
 
-    def extra_modules(self) -> list[nn.Module]:
-        return self.inner.extra_modules()
-
-    def start_epoch(self, epoch: int) -> None:
-        self.inner.start_epoch(epoch)
-
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        losses = self.inner.losses(model, batch)
+        losses = super().losses(model, batch)
         pairs = zip(self.parameters, self.start_weights, strict=True)
         distances = [(parameter - before).square().sum() for parameter, before in pairs]
         return losses + self.mu / 2 * torch.stack(distances).sum()
-
-    def after_step(self, model: nn.Module) -> None:
-        self.inner.after_step(model)
-
-    def epoch_log(self) -> dict[str, float]:
-        return self.inner.epoch_log()
 
 
 def train_alone(
@@ -192,9 +186,8 @@ def train_from(
     model = start.model(recipe.seed)
     if weights is not None:
         model.load_state_dict(weights)
-    objective: Objective = cross_entropy(model, cases, start.architecture.num_classes, recipe)
-    if mu is not None:
-        objective = ProximalObjective(objective, mu, model)
+    asked = model, cases, start.architecture.num_classes, recipe
+    objective = CrossEntropy(*asked) if mu is None else ProximalObjective(*asked, mu)
     seen, trunk = start.seen(model, cases, recipe)
     log = train(model, seen, recipe, objective, *names, part=part, trunk=trunk)
     return state_of(model), log
@@ -222,8 +215,3 @@ def together(parts: Sequence[Cases]) -> Cases:
 def state_of(model: nn.Module) -> StateDict:
     """Return the model's weights, detached."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def cross_entropy(model: nn.Module, cases: Cases, classes: int, recipe: LinkRecipe) -> LinkObjective:
-    """Return a link's objective without any teacher."""
-    return LinkObjective(recipe, model, None, class_counts(cases.labels, classes))

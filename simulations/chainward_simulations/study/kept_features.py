@@ -15,6 +15,8 @@ from chainward_client.kept_files import Making
 from chainward_client.training.features import BLOCK, ENDINGS, Compute, Features, number_type
 
 _ID_BYTES = 32
+LIMIT = 40_000_000_000
+"""Bytes that one call may take."""
 
 
 class ImageFeatures(Features):
@@ -26,12 +28,11 @@ class ImageFeatures(Features):
 
     Parameters
     ----------
-    folder : where they are kept
-    limit : bytes that one call may take; default 40 GB. Nothing is removed to make room: the folder is the study's
+    folder : where they are kept; nothing is removed to make room, it is the study's
     """
 
-    def __init__(self, folder: Path, limit: int = 40_000_000_000) -> None:
-        super().__init__(folder, limit)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, LIMIT)
         self.files = folder
 
     def _get(self, what: str, images: Tensor, shape: tuple[int, ...], kind: torch.dtype, compute: Compute) -> Tensor:

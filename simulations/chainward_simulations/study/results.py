@@ -57,16 +57,6 @@ class Rarest:
     name: str
     cases: int
 
-    @property
-    def too_few(self) -> str | None:
-        """Why arms can't be ranked on such images, in words; None where they can."""
-        if self.cases >= FEWEST_CASES:
-            return None
-        return (
-            f"no ranking: class '{self.name}' has {self.cases} test images, and balanced accuracy and macro AUC give it as much "
-            f"weight as any other; with fewer than {FEWEST_CASES} differences between arms are not shown"
-        )
-
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -89,7 +79,12 @@ class StudyResult:
     @property
     def unranked(self) -> str | None:
         """Why the arms can't be ranked on their test images, in words; None where they can."""
-        return None if self.rarest is None else self.rarest.too_few
+        if self.rarest is None or self.rarest.cases >= FEWEST_CASES:
+            return None
+        return (
+            f"no ranking: class '{self.rarest.name}' has {self.rarest.cases} test images, and balanced accuracy and macro AUC "
+            f"give it as much weight as any other; with fewer than {FEWEST_CASES} differences between arms are not shown"
+        )
 
 
 def collect(

@@ -76,8 +76,9 @@ class PairedBootstrap:
 
     def __init__(self, reference: Mapping[int, Predictions], resamples: int = RESAMPLES) -> None:
         self.reference, self.resamples = dict(reference), resamples
-        self._weights = patient_weights([one.group for one in reference.values()], resamples)
-        self._of_reference = {seed: self._resampled(seed, one) for seed, one in self.reference.items()}
+        weights = patient_weights([one.group for one in reference.values()], resamples)
+        self._weights = dict(zip(reference, weights, strict=True))
+        self._of_reference = {seed: resampled_metrics(one, self._weights[seed]) for seed, one in reference.items()}
 
     def difference(self, arm: Mapping[int, Predictions], metric: Metric) -> Difference | None:
         """Return the arm's difference to the reference over the seeds that both have; None where there is none.
@@ -98,7 +99,9 @@ class PairedBootstrap:
             if np.isnan(gained):
                 continue
             per_seed[seed] = gained
-            resampled.append(self._resampled(seed, arm[seed])[metric] - self._of_reference[seed][metric])
+            resampled.append(
+                resampled_metrics(arm[seed], self._weights[seed])[metric] - self._of_reference[seed][metric]
+            )
         if not per_seed:
             return None
         drawn = numpy_generator(0, "study", "bootstrap", "seeds").integers(
@@ -107,10 +110,6 @@ class PairedBootstrap:
         figures = np.nanmean(np.stack(resampled)[drawn, np.arange(self.resamples)[:, None]], axis=1)
         low, high = np.nanquantile(figures, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
         return Difference(per_seed, float(np.mean(list(per_seed.values()))), float(low), float(high))
-
-    def _resampled(self, seed: int, predictions: Predictions) -> dict[Metric, np.ndarray]:
-        weights = self._weights[list(self.reference).index(seed)]
-        return resampled_metrics(predictions, weights)
 
 
 def patient_weights(groups: Sequence[np.ndarray], resamples: int) -> list[np.ndarray]:

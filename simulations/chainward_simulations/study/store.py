@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +22,8 @@ from chainward_shared.errors import StudyError, WeightsError
 from chainward_shared.files import write_atomically, written
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import TrainingLog
-from chainward_shared.weights import load_file, save_file
+from chainward_shared.weights import StateDict, load_file, save_file
 from chainward_shared.words import first_problem
-from chainward_simulations.runner import Outcome
 from chainward_simulations.study.records import ArmRecord, StudyState
 from chainward_simulations.study.settings import NOT_A_SETTING, PHANTOM
 
@@ -240,45 +240,54 @@ def write_output(path: Path, contents: bytes) -> None:
         write_atomically(path, contents)
 
 
-def save_chain(outcome: Outcome, path: Path) -> None:
-    """Write what students need of a chain: its model, the strands' last ones, and how its trainings went.
+@dataclass(frozen=True)
+class Chain:
+    """What students need of a chain: its model, the strands' last ones, and how its trainings went, by hop."""
+
+    architecture: Architecture
+    model: StateDict
+    strands: list[StateDict]
+    logs: dict[str, TrainingLog]
+
+
+def save_chain(chain: Chain, path: Path) -> None:
+    """Write a chain.
 
     Raises
     ------
     OSError
         The disk is full or can't be written.
     """
-    arrays = {f"chain/{name}": tensor for name, tensor in outcome.chain.items()}
-    if len(outcome.strands) > 1:
-        for index, strand in enumerate(outcome.strands):
+    arrays = {f"chain/{name}": tensor for name, tensor in chain.model.items()}
+    if len(chain.strands) > 1:
+        for index, strand in enumerate(chain.strands):
             arrays |= {f"strand-{index}/{name}": tensor.clone() for name, tensor in strand.items()}
-    logs = {key: log.model_dump() for key, log in outcome.logs.items()}
     metadata = {
-        "architecture": outcome.architecture.model_dump_json(),
-        "strands": str(len(outcome.strands)),
-        "logs": json.dumps(logs),
+        "architecture": chain.architecture.model_dump_json(),
+        "strands": str(len(chain.strands)),
+        "logs": json.dumps({key: log.model_dump() for key, log in chain.logs.items()}),
     }
     save_file(arrays, path, metadata)
 
 
-def load_chain(path: Path) -> Outcome | None:
+def load_chain(path: Path) -> Chain | None:
     """Return the chain that `save_chain` wrote; None where there is none that can be read, and it is trained again."""
     if not path.exists():
         return None
     try:
         arrays, metadata = load_file(path)
-        outcome = Outcome(Architecture.model_validate_json(metadata["architecture"]))
-        outcome.logs = {key: TrainingLog.model_validate(log) for key, log in json.loads(metadata["logs"]).items()}
+        architecture = Architecture.model_validate_json(metadata["architecture"])
+        logs = {key: TrainingLog.model_validate(log) for key, log in json.loads(metadata["logs"]).items()}
         strands = int(metadata["strands"])
     except (WeightsError, ValueError, KeyError):
         return None
 
-    def part(prefix: str) -> dict[str, torch.Tensor]:
+    def part(prefix: str) -> StateDict:
         return {name.removeprefix(prefix): tensor for name, tensor in arrays.items() if name.startswith(prefix)}
 
-    outcome.chain = part("chain/")
-    outcome.strands = [outcome.chain] if strands == 1 else [part(f"strand-{index}/") for index in range(strands)]
-    return outcome
+    model = part("chain/")
+    parts = [model] if strands == 1 else [part(f"strand-{index}/") for index in range(strands)]
+    return Chain(architecture, model, parts, logs)
 
 
 def chain_file(folder: Path, digest: str, seed: int) -> Path:

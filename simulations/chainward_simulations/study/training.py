@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +13,19 @@ from safetensors.torch import save as safetensors_bytes
 
 from chainward_client.data.site_data import SiteData
 from chainward_client.training.features import Features
+from chainward_server.chain import ChainOutcome
+from chainward_server.context import Run
+from chainward_server.method import run_method
 from chainward_server.schedule import site_order
+from chainward_server.students import run_students
+from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture, build_model, count_parameters
+from chainward_shared.models.of_run import student_architecture
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.weights import StateDict
 from chainward_simulations import runner
 from chainward_simulations.data_notes import data_notes
-from chainward_simulations.runner import Outcome
+from chainward_simulations.in_process_sites import InProcessSites
 from chainward_simulations.study import baselines
 from chainward_simulations.study.arms import WITHOUT_TRAINING
 from chainward_simulations.study.configured_arms import ConfiguredArm
@@ -26,10 +33,11 @@ from chainward_simulations.study.further import further_baselines
 from chainward_simulations.study.predictions import predict_all, save_predictions
 from chainward_simulations.study.records import ArmRecord, BestSite, mean_scores
 from chainward_simulations.study.start import Start, refitted, start_of
+from chainward_simulations.study.store import Chain
 from chainward_simulations.study.without_training import PictureModel, linear_probe, picture_model
 
 OnStep = Callable[[str], None]
-ChainOf = Callable[[ConfiguredArm, "Bench"], Outcome]
+ChainOf = Callable[[ConfiguredArm, "Bench"], Chain]
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Bench:
     Attributes
     ----------
     sites : the data of all sites, in the order of the study
-    chain_of : returns the outcome of the arm's chain, trained before or now
+    chain_of : returns the arm's chain, trained before or now
     on_step : called with a line of progress after each training
     state_dir : folder in which the sites keep their privileged teachers; None: trained anew whenever they are needed
     features : where the output of frozen trunks is kept; None: nowhere
@@ -68,16 +76,15 @@ class Bench:
     features: Features | None = None
 
 
-def train_chain(configured: ConfiguredArm, bench: Bench) -> Outcome:
+def train_chain(configured: ConfiguredArm, bench: Bench) -> Chain:
     """Return what the chain of an arm comes to, without students and sites alone."""
-    return runner.run_in_process(
-        configured.chain_config,
-        bench.sites,
-        bench.on_step,
-        state_dir=bench.state_dir,
-        features=bench.features,
-        students=False,
-    )
+    with _run(configured.chain_config, bench) as (run, trained):
+        chain = run_method(run, students=False).chain
+    return Chain(run.architecture, chain.model, chain.strands, trained.logs)
+
+
+def _run(config: RunConfig, bench: Bench) -> AbstractContextManager[tuple[Run, InProcessSites]]:
+    return runner.in_process(config, bench.sites, bench.on_step, state_dir=bench.state_dir, features=bench.features)
 
 
 def train_arm(configured: ConfiguredArm, bench: Bench) -> Trained:
@@ -91,22 +98,16 @@ def train_arm(configured: ConfiguredArm, bench: Bench) -> Trained:
 
 
 def _chain(configured: ConfiguredArm, bench: Bench) -> Trained:
-    outcome = bench.chain_of(configured, bench)
-    return Trained(outcome.architecture, {"chain": outcome.chain}, list(outcome.logs.values()))
+    chain = bench.chain_of(configured, bench)
+    return Trained(chain.architecture, {"chain": chain.model}, list(chain.logs.values()))
 
 
 def _student(configured: ConfiguredArm, bench: Bench) -> Trained:
-    outcome = runner.add_students(
-        configured.config,
-        bench.sites,
-        bench.chain_of(configured, bench),
-        bench.on_step,
-        state_dir=bench.state_dir,
-        features=bench.features,
-    )
-    assert outcome.student is not None
-    assert outcome.student_architecture is not None
-    return Trained(outcome.student_architecture, {"student": outcome.student}, list(outcome.logs.values()))
+    chain = bench.chain_of(configured, bench)
+    with _run(configured.config, bench) as (run, trained):
+        student = run_students(run, ChainOutcome(chain.model, None, chain.strands))
+    small = student_architecture(configured.config.student, run.architecture)
+    return Trained(small, {"student": student}, [*chain.logs.values(), *trained.logs.values()])
 
 
 def _alone(configured: ConfiguredArm, bench: Bench) -> Trained:

@@ -84,8 +84,8 @@ class TrialUnit:
 
         try:
             with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
-                outcome = train_chain(self.configured, Bench(sites, train_chain, on_step, Path(state_dir)))
-            _, pooled = runner.score(outcome.chain, outcome.architecture, sites, config, "val")
+                chain = train_chain(self.configured, Bench(sites, train_chain, on_step, Path(state_dir)))
+            _, pooled = runner.score(chain.model, chain.architecture, sites, config, "val")
         except ChainwardError as error:
             report(Tried(self.number, None, str(error)))
             return

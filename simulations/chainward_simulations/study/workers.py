@@ -20,11 +20,10 @@ from chainward_client.data.site_data import SiteData
 from chainward_shared.config import DataConfig, FederationConfig, RunConfig
 from chainward_shared.errors import ChainwardError, StudyError
 from chainward_simulations import runner
-from chainward_simulations.runner import Outcome
 from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.kept_features import ImageFeatures
 from chainward_simulations.study.records import ArmRecord
-from chainward_simulations.study.store import FEATURES, chain_file, load_chain, save_chain
+from chainward_simulations.study.store import FEATURES, Chain, chain_file, load_chain, save_chain
 from chainward_simulations.study.training import (
     Bench,
     chain_work,
@@ -59,7 +58,7 @@ class Unit:
             The data can't be used, or the study folder can't be written.
         """
         sites, features = open_sites(self.arms[0].config), ImageFeatures(folder / FEATURES)
-        chains: dict[str, Outcome] = {}
+        chains: dict[str, Chain] = {}
         done: dict[str, ArmRecord] = {}
         with tempfile.TemporaryDirectory(prefix="chainward-study-") as state_dir:
             for configured in self.arms:
@@ -154,9 +153,7 @@ def _trained(configured: ConfiguredArm, bench: Bench, folder: Path) -> ArmRecord
         return Failed(configured.name, configured.config.seed, reason, details)
 
 
-def _chain_of(
-    chains: dict[str, Outcome], folder: Path, report: Report, configured: ConfiguredArm, bench: Bench
-) -> Outcome:
+def _chain_of(chains: dict[str, Chain], folder: Path, report: Report, configured: ConfiguredArm, bench: Bench) -> Chain:
     """Return the chain of an arm: the one of this unit, the one in the study folder, or one trained now."""
     key, work = configured.chain_digest(), chain_work(configured, len(bench.sites))
     if key in chains:

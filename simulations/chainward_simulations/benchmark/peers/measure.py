@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from chainward_simulations.benchmark.figures import Measured, Options, Report, Table
+from chainward_simulations.benchmark.flower_run import timed_run
 from chainward_simulations.benchmark.memory import MemorySampler, Sampler
 from chainward_simulations.benchmark.peers.flower_app import PYPROJECT
 from chainward_simulations.benchmark.peers.work import SITES, choose, settings
@@ -116,16 +115,8 @@ def _measure(peer: str, command: Callable[[Path], list[str]], timeout: float) ->
         folder = Path(temporary)
         home = folder / "flwr"
         with own_flower(home) as environment, MemorySampler(home) as memory, CpuSampler(home) as cpu:
-            started = time.monotonic()
-            subprocess.run(
-                command(folder),
-                env=environment | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")},
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-                timeout=timeout,
-                check=True,
-            )
-            wall = time.monotonic() - started
+            environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+            wall = timed_run(command(folder), environment, timeout, what=peer)
         return PeerCost(peer, wall, cpu.total, memory.peak.bytes)
 
 

@@ -10,49 +10,39 @@ from torch import Tensor, nn
 from chainward_client.data.site_data import SiteData
 from chainward_client.training.link import labelled_cases
 from chainward_client.training.loop import train
-from chainward_client.training.objective import Batch, Objective
+from chainward_client.training.objective import Batch
 from chainward_shared.protocol import TrainingLog
 from chainward_shared.recipes import LinkRecipe
 from chainward_shared.weights import StateDict, rounded, weighted_average
-from chainward_simulations.study.baselines import cross_entropy, state_of
+from chainward_simulations.study.baselines import CrossEntropy, state_of
 from chainward_simulations.study.further import baseline
 from chainward_simulations.study.start import Start
 
 
-class CorrectedObjective(Objective):
+class CorrectedObjective(CrossEntropy):
     """``L + <c - c_i, w>``, whose gradient is that of L plus ``c - c_i`` (Karimireddy et al. 2020, arXiv:1910.06378, eq. 3).
 
     The site's next control variate is the mean of L's gradients over its steps: the paper's option II, in a form that holds for
     any optimiser, and is the paper's own with plain gradient descent.
 
-    Parameters
+    Attributes
     ----------
-    inner : the objective L
-    model : to be trained; control variates are in the order of its trainable parameters
-    site, everybody : control variates c_i and c
+    corrections : c - c_i, of the model's trainable parameters in their order; to be set before the training
     """
 
-    def __init__(self, inner: Objective, model: nn.Module, site: list[Tensor], everybody: list[Tensor]) -> None:
-        self.inner = inner
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.corrections = [of_all - own for of_all, own in zip(everybody, site, strict=True)]
+    corrections: list[Tensor]
+
+    def start(self, device: torch.device, steps_per_epoch: int) -> None:
+        super().start(device, steps_per_epoch)
+        self.corrections = [tensor.to(device) for tensor in self.corrections]
         self.gradients = [torch.zeros_like(correction) for correction in self.corrections]
         self.steps = 0
 
-    def start(self, device: torch.device, steps_per_epoch: int) -> None:
-        self.inner.start(device, steps_per_epoch)
-        self.corrections = [tensor.to(device) for tensor in self.corrections]
-        self.gradients = [tensor.to(device) for tensor in self.gradients]
-
-    def start_epoch(self, epoch: int) -> None:
-        self.inner.start_epoch(epoch)
-
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         pairs = zip(self.corrections, self.parameters, strict=True)
-        return self.inner.losses(model, batch) + torch.stack([(c * p).sum() for c, p in pairs]).sum()
+        return super().losses(model, batch) + torch.stack([(c * p).sum() for c, p in pairs]).sum()
 
     def after_step(self, model: nn.Module) -> None:
-        self.inner.after_step(model)
         for total, parameter, correction in zip(self.gradients, self.parameters, self.corrections, strict=True):
             if parameter.grad is not None:
                 total += parameter.grad - correction
@@ -79,8 +69,8 @@ def train_scaffold(
         for site, cases in own.items():
             model = start.model(recipe.seed)
             model.load_state_dict(average)
-            plain = cross_entropy(model, cases, start.architecture.num_classes, recipe)
-            objective = CorrectedObjective(plain, model, controls[site], everybody)
+            objective = CorrectedObjective(model, cases, start.architecture.num_classes, recipe)
+            objective.corrections = [c - c_i for c, c_i in zip(everybody, controls[site], strict=True)]
             seen, trunk = start.seen(model, cases, recipe)
             names = ("scaffold", site, "round", number)
             logs.append(train(model, seen, per_round, objective, *names, part=(number, recipe.epochs), trunk=trunk))
