@@ -34,7 +34,6 @@ from chainward_shared.models.heads import check_head, with_head
 from chainward_shared.models.start import initial_model
 from chainward_shared.models.taps import Taps
 from chainward_shared.preprocessing import resized
-from chainward_shared.privacy.accounting import Mechanism
 from chainward_shared.privacy.guessing import most_auc, most_found
 from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.privacy.statements import parse_statement
@@ -280,10 +279,6 @@ def _bounds(folder: RunFolder) -> dict[str, Bound]:
     for site, statement in last.items():
         if statement.terms.unit == "patient":
             spent = [record.mechanism for record in statement.of_run]
-            found[site] = bound_of(spent, statement.terms.delta)
+            delta = statement.terms.delta
+            found[site] = Bound(most_auc(spent, delta), tuple(most_found(spent, delta, FALSE_POSITIVE_RATES)))
     return found
-
-
-def bound_of(spent: Sequence[Mechanism], delta: float) -> Bound:
-    """Return what an attacker who sees all that was spent can find, at most; `delta`: at which epsilon is told."""
-    return Bound(most_auc(spent, delta), tuple(most_found(spent, delta, FALSE_POSITIVE_RATES)))

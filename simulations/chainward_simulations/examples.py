@@ -31,6 +31,8 @@ from chainward_shared.weights import StateDict
 REGION, RIGHT, WRONG = "#00d5ff", "#1d232b", "#c8102e"
 STRONGEST = 0.6
 """Opacity of the map where attention is strongest; where there is none the image is left as it is."""
+_LONGEST = 26
+"""Characters of a line above an image."""
 _CELL, _CAPTION, _LABEL, _NOTE = 1.6, 0.36, 0.34, 0.62
 """Inches: side of an image, height of what is written above it, width of the row's name, height of the note."""
 
@@ -105,7 +107,8 @@ def example_figure(
             mask = None if masks is None else masks[0].numpy()
             side = case.images.shape[-2:] if mask is None else mask.shape
             _draw(axes[0, column], case, mask)
-            _write(axes[0, column], _truth(example, data.classes), example.site)
+            truth = ", ".join(data.classes[label] for label in example.labels) or "no finding"
+            _write(axes[0, column], truth, example.site)
             for row, (model, size) in enumerate(built.values(), start=1):
                 map_ = attention_maps(model, scaled_for(model, resized(case.images, size)), size=(side[0], side[1]))
                 _draw(axes[row, column], case, mask, map_[0].numpy())
@@ -183,10 +186,6 @@ def _candidates(site: str, data: SiteData, probabilities: list[np.ndarray], rows
     return [Example(site, row, labels[row], tuple(bool(hit[row]) for hit in hits)) for row in rows.tolist()]
 
 
-def _truth(example: Example, classes: tuple[str, ...]) -> str:
-    return ", ".join(classes[label] for label in example.labels) or "no finding"
-
-
 def _answer(probabilities: np.ndarray, classes: tuple[str, ...]) -> str:
     best = int(probabilities.argmax())
     return f"{classes[best]} {100 * probabilities[best]:.0f} %"
@@ -228,21 +227,17 @@ def _draw(axes: Axes, case: Cases, mask: np.ndarray | None, map_: np.ndarray | N
         axes.imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=STRONGEST * map_, interpolation="bilinear")
     if mask is None:
         return
-    outline = axes.contour(np.pad(mask, 1), levels=[0.5], colors=REGION, linewidths=1.1, extent=_extent(mask))
+    extent = (-1, mask.shape[1], -1, mask.shape[0])  # the centres of the outermost pixels, padded by one
+    outline = axes.contour(np.pad(mask, 1), levels=[0.5], colors=REGION, linewidths=1.1, extent=extent)
     outline.set_path_effects([withStroke(linewidth=2.0, foreground="black", alpha=0.5)])
     axes.set_xlim(-0.5, mask.shape[1] - 0.5)
     axes.set_ylim(mask.shape[0] - 0.5, -0.5)
 
 
-def _extent(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Return where the centres of the outermost pixels of a mask lie that was padded by one."""
-    return (-1, mask.shape[1], -1, mask.shape[0])
-
-
 def _write(axes: Axes, first: str, second: str, right: bool = True) -> None:
     for line, text, colour in ((0.165, first, RIGHT if right else WRONG), (0.04, second, "#414a55")):
         axes.annotate(
-            _shortened(text),
+            text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…",
             (0, 1),
             (0, 72 * line),
             xycoords="axes fraction",
@@ -250,7 +245,3 @@ def _write(axes: Axes, first: str, second: str, right: bool = True) -> None:
             fontsize=7.5 if colour != "#414a55" else 6.5,
             color=colour,
         )
-
-
-def _shortened(text: str, longest: int = 26) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"

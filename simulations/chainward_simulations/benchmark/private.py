@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from chainward_client.precision import training_environment
@@ -72,13 +71,11 @@ class StepCost:
         noise = f"{self.noise_seconds.median / MILLISECOND:.1f}"
         compared = {"plain": ("-", "-", "-"), "private": (self.ratio.text(2), noise, AIM.text(self.ratio.median))}
         model = f"{self.model} ({self.parameters / 1e6:.1f} M)"
-        return [
-            (
-                *(model, str(self.threads), kind, seconds.text(1, MILLISECOND)),
-                *(*compared[kind], f"{self.peak_bytes[kind] / MIB:.0f}"),
-            )
-            for kind, seconds in self.seconds.items()
-        ]
+        found: list[tuple[str, ...]] = []
+        for kind, seconds in self.seconds.items():
+            memory = f"{self.peak_bytes[kind] / MIB:.0f}"
+            found.append((model, str(self.threads), kind, seconds.text(1, MILLISECOND), *compared[kind], memory))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return every measurement, and the median ratio to a plain step."""
@@ -123,7 +120,8 @@ class Steps:
             functional.cross_entropy(self.model(self.images), self.labels).backward()
         else:
             for rows in self.private.parts(torch.arange(len(self.images))):
-                self.private.accumulate(self._losses(rows))
+                logits = self.model(self.images[rows])
+                self.private.accumulate(functional.cross_entropy(logits, self.labels[rows], reduction="none"))
             before = time.perf_counter()
             self.private.finish_step()
             self.noise_seconds.append(time.perf_counter() - before)
@@ -134,9 +132,6 @@ class Steps:
         """Take what a private step needs off the model again."""
         if self.kind == "private":
             self.private.close()
-
-    def _losses(self, rows: Tensor) -> Tensor:
-        return functional.cross_entropy(self.model(self.images[rows]), self.labels[rows], reduction="none")
 
 
 def models(backbones: tuple[Backbone, ...], image_size: int) -> dict[str, Architecture]:

@@ -23,8 +23,11 @@ def header_of(path: Path | None) -> Dataset | None:
     DataError
         It lacks a UID without which nothing can refer to it.
     """
-    if path is None or not _begins_as_dicom(path):
+    if path is None:
         return None
+    with path.open("rb") as file:
+        if not is_dicom(file.read(132)):
+            return None
     require_pydicom()
     from pydicom import dcmread
 
@@ -55,8 +58,3 @@ def require_highdicom() -> None:
         raise DataError(
             "DICOM output needs highdicom, which is not installed; pip install 'chainward[report]'"
         ) from None
-
-
-def _begins_as_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return is_dicom(file.read(132))

@@ -107,7 +107,7 @@ def study(
     base = base_settings(data, sites, label_fraction, typed(parse_assignments(settings or [], "--set"), "--set"))
     names = [name.strip() for name in arms.split(",") if name.strip()]
     request = StudyRequest(base, names, arm or [], parse_seeds(seeds), reference, out, jobs, resume, tune, objective)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = run_study(request, progress)
     except KeyboardInterrupt:
@@ -156,7 +156,3 @@ def _check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise StudyError(f"--json {path}: can't be written ({error.strerror})") from error
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -52,11 +52,6 @@ class ConfiguredArm:
         return replace(self, config=self.config.model_copy(update={"seed": seed}))
 
     @property
-    def chain_config(self) -> RunConfig:
-        """The configuration of the chain without the sites alone; students are only in the plans of private sites."""
-        return self.config.model_copy(update={"chain": self.config.chain.model_copy(update={"compare_alone": False})})
-
-    @property
     def plain_recipe(self) -> LinkRecipe:
         """The recipe of a baseline's training: a link's, for all its laps, without any teacher."""
         return self.config.link_recipe(laps=self.config.chain.laps).model_copy(

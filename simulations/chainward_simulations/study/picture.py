@@ -1,14 +1,20 @@
-"""A study's results as a picture: one dot per seed and arm, mean and spread."""
+"""A study's pictures: one dot per seed and arm, mean and spread; and where chains look without and with privileged teachers."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from chainward_shared.errors import DataError
+from chainward_simulations.examples import example_figure
+from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.results import StudyResult
+from chainward_simulations.study.store import StudyFolder, chain_file, load_chain
+from chainward_simulations.study.workers import open_sites
 
 _PANELS = (("balanced_accuracy", "balanced accuracy"), ("macro_auc", "macro AUC"))
 _INK, _DOT, _LINE = "#1d232b", "#1f4e8c", "#d55e00"
@@ -47,3 +53,28 @@ def study_picture(result: StudyResult, title: str) -> bytes:
         contents = io.BytesIO()
         figure.savefig(contents, format="png", dpi=130)
     return contents.getvalue()
+
+
+def attention_pictures(
+    folder: StudyFolder, configured: Sequence[ConfiguredArm], seed: int, reference: str | None
+) -> bytes | None:
+    """Return test images with their regions, and where the chain looks without and with privileged teachers, as PNG.
+
+    Compared are, of `seed`, the first chain without privileged teachers (the reference arm if it is one) and the first
+    with. None where the study lacks one of them, or no test image has a region.
+    """
+    arms = [arm for arm in configured if arm.arm.trainer == "chain" and folder.record_of(arm.name, seed)]
+    arms.sort(key=lambda arm: arm.name != reference)
+    without = next((arm for arm in arms if arm.config.privileged.mode == "off"), None)
+    guided = next((arm for arm in arms if arm.config.privileged.mode != "off"), None)
+    if without is None or guided is None:
+        return None
+    chains = [load_chain(chain_file(folder.path, arm.of_seed(seed).chain_digest(), seed)) for arm in (without, guided)]
+    names = ("without teachers", "with teachers")
+    found = {name: (chain.architecture, chain.model) for name, chain in zip(names, chains, strict=True) if chain}
+    if len(found) < len(names):
+        return None
+    try:
+        return example_figure(found, open_sites(without.of_seed(seed).config), seed=seed, only_regions=True)
+    except DataError:
+        return None

@@ -15,9 +15,8 @@ from chainward_shared.console import PlainConsole
 from chainward_shared.errors import StudyError, nearest
 from chainward_shared.models import build_model
 from chainward_simulations.simulated_sites import simulated_site_ids
-from chainward_simulations.study.attention_pictures import attention_pictures
 from chainward_simulations.study.configured_arms import ConfiguredArm, configure_arms
-from chainward_simulations.study.picture import study_picture
+from chainward_simulations.study.picture import attention_pictures, study_picture
 from chainward_simulations.study.progress import StudyProgress
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.results import StudyResult, collect, results_json

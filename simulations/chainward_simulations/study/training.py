@@ -78,9 +78,10 @@ class Bench:
 
 def train_chain(configured: ConfiguredArm, bench: Bench) -> Chain:
     """Return what the chain of an arm comes to, without students and sites alone."""
-    with _run(configured.chain_config, bench) as (run, trained):
-        chain = run_method(run, students=False).chain
-    return Chain(run.architecture, chain.model, chain.strands, trained.logs)
+    chain = configured.config.chain.model_copy(update={"compare_alone": False})
+    with _run(configured.config.model_copy(update={"chain": chain}), bench) as (run, trained):
+        outcome = run_method(run, students=False).chain
+    return Chain(run.architecture, outcome.model, outcome.strands, trained.logs)
 
 
 def _run(config: RunConfig, bench: Bench) -> AbstractContextManager[tuple[Run, InProcessSites]]:

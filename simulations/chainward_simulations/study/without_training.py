@@ -78,14 +78,12 @@ def pixels(images: Tensor) -> np.ndarray:
 def picture_model(name: str, sites: Mapping[str, SiteData], recipe: LinkRecipe) -> PictureModel:
     """Return the discriminant on thumbnails, from the sites' sums ("thumbnails"), or the logistic regression on the union's
     pixels ("linear-pixels")."""
-    train, validation = _of_all(sites, recipe)
-    multilabel = train.labels.ndim == 2
+    classes, multilabel = _task(sites)
     if name == "linear-pixels":
-        head = logistic(pixels(train.images), train.labels, pixels(validation.images), validation.labels, sites, recipe)
-        return PictureModel(pixels, head, multilabel)
-    classes = len(next(iter(sites.values())).classes)
+        return PictureModel(pixels, logistic(lambda cases: pixels(cases.images), sites, recipe), multilabel)
     sums = [
-        HeadSums.of(torch.from_numpy(thumbnails(cases.images)), cases.labels, classes) for cases in (train, validation)
+        HeadSums.of(torch.from_numpy(thumbnails(cases.images)), cases.labels, classes)
+        for cases in _of_all(sites, recipe)
     ]
     strength = balance_strength(recipe.class_balance, recipe.prior_strength)
     head = discriminant(sums[0], sums[1], multilabel=multilabel, prior_strength=strength)
@@ -101,9 +99,7 @@ def linear_probe(start: Start, sites: Mapping[str, SiteData], recipe: LinkRecipe
         The model's classifier isn't one linear layer.
     """
     check_head(start.architecture)
-    train, validation = _of_all(sites, recipe)
-    found = [embeddings(start, cases, recipe.threads) for cases in (train, validation)]
-    head = logistic(found[0], train.labels, found[1], validation.labels, sites, recipe)
+    head = logistic(lambda cases: embeddings(start, cases, recipe.threads), sites, recipe)
     return rounded(with_head(state_of(start.model(recipe.seed)), start.architecture, head), recipe.transfer)
 
 
@@ -117,42 +113,39 @@ def embeddings(start: Start, cases: Cases, threads: int) -> np.ndarray:
         return np.concatenate([taps.embedding.double().cpu().numpy() for _ in batches])
 
 
-def logistic(
-    train: np.ndarray,
-    labels: Tensor,
-    validation: np.ndarray,
-    validation_labels: Tensor,
-    sites: Mapping[str, SiteData],
-    recipe: LinkRecipe,
-) -> Head:
+def logistic(read: Callable[[Cases], np.ndarray], sites: Mapping[str, SiteData], recipe: LinkRecipe) -> Head:
     """Return the logistic regression whose penalty gives the highest balanced accuracy on the validation images.
 
     Classes are weighted as much as the recipe balances them; values are standardised, and the head takes them as they are.
+
+    Parameters
+    ----------
+    read : from cases to values, float64 (n, d)
     """
-    classes, multilabel = len(next(iter(sites.values())).classes), labels.ndim == 2
-    mean, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
-    strength = balance_strength(recipe.class_balance, recipe.prior_strength)
-    best: tuple[float, Head] | None = None
+    (classes, multilabel), (train, validation) = _task(sites), _of_all(sites, recipe)
+    found, held_out = read(train), read(validation)
+    mean, scale = found.mean(axis=0), found.std(axis=0) + 1e-6
+    values, strength = (found - mean) / scale, balance_strength(recipe.class_balance, recipe.prior_strength)
+    heads = []
     for inverse in INVERSE_PENALTIES:
-        weight, bias = np.zeros((classes, train.shape[1])), np.full(classes, UNSEEN)
-        values = (train - mean) / scale
+        weight, bias = np.zeros((classes, values.shape[1])), np.full(classes, UNSEEN)
         if multilabel:
             for finding in range(classes):
-                of = labels[:, finding].numpy().astype(int)
+                of = train.labels[:, finding].numpy().astype(int)
                 weight[[finding]], bias[[finding]] = _binary(values, of, inverse, strength)
         else:
-            present, rows, offsets = _multinomial(values, labels.numpy(), inverse, strength)
+            present, rows, offsets = _multinomial(values, train.labels.numpy(), inverse, strength)
             weight[present], bias[present] = rows, offsets
         weight = weight / scale
-        head = Head(weight, bias - weight @ mean, 1 / float(inverse))
-        score = 0.0
-        if len(validation):
-            found = evaluate(_probabilities(validation, head, multilabel), validation_labels.numpy())
-            score = found.balanced_accuracy or 0.0
-        if best is None or score > best[0]:
-            best = score, head
-    assert best is not None
-    return best[1]
+        heads.append(Head(weight, bias - weight @ mean, 1 / float(inverse)))
+
+    def score(head: Head) -> float:
+        if not len(held_out):
+            return 0.0
+        scores = evaluate(_probabilities(held_out, head, multilabel), validation.labels.numpy())
+        return scores.balanced_accuracy or 0.0
+
+    return max(heads, key=score)
 
 
 def _multinomial(
@@ -194,3 +187,9 @@ def _of_all(sites: Mapping[str, SiteData], recipe: LinkRecipe) -> tuple[Cases, C
     """Return the labelled training images and the validation images of all sites."""
     labelled = together([labelled_cases(data, recipe) for data in sites.values()])
     return labelled, together([data.splits["val"] for data in sites.values()])
+
+
+def _task(sites: Mapping[str, SiteData]) -> tuple[int, bool]:
+    """Return the number of classes, and whether each is a question of its own."""
+    data = next(iter(sites.values()))
+    return len(data.classes), data.splits["train"].labels.ndim == 2
