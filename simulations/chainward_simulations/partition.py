@@ -30,9 +30,7 @@ def partition_by_label_skew(
     num_sites: int,
     alpha: float,
     seed: int,
-    *,
-    splits: np.ndarray | None = None,
-    min_train_cases: int = MIN_TRAIN_CASES,
+    splits: np.ndarray,
 ) -> list[np.ndarray]:
     """Spread cases over sites whose label distributions differ: the smaller `alpha`, the more.
 
@@ -49,12 +47,11 @@ def partition_by_label_skew(
     num_sites : 1 or more
     alpha : above 0; 0.1 is extreme, 100 nearly even
     seed : the same seed gives the same partition
-    splits : str (n,), "train", "val" or "test"; default: all rows are train
-    min_train_cases : every site gets at least that many training cases, default 10
+    splits : str (n,), "train", "val" or "test"
 
     Returns
     -------
-    ascending row indices, one array per site
+    ascending row indices, one array per site; every site gets at least `MIN_TRAIN_CASES` training cases
 
     Raises
     ------
@@ -65,30 +62,29 @@ def partition_by_label_skew(
         raise DataError(
             f"data.label-skew: found {alpha:g}; expected a number above 0 (0.1 is extreme, 100 nearly even)"
         )
-    in_train = np.ones(len(labels), dtype=bool) if splits is None else splits == "train"
-    if in_train.sum() < num_sites * min_train_cases:
+    in_train = splits == "train"
+    if in_train.sum() < num_sites * MIN_TRAIN_CASES:
         raise DataError(
-            f"{in_train.sum()} training cases can't give {num_sites} sites {min_train_cases} each; "
+            f"{in_train.sum()} training cases can't give {num_sites} sites {MIN_TRAIN_CASES} each; "
             "use fewer sites (federation.num-sites)"
         )
     labels = strata(labels)
     num_classes = int(labels.max()) + 1
-    groups = ["all"] * len(labels) if splits is None else splits
     smallest_of_best = 0
     for draw in range(_DRAWS):
         shares = numpy_generator(seed, "label-skew", draw).dirichlet(np.full(num_sites, alpha), size=num_classes)
         site_of = np.empty(len(labels), dtype=np.int64)
-        for name in np.unique(groups):
-            rows = np.flatnonzero(np.asarray(groups) == name)
+        for name in np.unique(splits):
+            rows = np.flatnonzero(splits == name)
             generator = numpy_generator(seed, "label-skew", draw, str(name))
             site_of[rows] = _assign_patients(labels[rows], patients[rows], shares, generator)
         smallest = int(np.bincount(site_of[in_train], minlength=num_sites).min())
-        if smallest >= min_train_cases:
+        if smallest >= MIN_TRAIN_CASES:
             return [np.flatnonzero(site_of == site) for site in range(num_sites)]
         smallest_of_best = max(smallest_of_best, smallest)
     raise DataError(
         f"data.label-skew={alpha:g} over {num_sites} sites: in {_DRAWS} draws the smallest site had at most "
-        f"{smallest_of_best} training cases, expected {min_train_cases}; raise data.label-skew or lower "
+        f"{smallest_of_best} training cases, expected {MIN_TRAIN_CASES}; raise data.label-skew or lower "
         "federation.num-sites"
     )
 

@@ -86,7 +86,7 @@ def _site_of_file(source: str, index: int, ids: tuple[str, ...], label_skew: flo
     table = _source_table(source)
     if label_skew > 0:
         splits = simulated_splits(table, seed, None)
-        parts = partition_by_label_skew(table.labels, table.patients, len(ids), label_skew, seed, splits=splits)
+        parts = partition_by_label_skew(table.labels, table.patients, len(ids), label_skew, seed, splits)
         return site_data(ids[index], table, splits, parts[index], notes=table.notes)
     sites = partition_by_site(_required_sites(source, table))
     rows = sites[ids[index]]

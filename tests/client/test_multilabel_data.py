@@ -242,7 +242,7 @@ def test_label_skew_gives_the_sites_other_mixes_of_findings_and_uses_every_image
     patients = np.arange(2000).astype(str)
 
     def spread(alpha: float) -> float:
-        parts = partition_by_label_skew(labels, patients, 4, alpha, 1)
+        parts = partition_by_label_skew(labels, patients, 4, alpha, 1, np.full(2000, "train"))
         assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(2000))
         return float(np.std([labels[part].mean(axis=0) for part in parts], axis=0).mean())
 

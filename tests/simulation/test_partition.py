@@ -7,6 +7,7 @@ import pytest
 
 from chainward_client.data.splits import keep_label_fraction
 from chainward_shared.errors import DataError
+from chainward_simulations import partition
 from chainward_simulations.partition import partition_by_label_skew, partition_by_site
 
 Dataset = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -26,6 +27,10 @@ def class_counts(labels: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
     return np.array([np.bincount(labels[part], minlength=4) for part in parts])
 
 
+def all_train(labels: np.ndarray) -> np.ndarray:
+    return np.full(len(labels), "train")
+
+
 def test_natural_sites_are_ordered_by_name_and_cover_all_rows() -> None:
     sites = partition_by_site(np.array(["south", "north", "south", "east"]))
     rows_of = {site: rows.tolist() for site, rows in sites.items()}
@@ -40,7 +45,7 @@ def test_natural_sites_are_ordered_by_name_and_cover_all_rows() -> None:
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 100.0])
 def test_every_case_is_at_one_site_and_no_patient_at_two(dataset: Dataset, alpha: float) -> None:
     labels, patients, splits = dataset
-    parts = partition_by_label_skew(labels, patients, 5, alpha, 7, splits=splits)
+    parts = partition_by_label_skew(labels, patients, 5, alpha, 7, splits)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     site_of = np.empty(len(labels), dtype=int)
     for site, part in enumerate(parts):
@@ -52,7 +57,7 @@ def test_every_case_is_at_one_site_and_no_patient_at_two(dataset: Dataset, alpha
 
 def test_the_same_seed_gives_the_same_partition_and_another_seed_another(dataset: Dataset) -> None:
     labels, patients, splits = dataset
-    first, again, other = (partition_by_label_skew(labels, patients, 5, 0.5, seed, splits=splits) for seed in (3, 3, 4))
+    first, again, other = (partition_by_label_skew(labels, patients, 5, 0.5, seed, splits) for seed in (3, 3, 4))
     assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
     assert not all(np.array_equal(one, two) for one, two in zip(first, other, strict=True))
 
@@ -60,8 +65,8 @@ def test_the_same_seed_gives_the_same_partition_and_another_seed_another(dataset
 def test_the_order_of_rows_plays_no_role(dataset: Dataset) -> None:
     labels, patients, splits = dataset
     order = np.random.default_rng(1).permutation(len(labels))
-    plain = partition_by_label_skew(labels, patients, 5, 0.5, 3, splits=splits)
-    mixed = partition_by_label_skew(labels[order], patients[order], 5, 0.5, 3, splits=splits[order])
+    plain = partition_by_label_skew(labels, patients, 5, 0.5, 3, splits)
+    mixed = partition_by_label_skew(labels[order], patients[order], 5, 0.5, 3, splits[order])
     assert all(np.array_equal(one, np.sort(order[two])) for one, two in zip(plain, mixed, strict=True))
 
 
@@ -72,7 +77,7 @@ def test_a_smaller_alpha_makes_sites_more_different(dataset: Dataset) -> None:
         """Mean total variation distance of sites from the whole, over ten seeds."""
         distances = []
         for seed in range(10):
-            counts = class_counts(labels, partition_by_label_skew(labels, patients, 5, alpha, seed))
+            counts = class_counts(labels, partition_by_label_skew(labels, patients, 5, alpha, seed, all_train(labels)))
             own = counts / counts.sum(axis=1, keepdims=True)
             distances.append(np.abs(own - counts.sum(axis=0) / counts.sum()).sum(axis=1).mean() / 2)
         return float(np.mean(distances))
@@ -85,7 +90,7 @@ def test_a_smaller_alpha_makes_sites_more_different(dataset: Dataset) -> None:
 
 def test_the_sites_shares_are_the_same_in_train_val_and_test(dataset: Dataset) -> None:
     labels, patients, splits = dataset
-    parts = partition_by_label_skew(labels, patients, 4, 0.5, 1, splits=splits)
+    parts = partition_by_label_skew(labels, patients, 4, 0.5, 1, splits)
     shares = {}
     for split in ("train", "val", "test"):
         counts = class_counts(labels, [part[splits[part] == split] for part in parts])
@@ -95,35 +100,36 @@ def test_the_sites_shares_are_the_same_in_train_val_and_test(dataset: Dataset) -
     assert np.abs(shares["train"] - shares["val"])[:, :3].max() < 0.1
 
 
-def test_every_site_has_the_minimum_of_training_cases(dataset: Dataset) -> None:
+def test_every_site_has_the_minimum_of_training_cases(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "MIN_TRAIN_CASES", 60)
     labels, patients, splits = dataset
     for seed in range(10):
-        parts = partition_by_label_skew(labels, patients, 6, 0.3, seed, splits=splits, min_train_cases=60)
+        parts = partition_by_label_skew(labels, patients, 6, 0.3, seed, splits)
         assert min((splits[part] == "train").sum() for part in parts) >= 60
 
 
 def test_one_site_has_everything(dataset: Dataset) -> None:
     labels, patients, _ = dataset
-    (part,) = partition_by_label_skew(labels, patients, 1, 0.5, 0)
+    (part,) = partition_by_label_skew(labels, patients, 1, 0.5, 0, all_train(labels))
     assert np.array_equal(part, np.arange(len(labels)))
 
 
 def test_an_impossible_minimum_is_refused_at_once() -> None:
     labels = np.zeros(50, dtype=int)
     with pytest.raises(DataError, match="50 training cases can't give 6 sites 10 each"):
-        partition_by_label_skew(labels, np.arange(50).astype(str), 6, 1.0, 0)
+        partition_by_label_skew(labels, np.arange(50).astype(str), 6, 1.0, 0, all_train(labels))
 
 
 def test_an_unlikely_minimum_is_refused_after_a_bounded_number_of_draws() -> None:
     labels = np.zeros(300, dtype=int)
     with pytest.raises(DataError, match=r"label-skew=0\.01 over 6 sites: in 200 draws .* raise data\.label-skew"):
-        partition_by_label_skew(labels, np.arange(300).astype(str), 6, 0.01, 0)
+        partition_by_label_skew(labels, np.arange(300).astype(str), 6, 0.01, 0, all_train(labels))
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_alpha_must_be_a_number_above_0(alpha: float) -> None:
     with pytest.raises(DataError, match=r"data\.label-skew: found .*; expected a number above 0"):
-        partition_by_label_skew(np.zeros(50, dtype=int), np.arange(50).astype(str), 2, alpha, 0)
+        partition_by_label_skew(np.zeros(50, dtype=int), np.arange(50).astype(str), 2, alpha, 0, np.full(50, "train"))
 
 
 # fewer labels

@@ -166,19 +166,18 @@ def phases_table(runs: Sequence[FlowerRun]) -> Table:
     table = Table("Seconds by phase", ("phase", "flwr run, s", "in process, s", "ratio"))
     references = [run.reference for run in runs if run.reference]
 
-    def add(phase: str, flower: Sequence[float], process: Sequence[float]) -> None:
-        ratio = Measured(tuple(flower)).ratio_to(Measured(tuple(process))).text(2) if process else "-"
-        inside = Measured(tuple(process)).text(1) if process else "-"
-        table.rows.append((phase, Measured(tuple(flower)).text(1), inside, ratio))
+    def add(phase: str, flower: Sequence[float], process: Sequence[float] = ()) -> None:
+        here, inside = Measured(tuple(flower)), Measured(tuple(process))
+        compared = (inside.text(1), here.ratio_to(inside).text(2)) if process else ("-", "-")
+        table.rows.append((phase, here.text(1), *compared))
 
-    start = [run.wall_seconds - run.results.timings["total"] for run in runs]
-    add("start of Flower, report, end", start, [])
-    add("rendezvous (start of Ray, data)", [run.results.timings["rendezvous"] for run in runs], [])
+    add("start of Flower, report, end", [run.wall_seconds - run.results.timings["total"] for run in runs])
+    add("rendezvous (start of Ray, data)", [run.results.timings["rendezvous"] for run in runs])
     for phase in runs[0].phases:
         add(phase, [run.phases[phase] for run in runs], [reference.phases[phase] for reference in references])
     worked = [sum(run.phases.values()) for run in runs]
     add("phases after rendezvous", worked, [sum(reference.phases.values()) for reference in references])
-    add("wall time", [run.wall_seconds for run in runs], [])
+    add("wall time", [run.wall_seconds for run in runs])
     table.notes.append(
         f"Median (smallest to largest) of {len(runs)} run(s). The phases are the coordinator's own timings; the start "
         "of Flower is the wall time of `flwr run --stream` less their total."

@@ -32,13 +32,6 @@ class StudyCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-_HELP = """Train the methods side by side on the same images, labels and budget, over several seeds.
-
-Everything is trained in this one program, without Flower, with the code of a real run. Progress goes to stderr, the table
-to stdout; results.json, study.png and the predictions to the study's folder. Interrupted, the same command goes on.
-"""
-
-
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Settings of all arms: 'chain.epochs=8 data.label-skew=0.5'. May be repeated."),
@@ -98,6 +91,11 @@ def study(
     ] = "balanced-accuracy",
     resume: Resume = None,
 ) -> None:
+    """Train the methods side by side on the same images, labels and budget, over several seeds.
+
+    Everything is trained in this one program, without Flower, with the code of a real run. Progress goes to stderr, the table
+    to stdout; results.json, study.png and the predictions to the study's folder. Interrupted, the same command goes on.
+    """
     # Not before it is needed: other commands of `chainward` start without waiting for it.
     from chainward_simulations.study.study import StudyRequest, run_study
 
@@ -121,9 +119,6 @@ def study(
         arm_name, seed, reason = report.result.failures[0]
         more = f" (and {len(report.result.failures) - 1} more)" if len(report.result.failures) > 1 else ""
         raise StudyError(f"arm '{arm_name}', seed {seed} failed{more}: {reason}")
-
-
-study.__doc__ = _HELP
 
 
 def _show(report: StudyReport, json_file: str | None) -> None:
