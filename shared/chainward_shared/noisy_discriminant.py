@@ -66,13 +66,14 @@ def public_frame(embeddings: Tensor, dimension: int) -> Frame:
     kept = max(1, min(dimension, int((variances > 1e-12 * max(float(variances[0]), 1e-300)).sum())))
     axes = basis[:kept] / np.sqrt(variances[:kept, None] + _LEVEL * variances.sum() / values.shape[1] + 1e-300)
     lengths = np.linalg.norm((values - centre) @ axes.T, axis=1)
-    return Frame(torch.from_numpy(centre), torch.from_numpy(axes * USUAL_LENGTH / max(_middle(lengths), 1e-12)))
+    middle = float(np.exp(np.log(np.maximum(lengths, 1e-12)).mean()))
+    return Frame(torch.from_numpy(centre), torch.from_numpy(axes * USUAL_LENGTH / max(middle, 1e-12)))
 
 
 def centred(frame: Frame, sums: NoisySums) -> Frame:
     """Return a frame moved to the mean of the embeddings that `sums` are of."""
     axes = frame.axes.numpy() / max(1.0, sums.length)  # by how much most embeddings were shortened
-    mean = sums.sums.sum(axis=0) / _units(sums)
+    mean = sums.sums.sum(axis=0) / max(_FEWEST, float(sums.members.sum()))
     return Frame(frame.centre + torch.from_numpy(np.linalg.pinv(axes) @ mean), torch.from_numpy(axes))
 
 
@@ -133,10 +134,6 @@ def _fit(
     return weight @ basis.T, bias, float(kept.mean())
 
 
-def _units(sums: NoisySums) -> float:
-    return max(_FEWEST, float(sums.members.sum()))
-
-
 def _spectrum(sums: NoisySums, units: float, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues and eigenvectors of the covariance of all images; without moments, the same along all axes."""
     size = len(mean)
@@ -145,7 +142,3 @@ def _spectrum(sums: NoisySums, units: float, mean: np.ndarray) -> tuple[np.ndarr
     values, basis = np.linalg.eigh(sums.moments / units - np.outer(mean, mean))
     ridge = _RIDGE * spectral_noise(sums.noise["moments"], size) / units
     return values.clip(min=0) + max(ridge, 1e-4 * float(values.clip(min=0).mean()), 1e-9), basis
-
-
-def _middle(lengths: np.ndarray) -> float:
-    return float(np.exp(np.log(np.maximum(lengths, 1e-12)).mean()))

@@ -1,6 +1,6 @@
 """The models of the chain: timm backbones, and the compact students selected out of a large one.
 
-`architecture` names and builds a backbone, `resolve` finds it by name, `compact` makes it smaller, `selection` takes a
+`architecture` names and builds a backbone, `of_run` finds it by name, `compact` makes it smaller, `selection` takes a
 student's weights out of a teacher's, and `families` holds one file for each kind of backbone whose weights can be selected.
 """
 
@@ -12,5 +12,5 @@ from chainward_shared.models.architecture import skeleton as skeleton
 from chainward_shared.models.compact import compact_architecture as compact_architecture
 from chainward_shared.models.families import supported_families as supported_families
 from chainward_shared.models.indices import Selection as Selection
-from chainward_shared.models.resolve import resolve_architecture as resolve_architecture
+from chainward_shared.models.of_run import resolve_architecture as resolve_architecture
 from chainward_shared.models.selection import select_weights as select_weights

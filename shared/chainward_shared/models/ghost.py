@@ -175,7 +175,7 @@ class GhostClipping:
             self._watch_between(module, block_scale, "drop_path", source="mlp")
         elif _expandable(module):
             self._handles.append(module.register_forward_pre_hook(self._expand))
-            self._handles.append(module.register_forward_hook(_show_after, always_call=True))
+            self._handles.append(module.register_forward_hook(_show, always_call=True))
         else:
             formula = of_any_layer(module)
             self.slow.append(module)
@@ -312,13 +312,10 @@ def _trains(module: nn.Module) -> bool:
     return (module.training or isinstance(module, nn.modules.batchnorm._BatchNorm)) and torch.is_grad_enabled()
 
 
-def _show(module: nn.Module) -> None:
-    for name, _ in module.named_parameters(recurse=False):
+def _show(module: nn.Module, *_: object) -> None:
+    """Let a module's parameters be seen again; also a hook after its pass."""
+    for name in dict(module.named_parameters(recurse=False)):
         module.__dict__.pop(name, None)
-
-
-def _show_after(module: nn.Module, *_: object) -> None:
-    _show(module)
 
 
 def clip_factors(lengths: Tensor, clip: float) -> Tensor:

@@ -89,7 +89,8 @@ class Taps:
 
     def _tap_blocks(self, model: VisionTransformer) -> None:
         attentions = block_attentions(model)
-        for index in tapped_blocks(len(attentions)):
+        depth = len(attentions)
+        for index in sorted({max(0, depth // 2 - 1), depth - 1}):
             keep = partial(self._keep_attention, index, model)
             self._hooks.enter_context(hook_queries_and_keys(attentions[index], keep))
 
@@ -148,11 +149,6 @@ def block_attentions(model: VisionTransformer) -> list[Attention]:
     if not found or any(getattr(type(layer), "forward", None) is not Attention.forward for layer in found):
         raise ModelError(f"{type(model).__name__} has no standard attention in its blocks: supported are {SUPPORTED}")
     return [layer for layer in found if isinstance(layer, Attention)]
-
-
-def tapped_blocks(depth: int) -> list[int]:
-    """Return the indices of the blocks that are tapped: the middle one and the last."""
-    return sorted({max(0, depth // 2 - 1), depth - 1})
 
 
 def reads_class_token(model: VisionTransformer) -> bool:

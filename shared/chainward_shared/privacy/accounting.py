@@ -153,9 +153,8 @@ def largest_steps(
     if not fits(1):
         return 0
     most = 1
-    while most < _LARGEST_STEPS and fits(2 * most, rough=True):  # RDP is quick and above PLD: where it fits, PLD does
-        most *= 2
-    while most < _LARGEST_STEPS and fits(2 * most):
+    # RDP is quick and above PLD: where it fits, PLD does
+    while most < _LARGEST_STEPS and (fits(2 * most, rough=True) or fits(2 * most)):
         most *= 2
     if most >= _LARGEST_STEPS:
         return _LARGEST_STEPS
@@ -201,9 +200,7 @@ def solve_noise_multiplier(
                 f"{delta:g}: {already:.4g} of it is spent already; raise the budget or train less"
             )
         enough = MOST_NOISE
-    while enough > _LEAST_NOISE and cost(enough / 2, rough=True) <= epsilon:
-        enough /= 2
-    while enough > _LEAST_NOISE and cost(enough / 2) <= epsilon:
+    while enough > _LEAST_NOISE and (cost(enough / 2, rough=True) <= epsilon or cost(enough / 2) <= epsilon):
         enough /= 2
     if enough <= _LEAST_NOISE:
         return enough

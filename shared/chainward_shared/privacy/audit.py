@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from chainward_shared.errors import LedgerError, StatementError
 from chainward_shared.privacy.accounting import epsilons
-from chainward_shared.privacy.entries import Entry, MechanismRecord
+from chainward_shared.privacy.entries import MechanismRecord
 from chainward_shared.privacy.findings import Audit, Finding, SiteAudit, Spent, worst_first
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
@@ -55,7 +54,7 @@ def audit_ledger(
         ledger = Ledger.open(path, key, site)
     except LedgerError as error:
         what = str(error).removeprefix(f"{path}: ")
-        return _outcome("ledger", site, [], [*findings, Finding("damage", what, str(path))])
+        return Audit("ledger", site, (), worst_first([*findings, Finding("damage", what, str(path))]))
     findings += _entry_findings(ledger)
     unit, delta = _unit_and_delta(ledger, terms, findings)
     runs = list(dict.fromkeys(spending.reserved.run for spending in ledger.spendings()))
@@ -77,7 +76,7 @@ def audit_ledger(
         seeded=any(entry.seeded for entry in ledger.entries),
         entries=tuple(entry.shown() for entry in ledger.entries),
     )
-    return _outcome("ledger", site, [audited], findings)
+    return Audit("ledger", site, (audited,), worst_first(findings))
 
 
 def audit_statements(
@@ -117,7 +116,7 @@ def audit_statements(
                 Finding("note", "trained without differential privacy: nothing bounds what left it", f"site {site}")
             )
     findings += [Finding("note", "no model came from it in this run", f"site {site}") for site in absent]
-    return _outcome("run", run, audited, findings)
+    return Audit("run", run, tuple(audited), worst_first(findings))
 
 
 def _site_of_statements(statements: Sequence[Statement], findings: list[Finding]) -> SiteAudit:
@@ -164,8 +163,7 @@ def _spent(
 
 def _entry_findings(ledger: Ledger) -> list[Finding]:
     found: list[Finding] = []
-    before: Entry | None = None
-    for entry in ledger.entries:
+    for before, entry in zip((None, *ledger.entries), ledger.entries, strict=False):
         where = f"site {ledger.site}, entry {entry.sequence}"
         if entry.seeded and entry.state == "reserved":
             found.append(Finding("violation", "noise came from a seed: whoever knows it can take it off again", where))
@@ -175,7 +173,6 @@ def _entry_findings(ledger: Ledger) -> list[Finding]:
             found.append(
                 Finding("note", f"its time, {entry.time:%Y-%m-%d %H:%M:%S}, is before that of the entry before", where)
             )
-        before = entry
     for spending in ledger.spendings():
         where = f"site {ledger.site}, entry {spending.reserved.sequence}"
         if spending.end is None:
@@ -236,9 +233,3 @@ def _told_findings(ledger: Ledger, content: object) -> list[Finding]:
     if statement.seeded != any(entry.seeded for entry in ledger.entries[: statement.head.sequence]):
         found.append(Finding("violation", "the coordinator was told otherwise whether noise came from a seed", where))
     return found
-
-
-def _outcome(
-    kind: Literal["ledger", "run"], subject: str, sites: Sequence[SiteAudit], findings: Sequence[Finding]
-) -> Audit:
-    return Audit(kind, subject, tuple(sites), worst_first(findings))

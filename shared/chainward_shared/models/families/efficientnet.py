@@ -119,7 +119,8 @@ class EfficientNets(Family):
                     axes[f"squeezed{place}"] = axis(f"squeezed{place}", _squeezed(large), _squeezed(block))
             before = stage
         axes["last"] = before
-        axes["features"] = axis("features", _features(teacher), _features(student)) if _has_head(teacher) else before
+        has_head = isinstance(teacher.conv_head, nn.Conv2d)
+        axes["features"] = axis("features", _features(teacher), _features(student)) if has_head else before
         return axes
 
 
@@ -176,10 +177,6 @@ def _squeezed(block: Any) -> int:
     """Return the width inside a block's squeeze-and-excitation; 0 where there is none."""
     reduce = getattr(getattr(block, "se", None), "conv_reduce", None)
     return 0 if reduce is None else int(reduce.out_channels)
-
-
-def _has_head(model: Any) -> bool:
-    return isinstance(model.conv_head, nn.Conv2d)
 
 
 def _features(model: Any) -> int:
