@@ -24,7 +24,7 @@ from chainward_client.node import SITE_CONFIG_KEY
 from chainward_client.site_config import load_site_config
 from chainward_client.site_ledger import create_site_ledger, ledger_path, open_site_ledger
 from chainward_server.app import coordinate
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_server.run_folder import RunFolder
 from chainward_shared import protocol
 from chainward_shared.config import RunConfig

@@ -19,7 +19,7 @@ from written_run import a_run
 from chainward_server.by_class import model_record
 from chainward_server.cli import app
 from chainward_server.export.card import model_card
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_server.results import Results
 from chainward_server.run_folder import RunFolder
 from chainward_server.run_list import list_runs

@@ -21,7 +21,7 @@ from chainward_server.measure import summarize_model
 from chainward_server.method import Outcome, run_method
 from chainward_server.privacy import run_privacy
 from chainward_server.rendezvous import meet
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_server.results import DataSummary, Results, StartSummary, named
 from chainward_server.run_folder import RunFolder
 from chainward_server.run_process import RunProcess

@@ -186,7 +186,7 @@ def report(
     directory: RunsDir = DEFAULT_DIR,
 ) -> None:
     """Render report.html of a run anew and print where it is."""
-    from chainward_server.report.from_folder import write_report
+    from chainward_server.report.page import write_report
 
     typer.echo(write_report(open_run(run, directory)))
 

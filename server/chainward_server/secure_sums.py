@@ -42,6 +42,7 @@ from chainward_shared.weights import StateDict, from_arrays
 logger = logging.getLogger("chainward")
 
 B = TypeVar("B", bound=Body)
+Answer = TypeVar("Answer", SumKeys, SumShares, MaskedSum, SumUnmasking)
 
 
 @dataclass
@@ -124,22 +125,19 @@ class SecureSum:
 
     def _offers(self, round_: Round) -> list[Offer]:
         requests = {site: Request("query", self._for(site, SumKeysTask(round=round_))) for site in round_.members}
-        offers = [
-            reply.body.offer
-            for site, reply in self._ask(requests, SumKeys, self.brief, self.patience)
-            if self._is_from(site, reply.body.offer.site)
-        ]
+        offers = [reply.body.offer for _, reply in self._ask(requests, SumKeys, self.brief, self.patience)]
         self._enough(round_, offers, "have named keys")
         return offers
 
     def _shares(self, round_: Round, offers: Sequence[Offer]) -> dict[str, SumShares]:
         task, names = SumSharesTask(round=round_, offers=list(offers)), {offer.site for offer in offers}
         requests = {offer.site: Request("query", self._for(offer.site, task)) for offer in offers}
-        shares = {
-            site: reply.body
-            for site, reply in self._ask(requests, SumShares, self.brief)
-            if self._is_from(site, reply.body.site) and self._is_for(site, set(reply.body.shares), names)
-        }
+        shares = {}
+        for site, reply in self._ask(requests, SumShares, self.brief):
+            if (found := set(reply.body.shares)) == names:
+                shares[site] = reply.body
+            else:
+                self._fail(site, f"has shared its secrets out among {len(found)} sites; {len(names)} take part")
         self._enough(round_, shares, "have shared out their secrets")
         return shares
 
@@ -154,8 +152,6 @@ class SecureSum:
         total, answered = np.zeros(numbers, dtype=np.uint64), list[str]()
         expected = {"sum": torch.zeros(numbers, dtype=torch.int64)}
         for site, reply in self._ask(requests, MaskedSum, self.deadline, self.patience):
-            if not self._is_from(site, reply.body.site):
-                continue
             try:
                 if "sum" not in reply.arrays:
                     raise WeightsError("there are no arrays in it")
@@ -186,11 +182,7 @@ class SecureSum:
         task = SumUnmaskTask(round=round_, answered=answered)
         dropped = [site for site in senders if site not in answered]
         requests = {site: Request("query", self._for(site, task)) for site in answered}
-        given = [
-            reply.body
-            for site, reply in self._ask(requests, SumUnmasking, self.brief, self.patience)
-            if self._is_from(site, reply.body.site)
-        ]
+        given = [reply.body for _, reply in self._ask(requests, SumUnmasking, self.brief, self.patience)]
         self._enough(round_, given, "have unmasked the sum")
         seeds = {site: [bytes.fromhex(one.seeds[site]) for one in given if site in one.seeds] for site in answered}
         keys = {site: [bytes.fromhex(one.keys[site]) for one in given if site in one.keys] for site in dropped}
@@ -201,30 +193,23 @@ class SecureSum:
         return shaped(real_numbers(found, fraction_bits(self._task)), self.template)
 
     def _ask(
-        self, requests: Mapping[str, Request], expected: type[B], deadline: float, patience: float = 0.0
-    ) -> Iterator[tuple[str, Reply[B]]]:
+        self, requests: Mapping[str, Request], expected: type[Answer], deadline: float, patience: float = 0.0
+    ) -> Iterator[tuple[str, Reply[Answer]]]:
+        """Yield the answers of sites that answer in their own name."""
         self.bytes_down += sum(request.bytes for request in requests.values())
         for site, reply in self.exchange.stream(requests, expected, deadline, patience=patience):
             if isinstance(reply, Failure):
                 self.failed[site] = reply
-            else:
-                self.bytes_up += reply.bytes
+                continue
+            self.bytes_up += reply.bytes
+            named = reply.body.offer.site if isinstance(reply.body, SumKeys) else reply.body.site
+            if named == site:
                 yield site, reply
+            else:
+                self._fail(site, f"answers as site '{named}'")
 
     def _for(self, site: str, task: B) -> B:
         return task.model_copy(update={"simulated": self.exchange.members[site].simulated})
-
-    def _is_from(self, site: str, named: str) -> bool:
-        if named == site:
-            return True
-        self._fail(site, f"answers as site '{named}'")
-        return False
-
-    def _is_for(self, site: str, found: set[str], expected: set[str]) -> bool:
-        if found == expected:
-            return True
-        self._fail(site, f"has shared its secrets out among {len(found)} sites; {len(expected)} take part")
-        return False
 
     def _fail(self, site: str, what: str, seconds: float = 0.0) -> None:
         self.failed[site] = Failure(f"site '{site}' {what}", seconds, malformed=True)

@@ -12,7 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from chainward_server.app import fail_if_incomplete, run_app
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import ChainwardError, DataError
 from chainward_simulations.data_notes import notes_of_simulation

@@ -85,7 +85,7 @@ def examples(
     count: Annotated[int, typer.Option(min=1, max=24, help="Images to show.")] = 6,
 ) -> None:
     """Draw test images, their regions and where a simulated run's models look into its report; print where it is."""
-    from chainward_server.report.from_folder import write_report
+    from chainward_server.report.page import write_report
     from chainward_simulations.run_examples import draw_examples
 
     folder = open_run(run, directory)

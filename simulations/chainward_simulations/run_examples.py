@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chainward_server.report.from_folder import EXAMPLES
+from chainward_server.report.page import EXAMPLES
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import ConfigError, RunFolderError
 from chainward_shared.files import write_atomically

@@ -16,7 +16,7 @@ from chainward_client.node import SHAREABLE
 from chainward_client.policy import reserve
 from chainward_client.private_training import PrivateTraining
 from chainward_client.site_ledger import key_path, ledger_path
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_server.run_folder import RunFolder
 from chainward_shared.config import RunConfig
 from chainward_shared.errors import ChainwardError, DataError, LedgerError, PolicyRefusal, StoreError

@@ -17,7 +17,7 @@ from chainward_server import chain as chain_module
 from chainward_server.chain import run_chain
 from chainward_server.heads import FURTHEST
 from chainward_server.method import run_method
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_server.sites import Failure, Work
 from chainward_shared.config import RunConfig
 from chainward_shared.discriminant import HeadSums, class_weights, discriminant

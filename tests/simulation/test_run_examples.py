@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 from whole_run import CHAIN_ONLY
 
-from chainward_server.report.from_folder import write_report
+from chainward_server.report.page import write_report
 from chainward_shared.errors import ConfigError, RunFolderError
 from chainward_simulations.cli import app
 from chainward_simulations.run_examples import draw_examples

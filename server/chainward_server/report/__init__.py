@@ -1,1 +1,1 @@
-"""From metrics to one self-contained HTML page: `page.render_report`."""
+"""From metrics to one self-contained HTML page: `page.write_report`."""

@@ -63,7 +63,6 @@ class MLflow:
                 self._client.log_batch(self.run, params=part)
 
     def log(self, found: list[Figure]) -> None:
-        """Note numbers that are new."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -79,7 +78,6 @@ class MLflow:
             self._client.log_artifact(self.run, str(file))
 
     def end(self, status: str) -> None:
-        """Note how the run ended."""
         self._client.set_tag(self.run, "chainward.status", status)
         self._client.set_terminated(self.run, _ENDS.get(status, "FAILED"))
 

@@ -30,7 +30,6 @@ class TensorBoard:
         self._text("settings", "setting", values)
 
     def log(self, found: list[Figure]) -> None:
-        """Note numbers that are new."""
         for figure in found:
             self._writer.add_scalar(figure.name, figure.value, figure.step)
         self._writer.flush()
@@ -41,7 +40,6 @@ class TensorBoard:
         self._text("models", "model", dict(digests))
 
     def end(self, status: str) -> None:
-        """Note how the run ended."""
         self._writer.add_text("status", status)
         self._writer.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -146,7 +147,7 @@ def as_json(run: Snapshot, event: str) -> dict[str, Any]:
         },
         "hops": len(run.links),
         "student_rounds": len(run.rounds),
-        "incidents": [{"what": what.what, "status": what.status, "reason": what.reason} for what in run.incidents],
+        "incidents": [asdict(incident) for incident in run.incidents],
         "elapsed": round(run.elapsed, 1),
         "expected_end": end and iso(end),
         "silent": round(run.silent, 1),
