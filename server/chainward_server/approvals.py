@@ -6,18 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+from flwr.serverapp import Grid
 
 from chainward_server.report.formats import duration
-from chainward_server.request import Reply, Request, read_reply
+from chainward_server.request import B, Reply, Request, read_reply
 from chainward_server.sites import Failure
 from chainward_shared.config import RunConfig
 from chainward_shared.models import Architecture
 from chainward_shared.protocol import Body, EvaluateTask, LinkTask
 from chainward_shared.protocol.run_plan import PlannedTask, RunPlan, RunPlanState
-
-if TYPE_CHECKING:
-    from chainward_server.exchange import Exchange
 
 logger = logging.getLogger("chainward")
 
@@ -52,6 +51,18 @@ def run_plan(config: RunConfig, run_id: str, architectures: list[Architecture]) 
         noise_from=config.federation.secure_noise_from,
         student_statistics=bool(small) and student.head == "statistics",
     )
+
+
+class Asking(Protocol):
+    """Sends requests to sites: `exchange.Exchange`."""
+
+    grid: Grid
+
+    def ask(self, requests: Mapping[str, Request], expected: type[B], deadline: float) -> dict[str, Reply[B] | Failure]:
+        """Send every request at once and wait for all."""
+
+    def push(self, site: str, request: Request, deadline: float) -> str | None:
+        """Send one request and return its id."""
 
 
 @dataclass
@@ -99,7 +110,7 @@ class Approvals:
         """The sites where nobody has decided yet."""
         return [site for site, one in self._sites.items() if one.state == "waiting"]
 
-    def announce(self, exchange: Exchange) -> None:
+    def announce(self, exchange: Asking) -> None:
         """Send the plan to all the sites at once, so that their people can decide at the same time."""
         requests = {site: Request("query", self.plan) for site in self._sites}
         for site, reply in exchange.ask(requests, RunPlanState, ANSWER_SECONDS).items():
@@ -108,7 +119,7 @@ class Approvals:
         if self.waiting:
             self._tell()
 
-    def held(self, exchange: Exchange, asked: Mapping[str, Request], begun: float) -> dict[str, Failure | None]:
+    def held(self, exchange: Asking, asked: Mapping[str, Request], begun: float) -> dict[str, Failure | None]:
         """Return the sites that get nothing now, of those that are `asked` for work: with the reason where they won't at all.
 
         Parameters
@@ -140,7 +151,7 @@ class Approvals:
         self._tell()
         return True
 
-    def _look(self, exchange: Exchange, site: str, one: _Site, begun: float) -> None:
+    def _look(self, exchange: Asking, site: str, one: _Site, begun: float) -> None:
         """Take in a site's answer, and ask it again when it is time."""
         now = time.monotonic()
         if one.question is not None:
