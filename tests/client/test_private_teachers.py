@@ -21,7 +21,7 @@ from chainward_client.entropy import SeededForTests
 from chainward_client.precision import training_environment
 from chainward_client.private_site import PrivateSite, PrivateWork, declared_units
 from chainward_client.private_training import PrivateTraining, declared_counts
-from chainward_client.privileged import kept, targets
+from chainward_client.privileged import results, targets
 from chainward_client.privileged import teacher as teacher_module
 from chainward_client.privileged.results import PrivilegedTargets
 from chainward_client.privileged.targets import privileged_targets
@@ -419,7 +419,7 @@ def test_answers_of_teachers_without_privacy_are_never_taken_for_private_ones_no
 
 
 def test_files_of_other_trainings_push_no_private_answers_out(phantoms, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "KEPT_FILES", 2)
+    monkeypatch.setattr(results, "KEPT_FILES", 2)
     answered(phantoms, work, tmp_path, recipe_with(use="table"))
     for epochs in (1, 2, 3):
         asked(phantoms, None, tmp_path, recipe_with(use="table", epochs=epochs))

@@ -14,7 +14,7 @@ from small_recipes import SMALL_TRAINING
 
 from chainward_client.data.site_data import Cases, PrivilegedCases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import folds
-from chainward_client.privileged import kept, targets
+from chainward_client.privileged import results, targets
 from chainward_client.privileged.results import PrivilegedTargets
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.privileged import PrivilegedTerm
@@ -377,7 +377,7 @@ def test_a_damaged_file_is_said_and_trained_anew(phantoms, tmp_path, caplog, dam
 
 
 def test_only_the_newest_files_are_kept(phantoms, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "KEPT_FILES", 2)
+    monkeypatch.setattr(results, "KEPT_FILES", 2)
     for epochs in (1, 2, 3):
         answered(phantoms, tmp_path, use="table", epochs=epochs)
     assert len(list((tmp_path / "privileged").iterdir())) == 2

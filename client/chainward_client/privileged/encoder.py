@@ -39,22 +39,20 @@ def check_encoder(folder: Path) -> None:
         It doesn't, or its weights are too large.
     """
     if not folder.is_dir():
-        raise DataError(f"privileged.encoder: {folder} is no folder; {_EXPECTED}")
+        raise _refusal(folder, "is no folder")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"privileged.encoder: {folder} has no config.json; {_EXPECTED}") from None
+        raise _refusal(folder, "has no config.json") from None
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from None
     if not isinstance(config, dict):
-        raise DataError(f"privileged.encoder: {folder}/config.json is no JSON object; {_EXPECTED}")
+        raise _refusal(folder / "config.json", "is no JSON object")
     weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
     if not weights:
-        raise DataError(
-            f"privileged.encoder: {folder} has no weights in safetensors, other kinds are never opened; {_EXPECTED}"
-        )
+        raise _refusal(folder, "has no weights in safetensors, other kinds are never opened")
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise DataError(f"privileged.encoder: {folder} has no tokenizer (none of {', '.join(TOKENIZERS)}); {_EXPECTED}")
+        raise _refusal(folder, f"has no tokenizer (none of {', '.join(TOKENIZERS)})")
     _check_size(folder, sum(path.stat().st_size for path in weights))
 
 
@@ -99,8 +97,11 @@ def _check_size(folder: Path, found: int) -> None:
 
 
 def _unreadable(folder: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return DataError(f"privileged.encoder: {folder} can't be read ({reason}); {_EXPECTED}")
+    return _refusal(folder, f"can't be read ({' '.join(str(error).split())[:200] or type(error).__name__})")
+
+
+def _refusal(place: Path, problem: str) -> DataError:
+    return DataError(f"privileged.encoder: {place} {problem}; {_EXPECTED}")
 
 
 def encoded(texts: Sequence[str], folder: Path) -> np.ndarray:
@@ -161,7 +162,7 @@ def _open_encoder(folder: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, **local)
         if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder:
-            raise DataError(f"privileged.encoder: {folder} holds a model of kind '{config.model_type}'; {_EXPECTED}")
+            raise _refusal(folder, f"holds a model of kind '{config.model_type}'")
         build: Any = AutoModel.from_config
         with torch.device("meta"):
             described = build(config)

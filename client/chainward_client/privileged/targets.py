@@ -17,7 +17,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +32,17 @@ from chainward_client.policy import check_run
 from chainward_client.precision import training_environment
 from chainward_client.private_site import Prepared, PrivateWork
 from chainward_client.privileged.checks import MIN_CASES
-from chainward_client.privileged.image import Read, SeenImages, beside
-from chainward_client.privileged.kept import key_of, key_of_private, load, path_of, save
-from chainward_client.privileged.results import PrivilegedTargets, TeacherReport
+from chainward_client.privileged.results import (
+    PrivilegedTargets,
+    SeenImages,
+    TeacherReport,
+    key_of,
+    key_of_private,
+    load,
+    save,
+)
 from chainward_client.privileged.table import table_vectors
-from chainward_client.privileged.teacher import PrivilegedTeacher, train_teacher, train_teacher_privately
+from chainward_client.privileged.teacher import train_teacher, train_teacher_privately
 from chainward_client.privileged.text import text_vectors
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError
@@ -45,6 +52,9 @@ from chainward_shared.recipes import PRIVILEGED_BATCH, PrivilegedRecipe, Trainin
 from chainward_shared.seeds import derive_seed
 
 logger = logging.getLogger("chainward.client")
+
+Vectors = tuple[np.ndarray, np.ndarray]
+"""The vectors of a modality, float32 (n, d), and which cases have it, bool (n,)."""
 
 
 def privileged_targets(
@@ -80,147 +90,154 @@ def privileged_targets(
         The site's policy has no privileged teachers, or the budget or the ledger don't allow one. What a teacher that was
         trained before has spent stays spent, and its answers are kept.
     """
-    image = _seen(recipe, image)
-    if work is not None:
-        return _private_targets(data, cases, recipe, training, cache, work, image)
-    key = key_of(data, cases, recipe, training, image=image)
-    if cache is not None and (kept := load(path_of(cache, key), key, cases, data)) is not None:
-        return kept
-    started = time.monotonic()
-    parts = [
-        _modality(name, vectors, available, data, cases, recipe, training)
-        for name, (vectors, available) in (
-            (name, read()) for name, read in _readers(data, cases, recipe, image).items()
-        )
-        if _enough(name, available, data, cases)
-    ]
-    if not parts:
-        return None
-    targets = _merged(parts)
-    shown = ", ".join(
-        f"{name} {report.balanced_accuracy:.3f} on {report.cases} of {len(cases)} cases"
-        for name, report in targets.report.items()
-    )
-    logger.info(
-        "%s: privileged teachers trained in %.1f s; balanced accuracy out of fold: %s",
-        data.site,
-        time.monotonic() - started,
-        shown,
-    )
-    if cache is not None:
-        save(targets, path_of(cache, key), key)
-    return targets
-
-
-def _seen(recipe: PrivilegedRecipe, image: SeenImages | None) -> SeenImages | None:
-    """Return the images where the recipe's teachers see them."""
     if recipe.image and image is None:
         raise ModelError(
             "privileged.image: teachers see an image through the pretrained weights that a link starts from, found none here; "
             "set chain.start-from, or privileged.image=false"
         )
-    return image if recipe.image else None
+    teachers = _Teachers(data, cases, recipe, training, cache, image if recipe.image else None)
+    return teachers.without_privacy() if work is None else teachers.with_privacy(work)
 
 
-def _readers(data: SiteData, cases: Cases, recipe: PrivilegedRecipe, image: SeenImages | None) -> dict[str, Read]:
-    """Return how each modality is read that the recipe asks for and the site declares to have, beside the image where there
-    is one."""
-    found: dict[str, Read] = {}
-    setup, privileged = data.privileged, cases.privileged
-    if recipe.use in ("text", "all") and privileged.texts is not None:
-        blank = (*data.classes, *setup.label_words) if recipe.blank_label_words else ()
-        found["text"] = partial(
-            text_vectors, privileged.texts, recipe.text_features, blank=blank, encoder=setup.encoder
-        )
-    if recipe.use in ("table", "all") and privileged.table is not None and setup.columns:
-        found["table"] = partial(table_vectors, privileged.table, setup.columns)
-    if image is not None:
-        return {name: partial(beside, image, read) for name, read in found.items()}
-    return found
+@dataclass(frozen=True)
+class _Teachers:
+    """The teachers of a site; the fields are those of `privileged_targets`."""
 
+    data: SiteData
+    cases: Cases
+    recipe: PrivilegedRecipe
+    training: TrainingRecipe
+    cache: Path | None
+    image: SeenImages | None
 
-def _private_targets(
-    data: SiteData,
-    cases: Cases,
-    recipe: PrivilegedRecipe,
-    training: TrainingRecipe,
-    cache: Path | None,
-    work: PrivateWork,
-    image: SeenImages | None,
-) -> PrivilegedTargets | None:
-    check_run(work.site.policy, private=True, privileged=True)
-    prepared = work.prepared(training, data)
-    parts = [
-        _private_modality(name, read, data, cases, recipe, prepared, cache, work, image)
-        for name, read in _readers(data, cases, recipe, image).items()
-    ]
-    return _merged(parts) if parts else None
-
-
-def _private_modality(
-    name: str,
-    read: Read,
-    data: SiteData,
-    cases: Cases,
-    recipe: PrivilegedRecipe,
-    prepared: Prepared[TrainingRecipe],
-    cache: Path | None,
-    work: PrivateWork,
-    image: SeenImages | None,
-) -> PrivilegedTargets:
-    """Find what the private teacher of one modality says, or train it, pay for it, and keep it.
-
-    Each modality is kept by itself, so that what goes wrong in the second does not let the first be paid for twice.
-    """
-    phase, training = f"teacher-{name}", prepared.recipe
-    dp_sgd = work.dp_sgd(training, data, epochs=recipe.epochs, batch_size=PRIVILEGED_BATCH)
-    key = key_of_private(name, data, cases, recipe, prepared, dp_sgd, work.run, image)
-    path = None if cache is None else path_of(cache, key, private=True)
-    if path is not None and _paid(work, phase, dp_sgd):
-        kept = load(path, key, cases, data, private=True)
-        if kept is not None:
+    def without_privacy(self) -> PrivilegedTargets | None:
+        key = key_of(self.data, self.cases, self.recipe, self.training, image=self.image)
+        if (kept := load(self.cache, key, self.cases, self.data)) is not None:
             return kept
-    started = time.monotonic()
-    inputs, there = (torch.from_numpy(part) for part in read())
-    with work.training(
-        training,
-        data,
-        phase=phase,
-        epochs=recipe.epochs,
-        batch_size=PRIVILEGED_BATCH,
-    ) as private:
-        teacher = train_teacher_privately(
-            *(inputs, there, cases.labels, cases.patients),
-            len(data.classes),
-            recipe,
-            training,
-            prepared.counts,
-            private,
-            *(data.site, "privileged", name, "private"),
+        started = time.monotonic()
+        read = {name: read() for name, read in self._readers().items()}
+        parts = [self._modality(name, *found) for name, found in read.items() if self._enough(name, found[1])]
+        if not parts:
+            return None
+        targets = _merged(parts)
+        shown = ", ".join(
+            f"{name} {report.balanced_accuracy:.3f} on {report.cases} of {len(self.cases)} cases"
+            for name, report in targets.report.items()
         )
-    answers = _answers_of(name, teacher, inputs, there, cases.labels, training.threads)
-    logger.info(
-        "%s: privileged %s teacher trained privately in %.1f s; balanced accuracy on its own training cases: %.3f on %d of "
-        "%d cases",
-        data.site,
-        name,
-        time.monotonic() - started,
-        *(answers.report[name].balanced_accuracy, answers.report[name].cases, len(cases)),
-    )
-    if path is not None:
-        save(answers, path, key)
-    return answers
+        logger.info(
+            "%s: privileged teachers trained in %.1f s; balanced accuracy out of fold: %s",
+            self.data.site,
+            time.monotonic() - started,
+            shown,
+        )
+        save(targets, self.cache, key)
+        return targets
 
+    def with_privacy(self, work: PrivateWork) -> PrivilegedTargets | None:
+        check_run(work.site.policy, private=True, privileged=True)
+        prepared = work.prepared(self.training, self.data)
+        parts = [self._private_modality(name, read, prepared, work) for name, read in self._readers().items()]
+        return _merged(parts) if parts else None
 
-def _answers_of(
-    name: str, teacher: PrivilegedTeacher, inputs: Tensor, there: Tensor, labels: Tensor, threads: int
-) -> PrivilegedTargets:
-    """Return what one private teacher, trained on all cases, says of those that have its modality."""
-    with training_environment(threads, seed=0), torch.no_grad():
-        logits = torch.where(there[:, None], teacher(inputs), 0.0)
-        embeddings = torch.nn.functional.normalize(teacher.embed(inputs), dim=1) * there[:, None]
-    taught = there[:, None].expand_as(logits).contiguous()
-    return _of_one(name, logits, taught, embeddings, there, labels, private=True)
+    def _readers(self) -> dict[str, Callable[[], Vectors]]:
+        """Return how each modality is read that the recipe asks for and the site declares to have."""
+        found: dict[str, Callable[[], Vectors]] = {}
+        recipe, setup, privileged = self.recipe, self.data.privileged, self.cases.privileged
+        if recipe.use in ("text", "all") and privileged.texts is not None:
+            blank = (*self.data.classes, *setup.label_words) if recipe.blank_label_words else ()
+            found["text"] = partial(
+                text_vectors, privileged.texts, recipe.text_features, blank=blank, encoder=setup.encoder
+            )
+        if recipe.use in ("table", "all") and privileged.table is not None and setup.columns:
+            found["table"] = partial(table_vectors, privileged.table, setup.columns)
+        return {name: partial(self._beside_image, read) for name, read in found.items()}
+
+    def _beside_image(self, read: Callable[[], Vectors]) -> Vectors:
+        """Return what `read` returns, with the vectors of the images before its own where teachers see them."""
+        vectors, available = read()
+        return vectors if self.image is None else np.concatenate([self.image.vectors(), vectors], axis=1), available
+
+    def _enough(self, name: str, available: np.ndarray) -> bool:
+        labels = self.cases.labels[torch.from_numpy(available)]
+        patients = len(np.unique(self.cases.patients[available]))
+        varied = int(_told_apart(labels, len(self.data.classes)).sum()) >= (2 if labels.ndim == 1 else 1)
+        if len(labels) >= MIN_CASES and patients > 1 and varied:
+            return True
+        logger.info(
+            "%s: no %s teacher: %d training cases of %d patients have the modality; expected at least %d, of 2 patients and "
+            "of 2 classes",
+            self.data.site,
+            name,
+            len(labels),
+            patients,
+            MIN_CASES,
+        )
+        return False
+
+    def _modality(self, name: str, vectors: np.ndarray, available: np.ndarray) -> PrivilegedTargets:
+        """Train the teachers of one modality: one for each fold, for the logits, and one on all, for the embeddings."""
+        cases, classes, training = self.cases, len(self.data.classes), self.training
+        rows = np.flatnonzero(available)
+        inputs, labels = torch.from_numpy(vectors[rows]), cases.labels[torch.from_numpy(rows)]
+        purpose = (self.data.site, "privileged", name)
+        logits = torch.zeros(len(cases), classes)
+        taught = torch.zeros(len(cases), classes, dtype=torch.bool)
+        dealt = folds(labels, cases.patients[rows], derive_seed(training.seed, *purpose, "folds"))
+        with training_environment(training.threads, seed=0):
+            for index, held_out in enumerate(dealt):
+                rest = np.setdiff1d(np.arange(len(rows)), held_out)
+                seen = _told_apart(labels[rest], classes)
+                fold = (*purpose, "fold", index)
+                teacher = train_teacher(inputs[rest], labels[rest], classes, self.recipe, training, *fold)
+                with torch.no_grad():
+                    logits[rows[held_out]] = torch.where(seen, teacher(inputs[held_out]), 0.0)
+                taught[rows[held_out]] = seen
+            embeddings = torch.zeros(len(cases), self.recipe.hidden)
+            whole = train_teacher(inputs, labels, classes, self.recipe, training, *purpose, "all")
+            with torch.no_grad():
+                embeddings[rows] = torch.nn.functional.normalize(whole.embed(inputs), dim=1)
+        return _of_one(name, logits, taught, embeddings, torch.from_numpy(available), cases.labels)
+
+    def _private_modality(
+        self, name: str, read: Callable[[], Vectors], prepared: Prepared[TrainingRecipe], work: PrivateWork
+    ) -> PrivilegedTargets:
+        """Find what the private teacher of one modality says, or train it, pay for it, and keep it.
+
+        Each modality is kept by itself, so that what goes wrong in the second does not let the first be paid for twice.
+        """
+        data, cases, training = self.data, self.cases, prepared.recipe
+        phase, planned = f"teacher-{name}", {"epochs": self.recipe.epochs, "batch_size": PRIVILEGED_BATCH}
+        dp_sgd = work.dp_sgd(training, data, **planned)
+        key = key_of_private(name, data, cases, self.recipe, prepared, dp_sgd, work.run, self.image)
+        if _paid(work, phase, dp_sgd) and (kept := load(self.cache, key, cases, data, private=True)) is not None:
+            return kept
+        started = time.monotonic()
+        inputs, there = (torch.from_numpy(part) for part in read())
+        with work.training(training, data, phase=phase, **planned) as private:
+            teacher = train_teacher_privately(
+                *(inputs, there, cases.labels, cases.patients),
+                len(data.classes),
+                self.recipe,
+                training,
+                prepared.counts,
+                private,
+                *(data.site, "privileged", name, "private"),
+            )
+        with training_environment(training.threads, seed=0), torch.no_grad():
+            logits = torch.where(there[:, None], teacher(inputs), 0.0)
+            embeddings = torch.nn.functional.normalize(teacher.embed(inputs), dim=1) * there[:, None]
+        taught = there[:, None].expand_as(logits).contiguous()
+        answers = _of_one(name, logits, taught, embeddings, there, cases.labels, private=True)
+        logger.info(
+            "%s: privileged %s teacher trained privately in %.1f s; balanced accuracy on its own training cases: %.3f on %d of "
+            "%d cases",
+            data.site,
+            name,
+            time.monotonic() - started,
+            *(answers.report[name].balanced_accuracy, answers.report[name].cases, len(cases)),
+        )
+        save(answers, self.cache, key)
+        return answers
 
 
 def _of_one(
@@ -254,57 +271,6 @@ def _paid(work: PrivateWork, phase: str, dp_sgd: DpSgd) -> bool:
     return any(
         (one.reserved.run, one.reserved.phase, one.counted) == (work.run, phase, record) for one in ledger.spendings()
     )
-
-
-def _enough(name: str, available: np.ndarray, data: SiteData, cases: Cases) -> bool:
-    labels = cases.labels[torch.from_numpy(available)]
-    patients = len(np.unique(cases.patients[available]))
-    counts = class_counts(labels, len(data.classes))
-    varied = bool((counts > 0).sum() > 1) if counts.ndim == 1 else bool((counts > 0).all(dim=1).any())
-    if len(labels) >= MIN_CASES and patients > 1 and varied:
-        return True
-    logger.info(
-        "%s: no %s teacher: %d training cases of %d patients have the modality; expected at least %d, of 2 patients and "
-        "of 2 classes",
-        data.site,
-        name,
-        len(labels),
-        patients,
-        MIN_CASES,
-    )
-    return False
-
-
-def _modality(
-    name: str,
-    vectors: np.ndarray,
-    available: np.ndarray,
-    data: SiteData,
-    cases: Cases,
-    recipe: PrivilegedRecipe,
-    training: TrainingRecipe,
-) -> PrivilegedTargets:
-    """Train the teachers of one modality: one for each fold, for the logits, and one on all, for the embeddings."""
-    classes = len(data.classes)
-    rows = np.flatnonzero(available)
-    inputs, labels = torch.from_numpy(vectors[rows]), cases.labels[torch.from_numpy(rows)]
-    purpose = (data.site, "privileged", name)
-    logits = torch.zeros(len(cases), classes)
-    taught = torch.zeros(len(cases), classes, dtype=torch.bool)
-    dealt = folds(labels, cases.patients[rows], derive_seed(training.seed, *purpose, "folds"))
-    with training_environment(training.threads, seed=0):
-        for index, held_out in enumerate(dealt):
-            rest = np.setdiff1d(np.arange(len(rows)), held_out)
-            seen = _told_apart(labels[rest], classes)
-            teacher = train_teacher(inputs[rest], labels[rest], classes, recipe, training, *purpose, "fold", index)
-            with torch.no_grad():
-                logits[rows[held_out]] = torch.where(seen, teacher(inputs[held_out]), 0.0)
-            taught[rows[held_out]] = seen
-        embeddings = torch.zeros(len(cases), recipe.hidden)
-        whole = train_teacher(inputs, labels, classes, recipe, training, *purpose, "all")
-        with torch.no_grad():
-            embeddings[rows] = torch.nn.functional.normalize(whole.embed(inputs), dim=1)
-    return _of_one(name, logits, taught, embeddings, torch.from_numpy(available), cases.labels)
 
 
 def _told_apart(labels: Tensor, classes: int) -> Tensor:

@@ -17,7 +17,7 @@ from chainward_client.data.splits import keep_label_fraction, labelled_by_key
 from chainward_client.precision import best_device
 from chainward_client.private_site import Prepared, PrivateWork, R
 from chainward_client.private_training import PrivateTraining, keeps_labels
-from chainward_client.privileged.image import SeenImages
+from chainward_client.privileged.results import SeenImages
 from chainward_client.privileged.targets import privileged_targets
 from chainward_client.training.features import Features
 from chainward_client.training.loop import train
