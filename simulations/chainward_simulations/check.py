@@ -72,7 +72,7 @@ def examine_data(data_yaml: Path, seed: int) -> Diagnosis:
 def _write_manifest(data_yaml: Path, target: Path) -> None:
     """Write the manifest that stands for folders, and say which data file goes with it."""
     from chainward_client.data.description import load_description
-    from chainward_client.data.formats.folders import FoldersDescription, folder_layout
+    from chainward_client.data.formats.folders import FoldersDescription, folder_rows
 
     description = load_description(data_yaml)
     if not isinstance(description, FoldersDescription):
@@ -80,7 +80,7 @@ def _write_manifest(data_yaml: Path, target: Path) -> None:
     if target.exists():
         raise DataError(f"{target} is there already; name a file that isn't")
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(folder_layout(description.image_location).rows())
+    csv.writer(text, lineterminator="\n").writerows(folder_rows(description.image_location))
     write_atomically(target, text.getvalue().encode())
     columns = ", ".join(f"{key}: {name}" for key, name in description.columns.by_key().items())
     block = {

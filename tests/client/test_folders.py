@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from chainward_client.data.description import load_description
-from chainward_client.data.formats.folders import FoldersDescription, folder_layout
+from chainward_client.data.formats.folders import FoldersDescription, folder_rows
 from chainward_client.data.sources import local_site, read_table
 from chainward_shared.errors import DataError
 
@@ -59,14 +59,15 @@ def test_a_zip_of_such_folders_is_read_with_the_folder_it_was_made_of(tmp_path: 
         for name in ("a/1.png", "b/1.png"):
             archive.write(tmp_path / "raw" / name, f"export/{name}")
             archive.writestr(f"__MACOSX/export/{name}", b"shadow")
-    layout = folder_layout(tmp_path / "set.zip")
-    assert (layout.images, layout.labels) == (("export/a/1.png", "export/b/1.png"), ("a", "b"))
+    header, *rows = folder_rows(tmp_path / "set.zip")
+    assert header == ["image", "label"]
+    assert rows == [["export/a/1.png", "a"], ["export/b/1.png", "b"]]
     assert len(read_table(described(tmp_path, images="set.zip")).cases(np.arange(2))) == 2
 
 
 def test_a_class_called_test_beside_another_is_a_class(tmp_path: Path) -> None:
     images(tmp_path / "set", "test/1.png", "control/1.png")
-    assert folder_layout(tmp_path / "set").classes == ("control", "test")
+    assert [row[1] for row in folder_rows(tmp_path / "set")[1:]] == ["control", "test"]
 
 
 @pytest.mark.parametrize(

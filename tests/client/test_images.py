@@ -14,8 +14,7 @@ from PIL import Image
 from chainward_client.data import image_store
 from chainward_client.data.description import Fit, ImageShape
 from chainward_client.data.image_store import ImageStore
-from chainward_client.data.images import load_images, open_image, to_channels
-from chainward_client.data.placement import placement
+from chainward_client.data.images import load_images, open_image, placement, to_channels
 from chainward_client.data.regions import box_masks, load_masks
 from chainward_client.data.scale import Scale
 from chainward_client.data.unusable import ImageProblem
@@ -329,7 +328,7 @@ def test_masks_and_boxes_lie_where_the_same_region_of_the_image_lies(
 
 def test_a_box_over_the_whole_image_covers_exactly_what_is_not_bar() -> None:
     mask = box_masks(np.array([[0, 0, 40, 20]], dtype=float), [2], [(40, 20)], GREY8)[0]
-    left, top, right, bottom = placement(40, 20, 8, "pad").target
+    left, top, right, bottom = placement(40, 20, 8, "pad")[1]
     expected = torch.zeros(8, 8, dtype=torch.uint8)
     expected[top:bottom, left:right] = 1
     assert torch.equal(mask, expected)

@@ -16,7 +16,7 @@ from chainward_client.card import site_card
 from chainward_client.doctor.data import check_privileged
 from chainward_client.privileged import encoder as module
 from chainward_client.privileged.encoder import check_encoder, encoded, encoder_digest, mean_over_tokens
-from chainward_client.privileged.text import blanked, hashed_ngrams, text_vectors
+from chainward_client.privileged.text import hashed_ngrams, label_pattern, text_vectors
 from chainward_shared.errors import DataError
 from chainward_simulations.phantoms.cases import phantom_site
 
@@ -60,6 +60,11 @@ def test_a_word_said_three_times_counts_less_than_three_times():
 
 
 # blanking
+
+
+def blanked(text: str, words: list[str]) -> str:
+    pattern = label_pattern(words)
+    return text if pattern is None else pattern.sub(" ", text)
 
 
 def test_blanking_takes_label_words_and_nothing_else():

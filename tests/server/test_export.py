@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from chainward_client.data.placement import fit_image
+from chainward_client.data.images import fit_image
 from chainward_server.cli import app
 from chainward_server.context import model_metadata
 from chainward_server.export import export_run

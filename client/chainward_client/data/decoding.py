@@ -60,7 +60,7 @@ class Decoding:
         if any(row.scale is not None for row in found.values()):
             scale = self.table.scale()
             found = {key: row for key, row in found.items() if row.scale in (None, (scale.low, scale.high))}
-            if scale.values is None:  # nothing here has more than 8 bits
+            if not len(scale.values):  # nothing here has more than 8 bits
                 self.table.scale.forget()
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +18,6 @@ from pydantic import (
 )
 
 from chainward_client.data.columns import SEPARATOR, Block, Columns, refuse_repeats
-from chainward_client.data.description_errors import clause_of, yaml_problem
 from chainward_client.data.formats import data_formats
 from chainward_client.data.paths import FilePath, Folder, FolderOrZip
 from chainward_shared.errors import DataError, nearest
@@ -236,7 +236,7 @@ def load_description(path: Path | str) -> DataDescription:
     except UnicodeDecodeError as error:
         raise DataError(f"Data file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, say
-        raise DataError(f"Data file {path} is not valid YAML: {yaml_problem(error)}") from None
+        raise DataError(f"Data file {path} is not valid YAML: {_yaml_problem(error)}") from None
     if block is None:
         raise DataError(f"Data file {path} is empty; expected 'format: csv' and the other keys of a data file")
     return parse_description(block, path)
@@ -258,7 +258,7 @@ def parse_description(block: Any, origin: Path) -> DataDescription:
     try:
         return _model_of(block).model_validate(block, context={"folder": folder})
     except ValidationError as error:
-        problems = "; ".join(clause_of(item) for item in error.errors())
+        problems = "; ".join(_clause_of(item) for item in error.errors())
     except ValueError as error:
         problems = str(error)
     raise DataError(" ".join(f"Data file {origin}: {problems}".split()))  # names may hold line breaks
@@ -280,3 +280,49 @@ def _model_of(block: Mapping[str, Any]) -> type[DataDescription]:
 def _misspelt_format(block: Mapping[str, Any]) -> str:
     near = [str(key) for key in block if nearest(str(key), ["format"])]
     return f" (there is '{near[0]}')" if near else ""
+
+
+def _clause_of(error: Any) -> str:
+    """Return one pydantic error as a clause that starts with the key."""
+    location = [str(part) for part in error["loc"]]
+    if location[:2] == ["columns", "tabular"]:
+        del location[3:4]  # pydantic puts the column's kind into the path
+    if location[:2] == ["columns", "label"]:
+        del location[2:3]  # and whether there are several
+    key = ".".join(location)
+    prefix = f"key '{key}'" if key else "the file"
+    found = error.get("input")
+    match error["type"]:
+        case "missing":
+            return f"{prefix} is missing"
+        case "value_error":
+            reason = str(error["ctx"]["error"])
+            return f"{prefix}: {reason}" if key else reason
+        case "union_tag_not_found":
+            return f"{prefix}: 'kind' is missing; expected number or category"
+        case "union_tag_invalid":
+            return f"{prefix}: found kind {error['ctx']['tag']!r}; expected number or category"
+        case "model_attributes_type":
+            return f"{prefix}: found {_shown(found)}; expected a mapping, {{kind: number, min: 0, max: 100}} say"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    hint = ""
+    if isinstance(found, bool):
+        hint = " (YAML reads a bare yes, no, on or off as true or false: put it in quotes)"
+    return f"{prefix}: found {_shown(found)}; {message}{hint}"
+
+
+def _shown(found: Any) -> str:
+    if found is None:
+        return "nothing"
+    if isinstance(found, float) and math.isnan(found):
+        return "nan"
+    shown = repr(list(found) if isinstance(found, tuple) else found)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return a YAML error on one line."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+    return " ".join(str(problem).split()) + where

@@ -1,4 +1,4 @@
-"""Decoding of images from a folder or a zip: every file is read whole, once, and brought to one shape."""
+"""Decoding of images from a folder or a zip: every file is read whole, once, and brought to one square shape."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from chainward_client.data.description import ImageShape
 from chainward_client.data.image_store import ImageStore, opened
-from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale
 from chainward_client.data.unusable import ImageProblem, attempt_all, unreadable
+from chainward_shared.preparation import Fit
 
 _Decoded = TypeVar("_Decoded")
 
@@ -129,6 +129,39 @@ def fitted(image: Image.Image, shape: ImageShape) -> np.ndarray:
     image = image.convert("L" if shape.channels == 1 else "RGB")
     array = np.asarray(fit_image(image, shape.size, shape.fit, resample=Image.Resampling.BICUBIC))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def placement(width: int, height: int, size: int, fit: Fit) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return how an image of `width` x `height` pixels lies in a square of `size` pixels; masks and boxes must follow.
+
+    Returns
+    -------
+    source : left, top, right, bottom of the part that is kept, in pixels of the original
+    target : left, top, right, bottom of where it lies, in pixels of the square
+    """
+    whole = (0.0, 0.0, float(width), float(height))
+    full = (0, 0, size, size)
+    if fit == "stretch":
+        return whole, full
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return (left, top, left + side, top + side), full
+    scale = size / max(width, height)
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    x, y = (size - new_width) // 2, (size - new_height) // 2
+    return whole, (x, y, x + new_width, y + new_height)
+
+
+def fit_image(image: Image.Image, size: int, fit: Fit, *, resample: Image.Resampling) -> Image.Image:
+    """Return `image` (mode L or RGB) as a square of `size` pixels; bars are black."""
+    source, (left, top, right, bottom) = placement(*image.size, size, fit)
+    resized = image.resize((right - left, bottom - top), resample, box=source)
+    if resized.size == (size, size):
+        return resized
+    square = Image.new(image.mode, (size, size))
+    square.paste(resized, (left, top))
+    return square
 
 
 def stacked(arrays: Sequence[np.ndarray], shape: ImageShape) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from chainward_client.data.description import ManifestDescription
 from chainward_client.data.image_store import ImageStore, opened
 from chainward_client.data.images import load_images, measured_values
-from chainward_client.data.manifest_columns import ManifestColumns
+from chainward_client.data.manifest_columns import ManifestColumns, torn_patients
 from chainward_client.data.manifest_file import read_cells
 from chainward_client.data.regions import box_masks, load_masks
 from chainward_client.data.scale import Scale, measure
@@ -126,8 +126,9 @@ def read_manifest(
         notes=((NO_PATIENTS,) if columns.patient is None else ()) + tuple(check.notes),
     )
     check.no_repeats(columns.image, images, quoted=quoted)
-    if columns.patient is not None and manifest.splits is not None:
-        check.patients_in_one_split(columns.patient, manifest.patients, manifest.splits, quoted=quoted)
+    torn = torn_patients(manifest.patients, manifest.splits, check.rows, quoted=quoted)
+    if torn and columns.patient is not None:
+        check.problems.append(f"column '{columns.patient}': {torn}")
     if check.problems:
         raise _refusal(path, "; ".join(check.problems))
     return manifest

@@ -86,9 +86,7 @@ class ManifestColumns:
             if cell in _MISSING:
                 missing.append(f"row {row}")
             else:
-                outside.append(
-                    f"row {row}, '{cell}'{nearest(cell, classes)}; expected {listed(classes, 12, last='or')}"
-                )
+                outside.append(f"row {row}, {_instead(cell, classes)}")
         self._report(column, "row without a label", "rows without a label", missing)
         self._report(column, "label outside the classes", "labels outside the classes", outside)
         return np.array([index_of.get(cell, 0) for cell in cells], dtype=np.int64)
@@ -116,9 +114,7 @@ class ManifestColumns:
                 expected = "an empty cell" if no_finding is None else f"'{no_finding}'"
                 missing.append(f"row {row}, '{words[0]}'; expected {expected} where there is no finding")
             elif strange:
-                unknown.append(
-                    f"row {row}, '{strange[0]}'{nearest(strange[0], classes)}; expected {listed(classes, 12, last='or')}"
-                )
+                unknown.append(f"row {row}, {_instead(strange[0], classes)}")
             elif len(found) < len(words):
                 torn.append(f"row {row}, '{SEPARATOR.join(words)}'; keep one or the other")
             elif len(set(found)) < len(found):
@@ -160,8 +156,7 @@ class ManifestColumns:
 
     def texts(self, column: str) -> tuple[str | None, ...]:
         """Return free text. A column of numbers is surely not the one that was meant."""
-        cells = self._cells(column)
-        texts = tuple(None if cell in _MISSING else cell for cell in cells)
+        texts = self.file_names(column)
         present = [text for text in texts if text is not None]
         if not present:
             self.problems.append(f"column '{column}' is empty in every row; expected text")
@@ -212,13 +207,6 @@ class ManifestColumns:
         ]
         self._report(column, "image in more than one row", "images in more than one row", repeated)
 
-    def patients_in_one_split(
-        self, column: str, patients: np.ndarray, splits: np.ndarray, *, quoted: bool = True
-    ) -> None:
-        """A patient in train and in test makes the test worthless."""
-        if torn := torn_patients(patients, splits, self.rows, quoted=quoted):
-            self.problems.append(f"column '{column}': {torn}")
-
     def _numbers(self, column: str, declared: NumberColumn) -> tuple[float | None, ...]:
         values: list[float | None] = []
         wrong: list[str] = []
@@ -243,8 +231,7 @@ class ManifestColumns:
             known = cell in declared.values
             values.append(cell if known else None)
             if not known and cell not in _MISSING:
-                expected = f"{nearest(cell, declared.values)}; expected {listed(declared.values, 12, last='or')}"
-                other.append(f"row {row}, '{cell}'{expected}")
+                other.append(f"row {row}, {_instead(cell, declared.values)}")
         self._report(column, "value that is not declared", "values that are not declared", other)
         return tuple(values)
 
@@ -256,19 +243,26 @@ class ManifestColumns:
             self.problems.append(f"column '{column}': {counted(kind, kinds, found)}")
 
 
-def torn_patients(patients: np.ndarray, splits: np.ndarray, rows: np.ndarray, *, quoted: bool) -> str:
-    """Return which patients are in more than one split, all (n,); an empty text where none is."""
+def torn_patients(patients: np.ndarray, splits: np.ndarray | None, rows: np.ndarray, *, quoted: bool) -> str:
+    """Return which patients are in more than one split, all (n,); an empty text where none is.
+
+    A patient in train and in test makes the test worthless.
+    """
     torn: list[str] = []
     for patient, found in _positions(patients).items():
         first_row: dict[str, int] = {}
         for index in found:
-            if splits[index] in SPLITS:
+            if splits is not None and splits[index] in SPLITS:
                 first_row.setdefault(str(splits[index]), int(rows[index]))
         if len(first_row) > 1 and patient not in _MISSING:
             where = " and ".join(f"{split} (row {row})" for split, row in first_row.items())
             who = f"'{patient}' in " if quoted else ""
             torn.append(f"{who}{where}; put all rows of a patient into one split")
     return counted("patient in more than one split", "patients in more than one split", torn) if torn else ""
+
+
+def _instead(cell: str, names: Sequence[str]) -> str:
+    return f"'{cell}'{nearest(cell, names)}; expected {listed(names, 12, last='or')}"
 
 
 def _same_number(cell: str) -> str:

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from chainward_client.data.description import ImageShape
-from chainward_client.data.images import decode_all, deep, open_image, to_channels
-from chainward_client.data.placement import fit_image, placement
+from chainward_client.data.images import decode_all, deep, fit_image, open_image, placement, to_channels
 from chainward_client.data.scale import Scale
 from chainward_client.data.unusable import ImageProblem, UnusableFiles, counted
 from chainward_shared.errors import DataError
@@ -127,9 +126,9 @@ def box_masks(
         if min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1:
             outside.append(f"{shown}, the image is {width}x{height}; expected pixels of the original image")
             continue
-        where = placement(width, height, shape.size, shape.fit)
-        columns = _covered(x0, x1, where.source[0::2], where.target[0::2])
-        lines = _covered(y0, y1, where.source[1::2], where.target[1::2])
+        source, target = placement(width, height, shape.size, shape.fit)
+        columns = _covered(x0, x1, source[0::2], target[0::2])
+        lines = _covered(y0, y1, source[1::2], target[1::2])
         mask[lines, columns] = 1
     problems = []
     if empty:

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Scale:
     low: float
     high: float
     images: int = 0
-    values: np.ndarray | None = None
+    values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
 
     def unit(self, values: np.ndarray) -> np.ndarray:
         """Return float64, 0 for black to 1 for white."""
@@ -65,7 +65,7 @@ class Scale:
 
         A bar's height goes with the square root of its count, so that tissue is seen beside a black background.
         """
-        if self.values is None or not len(self.values):
+        if not len(self.values):
             return ""
         counts, edges = np.histogram(self.values, bars)
         heights = np.ceil(np.sqrt(counts / counts.max()) * (len(_BARS) - 1)).astype(int)

@@ -20,7 +20,9 @@ _PLAIN = ("classes", "task", "notes", "has_patient_ids", "left_out")
 def snapshot(data: SiteData) -> dict[str, Any]:
     """Return all of a deployed site's data that is neither pixels, nor the site's secret, nor in its data file."""
     return {name: getattr(data, name) for name in _PLAIN} | {
-        "scale": None if data.scale is None else _of_scale(data.scale),
+        "scale": None
+        if (found := data.scale) is None
+        else [found.low, found.high, found.images, found.values.tolist()],
         "splits": {split: _of_cases(data.splits[split]) for split in SPLITS},
     }
 
@@ -52,12 +54,15 @@ def restored(
         if content["task"] == "multilabel":
             labels = labels.reshape(-1, len(content["classes"]))
         splits[split] = Cases(images[start:end], labels, np.array(of_split["patients"], dtype=str), privileged)
-    scale = content["scale"]
+    scale = None
+    if content["scale"] is not None:
+        *measured, values = content["scale"]
+        scale = Scale(*measured, np.array(values, dtype=np.float32))
     return SiteData(
         site,
         splits=splits,
         privileged=privileged_setup(description),
-        scale=None if scale is None else _scale(*scale),
+        scale=scale,
         preparation=description.preparation,
         key=key,
         **{name: _tuples(content[name]) for name in _PLAIN},
@@ -69,14 +74,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(of_name) for name, of_name in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def _of_scale(scale: Scale) -> list[Any]:
-    return [scale.low, scale.high, scale.images, None if scale.values is None else scale.values.tolist()]
-
-
-def _scale(low: float, high: float, images: int, values: list[float] | None) -> Scale:
-    return Scale(low, high, images, None if values is None else np.array(values, dtype=np.float32))
 
 
 def _of_cases(cases: Cases) -> dict[str, Any]:

@@ -110,27 +110,24 @@ def site_data(
     DataError
         An image can't be used, or no row is for training.
     """
-    by_split = [rows[splits[rows] == split] for split in SPLITS]
-    if len(by_split[0]) == 0:
+    # Decoded together, so that one message counts all unusable images of the site.
+    wanted = np.concatenate([rows[splits[rows] == split] for split in SPLITS])
+    if not np.any(splits[wanted] == "train"):
         raise DataError(
             f"Site '{site}' has {number_of(len(rows), 'case')} but none for training; "
             + ("too few to be divided" if table.splits is None else "check its split column")
         )
-    # Decoded together, so that one message counts all unusable images of the site.
-    wanted = np.concatenate(by_split)
     (cases, found), kept, left_out = decode(table, wanted)
     notes += found
     if left_out:
         notes += (f"{len(left_out)} of {len(wanted)} images left out: their files can't be used (unusable: leave-out)",)
-        by_split = [part[np.isin(part, kept)] for part in by_split]
-        if len(by_split[0]) == 0:
-            raise DataError(f"Site '{site}' has no case for training once {len(left_out)} unusable files are left out")
+    sizes = [np.count_nonzero(splits[kept] == split) for split in SPLITS]
+    if not sizes[0]:
+        raise DataError(f"Site '{site}' has no case for training once {len(left_out)} unusable files are left out")
     if table.scale.measured is not None:
         notes += (table.scale.measured.note,)
-    ends = np.cumsum([len(part) for part in by_split]).tolist()
-    data = {
-        split: cases.take(slice(end - len(part), end)) for split, part, end in zip(SPLITS, by_split, ends, strict=True)
-    }
+    ends = np.cumsum(sizes).tolist()
+    data = {split: cases.take(slice(end - size, end)) for split, size, end in zip(SPLITS, sizes, ends, strict=True)}
     notes += _lost_regions(table, kept, cases)
     opened = SiteData(
         site,

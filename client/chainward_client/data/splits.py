@@ -35,11 +35,6 @@ def strata(labels: np.ndarray) -> np.ndarray:
     return found
 
 
-def num_strata(labels: np.ndarray, classes: int) -> int:
-    """Return how many strata cases of `classes` classes can have."""
-    return classes if labels.ndim == 1 else classes + 1
-
-
 def keyed_fractions(patients: np.ndarray, key: bytes, purpose: str) -> np.ndarray:
     """Return a number in [0, 1) for the patient of every row, float64 (n,): HMAC-SHA-256 of the patient's id.
 
@@ -103,7 +98,8 @@ def split_by_patient(
     -------
     str (n,)
     """
-    labels, num_classes = strata(labels), num_strata(labels, num_classes)
+    if labels.ndim == 2:
+        labels, num_classes = strata(labels), num_classes + 1  # one past the last finding: none
     ids, patient_of = np.unique(patients, return_inverse=True)
     class_of, size_of = patient_classes(labels, patient_of, len(ids), num_classes)
     fractions = np.array([_SPLIT_FRACTIONS[split] for split in SPLITS])

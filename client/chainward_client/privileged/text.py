@@ -51,12 +51,6 @@ def label_pattern(words: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile(rf"(?<![^\W_])(?:{'|'.join(alternatives)})(?![^\W_])", re.IGNORECASE)
 
 
-def blanked(text: str, words: Sequence[str]) -> str:
-    """Return `text` without `words`, found as by `label_pattern`; all else stays."""
-    pattern = label_pattern(words)
-    return text if pattern is None else pattern.sub(" ", text)
-
-
 def text_vectors(
     texts: Sequence[str | None], features: int, *, blank: Sequence[str] = (), encoder: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

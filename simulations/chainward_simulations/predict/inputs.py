@@ -20,9 +20,8 @@ from chainward_client.data.dicom_picture import picture
 from chainward_client.data.dicom_settings import DicomBlock, OwnWindow
 from chainward_client.data.formats.dicom import EXTENSIONS, DicomManifest
 from chainward_client.data.image_store import ImageStore, files_below
-from chainward_client.data.images import open_image, to_channels
+from chainward_client.data.images import fit_image, open_image, to_channels
 from chainward_client.data.manifest_file import read_cells
-from chainward_client.data.placement import fit_image
 from chainward_client.data.scale import Scale
 from chainward_client.data.sources import read_table
 from chainward_client.data.table import Table

@@ -181,10 +181,7 @@ def read_dicom(description: DicomDescription) -> DicomManifest:
                 "patients": patients,
                 "notes": ("no patient column: PatientID says which files are of one patient",),
             }
-            # A patient in train and in test makes the test worthless.
-            if manifest.splits is not None and (
-                torn := torn_patients(patients, manifest.splits, manifest.rows, quoted=False)
-            ):
+            if torn := torn_patients(patients, manifest.splits, manifest.rows, quoted=False):
                 raise DataError(f"{manifest.description.manifest.name}: PatientID of the files: {torn}")
     return DicomManifest(**found, members=tuple(members))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -31,43 +30,11 @@ _SPLITS = {
 }
 
 
-@dataclass(frozen=True)
-class FolderLayout:
-    """The images of a folder or zip, by what their folders are called.
+def folder_rows(location: Path) -> list[list[str]]:
+    """Return header and rows of the manifest that says the same as the folders of a folder or zip: image, label, perhaps split.
 
-    Attributes
-    ----------
-    images : paths inside the location, sorted
-    labels : the class of each
-    splits : train, val or test of each; empty where folders are classes at once
-    classes : names of the classes that occur, sorted
-    """
-
-    images: tuple[str, ...]
-    labels: tuple[str, ...]
-    splits: tuple[str, ...]
-
-    @property
-    def has_splits(self) -> bool:
-        """Return whether the uppermost folders are splits."""
-        return bool(self.splits)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Return the names of the classes that occur, sorted."""
-        return tuple(sorted(set(self.labels)))
-
-    def rows(self) -> list[list[str]]:
-        """Return header and rows of the manifest that says the same."""
-        names = ["image", "label", *(["split"] if self.splits else [])]
-        columns = [self.images, self.labels, *([self.splits] if self.splits else [])]
-        return [names, *(list(row) for row in zip(*columns, strict=True))]
-
-
-def folder_layout(location: Path) -> FolderLayout:
-    """Return the images below a folder, or in a zip, with what their folders say of them.
-
-    Files that are no images by their ending, and hidden files and folders, are passed over.
+    Images are paths inside the location, sorted. Files that are no images by their ending, and hidden files and folders, are
+    passed over.
 
     Raises
     ------
@@ -92,11 +59,11 @@ def folder_layout(location: Path) -> FolderLayout:
         raise DataError(
             f"{location.name}: {counted('image in no class folder', 'images in no class folder', stray, 3)}; expected {where}"
         )
-    return FolderLayout(
-        images=tuple(map(str, paths)),
-        labels=tuple(path.parts[class_at] for path in paths),
-        splits=tuple(_SPLITS[path.parts[top].lower()] for path in paths) if has_splits else (),
-    )
+    rows = [[str(path), path.parts[class_at]] for path in paths]
+    if not has_splits:
+        return [["image", "label"], *rows]
+    splits = [_SPLITS[path.parts[top].lower()] for path in paths]
+    return [["image", "label", "split"], *([*row, split] for row, split in zip(rows, splits, strict=True))]
 
 
 def _common_folders(paths: list[PurePosixPath]) -> int:
@@ -134,9 +101,9 @@ class FoldersDescription(ManifestDescription):
     def _as_a_manifest(cls, block: Any, info: ValidationInfo) -> Any:
         if not isinstance(block, Mapping):
             return block
-        foreign = [str(key) for key in block if key not in ("format", "images", "classes", "image", "unusable")]
+        known = ("format", "images", "classes", "image", "unusable")
+        foreign = [str(key) for key in block if key not in known]
         if foreign:
-            known = ("format", "images", "classes", "image", "unusable")
             named = ", ".join(f"'{key}'{nearest(key, known)}" for key in foreign)
             raise ValueError(
                 f"'format: folders' has no key {named}; known: {', '.join(known)}. More needs a manifest: "
@@ -145,12 +112,12 @@ class FoldersDescription(ManifestDescription):
         if not isinstance(block.get("images"), str | Path):
             return block
         location = folder_or_zip(beside_data_file(Path(block["images"]), info))
-        layout = folder_layout(location)
-        columns = {"image": "image", "label": "label"} | ({"split": "split"} if layout.has_splits else {})
-        return {**block, "manifest": location, "classes": block.get("classes") or layout.classes, "columns": columns}
+        header, *rows = folder_rows(location)
+        classes = block.get("classes") or sorted({row[1] for row in rows})
+        return {**block, "manifest": location, "classes": classes, "columns": {name: name for name in header}}
 
 
 @data_format("folders", FoldersDescription, keeps_decoded=True)
 def read_folders(description: FoldersDescription) -> Manifest:
     """Return the checked manifest that the folders stand for."""
-    return read_manifest(description, cells_of(folder_layout(description.image_location).rows()))
+    return read_manifest(description, cells_of(folder_rows(description.image_location)))
