@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,33 +23,27 @@ _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 
 @dataclass(frozen=True)
 class GreyValues:
-    """The values of a grey image in the units of its modality, and what is to decide which are black and which white.
+    """The values of a grey image in the units of its modality, and how they are shown.
 
     Attributes
     ----------
     values : (rows, columns)
     padding : where the image is filled up; None if nowhere
-    contrast : what decides
-    tables, windows : the file's VOI LUTs and windows
-    edges : lowest and highest value that the stored bits can hold; None for floating-point pixels
+    contrast : what decides which are black and which white
+    views : number of the file's VOI LUTs, or else of its windows
+    shown : returns the values as 0, black, to 1, white (what lies beyond is cut off); None: the scale of the data set does
     """
 
     values: np.ndarray
     padding: np.ndarray | None
     contrast: Contrast
-    tables: Sequence[Header]
-    windows: Sequence[tuple[float, float]]
-    edges: tuple[float, float] | None
-
-    @property
-    def views(self) -> int:
-        """Return the number of the file's VOI LUTs, or else of its windows."""
-        return len(self.tables) or len(self.windows)
+    views: int
+    shown: Callable[[], np.ndarray] | None
 
     @property
     def measurable(self) -> np.ndarray | None:
         """Return the values if the scale of the data set decides, without padding; else None."""
-        if self.contrast != "scale of the set":
+        if self.shown is not None:
             return None
         return self.values if self.padding is None else self.values[~self.padding]
 
@@ -63,40 +58,32 @@ def grey_values(header: Header, stored: Stored, block: DicomBlock) -> GreyValues
     """
     padding = _padding(header, stored)
     values, bits = _modality(header, stored)
-    tables, windows = header.items("VOILUTSequence"), windows_of(header.group("FrameVOILUTSequence", "WindowCenter"))
+    group = header.group("FrameVOILUTSequence", "WindowCenter")
+    tables, windows = header.items("VOILUTSequence"), windows_of(group)
     views = len(tables) or len(windows)
     contrast: Contrast = "scale of the set"
+    shown: Callable[[], np.ndarray] | None = None
     if block.window is not None:
         contrast = "own window"
-    elif views or block.view > 1:
-        if block.view > views:
-            raise ImageProblem("{} without the view asked for", f"{views} in the file; dicom.view is {block.view}")
-        contrast = "VOI LUT" if tables else "window"
-    elif bits is not None and bits[1] <= 8:
-        contrast = "all bits"
-    return GreyValues(values, padding, contrast, tables, windows, None if bits is None else bits[2:])
-
-
-def grey_picture(
-    header: Header, grey: GreyValues, photometric: str, block: DicomBlock, scale: Callable[[], Scale] | None
-) -> np.ndarray:
-    """Return uint8 (rows, columns); without a `scale` of a data set, a file is a data set of its own."""
-    shown: np.ndarray
-    if grey.contrast == "own window" and block.window is not None:
-        shown = _windowed(grey.values, block.window.center, block.window.width, "LINEAR_EXACT")
-    elif grey.contrast == "VOI LUT":
-        table, depth = _lookup(grey.tables[block.view - 1], grey.values, "VOILUTSequence", header)
-        shown = table / (2.0**depth - 1)
-    elif grey.contrast == "window":
-        group = header.group("FrameVOILUTSequence", "WindowCenter")
+        shown = partial(_windowed, values, block.window.center, block.window.width, "LINEAR_EXACT")
+    elif block.view > max(views, 1):
+        raise ImageProblem("{} without the view asked for", f"{views} in the file; dicom.view is {block.view}")
+    elif tables:
+        contrast, shown = "VOI LUT", partial(_looked_up, tables[block.view - 1], values, header)
+    elif windows:
         function = group.word("VOILUTFunction", ("LINEAR", "LINEAR_EXACT", "SIGMOID")) or "LINEAR"
-        shown = _windowed(grey.values, *grey.windows[block.view - 1], function)
-    elif grey.contrast == "all bits" and grey.edges is not None:
-        low, high = grey.edges
-        shown = (grey.values.astype(np.float64) - low) / (high - low)
+        contrast, shown = "window", partial(_windowed, values, *windows[block.view - 1], function)
+    elif bits is not None and bits[0] <= 8:
+        contrast, shown = "all bits", partial(Scale(*bits[1:]).unit, values)
+    return GreyValues(values, padding, contrast, views, shown)
+
+
+def grey_picture(grey: GreyValues, photometric: str, scale: Callable[[], Scale] | None) -> np.ndarray:
+    """Return uint8 (rows, columns); without a `scale` of a data set, a file is a data set of its own."""
+    if grey.shown is not None:
+        shown = np.clip(grey.shown(), 0.0, 1.0)
     else:
         shown = (measure(1, lambda _: grey.measurable) if scale is None else scale()).unit(grey.values)
-    shown = np.clip(shown, 0.0, 1.0)
     if photometric == "MONOCHROME1":
         shown = 1.0 - shown
     if grey.padding is not None:
@@ -116,20 +103,17 @@ def _padding(header: Header, stored: Stored) -> np.ndarray | None:
     return padding if padding.any() else None
 
 
-_Bits = tuple[str, int, float, float]
-
-
-def _modality(header: Header, pixels: Stored) -> tuple[np.ndarray, _Bits | None]:
+def _modality(header: Header, pixels: Stored) -> tuple[np.ndarray, tuple[int, float, float] | None]:
     """Return the values in the units of the modality (Hounsfield units in CT).
 
-    The second is where they come from, how many bits they have, and the lowest and highest value that such bits can hold;
-    None for floating-point pixels.
+    The second is how many bits they have, and the lowest and highest value that such bits can hold; None for floating-point
+    pixels.
     """
     stored = pixels.values
     tables = header.items("ModalityLUTSequence")
     if tables:
         values, depth = _lookup(tables[0], stored, "ModalityLUTSequence", header)
-        return values, ("table", depth, 0.0, 2.0**depth - 1)
+        return values, (depth, 0.0, 2.0**depth - 1)
     group = header.group("PixelValueTransformationSequence", "RescaleSlope")
     slope, intercept = group.numbers("RescaleSlope"), group.numbers("RescaleIntercept")
     if bool(slope) != bool(intercept):
@@ -141,21 +125,19 @@ def _modality(header: Header, pixels: Stored) -> tuple[np.ndarray, _Bits | None]
         )
     if slope and slope[0] == 0:
         raise ImageProblem("{} without rescale", "RescaleSlope is 0")
-    bits: _Bits | None = None
+    bits = None
     if np.issubdtype(stored.dtype, np.integer):
         depth, signed = pixels.format.bits, pixels.format.signed
         low, high = (-(2.0 ** (depth - 1)), 2.0 ** (depth - 1) - 1) if signed else (0.0, 2.0**depth - 1)
-        bits = ("bits", depth, low, high)
+        bits = (depth, low, high)
     if not slope or (slope[0] == 1 and intercept[0] == 0):
         return stored, bits
     values = stored.astype(np.float64) * slope[0] + intercept[0]
     if not np.isfinite(values).all():
         raise unreadable("RescaleSlope makes the pixels infinite")
     if bits is not None:
-        edges = [edge * slope[0] + intercept[0] for edge in bits[2:]]
-        bits = ("bits", bits[1], edges[0], edges[1])
-        if slope[0] < 0:
-            bits = ("bits", bits[1], edges[1], edges[0])
+        low, high = sorted(edge * slope[0] + intercept[0] for edge in bits[1:])
+        bits = (bits[0], low, high)
     return values, bits
 
 
@@ -180,6 +162,13 @@ def _lookup(item: Header, values: np.ndarray, sequence: str, header: Header) -> 
         first += 2**16
     positions = np.clip(values.astype(np.float64) - first, 0, count - 1).astype(np.int64)
     return np.minimum(entries[positions], 2**depth - 1), depth
+
+
+def _looked_up(item: Header, values: np.ndarray, header: Header) -> np.ndarray:
+    """Return the values within a VOI LUT as 0 to 1."""
+    table, depth = _lookup(item, values, "VOILUTSequence", header)
+    found: np.ndarray = table / (2.0**depth - 1)
+    return found
 
 
 def _meant_as_unsigned(first: int, values: np.ndarray) -> bool:

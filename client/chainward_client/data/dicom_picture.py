@@ -83,7 +83,7 @@ def picture(dataset: FileDataset, block: DicomBlock, scale: Callable[[], Scale] 
     if photometric in ("MONOCHROME1", "MONOCHROME2"):
         values = grey_values(header, pixels, block)
         contrast, views = values.contrast, values.views
-        grey = grey_picture(header, values, photometric, block, scale)
+        grey = grey_picture(values, photometric, scale)
     else:
         grey = _colour(header, pixels)
     image = Image.fromarray(grey)

@@ -107,35 +107,35 @@ def read_npz(description: NpzDescription) -> NpzCases:
             there = ", ".join(archive.files) or "nothing"
             raise DataError(f"{path.name} lacks {', '.join(missing)}; arrays there: {there}")
         read = _findings if description.task == "multilabel" else _labels
-        labels = {split: read(archive, path, split) for split in SPLITS}
+        of_splits = [read(archive, path, split) for split in SPLITS]
+    sizes = [len(values) for values in of_splits]
+    splits, positions = np.repeat(np.array(SPLITS), sizes), np.concatenate([np.arange(size) for size in sizes])
     notes: tuple[str, ...] = (NO_PATIENTS,)
-    kept = {split: np.arange(len(values)) for split, values in labels.items()}
     if description.task == "multilabel":
-        columns = max(values.shape[1] for values in labels.values())
-        classes = description.classes or tuple(map(str, range(columns)))
-        _check_findings(path, labels, classes)
-        labels = {split: values.astype(np.float32) for split, values in labels.items()}
+        classes = description.classes or tuple(map(str, range(max(values.shape[1] for values in of_splits))))
+        _check_findings(path, of_splits, classes)
+        labels = np.concatenate(of_splits).astype(np.float32)
     else:
-        kept = {split: np.flatnonzero(~np.isin(values, description.ignore_labels)) for split, values in labels.items()}
-        ignored = sum(len(labels[split]) - len(kept[split]) for split in SPLITS)
-        if ignored:
-            notes += (f"{ignored} images left out: their label is one of ignore_labels",)
-        labels = {split: labels[split][kept[split]] for split in SPLITS}
-        classes = description.classes or _occurring(path, labels)
-        labels = _indices(path, labels, classes)
+        values = np.concatenate(of_splits)
+        kept = ~np.isin(values, description.ignore_labels)
+        values, splits, positions = values[kept], splits[kept], positions[kept]
+        if not kept.all():
+            notes += (f"{np.count_nonzero(~kept)} images left out: their label is one of ignore_labels",)
+        classes = description.classes or _occurring(path, values, splits)
+        labels = _indices(path, values, splits, classes)
     return NpzCases(
         description=description,
         classes=classes,
-        labels=np.concatenate([labels[split] for split in SPLITS]),
-        patients=np.array([f"{split}-{index}" for split in SPLITS for index in kept[split]]),
-        splits=np.repeat(np.array(SPLITS), [len(kept[split]) for split in SPLITS]),
-        positions=np.concatenate([kept[split] for split in SPLITS]),
+        labels=labels,
+        patients=np.array([f"{split}-{index}" for split, index in zip(splits, positions, strict=True)]),
+        splits=splits,
+        positions=positions,
         notes=notes,
     )
 
 
 def _labels(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.ndarray:
-    """Return whole numbers (n,), of whatever type."""
+    """Return whole numbers (n,), int64 or, where they may be too large for that, Python's."""
     values = archive[f"{split}_labels"]
     if values.ndim == 2 and values.shape[1] > 1:
         raise DataError(
@@ -145,16 +145,15 @@ def _labels(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np.n
     whole = values.dtype == bool or np.issubdtype(values.dtype, np.integer)
     if np.issubdtype(values.dtype, np.floating) and np.isfinite(values).all() and (np.abs(values) < 2**53).all():
         whole = bool((values == np.floor(values)).all())
-        values = values.astype(np.int64) if whole else values
     if values.ndim not in (1, 2) or not whole:
         raise DataError(
             f"{path.name}: {split}_labels is {values.dtype} {values.shape}; expected whole numbers, (n,) or (n, 1)"
         )
     flat: np.ndarray = values.reshape(-1)
-    return flat.astype(np.int64) if flat.dtype == bool else flat
+    return flat.astype(object if flat.dtype == np.uint64 else np.int64)
 
 
-def _occurring(path: Path, labels: dict[SplitName, np.ndarray]) -> tuple[str, ...]:
+def _occurring(path: Path, labels: np.ndarray, splits: np.ndarray) -> tuple[str, ...]:
     """Return the labels that occur as names of classes.
 
     Raises
@@ -162,20 +161,21 @@ def _occurring(path: Path, labels: dict[SplitName, np.ndarray]) -> tuple[str, ..
     DataError
         If one can hardly be a class: below 0, or far above the number of labels that there are.
     """
-    values = sorted({int(value) for split in SPLITS for value in np.unique(labels[split])})
+    values = np.unique(labels).tolist()
     stray = [value for value in values if value < 0 or value >= 2 * max(2, len(values))]
     if stray:
         others = [str(value) for value in values if value not in stray]
         raise DataError(
-            f"{path.name}: {_strange(labels, stray)}; the other labels are {', '.join(others[:12]) or 'none'}. If it means that "
-            f"nobody has labelled the image, set ignore_labels: [{stray[0]}]; if it is a class, name all of them with 'classes'"
+            f"{path.name}: {_strange(labels, splits, stray)}; the other labels are {', '.join(others[:12]) or 'none'}. If it "
+            f"means that nobody has labelled the image, set ignore_labels: [{stray[0]}]; if it is a class, name all of them with "
+            "'classes'"
         )
     if len(values) < 2:
         raise DataError(f"{path.name} holds {len(values)} class; expected at least 2")
     return tuple(map(str, values))
 
 
-def _indices(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str, ...]) -> dict[SplitName, np.ndarray]:
+def _indices(path: Path, labels: np.ndarray, splits: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
     """Return int64 class indices. Labels are names where all classes are numbers, else indices.
 
     Raises
@@ -185,27 +185,21 @@ def _indices(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str
     """
     by_name = all(name.lstrip("-").isdigit() for name in classes)
     index_of = {int(name) if by_name else index: index for index, name in enumerate(classes)}
-    indices: dict[SplitName, np.ndarray] = {}
-    stray: list[int] = []
-    for split, values in labels.items():
-        kinds, inverse = np.unique(values, return_inverse=True)
-        stray += [int(kind) for kind in kinds if int(kind) not in index_of]
-        known = np.array([index_of.get(int(kind), 0) for kind in kinds], dtype=np.int64)
-        indices[split] = known[inverse.reshape(-1)]
-    if stray:
+    kinds, inverse = np.unique(labels, return_inverse=True)
+    if stray := [kind for kind in kinds.tolist() if kind not in index_of]:
         expected = ", ".join(classes[:12]) if by_name else f"0 to {len(classes) - 1}"
         raise DataError(
-            f"{path.name}: {_strange(labels, sorted(set(stray)))}; expected {expected}. ignore_labels leaves out what "
-            "nobody has labelled"
+            f"{path.name}: {_strange(labels, splits, stray)}; expected {expected}. ignore_labels leaves out what nobody has "
+            "labelled"
         )
-    return indices
+    return np.array([index_of[kind] for kind in kinds.tolist()], dtype=np.int64)[inverse]
 
 
-def _strange(labels: dict[SplitName, np.ndarray], stray: list[int]) -> str:
+def _strange(labels: np.ndarray, splits: np.ndarray, stray: list[int]) -> str:
     """Return ``"a label outside the classes: 255 (8 in train, 2 in test)"``."""
     shown = []
     for value in stray[:5]:
-        counts = {split: int((labels[split] == value).sum()) for split in SPLITS}
+        counts = {split: np.count_nonzero((labels == value) & (splits == split)) for split in SPLITS}
         shown.append(f"{value} ({', '.join(f'{count} in {split}' for split, count in counts.items() if count)})")
     more = f" and {len(stray) - 5} more" if len(stray) > 5 else ""
     what = "a label outside the classes" if len(stray) == 1 else f"{len(stray)} labels outside the classes"
@@ -225,8 +219,8 @@ def _findings(archive: np.lib.npyio.NpzFile, path: Path, split: SplitName) -> np
     return values
 
 
-def _check_findings(path: Path, labels: dict[SplitName, np.ndarray], classes: tuple[str, ...]) -> None:
-    for split, values in labels.items():
+def _check_findings(path: Path, labels: list[np.ndarray], classes: tuple[str, ...]) -> None:
+    for split, values in zip(SPLITS, labels, strict=True):
         if values.shape[1] != len(classes):
             raise DataError(
                 f"{path.name}: {split}_labels has {values.shape[1]} columns; expected one for each of the "
@@ -234,7 +228,7 @@ def _check_findings(path: Path, labels: dict[SplitName, np.ndarray], classes: tu
             )
     problems = [
         f"{split}_labels[{row}, {column}] is {values[row, column]}"
-        for split, values in labels.items()
+        for split, values in zip(SPLITS, labels, strict=True)
         for row, column in np.argwhere((values != 0) & (values != 1))
     ]
     if problems:
