@@ -21,8 +21,8 @@ import chainward_client.data.decoded_store as decoded_store
 import chainward_client.data.decoding as decoding
 import chainward_client.data.images as images_module
 from chainward_client.data import dicom_headers
-from chainward_client.data.decoded_rows import IMAGES, JOURNAL
 from chainward_client.data.decoded_store import INDEX, DecodedStore
+from chainward_client.data.decoding import IMAGES, JOURNAL
 from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SPLITS, SiteData
 from chainward_client.data.sources import local_site

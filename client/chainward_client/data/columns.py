@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, model_validator
 
 from chainward_shared.errors import nearest
 
@@ -30,6 +30,10 @@ class Block(BaseModel):
             named = ", ".join(f"'{key}'{nearest(key, known)}" for key in unknown)
             raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {named}; known: {', '.join(known)}")
         return block
+
+
+NOTHING_MEANS_DEFAULTS = BeforeValidator(lambda block: {} if block is None else block)
+"""Of a mapping: the key with nothing behind it is like leaving it out."""
 
 
 class NumberColumn(Block):
@@ -124,7 +128,9 @@ class Columns(Block):
         return named | {f"tabular.{name}": name for name in self.tabular}
 
 
-def refuse_repeats(names: tuple[str, ...], what: str) -> None:
+def refuse_repeats(names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """Return `names` if they differ from each other."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{what} '{repeated[0]}' is given more than once")
+    return names

@@ -21,25 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from chainward_client.data.decoded_rows import (
+from chainward_client.data.decoding import (
     IMAGES,
     JOURNAL,
     MASKS,
+    Decoding,
     KeptRow,
+    NoRoom,
     read_row,
     row_keys,
     signed,
     verified,
 )
-from chainward_client.data.decoding import Decoding, NoRoom
 from chainward_client.data.description import DataDescription, load_description
 from chainward_client.data.dicom_headers import digest_with
 from chainward_client.data.formats import format_of
 from chainward_client.data.image_store import files_below, keep_open, stamp
-from chainward_client.data.site_data import SiteData
-from chainward_client.data.snapshot import restored, snapshot
-from chainward_client.data.sources import Decoded, decoded_in_memory, local_site
+from chainward_client.data.scale import Scale
+from chainward_client.data.site_data import SPLITS, Cases, PrivilegedCases, SiteData
+from chainward_client.data.sources import Decoded, decoded_in_memory, local_site, privileged_setup
 from chainward_client.data.table import Table
 from chainward_client.data.unusable import UnusableFiles
 from chainward_client.kept_files import installed, mapped
@@ -55,6 +57,9 @@ LONGEST = 30 * 86_400.0
 INDEX = "index.json"
 TRIED = 32
 """Images whose digests are compared whenever the store is opened."""
+
+_PLAIN = ("classes", "task", "notes", "has_patient_ids", "left_out")
+"""What of a site's data is JSON as it is, but for its tuples."""
 
 _DECODERS = (
     "chainward",
@@ -179,10 +184,34 @@ class DecodedStore:
         )
 
     def _opened(self, folder: Path, content: dict[str, Any], description: DataDescription) -> SiteData:
-        shape = (content["rows"], *content["shape"])
-        masks = mapped(folder / MASKS, np.uint8, (shape[0], *shape[2:])) if content["masks"] else None
+        """Return the data that `_beside_pixels` was made of."""
+        shape, data = (content["rows"], *content["shape"]), content["data"]
         images = mapped(folder / IMAGES, np.uint8, shape)
-        return restored(content["data"], images, masks, site=self.site, key=self.key, description=description)
+        masks = mapped(folder / MASKS, np.uint8, (shape[0], *shape[2:])) if content["masks"] else None
+        splits, end = {}, 0
+        for split in SPLITS:
+            of_split = data["splits"][split]
+            start, end = end, end + len(of_split["labels"])
+            labels = torch.tensor(of_split["labels"], dtype=torch.int64 if data["task"] == "single" else torch.float32)
+            if data["task"] == "multilabel":
+                labels = labels.reshape(-1, len(data["classes"]))
+            privileged = PrivilegedCases(
+                _tuples(of_split["texts"]), _tuples(of_split["table"]), None if masks is None else masks[start:end]
+            )
+            splits[split] = Cases(images[start:end], labels, np.array(of_split["patients"], dtype=str), privileged)
+        scale = None
+        if data["scale"] is not None:
+            *measured, values = data["scale"]
+            scale = Scale(*measured, np.array(values, dtype=np.float32))
+        return SiteData(
+            self.site,
+            splits=splits,
+            privileged=privileged_setup(description),
+            scale=scale,
+            preparation=description.preparation,
+            key=self.key,
+            **{name: _tuples(data[name]) for name in _PLAIN},
+        )
 
     # --- making ---
 
@@ -211,7 +240,7 @@ class DecodedStore:
                 opened = local_site(description, self.site, self.key, decode)
                 if len(making[0].digests) != sum(len(cases) for cases in opened.splits.values()):
                     return opened  # decoded in memory after all
-                self._write_index(folder, making[0], content | {"data": snapshot(opened)})
+                self._write_index(folder, making[0], content | {"data": _beside_pixels(opened)})
         except DataError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -246,3 +275,27 @@ def expected_bytes(data: SiteData) -> int:
 @cache
 def _versions() -> list[str]:
     return [f"{name} {found}" for name in _DECODERS if (found := installed(name)) is not None]
+
+
+def _beside_pixels(data: SiteData) -> dict[str, Any]:
+    """Return all of a deployed site's data that is neither pixels, nor the site's secret, nor in its data file; as for JSON."""
+    scale = data.scale
+    return {name: getattr(data, name) for name in _PLAIN} | {
+        "scale": None if scale is None else [scale.low, scale.high, scale.images, scale.values.tolist()],
+        "splits": {
+            split: {
+                "labels": cases.labels.tolist(),
+                "patients": cases.patients.tolist(),
+                "texts": cases.privileged.texts,
+                "table": None if cases.privileged.table is None else dict(cases.privileged.table),
+            }
+            for split, cases in data.splits.items()
+        },
+    }
+
+
+def _tuples(value: Any) -> Any:
+    """Return lists that JSON made of tuples as tuples again, also in a mapping."""
+    if isinstance(value, dict):
+        return {name: _tuples(of_name) for name, of_name in value.items()}
+    return tuple(value) if isinstance(value, list) else value

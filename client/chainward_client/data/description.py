@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,20 +11,56 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     FiniteFloat,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
-from chainward_client.data.columns import SEPARATOR, Block, Columns, refuse_repeats
+from chainward_client.data.columns import NOTHING_MEANS_DEFAULTS, SEPARATOR, Block, Columns, refuse_repeats
 from chainward_client.data.formats import data_formats
-from chainward_client.data.paths import FilePath, Folder, FolderOrZip
 from chainward_shared.errors import DataError, nearest
 from chainward_shared.preparation import Fit, Preparation
 from chainward_shared.task import Task
 from chainward_shared.words import listed
+
+
+def beside_data_file(path: Path, info: ValidationInfo) -> Path:
+    """Return a path in a data file, which is relative to that file, if there is something."""
+    folder: Path = (info.context or {}).get("folder", Path())
+    path = folder / path
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        raise ValueError(f"there is no {path}; give the path relative to the data file") from None
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    return path
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():  # a pipe is none either: reading one may wait for ever
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path} is {what}; expected a file")
+    return path
+
+
+def folder_or_zip(path: Path) -> Path:
+    if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
+        raise ValueError(f"{path} is neither a folder nor a whole zip")
+    return path
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; expected a folder")
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(_file)]
+Folder = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(_folder)]
+FolderOrZip = Annotated[Path, AfterValidator(beside_data_file), AfterValidator(folder_or_zip)]
 
 
 class ImageShape(Block):
@@ -51,14 +88,9 @@ class ImageShape(Block):
         return self
 
 
-def _class_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    refuse_repeats(names, "class")
-    return names
-
-
-ClassNames = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_class_names)]
-# `image:` with nothing behind it means the defaults, like leaving it out.
-OptionalImageShape = Annotated[ImageShape, BeforeValidator(lambda block: {} if block is None else block)]
+ClassNames = Annotated[
+    tuple[str, ...], Field(min_length=2), AfterValidator(lambda names: refuse_repeats(names, "class"))
+]
 
 
 class PrivilegedBlock(Block):
@@ -74,10 +106,6 @@ class PrivilegedBlock(Block):
     label_words: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     encoder: Folder | None = None
-
-
-# `privileged:` with nothing behind it, likewise.
-OptionalPrivilegedBlock = Annotated[PrivilegedBlock, BeforeValidator(lambda block: {} if block is None else block)]
 
 
 Unusable = Literal["refuse", "leave-out"]
@@ -97,7 +125,7 @@ class DataDescription(Block):
     format: str
     task: Task = "single"
     classes: ClassNames | None = None
-    image: OptionalImageShape = ImageShape()
+    image: Annotated[ImageShape, NOTHING_MEANS_DEFAULTS] = ImageShape()
 
     @property
     def preparation(self) -> Preparation:
@@ -145,7 +173,7 @@ class ManifestDescription(DataDescription):
     columns: Columns
     unusable: Unusable = "refuse"
     ignore_labels: tuple[str, ...] = ()
-    privileged: OptionalPrivilegedBlock = PrivilegedBlock()
+    privileged: Annotated[PrivilegedBlock, NOTHING_MEANS_DEFAULTS] = PrivilegedBlock()
 
     @model_validator(mode="after")
     def _masks_have_a_column(self) -> Self:

@@ -17,7 +17,14 @@ from PIL import Image
 from chainward_client.data.dicom_file import Header, parse
 from chainward_client.data.dicom_format import frame_index
 from chainward_client.data.dicom_geometry import Geometry, geometry_of, known_directions, known_side
-from chainward_client.data.dicom_grey import Contrast, grey_picture, grey_values, lut_entries, windows_of
+from chainward_client.data.dicom_grey import (
+    Contrast,
+    grey_picture,
+    grey_values,
+    lut_descriptor,
+    lut_entries,
+    windows_of,
+)
 from chainward_client.data.dicom_pixels import Stored, stored_values
 from chainward_client.data.dicom_settings import DicomBlock
 from chainward_client.data.scale import Scale
@@ -76,7 +83,7 @@ def picture(dataset: FileDataset, block: DicomBlock, scale: Callable[[], Scale] 
         If the file holds no image, several frames, a transfer syntax without a decoder, damaged pixels, or not what
         `block` relies on.
     """
-    header, pixels = _opened(dataset, block)
+    header, pixels = _opened(dataset, block.frame)
     photometric = pixels.format.photometric
     contrast: Contrast = "colour"
     views = 0
@@ -113,15 +120,15 @@ def deep_values(dataset: FileDataset, block: DicomBlock) -> np.ndarray | None:
     known = Header(dataset, 0)
     if block.window is not None or windows_of(known) or known.get("VOILUTSequence") is not None:
         return None  # before the pixels are decoded
-    header, pixels = _opened(dataset, block)
+    header, pixels = _opened(dataset, block.frame)
     if pixels.format.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         return None
     return grey_values(header, pixels, block).measurable
 
 
-def _opened(dataset: FileDataset, block: DicomBlock) -> tuple[Header, Stored]:
+def _opened(dataset: FileDataset, wanted: int | None) -> tuple[Header, Stored]:
     header = Header(dataset, 0)
-    frame = frame_index(header, block.frame)
+    frame = frame_index(header, wanted)
     header = Header(dataset, frame, header.oddities)
     return header, stored_values(header, frame)
 
@@ -134,8 +141,7 @@ def mask_image(data: bytes) -> Image.Image:
     ImageProblem
         As `picture`, and if it is in colour.
     """
-    header = Header(parse(data), 0)
-    values = stored_values(header, frame_index(header, None)).values
+    values = _opened(parse(data), None)[1].values
     if values.ndim != 2:
         raise unreadable("in colour; expected a mask of one channel")
     low, high = float(values.min()), float(values.max())
@@ -165,11 +171,7 @@ def _palette(header: Header, stored: np.ndarray) -> tuple[np.ndarray, int]:
     from pydicom.pixels.processing import apply_color_lut
 
     dataset = header.dataset
-    descriptor = header.numbers("RedPaletteColorLookupTableDescriptor")
-    if len(descriptor) != 3 or not all(number.is_integer() for number in descriptor):
-        raise unreadable("RedPaletteColorLookupTableDescriptor is missing or damaged")
-    count, first, depth = (int(number) for number in descriptor)
-    count = count % 2**16 or 2**16
+    count, first, depth = lut_descriptor(header, "RedPaletteColorLookupTableDescriptor")
     if depth not in (8, 16):
         raise unreadable(f"RedPaletteColorLookupTableDescriptor asks for {depth} bits per entry; expected 8 or 16")
     if "RedPaletteColorLookupTableData" not in dataset:

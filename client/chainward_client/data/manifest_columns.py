@@ -171,7 +171,7 @@ class ManifestColumns:
         """Return the values of one privileged column."""
         if isinstance(declared, CategoryColumn):
             return self._categories(column, declared)
-        return self._numbers(column, declared)
+        return self._within(column, declared)
 
     def file_names(self, column: str) -> tuple[str | None, ...]:
         """Return file names, None where missing."""
@@ -179,18 +179,7 @@ class ManifestColumns:
 
     def boxes(self, columns: tuple[str, str, str, str]) -> np.ndarray:
         """Return float (n, 4), NaN in rows without a box."""
-        edges = np.full((len(self.rows), 4), np.nan)
-        for position, column in enumerate(columns):
-            wrong: list[str] = []
-            for index, cell in enumerate(self._cells(column)):
-                if cell in _MISSING:
-                    continue
-                number = _number(cell)
-                if number is None:
-                    wrong.append(f"row {self.rows[index]}, '{cell}'; expected pixels")
-                else:
-                    edges[index, position] = number
-            self._report(column, "value that is not a number", "values that are not numbers", wrong)
+        edges = np.array([self._numbers(column, "; expected pixels") for column in columns], dtype=np.float64).T
         missing = np.isnan(edges).sum(axis=1)
         partial = [f"row {row}" for row in self.rows[(missing > 0) & (missing < 4)]]
         if partial and not self.problems:  # an edge that is not a number has been reported already
@@ -207,22 +196,27 @@ class ManifestColumns:
         ]
         self._report(column, "image in more than one row", "images in more than one row", repeated)
 
-    def _numbers(self, column: str, declared: NumberColumn) -> tuple[float | None, ...]:
-        values: list[float | None] = []
-        wrong: list[str] = []
-        outside: list[str] = []
-        for row, cell in zip(self.rows, self._cells(column), strict=True):
-            number = None if cell in _MISSING else _number(cell)
-            values.append(number)
-            if cell in _MISSING:
-                continue
-            if number is None:
-                wrong.append(f"row {row}, '{cell}'")
-            elif not declared.min <= number <= declared.max:
-                outside.append(f"row {row}, {cell}; expected {declared.min:g} to {declared.max:g}")
-        self._report(column, "value that is not a number", "values that are not numbers", wrong)
+    def _within(self, column: str, declared: NumberColumn) -> tuple[float | None, ...]:
+        values = tuple(self._numbers(column))
+        outside = [
+            f"row {row}, {cell}; expected {declared.min:g} to {declared.max:g}"
+            for row, cell, number in zip(self.rows, self._cells(column), values, strict=True)
+            if number is not None and not declared.min <= number <= declared.max
+        ]
         self._report(column, "value outside the declared range", "values outside the declared range", outside)
-        return tuple(values)
+        return values
+
+    def _numbers(self, column: str, expected: str = "") -> list[float | None]:
+        """Return a column of numbers, None where missing; `expected`: what to say of a cell that holds another thing."""
+        cells = self._cells(column)
+        values = [None if cell in _MISSING else _number(cell) for cell in cells]
+        wrong = [
+            f"row {row}, '{cell}'{expected}"
+            for row, cell, number in zip(self.rows, cells, values, strict=True)
+            if number is None and cell not in _MISSING
+        ]
+        self._report(column, "value that is not a number", "values that are not numbers", wrong)
+        return values
 
     def _categories(self, column: str, declared: CategoryColumn) -> tuple[str | None, ...]:
         values: list[str | None] = []

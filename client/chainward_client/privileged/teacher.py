@@ -53,6 +53,11 @@ class PrivilegedTeacher(nn.Module):
         return logits
 
 
+def _optimizer(teacher: PrivilegedTeacher, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR]:
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)
+
+
 def train_teacher(
     vectors: Tensor,
     labels: Tensor,
@@ -77,11 +82,8 @@ def train_teacher(
     with training_environment(training.threads, derive_seed(training.seed, *names, "torch")):
         teacher = PrivilegedTeacher(vectors.shape[1], recipe.hidden, classes).train()
         counts = class_counts(labels, classes)
-        optimizer = torch.optim.AdamW(teacher.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         steps = min(math.ceil(len(vectors) / BATCH), STEPS_PER_EPOCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=LEARNING_RATE, total_steps=recipe.epochs * steps
-        )
+        optimizer, schedule = _optimizer(teacher, recipe.epochs * steps)
         order = torch_generator(training.seed, *names, "batches")
         for _ in range(recipe.epochs):
             for chosen in torch.randperm(len(vectors), generator=order).tensor_split(steps):
@@ -135,10 +137,7 @@ def train_teacher_privately(
     with training_environment(training.threads, derive_seed(training.seed, *names, "torch")):
         teacher = PrivilegedTeacher(vectors.shape[1], recipe.hidden, classes, dropout=0.0).train()
         parameters = list(teacher.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=LEARNING_RATE, total_steps=private.dp_sgd.steps
-        )
+        optimizer, schedule = _optimizer(teacher, private.dp_sgd.steps)
 
         def losses(rows: Tensor) -> Tensor:
             of_each = classification_loss(

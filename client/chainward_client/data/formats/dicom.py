@@ -7,22 +7,25 @@ exports often call a file by its SOPInstanceUID or by the patient.
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Self
+from functools import cache, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 
+from chainward_client.data.columns import NOTHING_MEANS_DEFAULTS
 from chainward_client.data.description import ManifestDescription
-from chainward_client.data.dicom_file import is_dicom, parse, require_pydicom
-from chainward_client.data.dicom_files import located, patients_of
+from chainward_client.data.dicom_file import is_dicom, one_element, parse, require_pydicom
 from chainward_client.data.dicom_geometry import Geometry
-from chainward_client.data.dicom_headers import Facts, facts, notes, shared_persons
+from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person_name, shared_persons
 from chainward_client.data.dicom_picture import deep_values, mask_image, picture
 from chainward_client.data.dicom_settings import DicomBlock, OwnWindow
 from chainward_client.data.dicom_workers import close_decoders
@@ -32,9 +35,14 @@ from chainward_client.data.images import fitted, open_image, stacked
 from chainward_client.data.manifest import Manifest, read_manifest
 from chainward_client.data.manifest_columns import torn_patients
 from chainward_client.data.table import Pictures
-from chainward_client.data.unusable import ImageProblem, attempt_all
+from chainward_client.data.unusable import NOT_FOUND, ImageProblem, attempt_all, counted
 from chainward_shared.errors import DataError
 from chainward_shared.preparation import Preparation
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_UID = re.compile(r"[0-9][0-9.]{0,63}")
 
 EXTENSIONS = (".dcm", ".dicom", ".dic", ".ima")
 """Endings of DICOM files that the manifest may leave out; many have none."""
@@ -52,7 +60,7 @@ class DicomDescription(ManifestDescription):
     """
 
     format: Literal["dicom"]
-    dicom: Annotated[DicomBlock, BeforeValidator(lambda block: {} if block is None else block)] = DicomBlock()
+    dicom: Annotated[DicomBlock, NOTHING_MEANS_DEFAULTS] = DicomBlock()
 
     @model_validator(mode="after")
     def _one_scale(self) -> Self:
@@ -174,9 +182,9 @@ def read_dicom(description: DicomDescription) -> DicomManifest:
     manifest = read_manifest(description, quoted=False)
     found = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
     with opened(description.image_location, EXTENSIONS) as store, _quiet():
-        members = located(store, manifest)
+        members = _located(store, manifest)
         if description.columns.patient is None:
-            patients = patients_of(store, manifest, members)
+            patients = _patients(store, manifest, members)
             found |= {
                 "patients": patients,
                 "notes": ("no patient column: PatientID says which files are of one patient",),
@@ -199,3 +207,117 @@ def _quiet() -> Iterator[None]:
 
 def _open_mask(data: bytes) -> Image.Image:
     return mask_image(data) if is_dicom(data) else open_image(data)
+
+
+# which file a row means, and whose it is
+
+
+def _header(store: ImageStore, member: str, keyword: str) -> Dataset:
+    in_zip = store.location.is_file()
+    return one_element(io.BytesIO(store.read(member, quoted=False)) if in_zip else store.location / member, keyword)
+
+
+def _located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:
+    """Return the file of every row: by its name, else by its SOPInstanceUID.
+
+    Raises
+    ------
+    DataError
+        If two rows mean one file.
+    """
+    by_instance = cache(partial(_by_instance, store))
+    members = [_found(store, name, by_instance) for name in manifest.images.tolist()]
+    rows_of: dict[str, list[int]] = {}
+    for row, member in zip(manifest.rows.tolist(), members, strict=True):
+        if isinstance(member, str):
+            rows_of.setdefault(member, []).append(row)
+    repeated = [f"rows {', '.join(map(str, rows))}" for rows in rows_of.values() if len(rows) > 1]
+    if repeated:
+        column = manifest.description.columns.image
+        found = counted("image in more than one row", "images in more than one row", repeated)
+        raise DataError(f"{manifest.description.manifest.name}: column '{column}': {found}")
+    return members
+
+
+def _found(
+    store: ImageStore, name: str, by_instance: Callable[[], Mapping[str | None, list[str]]]
+) -> str | ImageProblem:
+    try:
+        return store.find(name)
+    except ImageProblem as problem:
+        if problem.kind != NOT_FOUND:
+            return ImageProblem(problem.kind, "several files have this name; name it with its folder")
+    if not _UID.fullmatch(name):
+        return ImageProblem(NOT_FOUND, "no file has this name")
+    files = by_instance().get(digest(name), [])
+    if not files:
+        return ImageProblem(NOT_FOUND, "no file has this name or SOPInstanceUID")
+    if len(files) > 1:
+        reason = f"{len(files)} files have this SOPInstanceUID; name the file"
+        return ImageProblem("{} with an ambiguous name", reason)
+    return files[0]
+
+
+def _by_instance(store: ImageStore) -> dict[str | None, list[str]]:
+    """Return the files of every SOPInstanceUID by its digest; files that are no DICOM are passed over."""
+
+    def attempt(position: int) -> str | None:
+        try:
+            value = _header(store, members[position], "SOPInstanceUID").get("SOPInstanceUID")
+            return digest("" if value is None else str(value).strip(" \0"))
+        except MemoryError:
+            raise
+        except Exception:
+            return None
+
+    members = store.members
+    found: dict[str | None, list[str]] = {}
+    instances = attempt_all("image", store.location, range(len(members)), attempt)
+    for member, instance in zip(members, instances, strict=True):
+        if instance is not None:
+            found.setdefault(instance, []).append(member)
+    return found
+
+
+def _patients(store: ImageStore, manifest: Manifest, members: list[str | ImageProblem]) -> np.ndarray:
+    """Return the patients of all rows, each named by a digest of its PatientID alone.
+
+    The name does not depend on other patients, their number or order, so that splits by a hospital's secret don't either.
+
+    Where the data file leaves out what can't be used, a file without a patient is one of those (its problem takes its place in
+    `members`), and a patient of its own.
+
+    Raises
+    ------
+    DataError
+        If a file can't be read or has no PatientID, or all have the same.
+    """
+
+    def person(member: str | ImageProblem) -> str:
+        if isinstance(member, ImageProblem):
+            raise member
+        found = person_name(_header(store, member, "PatientID"))
+        if found is None:
+            raise ImageProblem(
+                "{} without PatientID",
+                "name a patient column in columns.patient: without, one patient may be on both sides of a split",
+            )
+        return found
+
+    def attempt(position: int) -> str:
+        try:
+            return person(members[position])
+        except ImageProblem as problem:
+            if manifest.description.unusable != "leave-out":
+                raise
+            members[position] = problem
+            return f"unusable-{position}"
+
+    persons = attempt_all("image", store.location, manifest.rows.tolist(), attempt)
+    known = [found for found, member in zip(persons, members, strict=True) if isinstance(member, str)]
+    if len(set(known)) == 1 and len(known) > 1:
+        raise DataError(
+            f"{store.location.name}: all {len(known)} files have the same PatientID, so they can't be split by patient; name a "
+            "patient column in columns.patient"
+        )
+    return np.array(persons)

@@ -9,12 +9,11 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import ValidationInfo, model_validator
 
-from chainward_client.data.description import ManifestDescription
+from chainward_client.data.description import FolderOrZip, ManifestDescription, beside_data_file, folder_or_zip
 from chainward_client.data.formats import data_format
 from chainward_client.data.image_store import ImageStore
 from chainward_client.data.manifest import Manifest, read_manifest
 from chainward_client.data.manifest_file import cells_of
-from chainward_client.data.paths import FolderOrZip, beside_data_file, folder_or_zip
 from chainward_client.data.unusable import counted
 from chainward_shared.errors import DataError, nearest
 

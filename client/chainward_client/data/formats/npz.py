@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from chainward_client.data.description import DataDescription
+from chainward_client.data.description import DataDescription, FilePath
 from chainward_client.data.formats import data_format
 from chainward_client.data.images import fitted
-from chainward_client.data.paths import FilePath
 from chainward_client.data.scale import Scale, measure
 from chainward_client.data.site_data import SPLITS, SplitName
 from chainward_client.data.table import Pictures, Table
