@@ -201,8 +201,8 @@ class DecodedStore:
             splits[split] = Cases(images[start:end], labels, np.array(of_split["patients"], dtype=str), privileged)
         scale = None
         if data["scale"] is not None:
-            *measured, values = data["scale"]
-            scale = Scale(*measured, np.array(values, dtype=np.float32))
+            low, high, measured, values = data["scale"]
+            scale = Scale(low, high, measured, np.array(values, dtype=np.float32))
         return SiteData(
             self.site,
             splits=splits,

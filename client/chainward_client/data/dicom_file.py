@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainward_client.data.unusable import ImageProblem, unreadable
@@ -69,7 +68,7 @@ def parse(data: bytes) -> FileDataset:
 
     if not data:
         raise unreadable("the file is empty")
-    with _no_values_told():
+    with no_values_told():
         dataset = dcmread(io.BytesIO(data))
         for tag in [tag for tag in dataset.keys() if tag.group == 0xFFFE]:  # noqa: SIM118 (iterating converts elements)
             del dataset[tag]  # a delimiter that delimits nothing
@@ -77,22 +76,9 @@ def parse(data: bytes) -> FileDataset:
         return dataset
 
 
-def one_element(file: Path | io.BytesIO, keyword: str) -> Dataset:
-    """Return the one element of a file that is asked for; its pixels are not read.
-
-    Raises
-    ------
-    ImageProblem
-        As `parse`, and if the file can't be read.
-    """
-    from pydicom import dcmread
-
-    with _no_values_told():
-        return dcmread(file, stop_before_pixels=True, specific_tags=[keyword])
-
-
 @contextmanager
-def _no_values_told() -> Iterator[None]:
+def no_values_told() -> Iterator[None]:
+    """Turn whatever reading a file raises into an ImageProblem, whose words quote no value."""
     from pydicom.errors import InvalidDicomError
 
     try:
@@ -102,8 +88,9 @@ def _no_values_told() -> Iterator[None]:
     except InvalidDicomError:
         raise unreadable("not a DICOM file (no DICM at byte 128)") from None
     except Exception as error:  # a damaged file raises nearly anything; its text may quote a value
-        reason = getattr(error, "strerror", None) or f"damaged ({type(error).__name__} while its elements were read)"
-        raise unreadable(reason) from None
+        if reason := getattr(error, "strerror", None):
+            raise unreadable(reason) from None
+        raise unreadable(f"damaged ({type(error).__name__} while its elements were read)") from None
 
 
 def is_dicom(data: bytes) -> bool:

@@ -80,6 +80,7 @@ def grey_values(header: Header, stored: Stored, block: DicomBlock) -> GreyValues
 
 def grey_picture(grey: GreyValues, photometric: str, scale: Callable[[], Scale] | None) -> np.ndarray:
     """Return uint8 (rows, columns); without a `scale` of a data set, a file is a data set of its own."""
+    shown: np.ndarray
     if grey.shown is not None:
         shown = np.clip(grey.shown(), 0.0, 1.0)
     else:
@@ -146,7 +147,11 @@ def _lookup(item: Header, values: np.ndarray, sequence: str, header: Header) -> 
 
     A value below the first one mapped gets the first entry, a value above the last one mapped the last.
     """
-    count, first, depth = lut_descriptor(item, "LUTDescriptor", f" in {sequence}")
+    descriptor = item.numbers("LUTDescriptor")
+    if len(descriptor) != 3 or not all(number.is_integer() for number in descriptor):
+        raise unreadable(f"LUTDescriptor in {sequence} is missing or damaged")
+    count, first, depth = (int(number) for number in descriptor)
+    count = count % 2**16 or 2**16  # 0 means 65536, and a signed reading of more than 32767 is negative
     if not 8 <= depth <= 16:
         raise unreadable(f"LUTDescriptor in {sequence} asks for {depth} bits per entry; expected 8 to 16")
     entries = lut_entries(item.get("LUTData"), count, header)
@@ -170,15 +175,6 @@ def _looked_up(item: Header, values: np.ndarray, header: Header) -> np.ndarray:
 def _meant_as_unsigned(first: int, values: np.ndarray) -> bool:
     """Return whether a first mapped value below 0 must have been meant as one above 32767: no value is below 0."""
     return first < 0 and values.size > 0 and values.min() >= 0 and values.max() > 2**15
-
-
-def lut_descriptor(header: Header, keyword: str, where: str = "") -> tuple[int, int, int]:
-    """Return the number of a table's entries, the first value that it maps, and the bits of an entry."""
-    descriptor = header.numbers(keyword)
-    if len(descriptor) != 3 or not all(number.is_integer() for number in descriptor):
-        raise unreadable(f"{keyword}{where} is missing or damaged")
-    count, first, depth = map(int, descriptor)
-    return count % 2**16 or 2**16, first, depth  # 0 means 65536, and a signed reading of more than 32767 is negative
 
 
 def lut_entries(data: Any, count: int, header: Header) -> np.ndarray | None:

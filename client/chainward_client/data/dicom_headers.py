@@ -108,12 +108,12 @@ def facts(dataset: FileDataset, origin: Origin) -> Facts:
     return Facts(
         identifying=frozenset(identifying),
         private=private,
-        declared_clean=_text(dataset, "PatientIdentityRemoved").upper() == "YES",
-        burned_in=_text(dataset, "BurnedInAnnotation").upper() == "YES",
+        declared_clean=text_of(dataset, "PatientIdentityRemoved").upper() == "YES",
+        burned_in=text_of(dataset, "BurnedInAnnotation").upper() == "YES",
         overlays=overlays,
-        modality=found if (found := _text(dataset, "Modality").upper()) in _MODALITIES.split() else "",
-        instance=digest(_text(dataset, "SOPInstanceUID")),
-        person=digest(_text(dataset, "PatientID").casefold()),
+        modality=found if (found := text_of(dataset, "Modality").upper()) in _MODALITIES.split() else "",
+        instance=digest(text_of(dataset, "SOPInstanceUID")),
+        person=digest(text_of(dataset, "PatientID").casefold()),
         origin=origin,
         unreadable=unreadable,
     )
@@ -131,7 +131,7 @@ def person_name(dataset: Dataset) -> str | None:
     ImageProblem
         If it is damaged.
     """
-    text = _text(dataset, "PatientID").casefold()
+    text = text_of(dataset, "PatientID").casefold()
     return f"patient-{hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8).hexdigest()}" if text else None
 
 
@@ -146,7 +146,8 @@ def digest(text: str) -> str | None:
     return hashlib.blake2b(text.encode("utf-8", "replace"), key=_KEY, digest_size=16).hexdigest() if text else None
 
 
-def _text(dataset: Dataset, keyword: str) -> str:
+def text_of(dataset: Dataset, keyword: str) -> str:
+    """Return the text of an element, without blanks around it; an empty one where it is missing."""
     try:
         value = dataset.get(keyword)
         return "" if value is None else str(value).strip(" \0")

@@ -17,14 +17,7 @@ from PIL import Image
 from chainward_client.data.dicom_file import Header, parse
 from chainward_client.data.dicom_format import frame_index
 from chainward_client.data.dicom_geometry import Geometry, geometry_of, known_directions, known_side
-from chainward_client.data.dicom_grey import (
-    Contrast,
-    grey_picture,
-    grey_values,
-    lut_descriptor,
-    lut_entries,
-    windows_of,
-)
+from chainward_client.data.dicom_grey import Contrast, grey_picture, grey_values, lut_entries, windows_of
 from chainward_client.data.dicom_pixels import Stored, stored_values
 from chainward_client.data.dicom_settings import DicomBlock
 from chainward_client.data.scale import Scale
@@ -171,7 +164,11 @@ def _palette(header: Header, stored: np.ndarray) -> tuple[np.ndarray, int]:
     from pydicom.pixels.processing import apply_color_lut
 
     dataset = header.dataset
-    count, first, depth = lut_descriptor(header, "RedPaletteColorLookupTableDescriptor")
+    descriptor = header.numbers("RedPaletteColorLookupTableDescriptor")
+    if len(descriptor) != 3 or not all(number.is_integer() for number in descriptor):
+        raise unreadable("RedPaletteColorLookupTableDescriptor is missing or damaged")
+    count, first, depth = (int(number) for number in descriptor)
+    count = count % 2**16 or 2**16
     if depth not in (8, 16):
         raise unreadable(f"RedPaletteColorLookupTableDescriptor asks for {depth} bits per entry; expected 8 or 16")
     if "RedPaletteColorLookupTableData" not in dataset:

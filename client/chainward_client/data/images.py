@@ -18,6 +18,8 @@ from chainward_client.data.unusable import ImageProblem, attempt_all, unreadable
 from chainward_shared.preparation import Fit
 
 _Decoded = TypeVar("_Decoded")
+_Number = TypeVar("_Number", int, float)
+_Edges = tuple[_Number, _Number, _Number, _Number]
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -120,7 +122,7 @@ def load_images(
         image = open_image(data)
         return fitted(to_channels(image, shape.channels, scale), shape), image.size
 
-    decoded = decode_all("image", location, names, rows, decode)
+    decoded = [found for found in decode_all("image", location, names, rows, decode) if found is not None]
     return stacked([array for array, _ in decoded], shape), [size for _, size in decoded]
 
 
@@ -131,7 +133,7 @@ def fitted(image: Image.Image, shape: ImageShape) -> np.ndarray:
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def placement(width: int, height: int, size: int, fit: Fit) -> tuple[tuple[float, ...], tuple[int, ...]]:
+def placement(width: int, height: int, size: int, fit: Fit) -> tuple[_Edges[float], _Edges[int]]:
     """Return how an image of `width` x `height` pixels lies in a square of `size` pixels; masks and boxes must follow.
 
     Returns
@@ -166,28 +168,29 @@ def fit_image(image: Image.Image, size: int, fit: Fit, *, resample: Image.Resamp
 
 def stacked(arrays: Sequence[np.ndarray], shape: ImageShape) -> torch.Tensor:
     """Return what `fitted` made of images as one tensor, (n, channels, size, size)."""
-    images = np.empty((len(arrays), shape.channels, shape.size, shape.size), dtype=np.uint8)
-    for position, array in enumerate(arrays):
-        images[position] = array
+    images = np.array(arrays, dtype=np.uint8).reshape(-1, shape.channels, shape.size, shape.size)
     return torch.from_numpy(images)
 
 
 def decode_all(
     what: str,
     location: Path,
-    names: Sequence[str],
+    names: Sequence[str | None],
     rows: Sequence[int],
     decode: Callable[[bytes, int], _Decoded],
     extensions: Collection[str] = (),
     *,
     quoted: bool = True,
-) -> list[_Decoded]:
-    """Return `decode(bytes, position)` of every named file, or raise the UnusableFiles."""
+) -> list[_Decoded | None]:
+    """Return `decode(bytes, position)` of every file, None where there is no name, or raise the UnusableFiles."""
     with opened(location, extensions) as store:
 
-        def attempt(position: int) -> _Decoded:
+        def attempt(position: int) -> _Decoded | None:
+            name = names[position]
+            if name is None:
+                return None
             try:
-                member = store.find(names[position])
+                member = store.find(name)
             except ImageProblem as problem:
                 raise problem if quoted else ImageProblem(problem.kind, "no file, or several, of this name") from None
             return decode(store.read(member, quoted=quoted), position)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from chainward_client.data.description import ImageShape
 from chainward_client.data.images import decode_all, deep, fit_image, open_image, placement, to_channels
 from chainward_client.data.scale import Scale
-from chainward_client.data.unusable import ImageProblem, UnusableFiles, counted
+from chainward_client.data.unusable import ImageProblem, counted
 from chainward_shared.errors import DataError
 
 
@@ -53,11 +52,10 @@ def load_masks(
     DataError
         As `load_images`, and if a mask is not of its image's proportions.
     """
-    present = [position for position, name in enumerate(names) if name is not None]
 
-    def decode(data: bytes, index: int) -> np.ndarray:
+    def decode(data: bytes, position: int) -> np.ndarray:
         mask = opened(data)
-        width, height = sizes[present[index]]
+        width, height = sizes[position]
         # Rounding may cost a mask of lower resolution one pixel per side.
         if abs(mask.width * height - mask.height * width) > max(width, height):
             raise ImageProblem(
@@ -68,20 +66,15 @@ def load_masks(
         inside = Image.fromarray(((values > values.max() / 2) * 255).astype(np.uint8))
         if inside.size != (width, height):
             inside = inside.resize((width, height), Image.Resampling.NEAREST)
-        inside = turned(inside, present[index])
+        inside = turned(inside, position)
         fitted = fit_image(inside, shape.size, shape.fit, resample=Image.Resampling.NEAREST)
         return np.asarray(fitted) // np.uint8(255)
 
-    named = [str(names[position]) for position in present]
-    rows_of_masks = [rows[position] for position in present]
-    try:
-        decoded = decode_all("mask", location, named, rows_of_masks, decode, extensions, quoted=quoted)
-    except UnusableFiles as error:  # positions among all cases, also those without a mask
-        files = [replace(file, position=present[file.position]) for file in error.files]
-        raise UnusableFiles(str(error), files, "mask") from None
     masks = np.zeros((len(names), shape.size, shape.size), dtype=np.uint8)
-    for position, array in zip(present, decoded, strict=True):
-        masks[position] = array
+    decoded = decode_all("mask", location, names, rows, decode, extensions, quoted=quoted)
+    for mask, array in zip(masks, decoded, strict=True):
+        if array is not None:
+            mask[:] = array
     return torch.from_numpy(masks)
 
 

@@ -103,7 +103,7 @@ def attempt_all(
     location: Path,
     rows: Sequence[int],
     attempt: Callable[[int], _Decoded],
-    names: Sequence[str] = (),
+    names: Sequence[str | None] = (),
     hint: Callable[[str], str] = lambda _: "",
 ) -> list[_Decoded]:
     """Return `attempt(position)` for all positions, several at a time.
@@ -139,10 +139,10 @@ def attempt_all(
         if not isinstance(result, ImageProblem):
             continue
         of_its_kind = problems.setdefault(result.kind, [])
-        name = f", '{names[position]}'" if names else ""
-        shown = f"row {rows[position]}{name}: {result}"
-        if names and result.kind == NOT_FOUND and not of_its_kind:
-            shown += hint(names[position])
+        shown = f"row {rows[position]}: {result}"
+        if names and (name := names[position]) is not None:
+            hinted = hint(name) if result.kind == NOT_FOUND and not of_its_kind else ""
+            shown = f"row {rows[position]}, '{name}': {result}{hinted}"
         of_its_kind.append(" ".join(shown.split()))  # names may hold line breaks
         files.append(UnusableFile(position, rows[position], of_its_kind[-1]))
     if problems:

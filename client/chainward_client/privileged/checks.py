@@ -130,11 +130,10 @@ def _best_guess(vectors: np.ndarray, data: SiteData, dealt: Sequence[np.ndarray]
 
 def _accuracy(vectors: np.ndarray, labels: np.ndarray, dealt: Sequence[np.ndarray]) -> float:
     from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
-    guessed = np.empty_like(labels)
-    for held_out in dealt:
-        rest = np.setdiff1d(np.arange(len(labels)), held_out)
-        tree = DecisionTreeClassifier(class_weight="balanced", max_leaf_nodes=64, random_state=0)
-        guessed[held_out] = tree.fit(vectors[rest], labels[rest]).predict(vectors[held_out])
+    tree = DecisionTreeClassifier(class_weight="balanced", max_leaf_nodes=64, random_state=0)
+    rest_of = [np.setdiff1d(np.arange(len(labels)), held_out) for held_out in dealt]
+    guessed = cross_val_predict(tree, vectors, labels, cv=list(zip(rest_of, dealt, strict=True)))
     return float(balanced_accuracy_score(labels, guessed))

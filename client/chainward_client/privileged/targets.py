@@ -206,14 +206,14 @@ class _Teachers:
         Each modality is kept by itself, so that what goes wrong in the second does not let the first be paid for twice.
         """
         data, cases, training = self.data, self.cases, prepared.recipe
-        phase, planned = f"teacher-{name}", {"epochs": self.recipe.epochs, "batch_size": PRIVILEGED_BATCH}
-        dp_sgd = work.dp_sgd(training, data, **planned)
+        phase, epochs = f"teacher-{name}", self.recipe.epochs
+        dp_sgd = work.dp_sgd(training, data, epochs=epochs, batch_size=PRIVILEGED_BATCH)
         key = key_of_private(name, data, cases, self.recipe, prepared, dp_sgd, work.run, self.image)
         if _paid(work, phase, dp_sgd) and (kept := load(self.cache, key, cases, data, private=True)) is not None:
             return kept
         started = time.monotonic()
         inputs, there = (torch.from_numpy(part) for part in read())
-        with work.training(training, data, phase=phase, **planned) as private:
+        with work.training(training, data, phase=phase, epochs=epochs, batch_size=PRIVILEGED_BATCH) as private:
             teacher = train_teacher_privately(
                 *(inputs, there, cases.labels, cases.patients),
                 len(data.classes),

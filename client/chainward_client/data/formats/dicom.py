@@ -23,9 +23,9 @@ from pydantic import model_validator
 
 from chainward_client.data.columns import NOTHING_MEANS_DEFAULTS
 from chainward_client.data.description import ManifestDescription
-from chainward_client.data.dicom_file import is_dicom, one_element, parse, require_pydicom
+from chainward_client.data.dicom_file import is_dicom, no_values_told, parse, require_pydicom
 from chainward_client.data.dicom_geometry import Geometry
-from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person_name, shared_persons
+from chainward_client.data.dicom_headers import Facts, digest, facts, notes, person_name, shared_persons, text_of
 from chainward_client.data.dicom_picture import deep_values, mask_image, picture
 from chainward_client.data.dicom_settings import DicomBlock, OwnWindow
 from chainward_client.data.dicom_workers import close_decoders
@@ -213,8 +213,12 @@ def _open_mask(data: bytes) -> Image.Image:
 
 
 def _header(store: ImageStore, member: str, keyword: str) -> Dataset:
-    in_zip = store.location.is_file()
-    return one_element(io.BytesIO(store.read(member, quoted=False)) if in_zip else store.location / member, keyword)
+    """Return the one element of a file that is asked for; its pixels are not read."""
+    from pydicom import dcmread
+
+    file = io.BytesIO(store.read(member, quoted=False)) if store.location.is_file() else store.location / member
+    with no_values_told():
+        return dcmread(file, stop_before_pixels=True, specific_tags=[keyword])
 
 
 def _located(store: ImageStore, manifest: Manifest) -> list[str | ImageProblem]:
@@ -263,11 +267,8 @@ def _by_instance(store: ImageStore) -> dict[str | None, list[str]]:
 
     def attempt(position: int) -> str | None:
         try:
-            value = _header(store, members[position], "SOPInstanceUID").get("SOPInstanceUID")
-            return digest("" if value is None else str(value).strip(" \0"))
-        except MemoryError:
-            raise
-        except Exception:
+            return digest(text_of(_header(store, members[position], "SOPInstanceUID"), "SOPInstanceUID"))
+        except ImageProblem:
             return None
 
     members = store.members
