@@ -287,7 +287,7 @@ def test_a_hostile_body_is_refused_in_a_line_and_at_once(body):
 
 def test_a_body_beyond_the_largest_is_not_even_parsed(monkeypatch):
     content = pack(SCORES)
-    content.config_records["chainward"]["body"] = " " * (protocol.MAX_BODY + 1)
+    content.config_records["chainward"]["body"] = " " * (protocol.envelope.MAX_BODY + 1)
     monkeypatch.setattr(EvaluateTask, "model_validate_json", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(ChainwardError, match="at most"):
         unpack(content, EvaluateTask)

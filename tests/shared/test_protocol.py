@@ -165,7 +165,7 @@ def bodies() -> list[type[Body]]:
     found, waiting = [], [Body]
     while waiting:
         subclasses = waiting.pop().__subclasses__()
-        found += subclasses
+        found += [cls for cls in subclasses if "KIND" in vars(cls)]
         waiting += subclasses
     return found
 

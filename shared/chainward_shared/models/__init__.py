@@ -10,7 +10,6 @@ from chainward_shared.models.architecture import build_model as build_model
 from chainward_shared.models.architecture import count_parameters as count_parameters
 from chainward_shared.models.architecture import skeleton as skeleton
 from chainward_shared.models.compact import compact_architecture as compact_architecture
-from chainward_shared.models.families import supported_families as supported_families
 from chainward_shared.models.indices import Selection as Selection
 from chainward_shared.models.of_run import resolve_architecture as resolve_architecture
 from chainward_shared.models.selection import select_weights as select_weights

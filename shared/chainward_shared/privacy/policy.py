@@ -21,12 +21,12 @@ class Terms(Record):
 
     Attributes
     ----------
-    epsilon : budget of the site's lifetime
-    delta : at which every epsilon is meant
-    epsilon_per_run : cap on one run; None: only the lifetime's budget
-    unit : what is protected: "patient" with all images, or one "image"
-    metrics : what of scores and counts may leave: nothing ("withhold"), with Laplace noise that is charged to the ledger
-        ("noised"), or as they are ("exact"), which no guarantee covers
+    epsilon : budget of the site's lifetime, over all runs
+    delta : at which every epsilon is meant; below 1 over the number of units
+    epsilon_per_run : cap on what the coordinator calls one run; None, the default: only the lifetime's budget
+    unit : what is protected: "patient" with all images (default), or one "image"
+    metrics : what of scores and counts may leave: nothing ("withhold", the default), with Laplace noise that is charged to the
+        ledger ("noised"), or as they are ("exact"), which no guarantee covers
     """
 
     epsilon: Budget
@@ -37,16 +37,12 @@ class Terms(Record):
 
 
 class PrivacyPolicy(Terms):
-    """The `privacy` block of site.yaml.
+    """The `privacy` block of site.yaml: the terms, and what nobody else need know.
 
     Attributes
     ----------
-    epsilon, delta : the budget of the site's lifetime, over all runs; delta below 1 over the number of units
     required : whether a run without privacy is refused, default true
-    epsilon_per_run : cap on one run, default none but the lifetime's budget. A run is what the coordinator calls one
     epsilon_per_day : cap on any 24 hours, over all runs whatever they are called, default none
-    unit : what is protected: "patient" with all images (default), or one "image"
-    metrics : what of scores and counts may leave: "withhold" (default), "noised", "exact"
     metrics_epsilon : what one noised release costs; with ``metrics: noised`` only
     metrics_releases : noised releases that one run may have, default 4. A private run plans them into its epsilon; scores
         that are asked for beyond them are withheld

@@ -43,6 +43,17 @@ class SimulatedSite(Body):
     policy: PrivacyPolicy | None = None
 
 
+class RunTask(Body):
+    """Base of what a site is asked to do with its data in a run.
+
+    `seen_head`: how far the coordinator has seen this site's ledger go, so that the site notices when an older copy was put back.
+    """
+
+    run_id: RunId
+    seen_head: Head | None = None
+    simulated: SimulatedSite | None = None
+
+
 class HelloRequest(Body):
     """Who is there? A simulated node also says which sites the data source has. `nonce`: 32 random bytes, which a deployed
     site signs with its own key."""

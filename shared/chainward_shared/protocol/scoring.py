@@ -11,31 +11,27 @@ from chainward_shared.evaluation.localisation import LocalisationSums
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.hops import scores_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import MAX_CLASSES, MAX_SITES, Count, Digest, Figure, HopKey, Record, RunId, SiteId
-from chainward_shared.privacy.entries import Head
+from chainward_shared.outside import MAX_CLASSES, MAX_SITES, Count, Digest, Figure, HopKey, Record, SiteId
 from chainward_shared.privacy.policy import MetricsRelease
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.private_sums import SumsForm
 from chainward_shared.protocol.envelope import Body
-from chainward_shared.protocol.joining import SimulatedSite
+from chainward_shared.protocol.joining import RunTask
 from chainward_shared.recipes import PrivacyRecipe
 from chainward_shared.task import Split
 
 
-class EvaluateTask(Body):
+class EvaluateTask(RunTask):
     """Score a model on the site's own images of `splits`; `localisation`: also its attention on the test images' regions."""
 
     KIND: ClassVar[str] = "evaluate-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model"})
 
-    run_id: RunId
     architecture: Architecture
     splits: Annotated[list[Literal["val", "test"]], Field(max_length=2)]
     localisation: bool = False
     threads: Threads
     digest: Sha256
-    seen_head: Head | None = None
-    simulated: SimulatedSite | None = None
 
     @property
     def hop(self) -> str:
@@ -81,7 +77,7 @@ class SharedNoise(Record):
         return self.each * self.sites**0.5 >= noise * (1 - 1e-9)
 
 
-class StatisticsTask(Body):
+class StatisticsTask(RunTask):
     """Send the sums over a model's embeddings of the site's labelled training images, and of its validation images.
 
     `label_fraction`, `seed`: which training images have a label, as in a link. `class_weights`: how much an image of each class
@@ -95,7 +91,6 @@ class StatisticsTask(Body):
     KIND: ClassVar[str] = "statistics-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"model", "frame"})
 
-    run_id: RunId
     hop: HopKey
     architecture: Architecture
     label_fraction: PositiveFraction
@@ -107,8 +102,6 @@ class StatisticsTask(Body):
     form: SumsForm | None = None
     frame_digest: Sha256 | None = None
     shared_noise: SharedNoise | None = None
-    seen_head: Head | None = None
-    simulated: SimulatedSite | None = None
 
     @model_validator(mode="after")
     def _private_sums_are_complete(self) -> StatisticsTask:

@@ -9,26 +9,20 @@ from pydantic import Field, model_validator
 from chainward_shared.bounds import Sha256
 from chainward_shared.hops import student_key
 from chainward_shared.models import Architecture
-from chainward_shared.outside import Count, Digest, Fraction, HopKey, RunId, SiteId
-from chainward_shared.privacy.entries import Head
+from chainward_shared.outside import Count, Digest, Fraction, HopKey, SiteId
 from chainward_shared.privacy.statements import Statement
 from chainward_shared.protocol.envelope import Body
-from chainward_shared.protocol.joining import SimulatedSite
+from chainward_shared.protocol.joining import RunTask
 from chainward_shared.recipes import MAX_ENSEMBLE, LinkRecipe, StudentRecipe
 from chainward_shared.training_log import TrainingLog
 
 
-class LinkTask(Body):
-    """Train one link. `hop` names it; `trained_alone`: no predecessor, the comparison of a hospital on its own.
-
-    `seen_head` (also of other tasks): how far the coordinator has seen this site's ledger go, so that the site notices when
-    an older copy was put back.
-    """
+class LinkTask(RunTask):
+    """Train one link. `hop` names it; `trained_alone`: no predecessor, the comparison of a hospital on its own."""
 
     KIND: ClassVar[str] = "link-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"predecessor"})
 
-    run_id: RunId
     hop: HopKey
     strand: Annotated[int, Field(ge=0, lt=512)]
     lap: Annotated[int, Field(ge=0, lt=100)]
@@ -36,8 +30,6 @@ class LinkTask(Body):
     architecture: Architecture
     recipe: LinkRecipe
     predecessor_digest: Sha256 | None = None
-    seen_head: Head | None = None
-    simulated: SimulatedSite | None = None
 
 
 class LinkResult(Body):
@@ -53,7 +45,7 @@ class LinkResult(Body):
     statement: Statement | None = None
 
 
-class StudentTask(Body):
+class StudentTask(RunTask):
     """Train the compact student for one round. `auxiliary` is sent until the site has finished a round of its own.
 
     `large_digests`: of the large models that teach the student, which come as the arrays `large_0`, `large_1`, ...; all of
@@ -63,7 +55,6 @@ class StudentTask(Body):
     KIND: ClassVar[str] = "student-task"
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"student", "auxiliary", *map("large_{}".format, range(MAX_ENSEMBLE))})
 
-    run_id: RunId
     round: Annotated[int, Field(ge=1, le=20_000)]
     architecture: Architecture
     recipe: StudentRecipe
@@ -71,8 +62,6 @@ class StudentTask(Body):
     auxiliary_digest: Sha256 | None = None
     large_architecture: Architecture | None = None
     large_digests: list[Sha256] = Field(default_factory=list, max_length=MAX_ENSEMBLE)
-    seen_head: Head | None = None
-    simulated: SimulatedSite | None = None
 
     @property
     def hop(self) -> str:

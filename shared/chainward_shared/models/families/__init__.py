@@ -117,11 +117,6 @@ def _families() -> dict[str, Family]:
     return _REGISTERED
 
 
-def supported_families() -> tuple[str, ...]:
-    """Return the names of the families whose weights can be selected."""
-    return tuple(sorted(_families()))
-
-
 def size_options() -> frozenset[str]:
     """Return the arguments of timm that decide the size of a model of some family."""
     return frozenset().union(*(family.size_options for family in _families().values()))
@@ -129,7 +124,7 @@ def size_options() -> frozenset[str]:
 
 def describe_families() -> str:
     """Return the supported families with examples, for a message."""
-    return "; ".join(f"{name} ({_families()[name].examples})" for name in supported_families())
+    return "; ".join(f"{name} ({family.examples})" for name, family in sorted(_families().items()))
 
 
 def find_family(model: Any) -> Family | None:
