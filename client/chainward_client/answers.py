@@ -10,9 +10,9 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import ArrayRecord
 
+from chainward_client.limits import admit_model
 from chainward_client.private_site import PrivateWork
 from chainward_client.request_check import admitted, check_architecture, incoming_frame, incoming_state
-from chainward_client.score_limits import admit_model
 from chainward_client.scoring import scores_and_counts
 from chainward_client.secure_sums import kind_of_sum
 from chainward_client.site import OpenSite

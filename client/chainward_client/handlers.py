@@ -182,7 +182,10 @@ def score(message: Message, node: Node) -> RecordDict:
 def statistics(message: Message, node: Node) -> RecordDict:
     """Sum up a model's embeddings of this site's labelled images; or send the numbers of a secure sum, masked."""
     if kind_of(message.content) == SumTask.KIND:
-        return _masked_sum(message, node)
+        asked, arrays = unpack(message.content, SumTask)
+        with node.at_work_on(asked.work, message.metadata.ttl) as site:
+            answer, sums = masked_sum(asked, arrays, site)
+            return pack(answer, {"sum": to_arrays(sums)})
     task, arrays = unpack(message.content, StatisticsTask)
     with node.at_work_on(task, message.metadata.ttl) as site:
         _in_the_open(site)
@@ -196,13 +199,6 @@ def _in_the_open(site: OpenSite) -> None:
         raise PolicyRefusal(
             "this site gives sums in secure sums alone (secure_sums.required in its site.yaml); set federation.secure-sums"
         )
-
-
-def _masked_sum(message: Message, node: Node) -> RecordDict:
-    task, arrays = unpack(message.content, SumTask)
-    with node.at_work_on(task.work, message.metadata.ttl) as site:
-        answer, sums = masked_sum(task, arrays, site)
-        return pack(answer, {"sum": to_arrays(sums)})
 
 
 _SUM_STEPS: dict[str, type[SumKeysTask | SumSharesTask | SumUnmaskTask]] = {

@@ -276,8 +276,6 @@ class PrivateWork:
         try:
             done = self._check_run(asked, data)
             planned = [one for one in releases_of_run(self.site.policy, asked) if one.kind == "gaussian"]
-        except PolicyRefusal:
-            raise
         except PrivacyError as error:
             raise PolicyRefusal(str(error)) from error
         noise = planned[stage].noise_multiplier if planned else 0.0

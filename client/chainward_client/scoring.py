@@ -12,10 +12,10 @@ from torch import nn
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.entropy import Entropy
 from chainward_client.evaluation import class_probabilities, localisation_values
+from chainward_client.limits import admit_model, coarse, too_few_cases
 from chainward_client.policy import check_scale
 from chainward_client.private_site import PrivateSite
 from chainward_client.request_check import check_architecture, incoming_state
-from chainward_client.score_limits import admit_model, coarse, too_few_cases
 from chainward_client.site import OpenSite
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features

@@ -20,7 +20,6 @@ from chainward_client.site_key import identity, site_key
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
 from chainward_shared.errors import PolicyRefusal
-from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import Round
 
@@ -35,6 +34,7 @@ class OpenSite:
     described : what its data file says of the images
     read : reads its data
     state_dir : where it keeps its state
+    bases : the pretrained weights that its models start from
     policy : its privacy policy, if it has one
     scores : what of exact scores may leave; None in a simulation: all
     secure_sums : with whom it takes part in secure sums; None in a simulation: with all
@@ -46,11 +46,11 @@ class OpenSite:
     described: Described
     read: Callable[[], SiteData]
     state_dir: Path
+    bases: Bases
     policy: PrivacyPolicy | None = None
     scores: ScoreLimits | None = None
     secure_sums: SecureSums | None = None
     simulated: bool = False
-    pretrained: Bases | None = None
     features_gb: float = 4.0
     limits: SiteLimits = field(default_factory=SiteLimits)
     asks: bool = False
@@ -60,11 +60,6 @@ class OpenSite:
         """Where the output of frozen trunks is kept."""
         declared = None if self.policy is None else declared_units(self.policy, self.data)
         return Features(self.state_dir / "features", int(1e9 * self.features_gb), declared=declared)
-
-    @property
-    def bases(self) -> Bases:
-        """The pretrained weights that the site's models start from; in the state folder unless said otherwise."""
-        return self.pretrained or Bases(self.state_dir / "bases", WeightsStore(self.state_dir / "weights"))
 
     @cached_property
     def data(self) -> SiteData:
@@ -135,10 +130,10 @@ def open_site(site_yaml: Path) -> OpenSite:
         Described.by(description),
         read,
         state_dir,
+        Bases.of_site(config, site_yaml),
         config.privacy,
         config.scores,
         config.secure_sums,
-        pretrained=Bases.of_site(config, site_yaml),
         features_gb=config.features_gb,
         limits=config.limits,
         asks=config.runs == "ask",

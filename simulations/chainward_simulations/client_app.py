@@ -60,9 +60,7 @@ class SimulatedNode(Node):
             raise ProtocolError("this node of a simulation was not told which site to be")
         data = _opened(simulated.model_copy(update={"policy": None}), _stamp(simulated.source))
         state_dir, bases = Path(simulated.state_dir) / data.site, _bases(simulated)
-        return OpenSite(
-            data.site, Described.of(data), lambda: data, state_dir, simulated.policy, simulated=True, pretrained=bases
-        )
+        return OpenSite(data.site, Described.of(data), lambda: data, state_dir, bases, simulated.policy, simulated=True)
 
     def bases(self, task: BaseTask) -> tuple[str, Bases]:
         if task.simulated is None:

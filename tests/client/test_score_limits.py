@@ -12,9 +12,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from small_tables import make
 
-from chainward_client import score_limits
+from chainward_client import limits as limits_module
 from chainward_client.app import app
-from chainward_client.score_limits import FILE, KEPT_DAYS, admit_model, coarse
+from chainward_client.limits import FILE, KEPT_DAYS, admit_model, coarse
 from chainward_client.site_config import ScoreLimits
 from chainward_shared.errors import StoreError
 from chainward_shared.evaluation.classification import PredictionCounts, check_scores, counts_from_arrays
@@ -100,7 +100,7 @@ def test_rounding_changes_nothing_else():
 
 def test_days_and_runs_are_counted_each_for_itself_and_old_days_forgotten(tmp_path, monkeypatch):
     day = ["2026-01-01"]
-    monkeypatch.setattr(score_limits, "_today", lambda: day[0])
+    monkeypatch.setattr(limits_module, "_today", lambda: day[0])
     limits = ScoreLimits(per_run=3, per_day=2)
     assert [admit_model(tmp_path, "a", f"m{n}", limits) for n in range(3)] == [True, True, False]
     day[0] = "2026-01-02"

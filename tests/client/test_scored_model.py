@@ -9,10 +9,12 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from chainward_client import scoring as module
+from chainward_client.bases import Bases
 from chainward_client.scoring import scored_model
 from chainward_client.site import OpenSite
 from chainward_shared.errors import ProtocolError, WeightsError
 from chainward_shared.models import build_model, resolve_architecture
+from chainward_shared.pretrained.store import WeightsStore
 from chainward_shared.protocol import EvaluateTask
 from chainward_shared.weights import StateDict, digest, from_arrays, rounded, to_arrays
 
@@ -27,7 +29,8 @@ def _nothing_scored_yet(monkeypatch):
 
 @pytest.fixture
 def site(tmp_path: Path) -> OpenSite:
-    return OpenSite("ash", None, lambda: None, tmp_path)  # type: ignore[arg-type, return-value]
+    bases = Bases(tmp_path / "bases", WeightsStore(tmp_path / "weights"))
+    return OpenSite("ash", None, lambda: None, tmp_path, bases)  # type: ignore[arg-type, return-value]
 
 
 def weights(seed: int, architecture=MODEL) -> StateDict:

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor, nn
-from torch.nn import functional
 
 from chainward_client.data.site_data import Cases
+from chainward_client.privacy_audit.membership import case_losses
 from chainward_client.privacy_audit.neighbours import RECIPE, CrossEntropy, MakeTraining
 from chainward_client.private_training import PrivateTraining
 from chainward_client.training.loop import train
 from chainward_shared.errors import PrivacyError
-from chainward_shared.preprocessing import scaled_for
 from chainward_shared.privacy.accounting import spent
 from chainward_shared.privacy.dp_sgd import DpSgd
 from chainward_shared.privacy.empirical import Attack
@@ -94,9 +93,9 @@ def audit_training(
 
     A canary is a patient with one image and a random label. The model is linear, and a canary is grey but for one white pixel,
     each another. Every canary has weights of its own then, which hides none behind the others: the strongest attack, in a
-    second. The attacker knows them all and the initial weights, and sees
-    the trained model: the further a canary's loss fell, the surer it was trained on. Of the canaries, a quarter is guessed
-    to be in, a quarter to be out. The coins come from the operating system.
+    second. The attacker knows them all and the initial weights, and sees the trained model: the further a canary's loss fell,
+    the surer it was trained on. Of the canaries, a quarter is guessed to be in, a quarter to be out. The coins come from the
+    operating system.
 
     Parameters
     ----------
@@ -111,18 +110,20 @@ def audit_training(
     """
     if canaries < _FEWEST:
         raise PrivacyError(f"an attack on {canaries} canaries says nothing; expected at least {_FEWEST}")
+    threads = torch.get_num_threads()
     generator = np.random.default_rng(secrets.randbits(128))
     images, model = _single_pixels(canaries), _linear(canaries)
     labels = torch.from_numpy(generator.integers(0, _CLASSES, canaries))
     inside = generator.random(canaries) < 0.5
-    before = _losses(model, images, labels)
-    rows = np.flatnonzero(inside)
-    cases = Cases(images[rows], labels[rows], np.array([f"canary-{row}" for row in rows]))
+    everybody = Cases(images, labels, np.array([f"canary-{row}" for row in range(canaries)]))
+    before = case_losses(model, everybody, threads)
     batch = max(1, round(dp_sgd.expected_batch))
-    how = {"seed": 0, "epochs": 1, "batch_size": batch, "learning_rate": 2e-3, "threads": torch.get_num_threads()}
-    recipe = RECIPE.model_copy(update=how)
-    train(model, cases, recipe, CrossEntropy(_GRADIENT_LENGTH), "audit", private=training(dp_sgd))
-    fell = (before - _losses(model, images, labels)).numpy()
+    recipe = RECIPE.model_copy(
+        update={"seed": 0, "epochs": 1, "batch_size": batch, "learning_rate": 2e-3, "threads": threads}
+    )
+    cases, objective = everybody.take(np.flatnonzero(inside)), CrossEntropy(_GRADIENT_LENGTH)
+    train(model, cases, recipe, objective, "audit", private=training(dp_sgd))
+    fell = before - case_losses(model, everybody, threads)
     order = np.argsort(-fell, kind="stable")
     quarter = canaries // 4
     correct = int(inside[order[:quarter]].sum() + (~inside[order[-quarter:]]).sum())
@@ -154,14 +155,3 @@ def _linear(canaries: int) -> nn.Module:
     linear = nn.Linear(_side(canaries) ** 2, _CLASSES, bias=False)
     nn.init.zeros_(linear.weight)
     return nn.Sequential(nn.Flatten(), nn.Hardshrink(0.5), linear)
-
-
-@torch.no_grad()
-def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    model.eval()
-    return torch.cat(
-        [
-            functional.cross_entropy(model(scaled_for(model, some)).float(), of_some, reduction="none")
-            for some, of_some in zip(images.split(64), labels.split(64), strict=True)
-        ]
-    )
