@@ -56,11 +56,10 @@ class Checkpoint:
     ----------
     path : its file
     key : of all that decides the training: a file with another one is of another training
-    seconds : between two writings, at least; default `SECONDS`. 0: after every epoch, whatever that takes
     """
 
-    def __init__(self, path: Path, key: str, *, seconds: float = SECONDS) -> None:
-        self.path, self.key, self.seconds = path, key, seconds
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
         self.reservation: int | None = None
         """Number of the ledger's entry in which the training began; set by whoever reserved it."""
         self._written, self._cost = time.monotonic(), 0.0
@@ -90,7 +89,7 @@ class Checkpoint:
             The site's disk is full or can't be written.
         """
         started = time.monotonic()
-        if last or (self.seconds and started - self._written < max(self.seconds, self._cost / SHARE)):
+        if last or started - self._written < max(SECONDS, self._cost / SHARE):
             return
         meta = {"format": _FORMAT, "key": self.key, "epoch": epoch, "log": log, "reservation": self.reservation}
         with written(self.path):

@@ -192,17 +192,16 @@ def releases_of_run(policy: PrivacyPolicy, asked: PrivacyRecipe) -> list[Mechani
     PolicyRefusal
         They leave nothing of it.
     """
-    found: list[Mechanism] = []
     scores = policy.metrics_mechanism(policy.metrics_releases)
-    if scores is not None:
-        if asked.epsilon is not None and (cost := spent([scores], asked.delta)) >= asked.epsilon:
-            raise PolicyRefusal(
-                f"noised scores alone, {policy.metrics_releases} releases at epsilon {policy.metrics_epsilon:g} each, come to "
-                f"{cost:.4g} of the epsilon {asked.epsilon:.4g} that the run asks for (privacy.epsilon): the policy needs a "
-                "lower metrics_epsilon or metrics_releases, or the run a higher epsilon"
-            )
-        found.append(scores)
-    return [*found, *statistics_mechanisms(asked, found)]
+    if scores is None:
+        return statistics_mechanisms(asked)
+    if asked.epsilon is not None and (cost := spent([scores], asked.delta)) >= asked.epsilon:
+        raise PolicyRefusal(
+            f"noised scores alone, {policy.metrics_releases} releases at epsilon {policy.metrics_epsilon:g} each, come to "
+            f"{cost:.4g} of the epsilon {asked.epsilon:.4g} that the run asks for (privacy.epsilon): the policy needs a "
+            "lower metrics_epsilon or metrics_releases, or the run a higher epsilon"
+        )
+    return [scores, *statistics_mechanisms(asked, [scores])]
 
 
 def asked_of_site(policy: PrivacyPolicy, asked: PrivacyRecipe | None) -> PrivacyRecipe:

@@ -11,15 +11,13 @@ import torch
 
 from chainward_shared.settings import Precision
 
-Arithmetic = Literal["fp32", "bf16"]
-
 
 def best_device() -> torch.device:
     """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Arithmetic:
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
     """Return what `precision` means on this hardware: "auto" takes bf16 where the hardware computes it."""
     if precision != "auto":
         return precision

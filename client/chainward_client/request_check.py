@@ -16,7 +16,7 @@ from chainward_client.data.description import DataDescription
 from chainward_client.data.site_data import SiteData
 from chainward_client.policy import check_run
 from chainward_client.private_site import PrivateSite, PrivateWork
-from chainward_shared.errors import DataError, ModelError, PolicyRefusal, ProtocolError, WeightsError
+from chainward_shared.errors import ModelError, PolicyRefusal, ProtocolError, WeightsError
 from chainward_shared.models import Architecture
 from chainward_shared.models.architecture import output_shape
 from chainward_shared.models.heads import check_head
@@ -54,21 +54,6 @@ class Described:
         """Return what opened data are; for simulations, which have nothing to hide from themselves."""
         images = data.splits["train"].images
         return cls(len(data.classes), images.shape[1], images.shape[-1])
-
-
-def require_class_names(description: DataDescription) -> None:
-    """Refuse a data file that leaves the number of classes to the labels; for sites with a privacy policy.
-
-    Raises
-    ------
-    DataError
-        The largest label, and so one patient, would decide what the site says of itself.
-    """
-    if description.classes is None:
-        raise DataError(
-            f"{description.table_file}: a site with a privacy policy must name its classes; without 'classes' in the data file "
-            "the largest label decides how many there are, and so a single patient might"
-        )
 
 
 def check_architecture(architecture: Architecture, described: Described, *, any_size: bool = False) -> None:

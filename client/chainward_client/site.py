@@ -13,13 +13,13 @@ from chainward_client.data.description import load_description
 from chainward_client.data.site_data import SiteData
 from chainward_client.private_site import PrivateSite, declared_units
 from chainward_client.privileged.checks import with_privileged_notes
-from chainward_client.request_check import Described, require_class_names
+from chainward_client.request_check import Described
 from chainward_client.secure_sums import Participation
 from chainward_client.site_config import ScoreLimits, SecureSums, SiteLimits, load_site_config
 from chainward_client.site_key import identity, site_key
 from chainward_client.store import SiteStore
 from chainward_client.training.features import Features
-from chainward_shared.errors import PolicyRefusal
+from chainward_shared.errors import DataError, PolicyRefusal
 from chainward_shared.privacy.policy import PrivacyPolicy
 from chainward_shared.protocol import Round
 
@@ -113,14 +113,17 @@ def open_site(site_yaml: Path) -> OpenSite:
     Raises
     ------
     DataError
-        site.yaml or the data file that it names can't be used.
+        site.yaml or the data file that it names can't be used, or names no classes where the site has a privacy policy.
     """
     config = load_site_config(site_yaml)
     state_dir = config.state_dir(site_yaml)
     path = (site_yaml.parent / Path(config.data).expanduser()).resolve()
     description = load_description(path)
-    if config.privacy is not None:
-        require_class_names(description)
+    if config.privacy is not None and description.classes is None:
+        raise DataError(
+            f"{description.table_file}: a site with a privacy policy must name its classes; without 'classes' in the data file "
+            "the largest label decides how many there are, and so a single patient might"
+        )
 
     def read() -> SiteData:
         return _local_site(path, config.site, site_key(state_dir), state_dir)

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,14 +44,10 @@ POLL_SECONDS = "0.25"
 
 
 class PreparedExecutor(SubprocessExecutor):
-    """Starts a process for a request as a copy of a prepared one; as Flower does where that fails.
+    """Starts a process for a request as a copy of a prepared one; as Flower does where that fails."""
 
-    `work` : what the copy does, `run_client` unless told; has to be a function that a module names
-    """
-
-    def __init__(self, work: Callable[[ExecutionSpec], None] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._work = work or run_client
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PREPARED)
 
@@ -70,7 +65,7 @@ class PreparedExecutor(SubprocessExecutor):
         if spec.task_type != TaskType.CLIENT_APP:
             return super().launch(spec)
         try:
-            self._context.Process(target=self._work, args=(spec,)).start()
+            self._context.Process(target=run_client, args=(spec,)).start()
         except (OSError, EOFError) as error:
             logger.warning("the prepared process can't be copied (%s); this request starts a new one", error)
             return super().launch(spec)

@@ -22,6 +22,14 @@ from chainward_client.superexec import PREPARED, PreparedExecutor
 pytestmark = pytest.mark.slow
 
 PATIENCE = 180
+RUN_CLIENT = superexec.run_client
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _copies_describe_themselves():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(superexec, "run_client", described)
+        yield
 
 
 def request(token: Path, kind: TaskType = TaskType.CLIENT_APP) -> ExecutionSpec:
@@ -40,7 +48,7 @@ def request(token: Path, kind: TaskType = TaskType.CLIENT_APP) -> ExecutionSpec:
 
 @pytest.fixture(scope="module")
 def executor():
-    executor = PreparedExecutor(described)
+    executor = PreparedExecutor()
     executor.prepare()
     return executor
 
@@ -91,7 +99,7 @@ def test_where_nothing_can_be_prepared_the_superexec_goes_on_without(monkeypatch
     def refused(*_args, **_settings):
         raise EOFError("unexpected EOF")
 
-    executor = PreparedExecutor(described)
+    executor = PreparedExecutor()
     monkeypatch.setattr(executor._context.Process, "start", refused)
     executor.prepare()
     assert "no process can be prepared (unexpected EOF); each request starts a new one" in caplog.text
@@ -104,7 +112,7 @@ def test_where_nothing_can_be_copied_the_request_starts_a_process_as_flower_does
     def refused(*_args, **_settings):
         raise OSError("Resource temporarily unavailable")
 
-    executor = PreparedExecutor(described)
+    executor = PreparedExecutor()
     monkeypatch.setattr(executor._context.Process, "start", refused)
     executor.launch(request(tmp_path / "one"))
     assert launched == [TaskType.CLIENT_APP]
@@ -114,7 +122,7 @@ def test_where_nothing_can_be_copied_the_request_starts_a_process_as_flower_does
 def test_work_of_other_kinds_is_started_as_flower_does(monkeypatch, tmp_path):
     launched = []
     monkeypatch.setattr(SubprocessExecutor, "launch", lambda self, spec: launched.append(spec.task_type))
-    PreparedExecutor(described).launch(request(tmp_path / "one", TaskType.SERVER_APP))
+    PreparedExecutor().launch(request(tmp_path / "one", TaskType.SERVER_APP))
     assert launched == [TaskType.SERVER_APP]
 
 
@@ -132,4 +140,4 @@ def test_what_is_prepared_can_be_imported():
     assert all(importlib.import_module(name) for name in PREPARED), (
         "Python's fork server is silent about what it can't import"
     )
-    assert superexec.run_client.__module__ == "chainward_client.superexec"
+    assert RUN_CLIENT.__module__ == "chainward_client.superexec"
