@@ -77,7 +77,10 @@ def select_weights(
             continue
         if selection.channels == "random-inconsistent":
             channels = family.channels(large, small, Picker(selection, variant, tensor=name))
-        weights = _select(source, _axes(name, source, family, channels))
+        weights = source
+        for dim, axis in _axes(name, source, family, channels):
+            weights = weights.index_select(dim, axis.indices.to(source.device))
+        weights = weights.clone(memory_format=torch.contiguous_format)
         weights = family.resampled(name, weights, large, small).contiguous()
         # an MLP of linear layers and one of 1x1 convolutions have the same weights
         if _without_trailing_ones(weights.shape) == _without_trailing_ones(target.shape):
@@ -146,13 +149,6 @@ def _axes(name: str, source: torch.Tensor, family: Family, channels: Mapping[str
             )
         axes.append((dim, axis))
     return axes
-
-
-def _select(source: torch.Tensor, axes: list[tuple[int, Axis]]) -> torch.Tensor:
-    weights = source
-    for dim, axis in axes:
-        weights = weights.index_select(dim, axis.indices.to(source.device))
-    return weights.clone(memory_format=torch.contiguous_format)
 
 
 def _without_trailing_ones(shape: torch.Size) -> tuple[int, ...]:

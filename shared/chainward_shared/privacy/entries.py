@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -151,10 +151,5 @@ def merged(records: Iterable[MechanismRecord]) -> tuple[MechanismRecord, ...]:
 @lru_cache(maxsize=1)
 def software() -> dict[str, str]:
     """Return the versions of what decides whether the noise and its accounting are right."""
-    versions = {"python": platform.python_version()}
-    for name in ("chainward", "torch", "opacus", "dp-accounting"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
+    packages = ("chainward", "torch", "opacus", "dp-accounting")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -278,14 +278,9 @@ class Ledger(LedgerFile):
             return self._append(
                 now(),
                 state=state,
-                run=made.run,
-                phase=made.phase,
-                hop=made.hop,
                 reservation=made.sequence,
                 mechanism=record,
-                unit=made.unit,
-                delta=made.delta,
-                seeded=made.seeded,
+                **{name: getattr(made, name) for name in ("run", "phase", "hop", "unit", "delta", "seeded")},
             )
 
     def _named(self, reservation: Reservation) -> str:

@@ -18,7 +18,6 @@ from chainward_shared.errors import LedgerError
 from chainward_shared.files import sync, write_all, write_atomically
 from chainward_shared.privacy.entries import NO_HASH, Entry, Head, software
 from chainward_shared.privacy.ledger_format import LedgerFormat
-from chainward_shared.privacy.signing import public_text
 from chainward_shared.words import first_problem
 
 logger = logging.getLogger("chainward")
@@ -27,7 +26,7 @@ PATIENCE = 60.0
 """Seconds to wait for another process that holds the lock."""
 
 
-class LedgerFile:
+class LedgerFile(LedgerFormat):
     """A ledger's lines, head and lock; what they mean is `ledger.Ledger`'s business.
 
     Parameters
@@ -42,14 +41,12 @@ class LedgerFile:
     """
 
     def __init__(self, path: Path, site: str, key: Ed25519PrivateKey | Ed25519PublicKey) -> None:
-        self.path, self.site, self.public_key = path, site, public_text(key)
-        self.head_path = path.with_name(f"{path.name}.head")
+        super().__init__(path, site, key)
         self.key = key if isinstance(key, Ed25519PrivateKey) else None
         self.entries: tuple[Entry, ...] = ()
         self.counted = Head(sequence=0, hash=NO_HASH)
         self.torn_bytes = 0
         self._verified = b""
-        self._format = LedgerFormat(path, self.head_path, site, self.public_key)
         self._lock = FileLock(str(path.with_name(f"{path.name}.lock")), timeout=PATIENCE)
 
     @property
@@ -97,7 +94,7 @@ class LedgerFile:
             head_bytes, data = self._read(self.head_path), self._read(self.path, missing=b"")
             if head_bytes == self._read(self.head_path):
                 break
-        counted = self._format.parse_head(head_bytes)
+        counted = self._parse_head(head_bytes)
         known = self._verified if data.startswith(self._verified) else b""
         entries = list(self.entries) if known else []
         verified, torn = len(known), 0
@@ -106,7 +103,7 @@ class LedgerFile:
             if len(line) == left and number == counted.sequence + 1 and (not line.endswith(b"\n") or b"\0" in line):
                 torn = left
                 break
-            entries.append(self._format.parse_entry(line, number, entries))
+            entries.append(self._parse_entry(line, number, entries))
             verified += len(line)
         self._check(entries, counted)
         if torn and torn != self.torn_bytes:
@@ -169,7 +166,7 @@ class LedgerFile:
             unsigned = Entry.model_validate(content)
         except ValidationError as error:
             raise LedgerError(f"{self.path}: no valid entry: {first_problem(error)}") from error
-        entry, line = self._format.line(unsigned, self.key)
+        entry, line = self._line(unsigned, self.key)
         with self._writing():
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
@@ -197,7 +194,7 @@ class LedgerFile:
         """
         assert self.key is not None
         with self._writing():
-            write_atomically(self.head_path, self._format.head(head, self.key), mode=0o600)
+            write_atomically(self.head_path, self._head_bytes(head, self.key), mode=0o600)
         self.counted = head
 
     def _notes(self, now: datetime) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,26 @@ from pydantic import ValidationError
 
 from chainward_shared.errors import LedgerError
 from chainward_shared.privacy.entries import NO_HASH, SCHEMA, Entry, Head
-from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, sign
+from chainward_shared.privacy.signing import canonical_json, fingerprint, is_signed, public_text, sign
 from chainward_shared.words import first_problem
 
 _ENTRY, _HEAD = "ledger entry", "ledger head"
 
 
-@dataclass(frozen=True)
 class LedgerFormat:
     """The form of one site's ledger.
 
-    Attributes
+    Parameters
     ----------
-    path, head_path : the files, to be named in what is wrong
-    site : its id
-    public_key : 32 bytes in hexadecimal
+    path : the ledger's file; its head lies beside it
+    site, key : whose
     """
 
-    path: Path
-    head_path: Path
-    site: str
-    public_key: str
+    def __init__(self, path: Path, site: str, key: Ed25519PrivateKey | Ed25519PublicKey) -> None:
+        self.path, self.site, self.public_key = path, site, public_text(key)
+        self.head_path = path.with_name(f"{path.name}.head")
 
-    def line(self, entry: Entry, key: Ed25519PrivateKey) -> tuple[Entry, bytes]:
+    def _line(self, entry: Entry, key: Ed25519PrivateKey) -> tuple[Entry, bytes]:
         """Return the entry with its hash and signature, and its line."""
         content = entry.model_dump(mode="json", by_alias=True, exclude={"hash", "signature"})
         digest = hashlib.sha256(canonical_json(content)).hexdigest()
@@ -44,12 +40,12 @@ class LedgerFormat:
         line = canonical_json({**content, "hash": digest, "signature": signature}) + b"\n"
         return entry.model_copy(update={"hash": digest, "signature": signature}), line
 
-    def head(self, head: Head, key: Ed25519PrivateKey) -> bytes:
+    def _head_bytes(self, head: Head, key: Ed25519PrivateKey) -> bytes:
         """Return what the head's file holds."""
         content = {"schema": SCHEMA, "site": self.site, **head.model_dump()}
         return canonical_json({**content, "signature": sign(key, _HEAD, canonical_json(content))}) + b"\n"
 
-    def parse_entry(self, line: bytes, number: int, before: Sequence[Entry]) -> Entry:
+    def _parse_entry(self, line: bytes, number: int, before: Sequence[Entry]) -> Entry:
         """Return entry `number`, 1-based, that follows those before.
 
         Raises
@@ -106,7 +102,7 @@ class LedgerFormat:
             return f"it commits something else than entry {entry.reservation} reserved"
         return None
 
-    def parse_head(self, content: bytes) -> Head:
+    def _parse_head(self, content: bytes) -> Head:
         """Return the head that a file's content is.
 
         Raises

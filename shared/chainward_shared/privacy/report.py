@@ -143,16 +143,14 @@ def surest_text(value: float | None) -> str:
 
 def mechanism_text(record: MechanismRecord) -> str:
     """Return a mechanism in words."""
+    releases = f"{count_text(record.steps)} {'release' if record.steps == 1 else 'releases'}"
     if record.kind == "laplace":
-        releases = "release" if record.steps == 1 else "releases"
-        return (
-            f"{count_text(record.steps)} {releases} of scores with Laplace noise, epsilon {1 / record.noise_multiplier:g} each"
-            if record.noise_multiplier
-            else f"{count_text(record.steps)} {releases} of scores without noise"
+        noise = record.noise_multiplier
+        return f"{releases} of scores " + (
+            f"with Laplace noise, epsilon {1 / noise:g} each" if noise else "without noise"
         )
     if record.kind == "gaussian":
-        releases = "release of sums" if record.steps == 1 else "releases of sums"
-        return f"{count_text(record.steps)} {releases} over embeddings with noise: noise multiplier {record.noise_multiplier:g}"
+        return f"{releases} of sums over embeddings with noise: noise multiplier {record.noise_multiplier:g}"
     clip = "" if record.clip_norm is None else f", clipped to {record.clip_norm:g}"
     return (
         f"{count_text(record.steps)} steps of training with noise (DP-SGD): noise multiplier {record.noise_multiplier:g}, "

@@ -98,9 +98,7 @@ class EfficientNets(Family):
         return ""
 
     def channels(self, teacher: Any, student: Any, picker: Picker) -> Mapping[str, Axis]:
-        def axis(name: str, large: int, small: int) -> Axis:
-            return picker.axis(name, large, small)
-
+        axis = picker.axis
         stem = axis("stem", teacher.conv_stem.out_channels, student.conv_stem.out_channels)
         axes, before = {"stem": stem}, stem
         for i, (large_stage, small_stage) in enumerate(zip(teacher.blocks, student.blocks, strict=True)):
