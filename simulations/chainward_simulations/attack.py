@@ -45,6 +45,8 @@ from chainward_simulations.study.baselines import CrossEntropy, together
 
 MODELS = ("student", "chain")
 ALL_SITES = "all"
+Losses = Mapping[str, tuple[Cases, np.ndarray]]
+"""Cases of each site, and what each of them costs a model, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,15 @@ def attack_run(
         model = build_model(architecture, seed=0)
         model.load_state_dict(state)
         losses_of = partial(case_losses, threads=config.federation.cpu_threads, image_size=architecture.image_size)
-        inside = {site: losses_of(model, cases) for site, cases in members.items()}
-        outside = {site: losses_of(model, cases) for site, cases in outsiders.items()}
-        found += _lines(name, "loss", config.seed, members, inside, outsiders, outside)
+        inside: Losses = {site: (cases, losses_of(model, cases)) for site, cases in members.items()}
+        outside: Losses = {site: (cases, losses_of(model, cases)) for site, cases in outsiders.items()}
+        found += _lines(name, "loss", config.seed, inside, outside)
         if calibrate:
             say(f"attack: training two reference models for the {name}")
             start = base if architecture.start else None
             references = _references(config, architecture, outsiders, start, trained=name)
-            inside, outside = _against(references, losses_of, config.seed, members, inside, outsiders, outside)
-            found += _lines(name, "calibrated", config.seed, members, inside, outsiders, outside)
+            against = _against(references, losses_of, config.seed, inside, outside)
+            found += _lines(name, "calibrated", config.seed, *against)
     return [replace(one, bound=_bound_of(one, list(members), bounds or {})) for one in found]
 
 
@@ -127,31 +129,16 @@ def _bound_of(line: Attacked, sites: Sequence[str], bounds: Mapping[str, Bound])
     return Bound(max(one.auc for one in known), tuple(map(max, zip(*(one.found for one in known), strict=True))))
 
 
-def _lines(
-    model: str,
-    kind: str,
-    seed: int,
-    members: Mapping[str, Cases],
-    inside: Mapping[str, np.ndarray],
-    outsiders: Mapping[str, Cases],
-    outside: Mapping[str, np.ndarray],
-) -> list[Attacked]:
-    groups = {ALL_SITES: list(members)} | {site: [site] for site in members if len(members) > 1}
+def _lines(model: str, kind: str, seed: int, inside: Losses, outside: Losses) -> list[Attacked]:
+    def of(side: Losses, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        losses, patients = [side[site][1] for site in group], [side[site][0].patients for site in group]
+        return np.concatenate(losses), np.concatenate(patients)
+
+    groups = {ALL_SITES: list(inside)} | {site: [site] for site in inside if len(inside) > 1}
     return [
-        Attacked(
-            model,
-            name,
-            kind,
-            attack_membership(
-                np.concatenate([inside[site] for site in group]),
-                np.concatenate([members[site].patients for site in group]),
-                np.concatenate([outside[site] for site in group]),
-                np.concatenate([outsiders[site].patients for site in group]),
-                seed=seed,
-            ),
-        )
+        Attacked(model, name, kind, attack_membership(*of(inside, group), *of(outside, group), seed=seed))
         for name, group in groups.items()
-        if all(len(members[site]) and len(outsiders[site]) for site in group) or name == ALL_SITES
+        if all(len(inside[site][0]) and len(outside[site][0]) for site in group) or name == ALL_SITES
     ]
 
 
@@ -223,28 +210,26 @@ def _against(
     references: list[nn.Module],
     losses_of: Callable[[nn.Module, Cases], np.ndarray],
     seed: int,
-    members: Mapping[str, Cases],
-    inside: Mapping[str, np.ndarray],
-    outsiders: Mapping[str, Cases],
-    outside: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    inside: Losses,
+    outside: Losses,
+) -> tuple[Losses, Losses]:
     """Return all losses less that of a reference that has not seen the patient.
 
     Of members neither has; one is taken by lot nevertheless, so that both sides are compared with one reference each.
     """
-    everyone = together(list(outsiders.values())).patients
+    everyone = together([cases for cases, _ in outside.values()]).patients
     trained = dict(zip(map(str, everyone), _half(seed, everyone), strict=True))
 
-    def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    def less(cases: Cases, losses: np.ndarray, left_out: np.ndarray) -> tuple[Cases, np.ndarray]:
         of = np.stack([losses_of(one, cases) for one in references]).reshape(len(references), len(cases))
         of[left_out, np.arange(len(cases))] = np.nan
-        return calibrated(losses, of)
+        return cases, calibrated(losses, of)
 
     return (
-        {site: less(cases, inside[site], _half(seed, cases.patients)) for site, cases in members.items()},
+        {site: less(cases, losses, _half(seed, cases.patients)) for site, (cases, losses) in inside.items()},
         {
-            site: less(cases, outside[site], np.array([trained[str(one)] for one in cases.patients], dtype=np.int64))
-            for site, cases in outsiders.items()
+            site: less(cases, losses, np.array([trained[str(one)] for one in cases.patients], dtype=np.int64))
+            for site, (cases, losses) in outside.items()
         },
     )
 

@@ -211,13 +211,11 @@ def render_chest(
 def _inside(depth: np.ndarray, softness: float = EDGE) -> np.ndarray:
     from scipy.special import expit
 
-    inside: np.ndarray = expit(depth * (1 / softness))
-    return inside
+    return np.asarray(expit(depth * (1 / softness)))
 
 
 def _blob(x: np.ndarray, y: np.ndarray, radius_x: float, radius_y: float) -> np.ndarray:
-    blob: np.ndarray = np.exp(-0.5 * ((x / radius_x) ** 2 + (y / radius_y) ** 2))
-    return blob
+    return np.asarray(np.exp(-0.5 * ((x / radius_x) ** 2 + (y / radius_y) ** 2)))
 
 
 def _mottle(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:

@@ -161,9 +161,8 @@ def expose(scanner: Scanner, density: np.ndarray, rng: np.random.Generator) -> n
 
 def _burn_in_marker(grey: np.ndarray, scanner: Scanner) -> np.ndarray:
     size = grey.shape[0]
-    rows = MARKER_LETTERS[scanner.marker]
-    bits = np.array([[bit == "1" for bit in row] for row in rows]).repeat(max(1, size // 64), 0)
-    bits = bits.repeat(max(1, size // 64), 1)
+    bits = np.array([[bit == "1" for bit in row] for row in MARKER_LETTERS[scanner.marker]])
+    bits = bits.repeat(max(1, size // 64), 0).repeat(max(1, size // 64), 1)
     margin = size // 20
     top = margin if scanner.corner[0] == 0 else size - margin - bits.shape[0]
     left = margin if scanner.corner[1] == 0 else size - margin - bits.shape[1]

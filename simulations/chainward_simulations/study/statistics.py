@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -197,8 +198,6 @@ def _area(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.n
 
 def _mean_defined(rows: list[np.ndarray]) -> np.ndarray:
     """Return the mean over the rows that are not NaN, for each resample; NaN where all are."""
-    values = np.stack(rows)
-    defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean: np.ndarray = np.where(defined, values, 0).sum(axis=0) / defined.sum(axis=0)
-    return mean
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmean(np.stack(rows), axis=0))

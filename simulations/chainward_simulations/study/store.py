@@ -31,17 +31,8 @@ DEFAULT_DIR = Path("~/.chainward/studies")
 _FILE = "study.json"
 FEATURES = "features"
 """Folder, within the study's, of the output of frozen trunks."""
-_OWN = (
-    "predictions",
-    "chains",
-    FEATURES,
-    "results.json",
-    "study.png",
-    "examples.png",
-    "tuning.log",
-    "tuning.json",
-    _FILE,
-)
+_OUTPUT = ("results.json", "study.png", "examples.png", "tuning.log", "tuning.json")
+_OWN = ("predictions", "chains", FEATURES, *_OUTPUT, _FILE)
 
 
 def study_settings(config: RunConfig) -> dict[str, ConfigScalar]:

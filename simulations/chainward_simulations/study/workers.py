@@ -24,14 +24,7 @@ from chainward_simulations.study.configured_arms import ConfiguredArm
 from chainward_simulations.study.kept_features import ImageFeatures
 from chainward_simulations.study.records import ArmRecord
 from chainward_simulations.study.store import FEATURES, Chain, chain_file, load_chain, save_chain
-from chainward_simulations.study.training import (
-    Bench,
-    chain_work,
-    expected_work,
-    measure_arm,
-    train_arm,
-    train_chain,
-)
+from chainward_simulations.study.training import Bench, chain_work, expected_work, measure_arm, train_arm, train_chain
 
 
 @dataclass(frozen=True)

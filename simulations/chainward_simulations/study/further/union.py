@@ -16,10 +16,7 @@ from chainward_simulations.study.start import Start
 
 @baseline("union", "all sites' labelled images together, in one training")
 def train_union(
-    sites: Mapping[str, SiteData],
-    start: Start,
-    recipe: LinkRecipe,
-    on_step: Callable[[str], None],
+    sites: Mapping[str, SiteData], start: Start, recipe: LinkRecipe, on_step: Callable[[str], None]
 ) -> tuple[StateDict, list[TrainingLog]]:
     """Train one model on the labelled images of all sites, as if they lay in one place."""
     cases = together([labelled_cases(data, recipe) for data in sites.values()])
