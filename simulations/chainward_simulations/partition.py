@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from chainward_client.data.splits import patient_classes, strata
@@ -56,12 +54,8 @@ def partition_by_label_skew(
     Raises
     ------
     DataError
-        If `alpha` is not above 0, there are too few training cases, or 200 draws left a site with too few.
+        If there are too few training cases, or 200 draws left a site with too few.
     """
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise DataError(
-            f"data.label-skew: found {alpha:g}; expected a number above 0 (0.1 is extreme, 100 nearly even)"
-        )
     in_train = splits == "train"
     if in_train.sum() < num_sites * MIN_TRAIN_CASES:
         raise DataError(

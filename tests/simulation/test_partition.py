@@ -126,12 +126,6 @@ def test_an_unlikely_minimum_is_refused_after_a_bounded_number_of_draws() -> Non
         partition_by_label_skew(labels, np.arange(300).astype(str), 6, 0.01, 0, all_train(labels))
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
-def test_alpha_must_be_a_number_above_0(alpha: float) -> None:
-    with pytest.raises(DataError, match=r"data\.label-skew: found .*; expected a number above 0"):
-        partition_by_label_skew(np.zeros(50, dtype=int), np.arange(50).astype(str), 2, alpha, 0, np.full(50, "train"))
-
-
 # fewer labels
 
 

@@ -242,11 +242,3 @@ def test_site_ids_name_the_sites_in_order(sites: list[SiteData]) -> None:
 def test_an_impossible_number_of_sites_is_refused(num_sites: int) -> None:
     with pytest.raises(ValueError, match="1 to 64"):
         phantom_site_ids(num_sites)
-
-
-@pytest.mark.parametrize(
-    ("index", "image_size", "reason"), [(64, 64, "site index"), (-1, 64, "site index"), (0, 31, "image_size")]
-)
-def test_arguments_out_of_range_are_refused(index: int, image_size: int, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        phantom_site(0, index, image_size)

@@ -111,15 +111,7 @@ def phantom_site(
     Returns
     -------
     SiteData with images uint8 (n, 1, image_size, image_size), reports, table and masks in every split
-
-    Raises
-    ------
-    ValueError : an argument is out of range
     """
-    if not 0 <= index < MAX_SITES:
-        raise ValueError(f"site index is {index}; phantoms exist for 0 to {MAX_SITES - 1}")
-    if not 32 <= image_size <= 256:
-        raise ValueError(f"image_size is {image_size}; phantoms are rendered at 32 to 256 pixels")
     place = hospital(index)
     cases = phantom_cases(seed, index, place.cases)
     present = {case.finding for case in cases}

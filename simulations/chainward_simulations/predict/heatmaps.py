@@ -71,12 +71,10 @@ class HeatMaps:
             try:
                 header = header_of(batch.files[i])
                 self._save(picture, answer, header)
-            except Exception as error:  # headers that highdicom can't take over raise nearly anything
-                reason = (
-                    str(error)
-                    if isinstance(error, DataError)
-                    else f"the header can't be taken over ({type(error).__name__})"
-                )
+            except DataError as error:
+                self.problems.append(Problem(answer.image, f"no heat map: {error}"))
+            except Exception as error:  # headers that can't be taken over raise nearly anything, which may quote them
+                reason = f"the header can't be taken over ({type(error).__name__})"
                 self.problems.append(Problem(answer.image, f"no heat map: {reason}"))
 
     def _lines(self, answer: Answer, name: str) -> list[str]:

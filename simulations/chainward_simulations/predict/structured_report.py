@@ -63,27 +63,16 @@ class StructuredReports:
             key = str(header.StudyInstanceUID), str(header.SeriesInstanceUID)
             self._series.setdefault(key, []).append((header, answer))
 
-    def write(self) -> list[Path]:
-        """Write a report for each series, and return where they are."""
-        written = []
+    def write(self) -> None:
+        """Write a report for each series."""
         for number, (_, answered) in enumerate(sorted(self._series.items()), start=1):
             path = self._folder / f"series-{number:04d}.dcm"
             try:
                 report_of(answered, self._predictor).save_as(path, enforce_file_format=True)
-            except (
-                Exception
-            ) as error:  # headers that highdicom can't take over raise nearly anything, and may be quoted
-                self.problems += [
-                    Problem(
-                        answer.image,
-                        f"no Structured Report: the file's header can't be taken over ({type(error).__name__})",
-                    )
-                    for _, answer in answered
-                ]
+            except Exception as error:  # headers that can't be taken over raise nearly anything, which may quote them
+                reason = f"no Structured Report: the file's header can't be taken over ({type(error).__name__})"
+                self.problems += [Problem(answer.image, reason) for _, answer in answered]
                 path.unlink(missing_ok=True)
-                continue
-            written.append(path)
-        return written
 
 
 def report_of(answered: list[tuple[Dataset, Answer]], predictor: Predictor) -> Any:
