@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,34 +86,22 @@ def measure(options: Options, *, with_reference: bool) -> Report:
     done: list[FlowerRun] = []
     for number in range(1, options.runs + 1):
         options.say(f"flwr run {options.app.name}: {number} of {options.runs}")
-        done.append(measure_run(options.app, options.settings, with_reference=with_reference, timeout=options.timeout))
+        done.append(_measured(options, with_reference=with_reference))
     tables = [phases_table(done)] if with_reference else []
     return [*tables, hops_table(done[0]), memory_table(done)], [run.to_json() for run in done]
 
 
-def measure_run(app: Path, settings: Mapping[str, ConfigScalar], *, with_reference: bool, timeout: float) -> FlowerRun:
-    """Run a Flower app with a SuperLink of its own, then the same configuration in process, and measure both.
-
-    Parameters
-    ----------
-    app : folder of the Flower app
-    settings : run configuration where it differs from the app's
-    timeout : seconds that each of the two may take
-
-    Raises
-    ------
-    BenchmarkError
-        A run failed or took longer than `timeout`.
-    """
+def _measured(options: Options, *, with_reference: bool) -> FlowerRun:
+    """Run a Flower app with a SuperLink of its own, then the same configuration in process, and measure both."""
     with tempfile.TemporaryDirectory(prefix="chainward-benchmark-", ignore_cleanup_errors=True) as temporary:
         home, output = Path(temporary) / "flwr", Path(temporary) / "runs"
         with own_flower(home) as environment, MemorySampler(home) as sampler:
-            command = run_command(app, {**settings, "output.dir": str(output)})
-            wall_seconds = timed_run(command, environment, timeout)
+            command = run_command(options.app, {**options.settings, "output.dir": str(output)})
+            wall_seconds = timed_run(command, environment, options.timeout)
             folder = finished_folder(output)
         results = folder.load_results()
         assert results is not None
-        reference = _reference(folder, timeout) if with_reference else None
+        reference = _reference(folder, options.timeout) if with_reference else None
         same = None if reference is None else reference.digests == _digests(folder)
         return FlowerRun(wall_seconds, results, sampler.peak, reference, same)
 
