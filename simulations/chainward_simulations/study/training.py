@@ -271,10 +271,10 @@ def expected_work(configured: ConfiguredArm, sites: int) -> Work:
         return Work(images * sites, sites)
     if trainer in WITHOUT_TRAINING:
         return Work(0.1 * images, 1)  # the time goes into images, and into what of it features know already
-    trainings = {
+    counts = {
         "federated": configured.rounds * sites,
         "scaffold": config.chain.epochs * sites,
         "cyclic": configured.arm.laps * sites,
         "union": 1,
     }
-    return Work(images, trainings.get(trainer, sites))
+    return Work(images, counts.get(trainer, sites))
