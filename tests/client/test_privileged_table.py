@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chainward_client.data.columns import CategoryColumn, NumberColumn
-from chainward_client.privileged.table import column_vectors, table_vectors
+from chainward_client.privileged.vectors import column_vectors, table_vectors
 
 AGE = NumberColumn(kind="number", min=20, max=100)
 SEX = CategoryColumn(kind="category", values=("female", "male", "unknown"))

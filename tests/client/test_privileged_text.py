@@ -16,7 +16,7 @@ from chainward_client.card import site_card
 from chainward_client.doctor.data import check_privileged
 from chainward_client.privileged import encoder as module
 from chainward_client.privileged.encoder import check_encoder, encoded, encoder_digest, mean_over_tokens
-from chainward_client.privileged.text import hashed_ngrams, label_pattern, text_vectors
+from chainward_client.privileged.vectors import hashed_ngrams, label_pattern, text_vectors
 from chainward_shared.errors import DataError
 from chainward_simulations.phantoms.cases import phantom_site
 

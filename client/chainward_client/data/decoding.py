@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,10 @@ class RowWriter:
                 self._files[MASKS].write(row.mask.tobytes())
             self.digests.append(row.digest)
             lines.append([row.key, self.digests[-1], _FACTS.dump_python(row.facts, mode="json")])
-        self._files[JOURNAL].write(signed({"rows": lines, "scale": scale}, self._key))
-        for file in self._files.values():  # the journal last
+        for file in self._files.values():
             file.flush()
+        self._files[JOURNAL].write(signed({"rows": lines, "scale": scale}, self._key))  # of what is there
+        self._files[JOURNAL].flush()
 
     def close(self) -> None:
         """Close the files once they are on the disk."""
@@ -124,15 +126,14 @@ def kept_rows(folder: Path, key: bytes) -> Iterator[tuple[str, KeptRow]]:
         lines = (folder / JOURNAL).read_bytes().splitlines()
     except OSError:
         return
-    position = 0
+    position = count()
     for line in lines:
         content = verified(line, key)
         if content is None:
             return
         scale = None if content["scale"] is None else tuple(content["scale"])
         for of_row, digest, facts in content["rows"]:
-            yield of_row, KeptRow(folder, position, digest, facts, scale)
-            position += 1
+            yield of_row, KeptRow(folder, next(position), digest, facts, scale)
 
 
 def read_row(key: str, kept: KeptRow, shape: tuple[int, int, int], *, masks: bool) -> Row | None:
@@ -153,8 +154,8 @@ def read_row(key: str, kept: KeptRow, shape: tuple[int, int, int], *, masks: boo
 
 
 def _part(path: Path, position: int, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape))
-    return np.fromfile(path, np.uint8, count, offset=position * count).reshape(shape)
+    size = int(np.prod(shape))
+    return np.fromfile(path, np.uint8, size, offset=position * size).reshape(shape)
 
 
 def signed(content: object, key: bytes) -> bytes:

@@ -51,9 +51,7 @@ class Scale:
 
     @property
     def note(self) -> str:
-        """Return what a person should know of it."""
-        if not self.images:
-            return ""
+        """Return what a person should know of it where it was measured."""
         return (
             f"more than 8 bits: {self.low:g} is shown black and {self.high:g} white in all images (percentiles "
             f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} of {self.images} images, measured here); image.scale: "

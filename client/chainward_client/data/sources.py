@@ -14,6 +14,7 @@ import numpy as np
 from chainward_client.data.description import DataDescription, ManifestDescription, load_description
 from chainward_client.data.formats import format_of
 from chainward_client.data.formats.npz import NpzCases
+from chainward_client.data.image_store import stamp
 from chainward_client.data.site_data import SPLITS, Cases, PrivilegedSetup, SiteData
 from chainward_client.data.splits import split_by_key
 from chainward_client.data.table import Table
@@ -187,15 +188,14 @@ def number_of(count: int, what: str) -> str:
 
 
 def _stamp(path: Path) -> _Stamp:
-    """Return what changes when the file does: time of modification and size; of a folder those of all folders in it."""
+    """Return what changes when the file does: size and time of modification; of a folder those of all folders in it."""
     try:
         if path.is_dir():
             below = [Path(folder).stat() for folder, _, _ in os.walk(path)]
-            return (max(status.st_mtime_ns for status in below), len(below))
-        status = path.stat()
+            return len(below), max(status.st_mtime_ns for status in below)
+        return stamp(path)
     except OSError:
-        return (0, 0)  # reading it says what is wrong
-    return (status.st_mtime_ns, status.st_size)
+        return 0, 0  # reading it says what is wrong
 
 
 def read_table(path: Path) -> Table:
@@ -211,6 +211,6 @@ def _cached_description(path: Path, _: _Stamp) -> DataDescription:
 
 
 @lru_cache(maxsize=4)
-def _cached_table(path: Path, stamp: _Stamp, _: _Stamp) -> Table:
-    description = _cached_description(path, stamp)
+def _cached_table(path: Path, of_file: _Stamp, _: _Stamp) -> Table:
+    description = _cached_description(path, of_file)
     return format_of(description).read(description)

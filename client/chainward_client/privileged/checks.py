@@ -14,8 +14,7 @@ import torch
 
 from chainward_client.data.site_data import Cases, SiteData
 from chainward_client.data.splits import folds
-from chainward_client.privileged.table import Value, column_vectors
-from chainward_client.privileged.text import label_pattern
+from chainward_client.privileged.vectors import Value, column_vectors, label_pattern
 
 MIN_CASES = 10
 """With fewer cases than this a modality has no teacher."""

@@ -136,13 +136,9 @@ def key_of(
     return hashlib.sha256(json.dumps(decides, ensure_ascii=True).encode()).hexdigest()
 
 
-def _place(private: bool) -> str:
-    """Private answers have a place of their own, so that those of other trainings, which cost nothing, don't push them out."""
-    return "privileged/private-targets-" if private else "privileged/targets-"
-
-
 def _path(cache: Path, key: str, private: bool) -> Path:
-    return cache / f"{_place(private)}{key[:32]}.safetensors"
+    """Private answers have names of their own, so that those of other trainings, which cost nothing, don't push them out."""
+    return cache / "privileged" / f"{'private-targets' if private else 'targets'}-{key[:32]}.safetensors"
 
 
 def _tensors(targets: PrivilegedTargets) -> StateDict:
@@ -160,8 +156,8 @@ def save(targets: PrivilegedTargets, cache: Path | None, key: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_tensors(targets), path, metadata)
-        kept = sorted(cache.glob(f"{_place(targets.private)}*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-        for old in kept[:-KEPT_FILES]:
+        kept = path.parent.glob(_path(cache, "*", targets.private).name)
+        for old in sorted(kept, key=lambda file: file.stat().st_mtime_ns)[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
     except OSError as error:
         logger.warning(

@@ -41,9 +41,8 @@ from chainward_client.privileged.results import (
     load,
     save,
 )
-from chainward_client.privileged.table import table_vectors
 from chainward_client.privileged.teacher import train_teacher, train_teacher_privately
-from chainward_client.privileged.text import text_vectors
+from chainward_client.privileged.vectors import table_vectors, text_vectors
 from chainward_shared.distillation.losses import class_counts
 from chainward_shared.errors import ModelError
 from chainward_shared.privacy.dp_sgd import DpSgd

@@ -107,11 +107,6 @@ class DicomManifest(Manifest):
     description: DicomDescription
     members: tuple[str | ImageProblem, ...]
 
-    @property
-    def block(self) -> DicomBlock:
-        """Return how the pictures come out of the files."""
-        return self.description.block
-
     def member(self, store: ImageStore, index: int) -> str:
         """As `Manifest.member`."""
         member = self.members[index]
@@ -121,21 +116,21 @@ class DicomManifest(Manifest):
 
     def _deep_values(self, store: ImageStore, index: int) -> np.ndarray | None:
         try:
-            return deep_values(parse(store.read(self.member(store, index), quoted=False)), self.block)
+            return deep_values(parse(store.read(self.member(store, index), quoted=False)), self.description.block)
         except ImageProblem:  # decoding the image for training says so
             return None
 
     def _decoded(self, indices: np.ndarray) -> Pictures:
         require_pydicom()
-        location, shape, rows = self.description.image_location, self.description.image, self.rows[indices].tolist()
+        location, shape, block = self.description.image_location, self.description.image, self.description.block
         with opened(location, EXTENSIONS) as store, _quiet():
 
             def attempt(position: int) -> tuple[np.ndarray, Facts]:
                 dataset = parse(store.read(self.member(store, indices[position]), quoted=False))
-                shown = picture(dataset, self.block, self.scale)
+                shown = picture(dataset, block, self.scale)
                 return fitted(shown.image, shape), facts(dataset, shown.origin)
 
-            decoded = attempt_all("image", location, rows, attempt)
+            decoded = attempt_all("image", location, self.rows[indices].tolist(), attempt)
             found = [file for _, file in decoded]
             masks = self._turned_masks(indices, [file.origin.geometry for file in found])
         return stacked([array for array, _ in decoded], shape), masks, found
@@ -158,10 +153,10 @@ class DicomManifest(Manifest):
 
     def notes_on(self, facts: Sequence[Facts], patients: np.ndarray) -> tuple[str, ...]:
         """As `Table.notes_on`."""
-        lines = notes(facts, view=self.block.view, own_window=self.block.window is not None)
-        if (column := self.description.columns.patient) is not None and (
-            shared := shared_persons(facts, patients.tolist())
-        ):
+        block = self.description.block
+        lines = notes(facts, view=block.view, own_window=block.window is not None)
+        column = self.description.columns.patient
+        if column is not None and (shared := shared_persons(facts, patients.tolist())):
             lines += (
                 f"{shared} patients of column '{column}' share their PatientID with another of them: one person may be on both "
                 "sides of a split",

@@ -1,14 +1,20 @@
-"""Reports become vectors: hashed n-grams, or the output of a local encoder."""
+"""Privileged data become vectors, each of its own case alone.
+
+Reports: hashed n-grams, or the output of a local encoder. Rows of a table: by the declared ranges and values.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from chainward_client.data.columns import CategoryColumn, TabularColumn
 from chainward_client.privileged.encoder import encoded
+
+Value = float | str | None
 
 TOKEN = r"(?u)\b\w+\b"
 """A word, of one letter too: L and R are sides of the body."""
@@ -76,3 +82,36 @@ def text_vectors(
     vectors = np.zeros((len(read), found.shape[1]), dtype=np.float32)
     vectors[available] = found
     return vectors, available
+
+
+def column_vectors(values: Sequence[Value], declared: TabularColumn) -> np.ndarray:
+    """Return one column as float32 (n, d), its last dimension 1 where the value is missing, and all others 0 there.
+
+    A number is scaled so that the declared range becomes 0 to 1; a category becomes one 1 among its declared values. A
+    value that is not declared counts as missing.
+    """
+    width = len(declared.values) if isinstance(declared, CategoryColumn) else 1
+    vectors = np.zeros((len(values), width + 1), dtype=np.float32)
+    for row, value in zip(vectors, values, strict=True):
+        if isinstance(declared, CategoryColumn):
+            row[declared.values.index(str(value)) if value in declared.values else -1] = 1
+        elif isinstance(value, int | float) and declared.min <= value <= declared.max:
+            row[0] = (value - declared.min) / (declared.max - declared.min)
+        else:
+            row[-1] = 1
+    return vectors
+
+
+def table_vectors(
+    table: Mapping[str, Sequence[Value]], columns: Mapping[str, TabularColumn]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vectors of a table's rows, float32 (n, d), and which have a value at all, bool (n,).
+
+    Parameters
+    ----------
+    table : values of each column
+    columns : the columns to read, in this order; at least one
+    """
+    parts = [column_vectors(table[name], declared) for name, declared in columns.items()]
+    available = np.any([part[:, -1] == 0 for part in parts], axis=0)
+    return np.concatenate(parts, axis=1), available
