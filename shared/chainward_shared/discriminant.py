@@ -276,12 +276,13 @@ class _Expected:
         if len(places) < 2:
             return None
         parts = counts[places] ** (1 - strength)
+        draws = max(64, min(DRAWS, 1_000_000 // len(counts) ** 2))  # with many classes, few of each are many in all
         return cls(
             sums[places] / counts[places, None],
             validation.scatter(finding) / validation.counted,
             places,
             parts / parts.sum(),
-            numpy_generator(0, "discriminant", "draws").standard_normal((_number_of_draws(len(counts)), len(counts))),
+            numpy_generator(0, "discriminant", "draws").standard_normal((draws, len(counts))),
         )
 
     def _scores(self, head: Head) -> np.ndarray:
@@ -303,11 +304,6 @@ class _Expected:
         scores = scores - scores.max(axis=2, keepdims=True)
         right = np.take_along_axis(scores, self.places[:, None, None], axis=2)[..., 0]
         return float((np.log(np.exp(scores).sum(axis=2)) - right).mean(axis=1) @ self.parts)
-
-
-def _number_of_draws(classes: int) -> int:
-    """Return how many draws of each class there are: with many classes, few of each are many in all."""
-    return max(64, min(DRAWS, 1_000_000 // classes**2))
 
 
 def _log_prior(counts: np.ndarray, n: float, strength: float, *, smoothed: bool) -> np.ndarray:

@@ -202,9 +202,7 @@ def unmasked(
         key = _combined(keys.get(site, ()), round_.threshold, site, _KEY_BYTES).hex()
         if _public(key) != by_site[site].mask:
             raise ProtocolError(f"the shares of the key of site '{site}' don't fit together")
-        for (
-            other
-        ) in answered:  # what `other` added for this site is taken off again: the site would have added the opposite
+        for other in answered:  # what it added for this site is taken off: the site would have added the opposite
             _add_common(total, key, by_site[other], above=other > site)
     return total
 

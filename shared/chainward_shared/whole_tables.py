@@ -89,12 +89,9 @@ def _padded(text: str, width: int, right: bool) -> str:
 
 def _annotated(table: Table, body: RenderableType) -> Group:
     """Put title and caption around a table, as wide as they like: they are not of its width."""
-    parts = [body]
-    if table.title:
-        parts.insert(0, _shown(table.title, "table.title"))
-    if table.caption:
-        parts.append(_shown(table.caption, "table.caption"))
-    return Group(*parts)
+    title = [_shown(table.title, "table.title")] if table.title else []
+    caption = [_shown(table.caption, "table.caption")] if table.caption else []
+    return Group(*title, body, *caption)
 
 
 def _as_lines(table: Table, width: int) -> Iterator[Text]:

@@ -95,7 +95,7 @@ class RunConfig(Table):
 
     def to_flat(self) -> dict[str, ConfigScalar]:
         """Return ``{"chain.laps": 1, ...}`` with every key, as Flower's run config has it."""
-        nested = self.model_dump(by_alias=True)
+        nested = self.tables()
         places = [option.key.rpartition(".") for option in options()]
         return {table + dot + name: (nested[table] if table else nested)[name] for table, dot, name in places}
 

@@ -200,10 +200,9 @@ def tallies_at(histograms: np.ndarray, points: Sequence[OperatingPoint]) -> list
     """Return how each class's images come out at its operating point; None where it has none, or nothing was counted."""
     if not histograms.any():
         return [None] * len(points)
-    indices = [None if point.log_odds is None else _index(point.log_odds) for point in points]
     return [
-        None if index is None else tally_at(histogram, index)
-        for histogram, index in zip(histograms, indices, strict=True)
+        None if point.log_odds is None else tally_at(histogram, _index(point.log_odds))
+        for histogram, point in zip(histograms, points, strict=True)
     ]
 
 
@@ -219,11 +218,11 @@ def tallies_decided(confusion: np.ndarray) -> list[Tally]:
             Tally(cases=int(of[1].sum()), others=int(of[0].sum()), found=int(of[1, 1]), cleared=int(of[0, 0]))
             for of in confusion
         ]
-    total, tallies = int(confusion.sum()), []
-    for k in range(len(confusion)):
-        cases, called, found = int(confusion[k].sum()), int(confusion[:, k].sum()), int(confusion[k, k])
-        tallies.append(Tally(cases=cases, others=total - cases, found=found, cleared=total - cases - (called - found)))
-    return tallies
+    total, of_each = int(confusion.sum()), (confusion.sum(axis=1), confusion.sum(axis=0), confusion.diagonal())
+    return [
+        Tally(cases=cases, others=total - cases, found=found, cleared=total - cases - (called - found))
+        for cases, called, found in zip(*(counts.tolist() for counts in of_each), strict=True)
+    ]
 
 
 def reliability(histograms: np.ndarray, temperature: float = 1.0) -> list[ReliabilityBin]:

@@ -30,14 +30,8 @@ class Beginning:
     card: WeightsCard | None = None
 
 
-def begin(
-    config: RunConfig, *, classes: int, channels: int, image_size: int, store: WeightsStore | None = None
-) -> Beginning:
-    """Return what a run begins with, for square images of `image_size` pixels.
-
-    Parameters
-    ----------
-    store : where ``chain.start-from`` is looked for; None: this user's
+def begin(config: RunConfig, *, classes: int, channels: int, image_size: int) -> Beginning:
+    """Return what a run begins with, for square images of `image_size` pixels; weights are those in this user's store.
 
     Raises
     ------
@@ -50,7 +44,7 @@ def begin(
     plain = chain_architecture(chain, classes=classes, channels=channels, image_size=image_size)
     if not chain.start_from:
         return Beginning(plain)
-    store = store or default_store()
+    store = default_store()
     card = _card(chain.start_from, chain.backbone, store)
     architecture, base = started(store.load(card), card, plain, chain.trainable, config.federation.transfer)
     return Beginning(architecture, base, card)

@@ -162,16 +162,11 @@ def _explained(error: Exception, weights: Mapping[str, Tensor], backbone: str) -
         parts.append(_listed("of another shape", words))
     if parts:
         return "; ".join(parts)
-    theirs = [name for name in _plain_names(backbone) if name not in weights]
-    if theirs:
+    plain = skeleton(Architecture(name=backbone, num_classes=2, in_chans=3, image_size=224))
+    known = {*weights, *classifier_names(plain)}
+    if theirs := [name for name in plain.state_dict() if name not in known]:
         return _listed("missing", theirs)
     return first_line(error)[:200]
-
-
-def _plain_names(backbone: str) -> list[str]:
-    plain = Architecture(name=backbone, num_classes=2, in_chans=3, image_size=224)
-    classifier = classifier_names(skeleton(plain))
-    return [name for name in skeleton(plain).state_dict() if name not in classifier]
 
 
 def _listed(what: str, names: list[str]) -> str:

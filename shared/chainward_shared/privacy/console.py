@@ -10,7 +10,7 @@ from rich.text import Text
 from chainward_shared.console import PlainConsole
 from chainward_shared.errors import PrivacyError
 from chainward_shared.files import written
-from chainward_shared.privacy.empirical import Attack, Empirical
+from chainward_shared.privacy.empirical import Empirical
 from chainward_shared.privacy.findings import Audit
 from chainward_shared.privacy.report import MISSING, epsilon_text, render_audit
 
@@ -72,21 +72,18 @@ def _trials(tried: Empirical) -> Table:
         caption_justify="left",
     )
     for trial in tried.trials:
+        attacked = trial.attack
         outcome = ("fails" if trial.caught else "passes") if trial.honest else "found out" if trial.caught else "MISSED"
         table.add_row(
             trial.name if trial.honest else f"{trial.name} (on purpose)",
-            *_attacked(trial.attack),
+            f"{attacked.claimed:.2f}" if attacked else MISSING,
+            f"{attacked.correct} of {attacked.guesses}" if attacked else MISSING,
+            f"{attacked.measured:.2f}" if attacked else MISSING,
             Text("all passed" if not trial.problems else f"{len(trial.problems)} failed: {trial.problems[0]}"),
             outcome,
             style="red" if trial.caught == trial.honest else None,
         )
     return table
-
-
-def _attacked(attack: Attack | None) -> tuple[str, str, str]:
-    if attack is None:
-        return MISSING, MISSING, MISSING
-    return f"{attack.claimed:.2f}", f"{attack.correct} of {attack.guesses}", f"{attack.measured:.2f}"
 
 
 def write_page(audit: Audit, path: Path) -> None:
