@@ -39,8 +39,7 @@ from chainward_shared.privacy.record import read_privacy_record
 from chainward_shared.privacy.statements import parse_statement
 from chainward_shared.seeds import numpy_generator
 from chainward_shared.weights import StateDict
-from chainward_simulations.run_examples import stored_model
-from chainward_simulations.runner import open_sites
+from chainward_simulations.runner import open_sites, stored_model
 from chainward_simulations.study.baselines import CrossEntropy, together
 
 MODELS = ("student", "chain")

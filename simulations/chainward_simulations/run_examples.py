@@ -6,10 +6,8 @@ from chainward_server.report.page import EXAMPLES
 from chainward_server.run_folder import RunFolder
 from chainward_shared.errors import ConfigError, RunFolderError
 from chainward_shared.files import write_atomically
-from chainward_shared.models import Architecture
-from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.examples import example_figure
-from chainward_simulations.runner import open_sites
+from chainward_simulations.runner import open_sites, stored_model
 
 NAMES = {"chain": "chain's model", "student": "compact student"}
 
@@ -42,14 +40,6 @@ def draw_examples(folder: RunFolder, *, without: RunFolder | None = None, count:
     sites = open_sites(folder.config, tests_only=True)
     picture = example_figure(models, sites, count=count, seed=folder.config.seed)
     write_atomically(folder.path / EXAMPLES, picture)
-
-
-def stored_model(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:
-    """Return the architecture and the weights of a model that a run has released."""
-    if name not in folder.state.models:
-        raise RunFolderError(f"run {folder.state.run_id} has no model '{name}' yet; let it finish first")
-    state, metadata = load_file(folder.model_path(name), folder.state.models[name])
-    return Architecture.from_metadata(metadata), state
 
 
 def _check_same_data(folder: RunFolder, without: RunFolder) -> None:

@@ -18,12 +18,14 @@ from chainward_server.checkpoints import InMemory
 from chainward_server.context import Run, data_summary
 from chainward_server.privacy import RunPrivacy
 from chainward_server.results import Results
+from chainward_server.run_folder import RunFolder
 from chainward_server.scoring import Scorer, Split
 from chainward_shared.config import RunConfig
+from chainward_shared.errors import RunFolderError
 from chainward_shared.evaluation.scores import Scores
 from chainward_shared.models import Architecture
 from chainward_shared.pretrained.begin import begin
-from chainward_shared.weights import StateDict
+from chainward_shared.weights import StateDict, load_file
 from chainward_simulations.in_process_sites import InProcessSites
 from chainward_simulations.simulated_sites import simulated_site, simulated_site_ids
 
@@ -96,3 +98,11 @@ def score(
     scorer = Scorer(here, privacy, RUN, config.federation.cpu_threads)
     found = scorer.everywhere(architecture, state, [split])[split].site_scores
     return found.sites, found.pooled
+
+
+def stored_model(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]:
+    """Return the architecture and the weights of a model that a run has released."""
+    if name not in folder.state.models:
+        raise RunFolderError(f"run {folder.state.run_id} has no model '{name}' yet; let it finish first")
+    state, metadata = load_file(folder.model_path(name), folder.state.models[name])
+    return Architecture.from_metadata(metadata), state

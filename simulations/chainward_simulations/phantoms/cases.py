@@ -39,19 +39,18 @@ _IMAGES_PER_PATIENT = (0.75, 0.92, 1.0)  # cumulative shares of one, two and thr
 
 @dataclass(frozen=True)
 class PhantomCase:
-    """Which image this is: the `visit`-th of the `patient`-th patient of a site.
+    """Which image this is, of which patient of a site.
 
     Attributes
     ----------
     index : position among all cases of the site
-    patient, visit : 0-based
+    patient : 0-based
     finding : the label
     split : the same for all images of a patient
     """
 
     index: int
     patient: int
-    visit: int
     finding: Finding
     split: SplitName
 
@@ -85,8 +84,8 @@ def phantom_cases(seed: int, index: int, count: int) -> list[PhantomCase]:
         split = SPLITS[int(np.searchsorted(_SPLIT_BOUNDS[:-1], along_splits, side="right"))]
         images = numpy_generator(seed, site, "phantom-visits", patient).random()
         visits = 1 + int(np.searchsorted(_IMAGES_PER_PATIENT[:-1], images, side="right"))
-        for visit in range(visits):
-            cases.append(PhantomCase(len(cases), patient, visit, finding, split))
+        for _ in range(visits):
+            cases.append(PhantomCase(len(cases), patient, finding, split))
         patient += 1
     return cases[:count]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 
@@ -12,58 +13,57 @@ from chainward_simulations.study.statistics import COVERAGE, Difference, Spread
 from chainward_simulations.study.tune import Tuned
 
 _MINUTE = 60
+Columns = dict[str, Callable[[ArmResult], str]]
+"""Titles, and what stands in the row of an arm."""
 
 
 def study_table(result: StudyResult) -> Table:
     """Return one row per arm, in the order in which they were named; without differences where there is no ranking."""
     if result.unranked:
         result = replace(result, reference=None, alone=None)
-    against = f"minus {result.reference}" if result.reference else ""
     rarest = "" if result.rarest is None else f" (rarest class: {result.rarest.cases} images)"
     table = Table("arm", "seeds", "balanced accuracy", f"macro AUC{rarest}", "accuracy", "ECE", title_justify="left")
-    if result.reference:
-        table.add_column(f"balanced accuracy {against}")
-        table.add_column(f"macro AUC {against}")
-    if result.alone:
-        table.add_column("balanced accuracy minus best site")
-    localised = any(arm.localisation.get("lift") for arm in result.arms)
-    if localised:
-        table.add_column("lift")
-        if result.reference:
-            table.add_column(f"lift {against}")
-    for name in ("images per model", "steps", "minutes", "parameters", "ms per image"):
-        table.add_column(name, justify="right")
+    compared = _compared(result)
+    for title in compared:
+        table.add_column(title)
+    for title in _COSTS:
+        table.add_column(title, justify="right")
     for arm in result.arms:
-        for cells in _rows(arm, result, localised):
-            table.add_row(*cells)
+        name = (f"{arm.name} (same as {arm.same_as})" if arm.same_as else arm.name) + (" (mean)" if arm.best else "")
+        seeds, further = str(len(arm.records)), [cell(arm) for cell in [*compared.values(), *_COSTS.values()]]
+        table.add_row(name, seeds, *(_spread(arm.pooled[metric]) for metric in METRICS), *further)
+        if arm.best:
+            table.add_row(f"{arm.name} (best site)", seeds, *(_spread(arm.best[metric]) for metric in METRICS))
     return table
 
 
-def _rows(arm: ArmResult, result: StudyResult, localised: bool) -> list[list[str]]:
-    name = f"{arm.name} (same as {arm.same_as})" if arm.same_as else arm.name
-    if arm.best:
-        name += " (mean)"
-    cells = [name, str(len(arm.records))]
-    cells += [_spread(arm.pooled[metric]) for metric in METRICS]
+def _compared(result: StudyResult) -> Columns:
+    """Return the columns that only some studies have: what arms are compared with, and where they look."""
+    found: Columns = {}
+    against = f"minus {result.reference}"
     if result.reference:
-        cells += [_difference(arm.differences.get(metric)) for metric in ("balanced_accuracy", "macro_auc")]
+        found[f"balanced accuracy {against}"] = lambda arm: _difference(arm.differences.get("balanced_accuracy"))
+        found[f"macro AUC {against}"] = lambda arm: _difference(arm.differences.get("macro_auc"))
     if result.alone:
-        cells.append(_difference(arm.over_best.get("balanced_accuracy")))
-    if localised:
-        cells.append(_spread(arm.localisation.get("lift"), digits=2))
+        found["balanced accuracy minus best site"] = lambda arm: _difference(arm.over_best.get("balanced_accuracy"))
+    if any(arm.localisation.get("lift") for arm in result.arms):
+        found["lift"] = lambda arm: _spread(arm.localisation.get("lift"), digits=2)
         if result.reference:
-            cells.append(_difference(arm.differences.get("lift"), digits=2))
-    cells += [
-        f"{fmean(record.images_per_model for record in arm.records):,.0f}".replace(",", " "),
-        f"{fmean(record.steps for record in arm.records):,.0f}".replace(",", " "),
-        f"{fmean(record.seconds for record in arm.records) / _MINUTE:.1f}",
-        f"{arm.records[0].parameters / 1e6:.2f} M",
-        "" if arm.latency_ms is None else f"{arm.latency_ms:.1f}",
-    ]
-    rows = [cells]
-    if arm.best:
-        rows.append([f"{arm.name} (best site)", cells[1], *(_spread(arm.best[metric]) for metric in METRICS)])
-    return rows
+            found[f"lift {against}"] = lambda arm: _difference(arm.differences.get("lift"), digits=2)
+    return found
+
+
+def _mean(arm: ArmResult, figure: str) -> float:
+    return fmean(getattr(record, figure) for record in arm.records)
+
+
+_COSTS: Columns = {
+    "images per model": lambda arm: f"{_mean(arm, 'images_per_model'):,.0f}".replace(",", " "),
+    "steps": lambda arm: f"{_mean(arm, 'steps'):,.0f}".replace(",", " "),
+    "minutes": lambda arm: f"{_mean(arm, 'seconds') / _MINUTE:.1f}",
+    "parameters": lambda arm: f"{arm.records[0].parameters / 1e6:.2f} M",
+    "ms per image": lambda arm: "" if arm.latency_ms is None else f"{arm.latency_ms:.1f}",
+}
 
 
 def tuning_note(tuned: Tuned) -> str:
