@@ -163,7 +163,8 @@ def _run_phases(
         config = settle_threads(folder, models["chain"])
         _check_privacy(config, sites, found)
         notes = notes_on_data(states, sites.ids) if notes_on_data else None
-        data = data_summary(list(sites.cards.values()), _source(sites, config), notes)
+        source = named(config.data.source) if sites.simulated else "the sites' own data"
+        data = data_summary(list(sites.cards.values()), source, notes)
         results = _continued(results, data, folder, config)
         results.timings = timings
         _tell_about_data(data)
@@ -288,12 +289,6 @@ def _share(begun: Beginning, sites: FlowerSites, folder: RunFolder, results: Res
         trained=share,
         bytes_sent=sent,
     )
-
-
-def _source(sites: FlowerSites, config: RunConfig) -> str:
-    if not sites.simulated:
-        return "the sites' own data"
-    return "phantoms" if config.data.source == "phantom" else named(config.data.source)
 
 
 def _continued(results: Results | None, data: DataSummary, folder: RunFolder, config: RunConfig) -> Results:

@@ -129,6 +129,8 @@ class DataSummary(Record):
 
 def named(source: str) -> str:
     """Return the name of a simulation's data for people: its data file with the folder, since most are called data.yaml."""
+    if source == "phantom":
+        return "phantoms"
     path = Path(source)
     return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 

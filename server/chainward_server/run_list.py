@@ -73,18 +73,11 @@ def _summary(path: Path) -> RunSummary:
         seed=run.config.seed,
         privacy=_privacy(run),
         synthetic=run.results.data.synthetic if run.results else None,
-        data=_data(run),
+        data=run.results.data.source if run.results else named(run.config.data.source),
         chain=figures.get("chain"),
         student=figures.get("student"),
         reason=run.reason or run.note,
     )
-
-
-def _data(run: Snapshot) -> str:
-    if run.results is not None:
-        return run.results.data.source
-    source = run.config.data.source
-    return "phantoms" if source == "phantom" else named(source)
 
 
 def _privacy(run: Snapshot) -> str:

@@ -24,7 +24,7 @@ from chainward_shared.errors import ExportError
 from chainward_shared.familiarity import FAMILIAR_WITHIN
 from chainward_shared.files import write_atomically
 from chainward_shared.model_record import ModelRecord
-from chainward_shared.models import Architecture, build_model, skeleton
+from chainward_shared.models import Architecture, build_model, count_parameters, skeleton
 from chainward_shared.pixels import preprocessing_metadata, scaling
 from chainward_shared.preparation import Fit
 from chainward_shared.privacy.audit import audit_statements
@@ -122,7 +122,7 @@ def export_run(
             name,
             results,
             architecture=architecture,
-            parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+            parameters=count_parameters(classifier),
             privacy=privacy,
             audit=audit,
             files=files,
