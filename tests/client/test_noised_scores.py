@@ -90,7 +90,7 @@ def test_a_cap_on_a_day_holds_whatever_the_runs_are_called(tmp_path, data, monke
     policy = PrivacyPolicy(epsilon=20.0, delta=DELTA, epsilon_per_run=3.0, epsilon_per_day=4.0)
     site, asked = site_of(tmp_path, policy), recipe(2.9)
     now = datetime(2026, 3, 1, tzinfo=UTC)
-    monkeypatch.setattr(site.ledger, "_clock", lambda: now)
+    monkeypatch.setattr("chainward_shared.privacy.ledger.now", lambda: now)
     train(site, data, asked, run="run-1", hop="one")
     train(site, data, asked, run="run-1", hop="two")
     for minutes in (1, 600, 1439):
