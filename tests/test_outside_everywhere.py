@@ -270,6 +270,7 @@ def test_no_text_in_a_file_of_a_run_acts_where_people_are_shown_it(name, tmp_pat
     assert found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize(
     ("name", "where"),

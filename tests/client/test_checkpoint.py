@@ -99,6 +99,7 @@ def test_an_interrupted_link_ends_with_the_same_model_and_log(data, architecture
     assert resumed_log.model_copy(update={"seconds": log.seconds}) == log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["head", "last-2"])
 def test_an_interrupted_link_that_trains_a_part_on_kept_features_ends_with_the_same_model(
     part, data, architecture, monkeypatch, tmp_path

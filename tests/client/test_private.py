@@ -516,6 +516,7 @@ def test_a_link_with_predecessor_attention_and_images_without_label_trains_priva
 # --- sabotage that reaches into the modules; more of it is in `privacy_audit.sabotage` ---
 
 
+@pytest.mark.slow
 def test_the_honest_step_passes_every_check():
     assert checks.mechanism_problems() == []
 

@@ -325,6 +325,7 @@ def test_what_a_run_lists_is_enough_for_its_teachers_and_its_link_and_for_nothin
         answered(phantoms, work, None, recipe)  # without a cache it would be paid again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
@@ -451,6 +452,7 @@ def test_over_budget_nothing_is_trained(phantoms, tmp_path, monkeypatch):
     assert not train.called
 
 
+@pytest.mark.slow
 def test_what_the_link_would_refuse_is_refused_before_its_teachers_spend(phantoms, work, tmp_path):
     ready = resolve_architecture("test_convnext", num_classes=5, in_chans=1, image_size=32)
     mixing = resolve_architecture("test_efficientnet", num_classes=5, in_chans=1, image_size=32)

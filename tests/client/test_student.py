@@ -159,6 +159,7 @@ def asked_large():
 LARGE = resolve_architecture("test_vit", num_classes=3, in_chans=1, image_size=32, patch_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("augmentation", "passes"), [("none", 1), ("upright", 3)])
 def test_large_models_are_asked_once_about_images_that_every_epoch_shows_alike(
     augmentation, passes, architecture, asked_large

@@ -196,6 +196,7 @@ def test_the_card_of_all_sites_has_as_many_images_as_their_cards_together(consor
         assert getattr(together, split) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["students", "scores"])
 def test_nothing_of_a_single_sites_student_or_scores_reaches_the_coordinator(
     consortium, student_work, scores_work, kind
@@ -275,6 +276,7 @@ def test_a_site_that_drops_out_at_any_step_costs_its_own_numbers_alone(consortiu
     assert is_sum_of(summed.state, plain, answered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.KIND)
 def test_shared_noise_is_enough_whoever_drops_out_as_long_as_so_many_are_left(shared_noise, step):
     summed, noise = shared_noise(3, silent_at(step, "birch"))
@@ -283,6 +285,7 @@ def test_shared_noise_is_enough_whoever_drops_out_as_long_as_so_many_are_left(sh
     assert summed.noise >= noise * (1 - 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.KIND)
 def test_what_has_too_few_shares_of_noise_is_not_released(shared_noise, step):
     """Whoever is missing, nobody gives the shares that take the masks off; at the last step they are too few to do so."""

@@ -216,6 +216,7 @@ def test_a_smaller_one_of_the_same_design_can_be_named(large, small):
     build_model(student, 0).load_state_dict(selected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("large", "small", "problem"),
     [

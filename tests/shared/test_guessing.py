@@ -19,6 +19,7 @@ def gaussian(noise: float, releases: int = 1) -> Mechanism:
     return Mechanism("gaussian", noise, 1.0, releases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.6, 1.5, 4.0])
 def test_of_gaussian_noise_the_bound_is_the_curve_of_the_best_test_there_is(noise):
     exact = norm.cdf(norm.ppf(RATES) + 1 / noise)  # Neyman and Pearson: N(0, 1) against N(1 / noise, 1)

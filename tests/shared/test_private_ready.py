@@ -82,6 +82,7 @@ def test_a_part_of_a_pretrained_backbone_trains_privately_batch_norm_included(na
     check_private_ready(started(name, part))
 
 
+@pytest.mark.slow
 def test_frozen_batch_norm_with_a_wrong_gradient_is_found_out(monkeypatch):
     right = gradient_formulas.frozen_batch_norm
 

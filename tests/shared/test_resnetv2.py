@@ -44,6 +44,7 @@ def scrambled(model: Architecture) -> dict[str, torch.Tensor]:
 # --- what is built ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [32, 64, 224])
 @pytest.mark.parametrize("name", ["resnetv2_18", "resnetv2_18d", "resnetv2_50t"])
 def test_the_chain_builds_them_with_group_norm_for_any_usual_image(name, image_size):

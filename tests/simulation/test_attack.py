@@ -99,6 +99,7 @@ def test_a_private_head_is_attacked_beside_what_privacy_allows_at_most_and_refer
     assert all(one["low"] <= lines[0]["bound"]["auc"] for one in lines)
 
 
+@pytest.mark.slow
 def test_where_one_hospital_has_no_privacy_there_is_no_bound_for_all(config, sites, untrained):
     first, second = sites
     found = {
@@ -116,6 +117,7 @@ def test_a_run_without_a_model_is_refused(finished, tmp_path):
     assert "has released no model yet" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_only_patients_whose_labels_were_used_are_members_and_only_strangers_are_outsiders(config, sites, untrained):
     found = {one.site: one.attack for one in attack_run(config, untrained, sites)}
     for site, data in sites.items():

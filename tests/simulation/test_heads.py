@@ -390,6 +390,7 @@ def test_links_and_statistics_of_a_private_run_stay_within_its_epsilon_together(
         assert 7.9 < spent(mechanisms, 1e-4) <= 8.0
 
 
+@pytest.mark.slow
 def test_in_a_run_by_policy_only_sites_with_a_policy_add_noise(refitted, monkeypatch):
     noises, bounded = {}, in_process_sites.private_sums_of
 

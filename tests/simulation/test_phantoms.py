@@ -22,6 +22,8 @@ from chainward_simulations.phantoms.cases import (
 from chainward_simulations.phantoms.hospitals import hospital
 from chainward_simulations.phantoms.table import TABLE_COLUMNS
 
+pytestmark = pytest.mark.slow  # all six hospitals are drawn
+
 
 @pytest.fixture(scope="module")
 def sites() -> list[SiteData]:
@@ -203,7 +205,6 @@ def test_the_table_hints_at_the_finding(sites: list[SiteData]) -> None:
     assert np.quantile(values["consolidation"], 0.1) < np.quantile(values["normal"], 0.9)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 def test_a_linear_model_on_pixels_does_not_solve_the_task(sites: list[SiteData]) -> None:
     def pooled(split: str) -> tuple[np.ndarray, np.ndarray]:
