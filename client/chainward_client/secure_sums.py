@@ -23,24 +23,8 @@ from chainward_shared.bounds import PositiveFraction
 from chainward_shared.errors import PolicyRefusal, ProtocolError
 from chainward_shared.outside import SiteId
 from chainward_shared.privacy.signing import fingerprint as key_fingerprint
-from chainward_shared.protocol import (
-    FEWEST_SITES,
-    MOST_WEIGHT,
-    Offer,
-    Round,
-    SumShares,
-    SumTask,
-    SumUnmasking,
-)
-from chainward_shared.secure_sums import (
-    Secrets,
-    fewest_answers,
-    is_genuine,
-    masked,
-    offered,
-    opened,
-    shares_for_others,
-)
+from chainward_shared.protocol import FEWEST_SITES, MOST_WEIGHT, Offer, Round, SumShares, SumTask, SumUnmasking
+from chainward_shared.secure_sums import Secrets, fewest_answers, is_genuine, masked, offered, opened, shares_for_others
 from chainward_shared.words import listed
 
 logger = logging.getLogger("chainward.client")

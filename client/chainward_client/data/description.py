@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    FiniteFloat,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, ValidationInfo, model_validator
 
 from chainward_client.data.columns import NOTHING_MEANS_DEFAULTS, SEPARATOR, Block, Columns, refuse_repeats
 from chainward_client.data.formats import data_formats

@@ -25,12 +25,7 @@ from chainward_client.training.objective import Batch, Objective
 from chainward_client.training.passes import StartImages
 from chainward_client.training.privileged import PrivilegedTerm
 from chainward_shared.distillation.attention import attention_transfer
-from chainward_shared.distillation.losses import (
-    class_counts,
-    classification_loss,
-    distillation_loss,
-    teacher_trust,
-)
+from chainward_shared.distillation.losses import class_counts, classification_loss, distillation_loss, teacher_trust
 from chainward_shared.distillation.schedules import annealed_temperature
 from chainward_shared.models import Architecture, build_model
 from chainward_shared.models.private_ready import check_private_ready

@@ -18,11 +18,7 @@ from chainward_client.training.link import labelled_cases, prepared_for, privile
 from chainward_client.training.loop import train
 from chainward_client.training.objective import Batch, Objective
 from chainward_client.training.passes import passes
-from chainward_shared.distillation.losses import (
-    classification_loss,
-    distillation_loss,
-    ensemble_distillation_loss,
-)
+from chainward_shared.distillation.losses import classification_loss, distillation_loss, ensemble_distillation_loss
 from chainward_shared.distillation.schedules import ema_decay
 from chainward_shared.errors import ModelError
 from chainward_shared.models import Architecture, build_model

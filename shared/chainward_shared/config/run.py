@@ -26,13 +26,7 @@ from chainward_shared.config.tables import (
     ids_in,
 )
 from chainward_shared.errors import ConfigError, nearest
-from chainward_shared.recipes import (
-    PRIVILEGED_BATCH,
-    LinkRecipe,
-    PlannedTraining,
-    PrivacyRecipe,
-    StudentRecipe,
-)
+from chainward_shared.recipes import PRIVILEGED_BATCH, LinkRecipe, PlannedTraining, PrivacyRecipe, StudentRecipe
 from chainward_shared.settings import (
     ArithmeticSettings,
     AugmentationSettings,

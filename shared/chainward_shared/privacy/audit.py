@@ -18,13 +18,7 @@ from chainward_shared.privacy.findings import Audit, Finding, SiteAudit, Spent, 
 from chainward_shared.privacy.ledger import Ledger
 from chainward_shared.privacy.policy import Terms
 from chainward_shared.privacy.signing import fingerprint
-from chainward_shared.privacy.statements import (
-    TOLERANCE,
-    Statement,
-    check_order,
-    check_statement,
-    parse_statement,
-)
+from chainward_shared.privacy.statements import TOLERANCE, Statement, check_order, check_statement, parse_statement
 from chainward_shared.settings import PrivacyUnit
 from chainward_shared.words import listed
 
