@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from private_hospital import answer, architecture, failing, hospital, link, scores, state_of, student
 
-from chainward_client.checkpoint import Checkpoint
+from chainward_client import checkpoint
 from chainward_client.private_training import PrivateTraining
 from chainward_shared.protocol import kind_of
 
@@ -30,7 +30,7 @@ def readable_by_others(folder: Path) -> list[str]:
 def test_nothing_in_the_state_folder_of_a_private_run_may_be_read_by_others(tmp_path, umask, monkeypatch):
     node, model = hospital(tmp_path / "site"), architecture()
     state = state_of(model, "as they come")
-    monkeypatch.setitem(Checkpoint.__init__.__kwdefaults__, "seconds", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     for request in (link, student, scores):
         assert kind_of(answer(node, *request(model, state))).endswith("-result")
     monkeypatch.setattr(PrivateTraining, "step", failing(2, RuntimeError("as a crash leaves it"), PrivateTraining.step))
