@@ -121,6 +121,7 @@ def test_a_data_format_is_added_by_one_file_and_says_what_is_wrong_in_one_line(a
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_family_of_backbones_is_added_by_one_file_and_selects_the_same_channels_everywhere(added):
     from chainward_shared.models import build_model, compact_architecture, resolve_architecture, select_weights
 

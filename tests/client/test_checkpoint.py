@@ -133,6 +133,7 @@ def test_an_interrupted_link_that_trains_a_part_on_kept_features_ends_with_the_s
     assert {name for name in whole if not torch.equal(whole[name], predecessor[name])} == trained
 
 
+@pytest.mark.slow
 def test_an_interrupted_student_ends_with_the_same_student_and_auxiliary_teacher(
     data, architecture, monkeypatch, tmp_path
 ):

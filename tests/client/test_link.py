@@ -150,6 +150,7 @@ def test_every_unlabelled_image_is_seen_once_before_any_is_seen_again():
         assert len(set(seen[start : start + 30])) == 30
 
 
+@pytest.mark.slow
 def test_parts_of_a_training_share_one_learning_rate_schedule(monkeypatch):
     architecture = resolve_architecture("test_convnext", num_classes=3, in_chans=1, image_size=32)
     rates: list[float] = []

@@ -105,6 +105,7 @@ def test_training_without_noise_or_clipping_betrays_every_canary(sabotage):
     assert "guesses 200 of 200 coins: epsilon is at least" in str(found.problem)
 
 
+@pytest.mark.slow
 def test_noise_ten_times_too_small_is_found_out():
     claimed = DP_SGD.model_copy(update={"noise_multiplier": DP_SGD.noise_multiplier / 10})
 

@@ -55,6 +55,7 @@ def test_what_fits_is_reserved_with_unit_and_delta_of_the_policy(ledger):
     assert ledger.mechanisms() == [gaussian(50)]
 
 
+@pytest.mark.slow
 def test_a_refusal_says_asked_spent_left_and_the_longest_training_that_fits(ledger):
     reserve_training(POLICY, ledger, gaussian(50), "r")
     message = refusal_of(POLICY, ledger, gaussian(100))
@@ -71,6 +72,7 @@ def test_a_refusal_says_asked_spent_left_and_the_longest_training_that_fits(ledg
     assert "Not one step at noise multiplier 20" in refusal_of(POLICY, ledger, gaussian(100))
 
 
+@pytest.mark.slow
 def test_all_runs_share_the_lifetime(ledger):
     reserve_training(POLICY, ledger, gaussian(80), "first")
     assert "spent in the site's lifetime" in refusal_of(POLICY, ledger, gaussian(80), run="second")
@@ -84,6 +86,7 @@ def test_a_cap_on_a_run_binds_that_run_only(ledger):
     reserve_training(policy, ledger, gaussian(25), "second")
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_plan_are_counted_together(ledger):
     """A teacher and a link, each of which would fit alone."""
     check_request(POLICY, ledger, [gaussian(60)], "r")

@@ -347,6 +347,7 @@ def test_two_private_trainings_with_one_seed_differ_and_two_with_a_seeded_entrop
     assert seeded
 
 
+@pytest.mark.slow
 def test_the_run_seed_reaches_no_generator_of_a_private_training(architecture, monkeypatch):
     """Whatever the loop derives from the run's seed could as well be another number."""
     cases, ends = cases_of(), []
@@ -494,6 +495,7 @@ def test_an_image_without_patient_is_refused_where_patients_are_protected():
     assert len(units_of(np.array(["a", " ", "b"]), "image")) == 3
 
 
+@pytest.mark.slow
 def test_whether_a_patient_keeps_its_labels_does_not_depend_on_the_others():
     patients = np.array([f"p{i // 2}" for i in range(4000)])
     kept = keeps_labels(patients, 0.3, 7, "oak")

@@ -362,6 +362,7 @@ def test_answers_that_the_ledger_has_no_payment_for_are_not_used(phantoms, work,
     assert phases(other) == ["teacher-table"]
 
 
+@pytest.mark.slow
 def test_without_a_cache_or_with_a_lost_one_it_is_paid_again(phantoms, work, tmp_path):
     recipe = recipe_with(use="table")
     answered(phantoms, work, tmp_path, recipe)

@@ -72,6 +72,7 @@ def test_a_teacher_sees_the_frozen_starts_embedding_of_the_image_beside_the_repo
     assert rows.shape[1] == width + RECIPE.text_features
 
 
+@pytest.mark.slow
 def test_what_the_image_shows_is_known_to_the_teacher_where_the_report_says_nothing():
     data = phantom_site(0, 5, image_size=32)
     train = data.splits["train"]
@@ -99,6 +100,7 @@ def test_a_case_without_report_has_no_teacher_though_there_is_an_image(phantoms)
     assert found.available.any()
 
 
+@pytest.mark.slow
 def test_answers_are_found_again_for_the_same_images_and_start_alone(phantoms, train_teacher, tmp_path):
     images = phantoms.splits["train"].images
     first = answered(phantoms, seen(images), tmp_path)

@@ -109,6 +109,7 @@ def test_the_projector_is_trained_along_and_does_not_leave_with_the_student(arch
     assert len(trained.log.privileged) == 1
 
 
+@pytest.mark.slow
 def test_privileged_teachers_change_self_distillation_and_leave_fine_tuning_alone(architecture):
     def trained(stage, privileged):
         given = recipe(stage, privileged=privileged)

@@ -220,6 +220,7 @@ def test_a_site_with_fewer_images_than_a_batch_can_train(architecture, n):
     assert log.steps == 2 * -(-n // 8)
 
 
+@pytest.mark.slow
 def test_the_logged_loss_is_the_mean_over_the_images_and_falls(architecture):
     class Counter(Recorder):
         def losses(self, model, batch):
@@ -371,6 +372,7 @@ def test_with_the_weight_zero_a_predecessor_teaches_nothing(architecture):
 # --- where a link starts ---
 
 
+@pytest.mark.slow
 def test_a_warm_start_starts_from_the_predecessor_and_a_fresh_one_from_the_runs_initial_weights(architecture):
     predecessor, initial = weights_of(architecture, 9), weights_of(architecture, LINK.seed)
     warm, _ = link(site_data(), architecture, predecessor, learning_rate=1e-9, start="warm")
@@ -497,6 +499,7 @@ def test_buffers_of_the_auxiliary_teacher_are_the_students():
     assert auxiliary.steps.item() == 5.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frozen_epochs", "round_index", "moves"),
     [(0, 0, True), (1, 0, True), (2, 0, False), (2, 1, True), (3, 1, True), (4, 1, False)],
@@ -513,6 +516,7 @@ def test_the_auxiliary_teacher_stays_as_selected_in_the_first_epochs_of_the_run(
     assert (trained.auxiliary_kept < 1.0) == moves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round_index", [0, 1])
 def test_a_frozen_auxiliary_teacher_never_moves_and_is_all_its_own(architecture, round_index):
     recipe = STUDENT.model_copy(update={"auxiliary": "frozen", "frozen_epochs": 0})
@@ -560,6 +564,7 @@ def test_a_constant_moving_average_equals_a_hand_rolled_loop(architecture):
     assert objective.kept == pytest.approx(0.9**3)
 
 
+@pytest.mark.slow
 def test_a_constant_moving_average_does_not_slow_down_from_round_to_round(architecture):
     recipe = STUDENT.model_copy(update={"ema_schedule": "constant", "frozen_epochs": 0})
     kept = [

@@ -315,6 +315,7 @@ def page() -> Page:
     return Page(render(finished_run()))
 
 
+@pytest.mark.slow
 def test_every_tag_is_closed_where_it_was_opened(any_page: str) -> None:
     parsed = Page(any_page)
     assert parsed.badly_closed == []
@@ -343,6 +344,7 @@ def test_every_page_says_that_it_is_not_for_clinical_use(any_page: str) -> None:
     assert "Not a medical device. Not for clinical use." in any_page
 
 
+@pytest.mark.slow
 def test_same_results_give_the_same_page(drawn: None) -> None:
     assert render(finished_run()) == render(finished_run())
 
@@ -414,6 +416,7 @@ def test_skipped_link_and_its_reason_are_shown_on_top_and_in_the_list(page: Page
     assert "no training cases of: df" in page.text
 
 
+@pytest.mark.slow
 def test_undisturbed_run_says_that_nothing_failed() -> None:
     html = render(two_strands_two_laps(SITES))
     assert "Nothing failed or was skipped." in html

@@ -162,6 +162,7 @@ def test_the_mean_of_students_is_the_plain_one_of_those_that_answered(consortium
         assert tensor.dtype == start[name].dtype
 
 
+@pytest.mark.slow
 def test_counts_of_predictions_add_up_exactly(consortium, scores_work):
     summed = consortium()[0].summed(scores_work)
     found = counts_in(summed.state, scores_work["ash"].task)
@@ -303,6 +304,7 @@ def test_what_has_too_few_shares_of_noise_is_not_released(shared_noise, step):
     assert len(unmasked) == (3 if step is SumUnmaskTask else 0), "of four that it takes"
 
 
+@pytest.mark.slow
 def test_the_coordinator_is_sent_nothing_from_which_fewer_than_all_sites_can_be_told(consortium, plain):
     replies = []
 
@@ -340,6 +342,7 @@ def test_two_of_four_that_drop_out_are_too_many(consortium):
     assert set(error.value.failed) == set(SITES[:2])
 
 
+@pytest.mark.slow
 def test_a_site_that_sends_nonsense_is_left_out(consortium, plain):
     def interfere(message, answer):
         reply = answer()

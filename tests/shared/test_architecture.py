@@ -260,6 +260,7 @@ def test_any_width_of_a_vit_is_a_multiple_of_8_and_of_its_heads(width):
     assert model.embed_dim < 384
 
 
+@pytest.mark.slow
 def test_the_heads_of_a_vit_become_fewer_only_where_they_no_longer_fit():
     model = build_model(compact_architecture(resolve("vit_small_patch16_224"), width=0.02))
     assert (model.embed_dim, model.blocks[0].attn.num_heads) == (8, 4)

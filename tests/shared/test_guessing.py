@@ -29,6 +29,7 @@ def test_of_gaussian_noise_the_bound_is_the_curve_of_the_best_test_there_is(nois
     assert area <= most_auc([gaussian(noise)], DELTA) <= area + 0.005
 
 
+@pytest.mark.slow
 def test_no_attack_on_a_release_finds_more_than_the_bound():
     rng, noise = np.random.default_rng(0), 1.0
     outside, inside = rng.normal(0, noise, 200_000), rng.normal(1, noise, 200_000)

@@ -66,6 +66,7 @@ def test_scores_equal_the_slow_ones():
     assert 0 < found.pointing.mean() < 1  # the pointing game was won and lost
 
 
+@pytest.mark.slow
 def test_a_map_by_chance_has_lift_one():
     found = score_maps(noise(400), squares(400))
     assert found.lift.mean() == pytest.approx(1, abs=0.02)

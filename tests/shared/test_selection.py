@@ -422,6 +422,7 @@ def test_every_kind_of_vit_is_selected_whole_and_works(name, options):
     assert_selected_whole(architecture(name, **WIDE_VIT | options), architecture(name, **NARROW_VIT | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

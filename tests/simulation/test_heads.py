@@ -129,6 +129,7 @@ def test_after_every_link_the_next_one_starts_from_a_new_head_where_that_is_aske
     assert run.results.released is None
 
 
+@pytest.mark.slow
 def test_only_the_start_has_a_head_from_statistics_where_that_is_asked(refitted):
     run, outcome = trained(refitted, **{"chain.refit": "no"})
     assert [head.key for head in run.results.heads] == ["head-start"]

@@ -107,6 +107,7 @@ def test_a_defect_is_not_taken_for_a_failure_of_a_site(chain_only, monkeypatch):
         records_of(chain_only)
 
 
+@pytest.mark.slow
 def test_a_run_says_after_each_hop_when_it_is_expected_to_end(chain_only, caplog):
     caplog.set_level("INFO", "chainward")
     records_of(chain_only)

@@ -187,6 +187,7 @@ def test_a_study_does_not_go_on_with_other_settings_and_names_the_first(study, t
     assert study("union", settings={"chain.batch-size": 8}, resume=False).result.arms
 
 
+@pytest.mark.slow
 def test_a_study_does_not_go_on_with_another_manifest(small_consortium, tmp_path, study):
     folder = tmp_path / "data"
     shutil.copytree(small_consortium.parent, folder)
@@ -198,6 +199,7 @@ def test_a_study_does_not_go_on_with_another_manifest(small_consortium, tmp_path
         study("union", settings=settings)
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_finished_with_another_definition_is_not_taken_for_it(base, tmp_path):
     def run(definition):
         request = StudyRequest(base, (), (definition,), (0,), folder=tmp_path / "study", jobs=1)
@@ -257,6 +259,7 @@ def test_a_full_disk_is_one_line_and_finished_arms_are_kept(study, monkeypatch, 
     assert "union" in (tmp_path / "study" / "study.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_chain_is_kept_to_the_bit_with_its_strands(base, tmp_path):
     (configured,) = configure_arms(["chain-strands-average"], [], base, 0)
     chain = train_chain(configured, Bench(open_sites(configured.config), train_chain, print))

@@ -129,6 +129,7 @@ def test_the_search_starts_with_the_settings_as_given_and_goes_on_where_it_stopp
     assert summary["trials"][1]["settings"] != summary["trials"][2]["settings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["nonsense\n" * 3, '{"op_code": 77}\n', '{"op_code": 0}\n{"op_code"'])
 def test_a_damaged_file_of_a_search_is_one_line(base, tmp_path, damage):
     search(base, tmp_path / "study", trials=1)
