@@ -257,7 +257,7 @@ class RunFolder:
 
         base, metadata = load_file(self.model_path(BASE), self.state.models[BASE])
         card = WeightsCard.model_validate_json(metadata[_WEIGHTS_CARD])
-        return Beginning(Architecture.from_metadata(metadata), base, card)
+        return Beginning(Architecture.from_metadata(metadata, self.model_path(BASE)), base, card)
 
     def load_model(self, name: str, template: StateDict) -> StateDict:
         """Return the weights of a model file, checked against its recorded digest and `template`.

@@ -104,5 +104,6 @@ def stored_model(folder: RunFolder, name: str) -> tuple[Architecture, StateDict]
     """Return the architecture and the weights of a model that a run has released."""
     if name not in folder.state.models:
         raise RunFolderError(f"run {folder.state.run_id} has no model '{name}' yet; let it finish first")
-    state, metadata = load_file(folder.model_path(name), folder.state.models[name])
-    return Architecture.from_metadata(metadata), state
+    path = folder.model_path(name)
+    state, metadata = load_file(path, folder.state.models[name])
+    return Architecture.from_metadata(metadata, path), state

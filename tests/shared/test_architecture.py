@@ -1,6 +1,7 @@
 """Naming, checking and building a backbone, and the sizes of a compact student."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,12 +148,12 @@ def test_plain_timm_rebuilds_a_compact_model_from_the_metadata(name):
 
 
 def test_metadata_without_or_with_a_damaged_architecture_is_refused():
-    with pytest.raises(ModelError, match=r"no 'chainward\.architecture'"):
-        Architecture.from_metadata({"timm.model": "resnet18"})
+    with pytest.raises(ModelError, match=r"^here\.safetensors: its metadata have no 'chainward\.architecture'"):
+        Architecture.from_metadata({"timm.model": "resnet18"}, Path("here.safetensors"))
     with pytest.raises(ModelError, match="is damaged: num_classes: field required"):
         Architecture.from_metadata({"chainward.architecture": '{"name": "resnet18", "in_chans": 1, "image_size": 8}'})
-    with pytest.raises(ModelError, match="is damaged"):
-        Architecture.from_metadata({"chainward.architecture": "{"})
+    with pytest.raises(ModelError, match=r"^here\.safetensors: .*is damaged"):
+        Architecture.from_metadata({"chainward.architecture": "{"}, Path("here.safetensors"))
 
 
 # --- building ---

@@ -190,7 +190,7 @@ def _checked_bytes(folder: RunFolder, name: str, sha256: str) -> bytes:
 def _read_model(weights: Path, sha256: str, results: Results) -> tuple[nn.Module, Architecture, dict[str, str]]:
     """Return the model built anew from the copy that is exported, in evaluation mode."""
     state, metadata = load_file(weights, sha256)
-    architecture = Architecture.from_metadata(metadata)
+    architecture = Architecture.from_metadata(metadata, weights.name)
     try:
         classes = json.loads(metadata.get("chainward.classes", "null"))
     except ValueError:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -135,8 +136,12 @@ class Architecture(Record):
         return bool(MULTIPLIERS & self.options.keys())
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Architecture:
+    def from_metadata(cls, metadata: Mapping[str, str], file: Path | str = "the file") -> Architecture:
         """Return the architecture that `to_metadata` wrote.
+
+        Parameters
+        ----------
+        file : whose metadata they are, for messages
 
         Raises
         ------
@@ -144,11 +149,11 @@ class Architecture(Record):
             The entry is missing or damaged, or timm does not know the model.
         """
         if METADATA_KEY not in metadata:
-            raise ModelError(f"the file's metadata has no '{METADATA_KEY}': it was not written by Chainward")
+            raise ModelError(f"{file}: its metadata have no '{METADATA_KEY}': it was not written by Chainward")
         try:
             return cls.model_validate_json(metadata[METADATA_KEY])
         except ValidationError as error:
-            raise ModelError(f"the file's '{METADATA_KEY}' is damaged: {first_problem(error)}") from error
+            raise ModelError(f"{file}: its '{METADATA_KEY}' is damaged: {first_problem(error)}") from error
 
 
 def build_model(architecture: Architecture, seed: int | None = None) -> nn.Module:

@@ -94,7 +94,7 @@ def _of_run(folder: RunFolder, name: str | None) -> Predictor:
         raise ModelError(f"run {folder.state.run_id} ({folder.state.status}) has no model '{chosen}'; {advice}")
     sha256 = folder.state.models[chosen]
     _, metadata = load_file(folder.model_path(chosen), sha256)
-    architecture = Architecture.from_metadata(metadata)
+    architecture = Architecture.from_metadata(metadata, folder.model_path(chosen))
     state = folder.load_model(chosen, skeleton(architecture).state_dict())
     record = ModelRecord.from_metadata(metadata)
     results = folder.load_results()
@@ -107,7 +107,7 @@ def _of_weights(path: Path, sha256: str | None = None) -> Predictor:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; name a run, an exported folder, a .safetensors or an .onnx file")
     state, metadata = load_file(path, sha256)
-    architecture = Architecture.from_metadata(metadata)
+    architecture = Architecture.from_metadata(metadata, path)
     check_state(state, skeleton(architecture).state_dict())
     record = ModelRecord.from_metadata(metadata) or _old_record(metadata, architecture)
     return _predictor(architecture, state, record, sha256 or hashlib.sha256(path.read_bytes()).hexdigest())
